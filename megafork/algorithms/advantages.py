@@ -1,0 +1,26 @@
+"""Group-relative advantages (GRPO, DAPO)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_EPSILON = 1e-6
+"""Added to the standard deviation; a group of equal rewards has advantage 0 either way."""
+
+
+def group_relative_advantages(rewards_B: Tensor, group_B: Tensor, *, normalize: bool) -> Tensor:
+    """Reward minus its group's mean, divided by the group's standard deviation if `normalize`.
+
+    rewards_B: float [B]; group_B: int64 [B], any ids. The deviation is the sample one (n - 1), as
+    in GRPO's reference implementations. Returns float32 [B]. A group of one response gets 0.
+    """
+    _, index_B = group_B.unique(return_inverse=True)
+    sizes = torch.bincount(index_B).double()
+    rewards = rewards_B.double()
+    means = torch.bincount(index_B, weights=rewards) / sizes
+    centred = rewards - means[index_B]
+    if not normalize:
+        return centred.float()
+    variances = torch.bincount(index_B, weights=centred**2) / (sizes - 1).clamp(min=1)
+    return (centred / (variances.sqrt()[index_B] + _EPSILON)).float()

@@ -1,0 +1,316 @@
+"""Every setting of a run: typed, described, read from TOML, overridden by `section.key=value`.
+
+This file imports no torch, so `megafork --help` and a mistyped key answer at once. Defaults live
+here and nowhere else; the resolved config is saved with the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megafork.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """A frozen table of settings; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelConfig(Section):
+    path: str = Field(description="HF folder of the policy (config.json and safetensors)")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="dtype of the trained weights and activations"
+    )
+    recompute: Literal["none", "full", "selective"] = Field(
+        "none", description="activation recomputation: every layer, core attention only, or none"
+    )
+    vocab_divisible_by: Positive = Field(
+        128, description="each rank's vocabulary shard is padded to a multiple of this / tp"
+    )
+
+
+class ParallelConfig(Section):
+    tp: Positive = Field(1, description="tensor-parallel size")
+    pp: Positive = Field(1, description="pipeline-parallel size")
+    cp: Literal[1] = Field(1, description="context-parallel size (1 is what is supported now)")
+    dp: Positive | None = Field(
+        None, description="data-parallel size; unset: 1, or what torchrun's world size leaves"
+    )
+    sequence_parallel: bool = Field(
+        False, description="shard the activations between the tensor-parallel regions too"
+    )
+    pipeline_layers: tuple[Positive, ...] | None = Field(
+        None, description="layers of each pipeline stage; unset: an even split"
+    )
+    timeout_minutes: PositiveFloat = Field(
+        60.0, description="a collective that waits longer ends the run (generation included)"
+    )
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tp * self.pp * self.cp
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that a plainly started command launches."""
+        return self.model_parallel_size * (self.dp or 1)
+
+
+class DataConfig(Section):
+    train: str = Field(description="jsonl of {prompt_key, answer_key} rows to train on")
+    eval: str | None = Field(None, description="jsonl of held-out rows, same columns")
+    prompt_key: str = Field("prompt", description="column with the prompt text")
+    answer_key: str = Field("answer", description="column handed to the verifier")
+    chat_template: bool = Field(
+        False, description="wrap the prompt as a user turn of the tokenizer's chat template"
+    )
+    max_prompt_tokens: Positive = Field(1024, description="longer prompts are an error")
+    seed: int = Field(0, description="seed of the order of the prompts, new in every epoch")
+
+
+class RolloutConfig(Section):
+    prompts_per_step: Positive = Field(512, description="groups of one rollout batch")
+    group_size: Annotated[int, Field(ge=2)] = Field(16, description="responses for each prompt")
+    max_response_tokens: Positive = Field(20480, description="longer responses are cut")
+    temperature: PositiveFloat = Field(1.0, description="sampling temperature")
+    dynamic_sampling: bool = Field(
+        True, description="replace groups whose responses are all right or all wrong (DAPO)"
+    )
+    max_sampling_rounds: Positive = Field(
+        10, description="stop when a batch is still not full after this many rounds of prompts"
+    )
+    surplus: Literal["carry", "drop"] = Field(
+        "carry", description="admissible groups beyond the batch: into the next batch, or dropped"
+    )
+    seeded: bool = Field(
+        False, description="a seed for every request: repeatable responses, slower generation"
+    )
+    url: str | None = Field(None, description="a running server to use; unset: start one")
+    api_key_env: str = Field(
+        "MEGAFORK_API_KEY", description="with url: environment variable holding its API key"
+    )
+    python: str | None = Field(None, description="Python that has vLLM; unset: this one")
+    tensor_parallel: Positive = Field(1, description="tensor-parallel size of the server")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="dtype of the server; unset: the policy's"
+    )
+    max_num_seqs: Positive = Field(256, description="responses that the server runs at once")
+    gpu_memory_utilization: Fraction = Field(0.6, description="GPU memory for the server")
+    cpu_kv_cache_gib: Positive = Field(1, description="KV cache of a CPU server, GiB")
+    startup_timeout_s: PositiveFloat = Field(600.0, description="seconds for the server to come up")
+    request_timeout_s: PositiveFloat = Field(3600.0, description="seconds for one request")
+
+
+class RewardConfig(Section):
+    verifier: str = Field(
+        description="import path MODULE:FUNCTION of (prompt, response, answer) -> reward in 0..1"
+    )
+    accuracy_at: float = Field(1.0, description="a response is right when its reward reaches this")
+
+
+class AlgorithmConfig(Section):
+    clip_low: Fraction = Field(0.2, description="epsilon below 1 of the clipped ratio")
+    clip_high: PositiveFloat = Field(0.28, description="epsilon above 1 (DAPO's clip-higher)")
+    normalize_advantage: bool = Field(
+        True, description="divide the centred rewards of a group by their standard deviation"
+    )
+    overlong_filtering: bool = Field(
+        True, description="responses cut at max_response_tokens take no part in the loss"
+    )
+
+
+class ForkingConfig(Section):
+    select: Literal["top", "bottom", "random", "all"] = Field(
+        "top", description="which response tokens carry the policy gradient"
+    )
+    rho: Fraction = Field(0.2, description="fraction of the tokens, by entropy")
+    scope: Literal["minibatch", "batch"] = Field(
+        "minibatch", description="the tokens over which the threshold is taken"
+    )
+    entropy_of: Literal["old"] = Field(
+        "old", description="entropies of the policy before the first update of the batch"
+    )
+    ties: Literal["keep"] = Field("keep", description="tokens at the threshold are all kept")
+    entropy_temperature: PositiveFloat | None = Field(
+        None, description="temperature of the entropy; unset: the sampling temperature"
+    )
+
+
+class TrainingConfig(Section):
+    steps: Positive = Field(description="rollout batches to train on")
+    prompts_per_minibatch: Positive = Field(32, description="groups of one optimizer step")
+    micro_batch_tokens: Positive = Field(
+        32768, description="tokens of one packed micro-batch on one data-parallel rank"
+    )
+    lr: PositiveFloat = Field(1e-6, description="peak learning rate")
+    warmup_steps: NonNegative = Field(10, description="optimizer steps of linear warm-up")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        0.1, description="AdamW weight decay, off for norms"
+    )
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="Adam beta 1")
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.999, description="Adam beta 2")
+    adam_eps: PositiveFloat = Field(1e-8, description="Adam epsilon")
+    grad_clip: PositiveFloat = Field(1.0, description="bound of the global gradient norm")
+    seed: int = Field(0, description="seed of mini-batches and of random selection")
+
+
+class SyncConfig(Section):
+    bucket_mib: Positive = Field(256, description="weights travel in buckets of this size")
+    check_every: NonNegative = Field(
+        10, description="steps between comparisons of trainer and server (0: the first push only)"
+    )
+    check_prompts: Positive = Field(8, description="prompts of one comparison")
+    max_mean_difference: PositiveFloat | None = Field(
+        None, description="bound of mean |log-probability difference|; unset: by dtype"
+    )
+    max_k3: PositiveFloat | None = Field(None, description="bound of the k3 KL; unset: by dtype")
+    timeout_s: PositiveFloat = Field(300.0, description="seconds for one weight push")
+
+
+class EvalConfig(Section):
+    every: NonNegative = Field(0, description="steps between evaluations (0: start and end only)")
+    prompts: Positive | None = Field(None, description="held-out prompts; unset: all of them")
+    samples: Positive = Field(1, description="responses for each held-out prompt")
+    temperature: PositiveFloat = Field(1.0, description="sampling temperature of the evaluation")
+
+
+class RunConfig(Section):
+    dir: str = Field(description="folder of the run's outputs; must not hold another run")
+    tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
+
+
+class TrainConfig(Section):
+    """`megafork train CONFIG.toml`."""
+
+    run: RunConfig
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    forking: ForkingConfig = ForkingConfig()
+    training: TrainingConfig
+    sync: SyncConfig = SyncConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def check(self) -> None:
+        """Cross-field rules that need no file of the model's. Raises UserError."""
+        prompts, per_minibatch = self.rollout.prompts_per_step, self.training.prompts_per_minibatch
+        if prompts % per_minibatch:
+            raise UserError(
+                f"training.prompts_per_minibatch={per_minibatch} must divide "
+                f"rollout.prompts_per_step={prompts}: use one of {_divisors(prompts)}"
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        if longest > self.training.micro_batch_tokens:
+            raise UserError(
+                f"training.micro_batch_tokens={self.training.micro_batch_tokens} cannot hold one "
+                f"sequence of data.max_prompt_tokens + rollout.max_response_tokens = {longest} "
+                f"tokens: raise it to at least {longest}"
+            )
+
+
+class ScoreConfig(Section):
+    """The overrides that `megafork score` takes."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    temperature: PositiveFloat = Field(1.0, description="temperature of both columns")
+    micro_batch_tokens: Positive = Field(32768, description="tokens of one packed micro-batch")
+    batch_sequences: Positive = Field(4096, description="input lines held in memory at once")
+
+
+C = TypeVar("C", bound=Section)
+
+
+def load_config(kind: type[C], toml_path: str | Path | None, overrides: Sequence[str]) -> C:
+    """Read `toml_path` (None: no file), apply `section.key=value` overrides, validate.
+
+    Raises UserError that names the file or override, the key, the value and the nearest known key.
+    """
+    raw: dict[str, Any] = {}
+    source = "the command line"
+    if toml_path is not None:
+        source = str(toml_path)
+        try:
+            raw = tomllib.loads(Path(toml_path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"config file {toml_path} does not exist") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise UserError(f"config file {toml_path} cannot be read: {error}") from None
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        config = kind.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_explain(kind, error, source)) from None
+    if isinstance(config, TrainConfig):
+        config.check()
+    return config
+
+
+def save_config(config: Section, path: Path) -> None:
+    """Write the resolved config as TOML; `load_config` reads it back to an equal object."""
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+
+
+def known_keys(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """All (dotted key, description) pairs of a config, depth first."""
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field.description or ""
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not of the form section.key=value")
+    *sections, leaf = key.split(".")
+    table = raw
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise UserError(f"override {override!r}: {section} is a value, not a section")
+    try:
+        table[leaf] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[leaf] = text  # a bare word is a string
+
+
+def _explain(kind: type[Section], error: ValidationError, source: str) -> str:
+    keys = [key for key, _ in known_keys(kind)]
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            candidates = keys + sorted({k.split(".")[0] for k in keys})
+            near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
+            leaf = key.split(".")[-1]
+            near = near or [k for k in keys if k.split(".")[-1] == leaf][:1]
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(keys)}"
+            lines.append(f"unknown key {key}{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{key} is missing: set it in the file or as {key}=VALUE")
+        else:
+            lines.append(f"{key}={problem['input']!r}: {problem['msg']}")
+    return f"config from {source}: " + "; ".join(lines)
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

@@ -1,0 +1,10 @@
+"""The one exception that a user is meant to read."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something the user can mend: the message names the value, the cause and the fix.
+
+    The command line prints it as one line without a traceback and exits with status 2.
+    """

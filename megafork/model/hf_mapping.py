@@ -1,0 +1,180 @@
+"""The one table between HF names and megatron-core names: load, save and weight sync use it.
+
+Each rule ties one megatron parameter to one or more HF tensors and says how the parameter is cut
+over the tensor-parallel ranks. `read` takes a rank's slice from HF tensors, `merge` puts the
+slices of all ranks together as HF tensors. Works for weights and for their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megafork.model.shape import ModelShape
+
+# (HF name, dim or None for the whole tensor, start, stop) -> that slice.
+ReadSlice = Callable[[str, int | None, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """The same tensor on every rank."""
+
+    def read(self, read: ReadSlice, names: Sequence[str], rank: int, size: int) -> Tensor:
+        return read(names[0], None, 0, 0)
+
+    def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        return [shards[0]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Equal slices of `length` along `dim`; with several HF tensors, their slices are stacked."""
+
+    dim: int
+    length: int
+
+    def read(self, read: ReadSlice, names: Sequence[str], rank: int, size: int) -> Tensor:
+        step = self.length // size
+        return torch.cat([read(n, self.dim, rank * step, (rank + 1) * step) for n in names])
+
+    def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        num_tensors = shards[0].shape[self.dim] * len(shards) // self.length
+        parts = [shard.chunk(num_tensors, self.dim) for shard in shards]
+        return [torch.cat(pieces, self.dim) for pieces in zip(*parts, strict=True)]
+
+
+@dataclass(frozen=True)
+class VocabSplit:
+    """Rows of the vocabulary, zero rows appended up to megatron's padded size."""
+
+    vocab_size: int
+    padded_size: int
+
+    def read(self, read: ReadSlice, names: Sequence[str], rank: int, size: int) -> Tensor:
+        step = self.padded_size // size
+        start, stop = (min(edge * step, self.vocab_size) for edge in (rank, rank + 1))
+        rows = read(names[0], 0, start, stop)
+        return torch.cat([rows, rows.new_zeros(step - rows.shape[0], rows.shape[1])])
+
+    def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat(list(shards))[: self.vocab_size]]
+
+
+@dataclass(frozen=True)
+class QkvSplit:
+    """Query, key and value, interleaved by kv head: [q of its group, k, v] for each kv head."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def read(self, read: ReadSlice, names: Sequence[str], rank: int, size: int) -> Tensor:
+        kv_heads = self.num_kv_heads // size
+        q_rows, kv_rows = self._rows(kv_heads)
+        q, k, v = (
+            read(name, 0, rank * rows, (rank + 1) * rows)
+            for name, rows in zip(names, (q_rows, kv_rows, kv_rows), strict=True)
+        )
+        hidden = q.shape[1]
+        by_kv_head = [x.reshape(kv_heads, -1, hidden) for x in (q, k, v)]
+        return torch.cat(by_kv_head, 1).reshape(q_rows + 2 * kv_rows, hidden)
+
+    def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        full = torch.cat(list(shards))
+        hidden = full.shape[1]
+        per_kv_head = full.reshape(self.num_kv_heads, -1, hidden)
+        group = self.num_heads // self.num_kv_heads
+        parts = per_kv_head.split((group * self.head_dim, self.head_dim, self.head_dim), 1)
+        return [part.reshape(-1, hidden) for part in parts]
+
+    def _rows(self, kv_heads: int) -> tuple[int, int]:
+        group = self.num_heads // self.num_kv_heads
+        return kv_heads * group * self.head_dim, kv_heads * self.head_dim
+
+
+Sharding = Replicated | Split | VocabSplit | QkvSplit
+
+
+@dataclass(frozen=True)
+class Rule:
+    megatron: str
+    hf: tuple[str, ...]
+    sharding: Sharding
+    hf_shapes: tuple[tuple[int, ...], ...]
+    exported: bool = True
+    """False for the last stage's copy of a tied embedding: the first stage exports it."""
+
+
+def rules(
+    shape: ModelShape,
+    *,
+    layers: range,
+    first_stage: bool,
+    last_stage: bool,
+    padded_vocab_size: int,
+    transformer_engine: bool,
+) -> Iterator[Rule]:
+    """The rules of one pipeline stage, in a fixed order.
+
+    layers: the stage's layers by their number in the whole model. transformer_engine: its fused
+    layers keep the norm's weight inside the linear layer that follows.
+    """
+    hidden, inner, dim = shape.hidden_size, shape.intermediate_size, shape.head_dim
+    q_rows, kv_rows = shape.num_heads * dim, shape.num_kv_heads * dim
+    vocab = VocabSplit(shape.vocab_size, padded_vocab_size)
+    vocab_shape = ((shape.vocab_size, hidden),)
+    embedding = ("model.embed_tokens.weight",)
+    if first_stage:
+        yield Rule("embedding.word_embeddings.weight", embedding, vocab, vocab_shape)
+    qkv_norm, mlp_norm = (
+        ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
+        if transformer_engine
+        else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
+    )
+    for local, layer in enumerate(layers):
+        to, of = f"decoder.layers.{local}.", f"model.layers.{layer}."
+        attention, mlp = of + "self_attn.", of + "mlp."
+        yield Rule(
+            to + qkv_norm, (of + "input_layernorm.weight",), Replicated(), ((hidden,),)
+        )
+        yield Rule(
+            to + "self_attention.linear_qkv.weight",
+            tuple(f"{attention}{x}_proj.weight" for x in "qkv"),
+            QkvSplit(shape.num_heads, shape.num_kv_heads, dim),
+            ((q_rows, hidden), (kv_rows, hidden), (kv_rows, hidden)),
+        )
+        for x in "qk":
+            name = f"self_attention.{x}_layernorm.weight"
+            yield Rule(to + name, (f"{attention}{x}_norm.weight",), Replicated(), ((dim,),))
+        yield Rule(
+            to + "self_attention.linear_proj.weight",
+            (attention + "o_proj.weight",),
+            Split(1, q_rows),
+            ((hidden, q_rows),),
+        )
+        yield Rule(
+            to + mlp_norm, (of + "post_attention_layernorm.weight",), Replicated(), ((hidden,),)
+        )
+        yield Rule(
+            to + "mlp.linear_fc1.weight",
+            (mlp + "gate_proj.weight", mlp + "up_proj.weight"),
+            Split(0, inner),
+            ((inner, hidden), (inner, hidden)),
+        )
+        yield Rule(
+            to + "mlp.linear_fc2.weight",
+            (mlp + "down_proj.weight",),
+            Split(1, inner),
+            ((hidden, inner),),
+        )
+    if last_stage:
+        norm = ("model.norm.weight",)
+        yield Rule("decoder.final_layernorm.weight", norm, Replicated(), ((hidden,),))
+        if not shape.tied_embeddings:
+            yield Rule("output_layer.weight", ("lm_head.weight",), vocab, vocab_shape)
+        elif not first_stage:
+            yield Rule("output_layer.weight", embedding, vocab, vocab_shape, exported=False)

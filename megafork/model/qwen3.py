@@ -1,0 +1,174 @@
+"""Qwen3 (dense) as a megatron-core GPTModel that stops before the head.
+
+The last stage returns hidden states instead of logits: the loss decides which rows the head runs
+on, and takes log-probabilities and entropies from the vocabulary shards (ops/vocab_parallel.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from megafork.config import ModelConfig, ParallelConfig
+from megafork.model.layers import PackedAttention, RMSNorm
+from megafork.model.shape import ModelShape
+from megafork.parallel import backend
+from megafork.parallel.topology import Topology
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class HiddenStatesHead(ColumnParallelLinear):
+    """Owns the head's weight under megatron's name; forward hands the hidden states through."""
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: Any = None
+    ) -> tuple[Tensor, None]:
+        return input_, None
+
+
+def build_model(
+    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, topology: Topology
+) -> GPTModel:
+    """This rank's pipeline stage, on its device, parameters not yet loaded."""
+    config = transformer_config(shape, model, parallel)
+    num_layers = len(shape.stage_layers(parallel)[topology.pp_rank])
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=_block_spec(num_layers),
+        vocab_size=padded_vocab_size(shape, model, parallel),
+        max_sequence_length=shape.max_positions,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+        pg_collection=topology.groups,
+    )
+    if topology.is_last_stage:
+        # The layer is built (weight, tying, sharding attributes) by GPTModel; only its forward
+        # changes. Replacing the module would lose the attributes, copying _postprocess would
+        # break with every release.
+        gpt.output_layer.__class__ = HiddenStatesHead
+    return gpt.to(topology.device)
+
+
+def head_weight(gpt: GPTModel) -> Tensor:
+    """This rank's [V/tp, H] shard of the head on the last stage (the embedding's when tied)."""
+    if gpt.share_embeddings_and_output_weights:
+        return gpt.shared_embedding_or_output_weight()
+    return gpt.output_layer.weight
+
+
+def head_logits(gpt: GPTModel, hidden_1TH: Tensor, slots_N: Tensor) -> Tensor:
+    """float32 logits [N, V/tp] of the pack's slots `slots_N`, on the last stage.
+
+    hidden_1TH: the model's output, [1, T/tp, H] under sequence parallelism. Its gradient comes
+    back summed over the vocabulary shards. The product is float32 for any dtype of the model:
+    rounding logits to bfloat16 alone moves entropies by up to 0.1 nats.
+    """
+    tp_group = gpt.pg_collection.tp
+    if gpt.config.sequence_parallel:
+        hidden_TH = gather_from_sequence_parallel_region(hidden_1TH[0], group=tp_group)
+    else:
+        hidden_TH = copy_to_tensor_model_parallel_region(hidden_1TH[0], group=tp_group)
+    return F.linear(hidden_TH[slots_N].float(), head_weight(gpt).float())
+
+
+def padded_vocab_size(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Megatron's rule: a multiple of vocab_divisible_by * tp, so that every shard is equal."""
+    multiple = model.vocab_divisible_by * parallel.tp
+    return -(-shape.vocab_size // multiple) * multiple
+
+
+def transformer_config(
+    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig
+) -> TransformerConfig:
+    """The HF shape and our settings in megatron-core's words."""
+    dtype = DTYPES[model.dtype]
+    on_gpu, te = backend.has_cuda(), backend.has_transformer_engine()
+    optional: dict[str, Any] = {}
+    if model.recompute != "none":
+        optional["recompute_granularity"] = model.recompute
+    if model.recompute == "full":
+        optional |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    if parallel.pipeline_layers is not None:
+        layout = [["decoder"] * n for n in parallel.pipeline_layers]
+        layout[0].insert(0, "embedding")
+        layout[-1].append("loss")
+        optional["pipeline_model_parallel_layout"] = layout
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.intermediate_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        qk_layernorm=True,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=parallel.sequence_parallel,
+        # Packs differ in length, so stages tell each other the shape. Dense models are allowed
+        # to only with this dispatcher, which they never use.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # The loss comes divided by the global token count already (training/policy.py).
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=False,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=te,
+        apply_rope_fusion=te,
+        gradient_accumulation_fusion=False,
+        deallocate_pipeline_outputs=False,
+        **optional,
+    )
+
+
+def _block_spec(num_layers: int) -> TransformerBlockSubmodules:
+    if backend.has_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    _plug_in_own_layers(layer)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def _plug_in_own_layers(layer: ModuleSpec) -> None:
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = PackedAttention

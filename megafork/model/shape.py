@@ -1,0 +1,115 @@
+"""The shape of a Qwen3 model, read from an HF folder's config.json. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megafork.config import ParallelConfig
+from megafork.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    rope_theta: float
+    rms_norm_eps: float
+    tied_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ModelShape:
+        """Read `folder`/config.json (Qwen3ForCausalLM). Raises UserError for anything else."""
+        folder = Path(folder)
+        path = folder / "config.json"
+        if not folder.is_dir():
+            raise UserError(f"model.path={folder} is not a folder: give an HF model folder")
+        if not path.is_file():
+            raise UserError(f"model.path={folder} holds no config.json: give an HF model folder")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON: {error}") from None
+        if raw.get("model_type") != "qwen3":
+            raise UserError(
+                f"{path} has model_type={raw.get('model_type')!r}; megafork trains 'qwen3' (dense)"
+            )
+        # transformers 5 nests the rope settings, 4 kept them at the top level.
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise UserError(f"{path} has rope_type={kind!r}; only 'default' is supported")
+        if raw.get("attention_bias") or raw.get("use_sliding_window"):
+            raise UserError(f"{path} sets attention_bias or use_sliding_window: not supported")
+        try:
+            return cls(
+                num_layers=raw["num_hidden_layers"],
+                hidden_size=raw["hidden_size"],
+                intermediate_size=raw["intermediate_size"],
+                num_heads=raw["num_attention_heads"],
+                num_kv_heads=raw["num_key_value_heads"],
+                head_dim=raw["head_dim"],
+                vocab_size=raw["vocab_size"],
+                max_positions=raw["max_position_embeddings"],
+                rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else raw["rope_theta"]),
+                rms_norm_eps=raw["rms_norm_eps"],
+                tied_embeddings=raw["tie_word_embeddings"],
+                eos_token_ids=_eos_token_ids(folder, raw),
+            )
+        except KeyError as error:
+            raise UserError(f"{path} lacks the key {error}") from None
+
+    def check_layout(self, parallel: ParallelConfig) -> None:
+        """Raise UserError with key, value and fix when the model cannot be split this way."""
+        for name, value in (
+            ("num_kv_heads", self.num_kv_heads),
+            ("num_heads", self.num_heads),
+            ("intermediate_size", self.intermediate_size),
+        ):
+            if value % parallel.tp:
+                fits = [d for d in range(1, self.num_kv_heads + 1) if self.num_kv_heads % d == 0]
+                raise UserError(
+                    f"parallel.tp={parallel.tp} must divide model.{name}={value}: "
+                    f"use {', '.join(map(str, fits[:-1]))}{' or ' if fits[:-1] else ''}{fits[-1]}"
+                )
+        layers = parallel.pipeline_layers
+        if layers is not None:
+            if len(layers) != parallel.pp or sum(layers) != self.num_layers:
+                raise UserError(
+                    f"parallel.pipeline_layers={list(layers)} must have parallel.pp={parallel.pp} "
+                    f"entries that sum to model.num_layers={self.num_layers}"
+                )
+        elif self.num_layers % parallel.pp:
+            raise UserError(
+                f"parallel.pp={parallel.pp} must divide model.num_layers={self.num_layers}: "
+                "use a divisor, or give the layers of each stage in parallel.pipeline_layers"
+            )
+        if parallel.sequence_parallel and parallel.tp == 1:
+            raise UserError(
+                "parallel.sequence_parallel=true needs parallel.tp > 1: raise tp or turn it off"
+            )
+
+    def stage_layers(self, parallel: ParallelConfig) -> list[range]:
+        """The layers of each pipeline stage, in order."""
+        sizes = parallel.pipeline_layers or (self.num_layers // parallel.pp,) * parallel.pp
+        starts = [sum(sizes[:stage]) for stage in range(parallel.pp)]
+        return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def _eos_token_ids(folder: Path, raw: dict) -> tuple[int, ...]:
+    """generation_config.json wins over config.json, as in transformers."""
+    path = folder / "generation_config.json"
+    if path.is_file():
+        raw = {**raw, **json.loads(path.read_text(encoding="utf-8"))}
+    ids = raw.get("eos_token_id")
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)

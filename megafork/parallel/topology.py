@@ -1,0 +1,115 @@
+"""The one place that builds process groups. Everything else is handed the groups it needs."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megafork.config import ParallelConfig
+from megafork.errors import UserError
+from megafork.parallel import backend
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place in the layout and the groups it talks to."""
+
+    device: torch.device
+    groups: ProcessGroupCollection
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    cp_size: int
+    dp_rank: int
+    dp_size: int
+    last_stage_rank: int
+    """Global rank of the last pipeline stage's first rank: where the losses and metrics are."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_sender(self) -> bool:
+        """One rank of each pipeline stage sends that stage's weights."""
+        return self.tp_rank == 0 and dist.get_rank(self.groups.dp_cp) == 0
+
+    def broadcast_object(self, value: Any, src: int = 0) -> Any:
+        """`value` of global rank `src`, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=src)
+        return box[0]
+
+
+def initialize(parallel: ParallelConfig, *, seed: int = 0) -> Topology:
+    """Join the world that torchrun (or a plain start) made and split it as `parallel` says.
+
+    Raises UserError when the world's size and the layout disagree.
+    """
+    device = backend.prepare()
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
+        kwargs: dict[str, Any] = {"backend": backend.communication_backend(), "timeout": timeout}
+        if "RANK" not in os.environ:
+            kwargs |= {"init_method": f"tcp://127.0.0.1:{free_port()}", "rank": 0, "world_size": 1}
+        dist.init_process_group(**kwargs)
+    world_size = dist.get_world_size()
+    dp_size, rest = divmod(world_size, parallel.model_parallel_size)
+    if rest or dp_size == 0 or parallel.dp not in (None, dp_size):
+        want = f"parallel.dp={parallel.dp} * " if parallel.dp else ""
+        raise UserError(
+            f"{want}parallel.tp={parallel.tp} * pp={parallel.pp} * cp={parallel.cp} does not fit "
+            f"the world of {world_size} ranks: start {parallel.world_size} ranks or change them"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    tp_rank, pp_rank = dist.get_rank(groups.tp), dist.get_rank(groups.pp)
+    model_parallel_cuda_manual_seed(seed, tp_rank=tp_rank, ep_rank=0, etp_rank=0)
+    return Topology(
+        device=device,
+        groups=groups,
+        rank=dist.get_rank(),
+        world_size=world_size,
+        tp_rank=tp_rank,
+        tp_size=parallel.tp,
+        pp_rank=pp_rank,
+        pp_size=parallel.pp,
+        cp_size=parallel.cp,
+        dp_rank=dist.get_rank(groups.dp),
+        dp_size=dp_size,
+        last_stage_rank=world_size - dp_size * parallel.tp * parallel.cp,
+    )
+
+
+def shutdown() -> None:
+    """Leave the world; a later `initialize` in the same process starts afresh."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,184 @@
+"""HTTP client of one vLLM server: generation from an event loop, administration from plain code."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Self
+
+import aiohttp
+import requests
+
+from megafork.errors import UserError
+from megafork.rollout.sampling import GENERATE_PATH, Completion, Sampling, decode_completions
+
+_ATTEMPTS = 5  # the first one included; waits of 0.5, 1, 2 and 4 s in between
+_LOG_LINES = 8
+
+
+class ServerError(RuntimeError):
+    """The server answered with an error: its message and the HTTP status."""
+
+    def __init__(self, path: str, status: int, message: str) -> None:
+        super().__init__(f"{path} failed with HTTP {status}: {message}")
+        self.status = status
+
+
+class RolloutClient:
+    """Talks to one server. Safe to use from several event loops, one after the other or at once.
+
+    timeout_s: of one attempt; a group of long responses has to be done within it.
+    log_path: the server's log, quoted when the server cannot be reached.
+
+    `generate` is idempotent and retried on connection errors; requests that change the server are
+    not. Errors: UserError when the server cannot be reached, ServerError when it says no.
+    """
+
+    def __init__(
+        self, url: str, api_key: str, *, timeout_s: float = 3600.0, log_path: Path | None = None
+    ) -> None:
+        self.url = url
+        self.timeout_s = timeout_s
+        self.log_path = log_path
+        self._headers = {"Authorization": f"Bearer {api_key}"}
+        self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
+
+    # ------------------------------------------------------------------ generation
+
+    async def generate(
+        self, prompt_ids: list[int], n: int, sampling: Sampling, seed: int | None = None
+    ) -> list[Completion]:
+        """`n` responses to one prompt, in an order that means nothing.
+
+        seed: response i is drawn with seed + i and is then reproducible (and slower).
+        A response that ended has its stop token last, with its log-probability.
+        """
+        body = sampling.request_body(prompt_ids, n, seed)
+
+        async def attempt() -> bytes:
+            async with self._session().post(self.url + GENERATE_PATH, json=body) as response:
+                payload = await response.read()
+                if response.status != 200:
+                    raise ServerError(GENERATE_PATH, response.status, _message(payload))
+                return payload
+
+        return decode_completions(await self._retried(attempt))
+
+    async def _retried(self, attempt: Callable[[], Awaitable[bytes]]) -> bytes:
+        for number in range(_ATTEMPTS):
+            try:
+                return await attempt()
+            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+                cause = error
+            if number + 1 < _ATTEMPTS:
+                await asyncio.sleep(0.5 * 2**number * random.uniform(0.8, 1.2))
+        raise self._unreachable(cause) from cause
+
+    def _session(self) -> aiohttp.ClientSession:
+        loop = asyncio.get_running_loop()
+        if loop not in self._sessions:
+            self._sessions[loop] = aiohttp.ClientSession(
+                headers=self._headers,
+                connector=aiohttp.TCPConnector(limit=0),  # the engine queues, not the client
+                timeout=aiohttp.ClientTimeout(total=self.timeout_s),
+            )
+        return self._sessions[loop]
+
+    async def aclose(self) -> None:
+        """Close the running loop's session."""
+        session = self._sessions.pop(asyncio.get_running_loop(), None)
+        if session is not None:
+            await session.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    # -------------------------------------------------------------- administration
+
+    def health(self) -> bool:
+        """Whether the server answers to this API key and its engine lives."""
+        try:
+            self._request("GET", "/health", timeout_s=5.0)
+            self._request("GET", "/weight_info", timeout_s=5.0)
+        except (UserError, ServerError):
+            return False
+        return True
+
+    def pause(self, mode: str = "wait") -> None:
+        """Stop scheduling and drop the prefix cache; the weights may then change.
+
+        mode: "wait" finishes what is in flight, "abort" returns it as it is (finish_reason
+        "abort"), "keep" freezes it (call `reset_prefix_cache(running=True)` after the update).
+        """
+        self._request("POST", f"/pause?mode={mode}&clear_cache=true")
+
+    def resume(self) -> None:
+        self._request("POST", "/resume")
+
+    def reset_prefix_cache(self, running: bool = False) -> None:
+        """Forget cached keys and values; `running` also recomputes those of running requests."""
+        self._request("POST", f"/reset_prefix_cache?reset_running_requests={str(running).lower()}")
+
+    def init_transfer(self, senders: list[dict[str, Any]], num_workers: int) -> None:
+        """Join the workers to each sender's group; returns when all groups are up.
+
+        senders: {"host": str, "port": int} of every `WeightSender`, in the order of their numbers.
+        """
+        info = {"senders": senders, "num_workers": num_workers}
+        self._request("POST", "/init_weight_transfer_engine", {"init_info": info})
+
+    def start_weight_update(self) -> None:
+        self._request("POST", "/start_weight_update")
+
+    def update_weights(self, buckets: list[dict[str, Any]]) -> None:
+        """Receive the buckets, in this order, from their senders; blocks until all are loaded."""
+        self._request("POST", "/update_weights", {"update_info": {"buckets": buckets}})
+
+    def finish_weight_update(self, weight_version: int) -> None:
+        self._request("POST", "/finish_weight_update", {"weight_version": str(weight_version)})
+
+    def weight_version(self) -> int:
+        """Version of the last finished update; 0 before the first."""
+        version = self._request("GET", "/weight_info")["weight_version"]
+        return 0 if version == "default" else int(version)
+
+    def _request(
+        self, method: str, path: str, body: Any = None, timeout_s: float | None = None
+    ) -> Any:
+        try:
+            with requests.Session() as session:
+                session.trust_env = False  # a proxy must not see 127.0.0.1
+                response = session.request(
+                    method,
+                    self.url + path,
+                    json=body,
+                    headers=self._headers,
+                    timeout=timeout_s or self.timeout_s,
+                )
+        except requests.RequestException as error:
+            raise self._unreachable(error) from error
+        if response.status_code != 200:
+            raise ServerError(path, response.status_code, _message(response.content))
+        return response.json() if response.content else None
+
+    def _unreachable(self, error: Exception) -> UserError:
+        message = f"the rollout server at {self.url} does not answer ({type(error).__name__})"
+        if self.log_path is not None and self.log_path.exists():
+            last = self.log_path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+            return UserError("\n  ".join([f"{message}. The end of {self.log_path}:", *last]))
+        return UserError(f"{message}: {error}. Is the server running?")
+
+
+def _message(payload: bytes) -> str:
+    """What vLLM, FastAPI or our own layer put into an error's body."""
+    text = payload.decode(errors="replace")
+    try:
+        return json.loads(text)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return text.strip() or "no message"

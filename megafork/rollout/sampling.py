@@ -1,0 +1,102 @@
+"""How a response is sampled, and what comes back. No torch and no vLLM here: the config imports this."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from dataclasses import dataclass
+from typing import Any
+
+GENERATE_PATH = "/megafork/generate"  # the server's own route: token ids in, binary out
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The distribution that responses are drawn from: softmax(logits / temperature), nothing cut off.
+
+    `stop_token_ids` end a response and stay its last token. The model folder's own EOS token is
+    not consulted: without stop ids every response runs to `max_tokens`.
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    max_tokens: int = 512  # of one response, the stop token included
+    stop_token_ids: tuple[int, ...] = ()
+    top_p: float = 1.0  # below 1 the distribution is truncated and so are its log-probabilities
+    top_k: int = -1  # -1: every token
+    min_p: float = 0.0
+
+    def request_body(
+        self, prompt_ids: list[int], n: int, seed: int | None = None
+    ) -> dict[str, Any]:
+        """JSON body for `n` responses to one prompt.
+
+        Every parameter that shapes the distribution is stated, so that neither the engine's
+        defaults nor the folder's generation_config.json can change it.
+        """
+        return {
+            "prompt_ids": list(prompt_ids),
+            "sampling_params": {
+                "n": n,
+                "seed": seed,
+                "temperature": self.temperature,
+                "top_p": self.top_p,
+                "top_k": self.top_k,
+                "min_p": self.min_p,
+                "presence_penalty": 0.0,
+                "frequency_penalty": 0.0,
+                "repetition_penalty": 1.0,
+                "max_tokens": self.max_tokens,
+                "min_tokens": 0,
+                "ignore_eos": True,  # stop_token_ids alone decide
+                "stop_token_ids": list(self.stop_token_ids),
+                "logprobs": 0,  # of the sampled token alone
+                "detokenize": False,
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response as the engine sampled it: `logprobs[i]` (nats, at the sampling temperature)
+    belongs to `token_ids[i]`; a stop token is the last of them."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str  # "stop" | "length"; "abort" for what was in flight at pause(mode="abort")
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason != "stop"
+
+
+def encode_completions(completions: list[Completion]) -> bytes:
+    """8 bytes a token: one line of JSON, then all ids (int32), then all log-probabilities (float32).
+
+    Both are in the machine's byte order, which is little-endian wherever vLLM runs.
+    """
+    header = [[len(c.token_ids), c.finish_reason] for c in completions]
+    ids, logprobs = array("i"), array("f")
+    for completion in completions:
+        ids.extend(completion.token_ids)
+        logprobs.extend(completion.logprobs)
+    return json.dumps(header).encode() + b"\n" + ids.tobytes() + logprobs.tobytes()
+
+
+def decode_completions(payload: bytes) -> list[Completion]:
+    """The inverse of `encode_completions`. Raises ValueError when the payload is cut short."""
+    line, _, rest = payload.partition(b"\n")
+    header = json.loads(line)
+    num_tokens = sum(length for length, _ in header)
+    if len(rest) != 8 * num_tokens:
+        raise ValueError(f"{len(rest)} bytes for {num_tokens} tokens, expected {8 * num_tokens}")
+    ids, logprobs = array("i"), array("f")
+    ids.frombytes(rest[: 4 * num_tokens])
+    logprobs.frombytes(rest[4 * num_tokens :])
+    completions, start = [], 0
+    for length, finish_reason in header:
+        end = start + length
+        completions.append(
+            Completion(ids[start:end].tolist(), logprobs[start:end].tolist(), finish_reason)
+        )
+        start = end
+    return completions

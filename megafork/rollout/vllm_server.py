@@ -1,0 +1,247 @@
+"""Starts and ends one vLLM server on this machine, as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Self
+
+import megafork
+from megafork.errors import UserError
+from megafork.rollout.client import RolloutClient
+from megafork.rollout.supervisor import GRACE_S
+
+_PLUGINS = "megafork.rollout.vllm_plugins"
+_UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+
+# torchrun's variables would make vLLM's workers join the trainer's rendezvous.
+_TORCHRUN_VARIABLE = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|PET_.*"
+    r"|(TORCH_)?NCCL_ASYNC_ERROR_HANDLING"
+)
+_CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binding costs a factor of ten
+    "TORCHDYNAMO_DISABLE": "1",
+}
+
+
+class VllmServer:
+    """One vLLM server with a random API key, and nothing left of it after `stop()`.
+
+    model_path: a local Hugging Face folder; no tokenizer is needed, only token ids travel.
+    device: "cpu" or "cuda". kv_cache_gib sizes the cache on the CPU, gpu_memory_utilization on
+    a GPU. environment: further variables of the server, for instance CUDA_VISIBLE_DEVICES.
+    python: the interpreter that has vLLM; it may belong to another environment.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        dtype: str,
+        max_model_len: int,
+        max_num_seqs: int,
+        log_path: Path,
+        device: str = "cpu",
+        tensor_parallel: int = 1,
+        python: str = sys.executable,
+        startup_timeout_s: float = 600.0,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        gpu_memory_utilization: float = 0.6,
+        kv_cache_gib: int = 1,
+        seed: int = 0,
+        extra_args: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.model_path = Path(model_path).absolute()
+        self.dtype = dtype
+        self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
+        self.log_path = Path(log_path).absolute()
+        self.device = device
+        self.tensor_parallel = tensor_parallel
+        self.python = python
+        self.startup_timeout_s = startup_timeout_s
+        self.host = host
+        self.port = port
+        self.gpu_memory_utilization = gpu_memory_utilization
+        self.kv_cache_gib = kv_cache_gib
+        self.seed = seed
+        self.extra_args = extra_args
+        self.environment = environment or {}
+        self.api_key = secrets.token_urlsafe(32)
+        self._process: subprocess.Popen | None = None
+        self._import_path: tempfile.TemporaryDirectory | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def client(self, timeout_s: float = 3600.0) -> RolloutClient:
+        return RolloutClient(self.url, self.api_key, timeout_s=timeout_s, log_path=self.log_path)
+
+    def start(self) -> None:
+        """Start the server and wait until it answers.
+
+        Raises UserError, with the cause and the log's path and nothing left running, when the
+        folder is no model, the port is taken, the server exits, or startup_timeout_s is over.
+        """
+        assert self._process is None, "the server was started before"
+        _check_model_folder(self.model_path)
+        self.port = _free_port(self.host, self.port)
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._import_path = tempfile.TemporaryDirectory(prefix="megafork-")
+        # The package alone, so that another environment's Python sees none of our site-packages.
+        package = Path(megafork.__file__).parent
+        (Path(self._import_path.name) / "megafork").symlink_to(package)
+        supervisor = [sys.executable, "-m", "megafork.rollout.supervisor"]
+        with self.log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*supervisor, *self._command()],
+                stdin=subprocess.PIPE,  # closed with us, which ends the server
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End the server's whole process group. Safe to call twice, or before `start`."""
+        if self._process is not None:
+            self._process.stdin.close()
+            try:
+                self._process.wait(GRACE_S + 5.0)
+            except subprocess.TimeoutExpired:
+                pass
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self._process.wait()
+            self._process = None
+        if self._import_path is not None:
+            self._import_path.cleanup()
+            self._import_path = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def _wait_until_ready(self) -> None:
+        client = self.client()
+        deadline = time.monotonic() + self.startup_timeout_s
+        while not client.health():
+            if self._process.poll() is not None:
+                raise UserError(f"the vLLM server did not start: {self._cause()}")
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the vLLM server did not answer within startup_timeout_s="
+                    f"{self.startup_timeout_s:g}; allow more time, or see why in: {self._cause()}"
+                )
+            time.sleep(0.2)
+
+    def _cause(self) -> str:
+        return f"{_last_error(self.log_path)}\n  full log: {self.log_path}"
+
+    def _command(self) -> list[str]:
+        options = {
+            "host": self.host,
+            "port": self.port,
+            "dtype": self.dtype,
+            "max-model-len": self.max_model_len,
+            "max-num-seqs": self.max_num_seqs,
+            "tensor-parallel-size": self.tensor_parallel,
+            "seed": self.seed,
+            "served-model-name": "policy",
+            "generation-config": "vllm",  # nothing of the folder's sampling defaults
+            "logprobs-mode": "processed_logprobs",  # log_softmax(logits / temperature)
+            "middleware": f"{_PLUGINS}.RolloutMiddleware",
+            "worker-extension-cls": f"{_PLUGINS}.WorkerExtension",
+            "weight-transfer-config": json.dumps({"backend": "megafork"}),
+            "uvicorn-log-level": "warning",
+        }
+        flags = ["skip-tokenizer-init", "disable-uvicorn-access-log", "disable-log-stats"]
+        if self.device == "cpu":
+            flags.append("enforce-eager")
+            if self.tensor_parallel == 1:
+                # The worker inside the engine's process: one process and two copies a step less.
+                options["distributed-executor-backend"] = _UNIPROC
+        else:
+            options["gpu-memory-utilization"] = self.gpu_memory_utilization
+        command = [self.python, "-m", "megafork.rollout.vllm_cli", str(self.model_path)]
+        for name, value in options.items():
+            command += [f"--{name}", str(value)]
+        return [*command, *(f"--{flag}" for flag in flags), *self.extra_args]
+
+    def _environment(self) -> dict[str, str]:
+        environment = {k: v for k, v in os.environ.items() if not _TORCHRUN_VARIABLE.fullmatch(k)}
+        if self.device == "cpu":
+            environment |= _CPU_ENVIRONMENT
+            environment["VLLM_CPU_KVCACHE_SPACE"] = str(self.kv_cache_gib)
+        return environment | {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and update
+            "VLLM_API_KEY": self.api_key,
+            "PYTHONPATH": self._import_path.name,
+            **self.environment,
+        }
+
+
+def _check_model_folder(folder: Path) -> None:
+    """The mistakes that vLLM reports after half a minute and in other words."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"no model at {folder}: {path} does not exist; give a Hugging Face folder")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); copy or convert the model again")
+    if not isinstance(config, dict) or "architectures" not in config:
+        raise UserError(f"{path} names no architectures; give a Hugging Face model folder")
+
+
+def _free_port(host: str, port: int | None) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port or 0))
+        except OSError as error:
+            raise UserError(
+                f"the vLLM server cannot listen on {host}:{port} ({error.strerror}); "
+                "choose another port or leave it out"
+            ) from error
+        return probe.getsockname()[1]
+
+
+def _last_error(log_path: Path, num_lines: int = 12) -> str:
+    """The line of the log that names the root cause, then the log's end."""
+    lines = log_path.read_text(errors="replace").splitlines()
+    lines = [
+        re.sub(r"^\(\w+ pid=\d+\) ((INFO|WARNING|ERROR) [\d: -]+\[[^]]*\] )?", "", line)
+        for line in lines
+    ]
+    named = [
+        line.strip() for line in lines if re.match(r"\s*([\w.]*(Error|Exception)|Killed)\b", line)
+    ]
+    causes = [line for line in named if "root cause" not in line] or named
+    return "\n  ".join([causes[0] if causes else "no error in its log", *lines[-num_lines:]])

@@ -1,0 +1,73 @@
+"""megatron-core's distributed data parallelism and AdamW, set up for exact loss scaling.
+
+The loss of every micro-batch arrives divided by the global token count, so gradients are plainly
+summed: no averaging over data-parallel ranks, no division by token or micro-batch counts.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.module import Float16Module
+
+from megafork.config import TrainingConfig
+from megafork.parallel import backend
+from megafork.parallel.topology import Topology
+
+
+def wrap_data_parallel(gpt: GPTModel, topology: Topology) -> DistributedDataParallel:
+    """The model in megatron's DDP: contiguous float32 gradient buffers, sharded optimizer."""
+    overlap = backend.has_cuda()
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
+        average_in_collective=False,
+    )
+    module = Float16Module(gpt.config, gpt) if gpt.config.bf16 else gpt
+    ddp = DistributedDataParallel(gpt.config, config, module, pg_collection=topology.groups)
+    if overlap:
+        gpt.config.no_sync_func = ddp.no_sync
+    gpt.config.finalize_model_grads_func = partial(_finalize, groups=topology.groups)
+    return ddp
+
+
+def _finalize(model, num_tokens=None, pg_collection=None, force_all_reduce=False, *, groups):
+    """megatron's reductions without its division by `num_tokens`: the loss is scaled already."""
+    finalize_model_grads(
+        model, None, pg_collection=groups, force_all_reduce=force_all_reduce
+    )
+
+
+def build_optimizer(
+    ddp: DistributedDataParallel, training: TrainingConfig, topology: Topology
+) -> MegatronOptimizer:
+    """AdamW with global-norm clipping; no weight decay on norms (megatron's rule: 1-D tensors)."""
+    dtype = next(ddp.parameters()).dtype
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=training.lr,
+        min_lr=training.lr,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.beta1,
+        adam_beta2=training.beta2,
+        adam_eps=training.adam_eps,
+        clip_grad=training.grad_clip,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
+    return get_megatron_optimizer(config, [ddp])
+
+
+def learning_rate(training: TrainingConfig, num_updates: int) -> float:
+    """Linear warm-up from lr / warmup_steps, then constant. `num_updates`: updates already made."""
+    return training.lr * min(1.0, (num_updates + 1) / max(training.warmup_steps, 1))

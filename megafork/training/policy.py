@@ -1,0 +1,302 @@
+"""The policy's verbs: score, select, update, export_shards. The layout stays behind them.
+
+Values of tokens exist on the last pipeline stage, on the rank that holds the token's pack; every
+rank holds the same token table and so knows every plan, denominator and shape without asking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megafork.algorithms import forking, losses
+from megafork.checkpoint.hf import SafetensorsFolder
+from megafork.config import AlgorithmConfig, ForkingConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megafork.data.packing import Pack, build_pack, fed_lengths, plan_micro_batches
+from megafork.errors import UserError
+from megafork.model.qwen3 import build_model, head_logits
+from megafork.model.shape import ModelShape
+from megafork.model.weights import export_weights, load_weights, stage_rules
+from megafork.ops.vocab_parallel import logprob_and_entropy
+from megafork.parallel.topology import Topology
+from megafork.training.optimizer import build_optimizer, learning_rate, wrap_data_parallel
+from megafork.types import TokenTable
+
+BOUNDARY_EPS = {"float32": 1e-5, "bfloat16": 2e-2}
+"""Nats by which entropies of one dtype may move between layouts (docs/numerics.md)."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one rank knows of a table's tokens after scoring; empty before the last stage.
+
+    rows_N says which rows of the table the values belong to, pack by pack.
+    """
+
+    packs: list[Pack]
+    rows_N: Tensor
+    old_logprobs_N: Tensor
+    entropy_N: Tensor
+
+
+class Scorer:
+    """A model in its layout that gives log-probabilities and entropies of a token table."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        topology: Topology,
+        *,
+        micro_batch_tokens: int,
+        temperature: float = 1.0,
+        entropy_temperature: float | None = None,
+    ) -> None:
+        self.shape = ModelShape.from_folder(model.path)
+        self.shape.check_layout(parallel)
+        self.topology = topology
+        self.micro_batch_tokens = micro_batch_tokens
+        self.temperature = temperature
+        self.entropy_temperature = entropy_temperature
+        self.sequence_multiple = parallel.tp if parallel.sequence_parallel else 1
+        self.rules = stage_rules(self.shape, model, parallel, topology)
+        self.gpt = build_model(self.shape, model, parallel, topology)
+        load_weights(self.gpt, SafetensorsFolder(model.path), self.rules, topology)
+        self.model: torch.nn.Module = self.gpt
+
+    def score(self, table: TokenTable) -> Scores:
+        """Log-probability and entropy of every response token, without gradients."""
+        packs = self.packs(table)
+        self.model.eval()
+
+        def collect(pack: Pack, logprobs_N: Tensor, entropy_N: Tensor) -> tuple[Tensor, dict]:
+            return logprobs_N.sum(), {"logprobs": logprobs_N.cpu(), "entropy": entropy_N.cpu()}
+
+        with torch.no_grad():
+            outputs = self._run(packs, collect, forward_only=True)
+        if not self.topology.is_last_stage:
+            nothing = torch.zeros(0)
+            return Scores(packs, nothing.long(), nothing, nothing)
+        return Scores(
+            packs=packs,
+            rows_N=torch.cat([pack.rows_N for pack in packs]),
+            old_logprobs_N=torch.cat([output["logprobs"] for output in outputs]),
+            entropy_N=torch.cat([output["entropy"] for output in outputs]),
+        )
+
+    def packs(self, table: TokenTable) -> list[Pack]:
+        """This data-parallel rank's micro-batches of the table."""
+        self._check(table)
+        plan = plan_micro_batches(
+            fed_lengths(table),
+            dp_size=self.topology.dp_size,
+            token_budget=self.micro_batch_tokens,
+        )
+        return [
+            build_pack(
+                table, samples, multiple=self.sequence_multiple, device=self.topology.device
+            )
+            for samples in plan[self.topology.dp_rank]
+        ]
+
+    def export_shards(self) -> Iterator[tuple[str, Tensor]]:
+        """This stage's weights by HF name, on its sender; tp ranks of dp rank 0 iterate together."""
+        return export_weights(self.gpt, self.rules, self.topology)
+
+    def shard_manifest(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes that export_shards will give, in its order, without communication."""
+        return [
+            pair
+            for rule in self.rules
+            if rule.exported
+            for pair in zip(rule.hf, rule.hf_shapes, strict=True)
+        ]
+
+    def _check(self, table: TokenTable) -> None:
+        vocab, positions = self.shape.vocab_size, self.shape.max_positions
+        tokens = torch.cat([table.prompt_ids_P, table.token_R])
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
+            raise UserError(
+                f"token ids span {int(tokens.min())}..{int(tokens.max())}, but the model's "
+                f"vocabulary has {vocab}: is this the model's own tokenizer?"
+            )
+        longest = max(fed_lengths(table), default=0)
+        if longest > positions:
+            raise UserError(
+                f"a sequence has {longest} tokens, but the model's max_position_embeddings is "
+                f"{positions}: shorten prompts or responses"
+            )
+
+    def _run(
+        self,
+        packs: Sequence[Pack],
+        loss_of: Callable[[Pack, Tensor, Tensor], tuple[Tensor, dict]],
+        *,
+        forward_only: bool,
+    ) -> list[dict]:
+        """megatron's schedule over the packs; `loss_of` runs on the last stage."""
+
+        def forward_step(packs_left: Iterator[Pack], model: torch.nn.Module):
+            pack = next(packs_left)
+            params = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=pack.cu_seqlens,
+                cu_seqlens_kv=pack.cu_seqlens,
+                max_seqlen_q=pack.max_seqlen,
+                max_seqlen_kv=pack.max_seqlen,
+            )
+            output = model(
+                pack.tokens_T[None], pack.positions_T[None], None, packed_seq_params=params
+            )
+
+            def loss(hidden_1TH: Tensor):
+                logits_NV = head_logits(self.gpt, hidden_1TH, pack.slots_N)
+                logprobs_N, entropy_N = logprob_and_entropy(
+                    logits_NV,
+                    pack.targets_N,
+                    tp_group=self.topology.groups.tp,
+                    temperature=self.temperature,
+                    entropy_temperature=self.entropy_temperature,
+                    vocab_size=self.shape.vocab_size,
+                )
+                value, report = loss_of(pack, logprobs_N, entropy_N)
+                # The middle number would be megatron's per-token denominator; ours is in `value`.
+                return value, torch.tensor(0, dtype=torch.int), report
+
+            return output, loss
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(packs),
+            model=self.model,
+            num_microbatches=len(packs),
+            seq_length=1,  # read from the tensors: variable_seq_lengths
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+class Policy(Scorer):
+    """A Scorer that learns."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        topology: Topology,
+        *,
+        training: TrainingConfig,
+        algorithm: AlgorithmConfig,
+        forking: ForkingConfig,
+        temperature: float,
+    ) -> None:
+        super().__init__(
+            model,
+            parallel,
+            topology,
+            micro_batch_tokens=training.micro_batch_tokens,
+            temperature=temperature,
+            entropy_temperature=forking.entropy_temperature,
+        )
+        self.training = training
+        self.algorithm = algorithm
+        self.forking = forking
+        self.boundary_eps = BOUNDARY_EPS[model.dtype]
+        self.num_updates = 0
+        self.model = wrap_data_parallel(self.gpt, topology)
+        self.optimizer = build_optimizer(self.model, training, topology)
+
+    def select(
+        self, tables: Sequence[TokenTable], scores: Sequence[Scores], *, step: int
+    ) -> tuple[list[Tensor], forking.Selection | None]:
+        """The forking mask of each table, with one threshold over all of them.
+
+        Masks are bool and aligned with the scores' rows. Only the last stage has anything to
+        select; the others get empty masks and no Selection.
+        """
+        if not self.topology.is_last_stage:
+            return [torch.zeros(0, dtype=torch.bool) for _ in tables], None
+        selection = forking.select_tokens(
+            torch.cat([s.entropy_N for s in scores]),
+            torch.cat([t.loss_mask_R[s.rows_N] for t, s in zip(tables, scores, strict=True)]),
+            torch.cat([t.key_R[s.rows_N] for t, s in zip(tables, scores, strict=True)]),
+            self.forking,
+            seed=self.training.seed,
+            step=step,
+            groups=(self.topology.groups.dp_cp,),
+            boundary_eps=self.boundary_eps,
+        )
+        # Entropies are bit-identical over tp by construction; were they not, ranks would compute
+        # different rows and hang, so the mask is rank 0's on all of them.
+        mask = selection.mask_T.to(self.topology.device)
+        tp_group = self.topology.groups.tp
+        dist.broadcast(mask, src=dist.get_global_rank(tp_group, 0), group=tp_group)
+        return list(mask.cpu().split([len(s.rows_N) for s in scores])), selection
+
+    def update(self, table: TokenTable, scores: Scores, mask_N: Tensor) -> dict[str, float]:
+        """One optimizer step on the masked tokens; the denominator is the table's loss tokens.
+
+        Returns sums over all ranks on the last stage (elsewhere only the gradient norm): loss,
+        clip counts, masked tokens, and the largest |ratio - 1|.
+        """
+        device = self.topology.device
+        num_tokens = table.num_loss_tokens
+        rows = scores.rows_N
+        of_pack: dict[int, tuple[Tensor, ...]] = {}
+        if self.topology.is_last_stage:
+            per_pack = [len(pack.rows_N) for pack in scores.packs]
+            columns = (scores.old_logprobs_N, table.advantage_R[rows], mask_N)
+            parts = zip(*(column.to(device).split(per_pack) for column in columns), strict=True)
+            of_pack = {id(pack): part for pack, part in zip(scores.packs, parts, strict=True)}
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def loss_of(pack: Pack, logprobs_N: Tensor, _: Tensor) -> tuple[Tensor, dict]:
+            old_logprobs, advantages, mask = of_pack[id(pack)]
+            clip = {"clip_low": self.algorithm.clip_low, "clip_high": self.algorithm.clip_high}
+            loss = losses.clipped_policy_loss(
+                logprobs_N, old_logprobs, advantages, mask, num_tokens=num_tokens, **clip
+            )
+            with torch.no_grad():
+                ratio = losses.policy_ratio(logprobs_N, old_logprobs)
+                low, high = losses.clip_counts(ratio, advantages, mask, **clip)
+                off = torch.where(mask, (ratio - 1).abs(), 0.0)
+                report = {
+                    "sums": torch.stack([loss.detach(), low, high, mask.sum()]).double(),
+                    "max_ratio_offset": off.max() if len(off) else off.new_zeros(()),
+                }
+            return loss, report
+
+        reports = self._run(scores.packs, loss_of, forward_only=False)
+        self._set_learning_rate()
+        _, grad_norm, _ = self.optimizer.step()
+        self.num_updates += 1
+        metrics = {"grad_norm": float(grad_norm)}
+        if self.topology.is_last_stage:
+            metrics |= self._reduce(reports)
+        return metrics
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        return learning_rate(self.training, self.num_updates)
+
+    def _set_learning_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+
+    def _reduce(self, reports: Sequence[dict]) -> dict[str, float]:
+        sums = torch.stack([report["sums"] for report in reports]).sum(0)
+        offset = torch.stack([report["max_ratio_offset"] for report in reports]).max()
+        group = self.topology.groups.dp_cp
+        dist.all_reduce(sums, group=group)
+        dist.all_reduce(offset, op=dist.ReduceOp.MAX, group=group)
+        names = ("loss", "clip_low", "clip_high", "masked_tokens")
+        return dict(zip(names, sums.tolist(), strict=True)) | {"max_ratio_offset": float(offset)}

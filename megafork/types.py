@@ -1,0 +1,217 @@
+"""The layout-free truth: every response token has a key and a row in the token table.
+
+A key is (sample uid, position in the response). Packs, shards and micro-batches are views of the
+table. Whatever must not depend on the layout (mini-batch membership, random selection, reports)
+is a function of keys, never of rank, arrival order or packing.
+
+Shapes: B samples (responses), R rows (response tokens of all samples, in order), P prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response, as it came from the engine and the verifier."""
+
+    uid: int
+    token_ids: list[int]
+    logprobs: list[float]
+    truncated: bool
+    reward: float = 0.0
+    accuracy: float = 0.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """The responses to one prompt, all of one policy version."""
+
+    prompt_index: int
+    """Position of the prompt in the endless stream of training prompts."""
+    prompt_ids: list[int]
+    policy_version: int
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def has_signal(self) -> bool:
+        """Neither all right nor all wrong, by the verifier's accuracy (DAPO dynamic sampling)."""
+        return len({sample.accuracy for sample in self.samples}) > 1
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    uid_B: Tensor
+    """int64, unique over the whole run"""
+    group_B: Tensor
+    """int64, the group's prompt index"""
+    prompt_ids_P: Tensor
+    prompt_offsets: Tensor
+    """int64 [B+1]: sample b's prompt is prompt_ids_P[prompt_offsets[b] : prompt_offsets[b+1]]"""
+    offsets: Tensor
+    """int64 [B+1]: sample b's rows are offsets[b] .. offsets[b+1]-1"""
+    reward_B: Tensor
+    accuracy_B: Tensor
+    truncated_B: Tensor
+    advantage_B: Tensor
+    """float32, equal for all tokens of a response; NaN until computed"""
+    token_R: Tensor
+    """int64, the response's token ids, EOS included"""
+    rollout_logprob_R: Tensor
+    """float32, the engine's"""
+    policy_version_R: Tensor
+    """int64, the version that sampled the token"""
+    loss_mask_R: Tensor
+    """bool: takes part in the loss (contained in the response, after overlong filtering)"""
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.uid_B)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_R)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """The loss denominator: tokens of the loss mask over all ranks."""
+        return int(self.loss_mask_R.sum())
+
+    @property
+    def response_lengths_B(self) -> Tensor:
+        return self.offsets.diff()
+
+    @property
+    def prompt_lengths_B(self) -> Tensor:
+        return self.prompt_offsets.diff()
+
+    @property
+    def sample_R(self) -> Tensor:
+        """int64: which sample a row belongs to."""
+        return torch.repeat_interleave(torch.arange(self.num_samples), self.response_lengths_B)
+
+    @property
+    def position_R(self) -> Tensor:
+        """int64: position of a row's token in its response."""
+        return torch.arange(self.num_rows) - self.offsets[:-1][self.sample_R]
+
+    @property
+    def key_R(self) -> Tensor:
+        """int64 [R, 2]: (sample uid, position), the row's name at every layout."""
+        return torch.stack([self.uid_B[self.sample_R], self.position_R], 1)
+
+    @property
+    def advantage_R(self) -> Tensor:
+        return self.advantage_B[self.sample_R]
+
+    def prompt(self, sample: int) -> Tensor:
+        return self.prompt_ids_P[self.prompt_offsets[sample] : self.prompt_offsets[sample + 1]]
+
+    def rows(self, sample: int) -> slice:
+        return slice(int(self.offsets[sample]), int(self.offsets[sample + 1]))
+
+    def take(self, samples: Sequence[int] | Tensor) -> TokenTable:
+        """The table of these samples, in this order."""
+        picked = torch.as_tensor(samples, dtype=torch.int64)
+        rows = _ranges(self.offsets, picked)
+        prompts = _ranges(self.prompt_offsets, picked)
+        return TokenTable(
+            prompt_ids_P=self.prompt_ids_P[prompts],
+            prompt_offsets=_offsets(self.prompt_lengths_B[picked]),
+            offsets=_offsets(self.response_lengths_B[picked]),
+            **{name: getattr(self, name)[picked] for name in _PER_SAMPLE},
+            **{name: getattr(self, name)[rows] for name in _PER_ROW},
+        )
+
+    def with_columns(self, **columns: Tensor) -> TokenTable:
+        return replace(self, **columns)
+
+    def minibatches(self, groups_per_minibatch: int, seed: int) -> list[TokenTable]:
+        """Split by whole groups in a seeded order that depends on the groups' indices only.
+
+        A mini-batch's samples are ordered by uid, so its table is the same however the rollout
+        batch was ordered.
+        """
+        groups = self.group_B.unique()
+        order = groups[hash64(groups, torch.tensor(seed)).argsort()]
+        by_uid = self.uid_B.argsort()
+        return [
+            self.take(by_uid[torch.isin(self.group_B[by_uid], chunk)])
+            for chunk in order.split(groups_per_minibatch)
+        ]
+
+
+_PER_SAMPLE = ("uid_B", "group_B", "reward_B", "accuracy_B", "truncated_B", "advantage_B")
+_PER_ROW = ("token_R", "rollout_logprob_R", "policy_version_R", "loss_mask_R")
+
+
+def token_table(groups: Sequence[Group], *, overlong_filtering: bool = False) -> TokenTable:
+    """The table of finished groups; advantages are NaN until algorithms/advantages.py fills them.
+
+    overlong_filtering: truncated responses keep their rows but leave the loss mask.
+    """
+    samples = [(group, sample) for group in groups for sample in group.samples]
+    lengths = torch.tensor([len(s.token_ids) for _, s in samples], dtype=torch.int64)
+    versions = torch.tensor([g.policy_version for g, _ in samples], dtype=torch.int64)
+    truncated_B = torch.tensor([s.truncated for _, s in samples], dtype=torch.bool)
+    prompt_lengths = torch.tensor([len(g.prompt_ids) for g, _ in samples], dtype=torch.int64)
+    in_loss_B = ~truncated_B if overlong_filtering else torch.ones_like(truncated_B)
+    return TokenTable(
+        uid_B=torch.tensor([s.uid for _, s in samples], dtype=torch.int64),
+        group_B=torch.tensor([g.prompt_index for g, _ in samples], dtype=torch.int64),
+        prompt_ids_P=_flat([g.prompt_ids for g, _ in samples], torch.int64),
+        prompt_offsets=_offsets(prompt_lengths),
+        offsets=_offsets(lengths),
+        reward_B=torch.tensor([s.reward for _, s in samples], dtype=torch.float32),
+        accuracy_B=torch.tensor([s.accuracy for _, s in samples], dtype=torch.float32),
+        truncated_B=truncated_B,
+        advantage_B=torch.full((len(samples),), torch.nan),
+        token_R=_flat([s.token_ids for _, s in samples], torch.int64),
+        rollout_logprob_R=_flat([s.logprobs for _, s in samples], torch.float32),
+        policy_version_R=versions.repeat_interleave(lengths),
+        loss_mask_R=in_loss_B.repeat_interleave(lengths),
+    )
+
+
+def hash64(*parts: Tensor) -> Tensor:
+    """A well-mixed int64 of integer parts (splitmix64), the same on every machine."""
+    mixed = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        mixed = _splitmix(mixed ^ _splitmix(part.long()))
+    return mixed
+
+
+def _splitmix(x: Tensor) -> Tensor:
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift; int64's own shift would copy the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def _flat(lists: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+    return torch.tensor([value for values in lists for value in values], dtype=dtype)
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def _ranges(offsets: Tensor, picked: Tensor) -> Tensor:
+    """Indices offsets[b] .. offsets[b+1]-1 of every picked b, joined."""
+    lengths = offsets.diff()[picked]
+    starts = torch.repeat_interleave(offsets[picked] - _offsets(lengths)[:-1], lengths)
+    return starts + torch.arange(len(starts))

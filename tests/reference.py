@@ -1,0 +1,68 @@
+"""Small random Qwen3 models and what plain transformers and torch say about them.
+
+Nothing here uses megafork's model, packing, selection or loss: one sequence at a time, full
+logits, autograd, sorting.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+VOCAB = 251  # not a multiple of anything: megatron pads it
+
+
+def save_model(
+    folder: Path, *, tied: bool, seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 4
+) -> Path:
+    """A random Qwen3 with GQA, QK-norm and head_dim != hidden / heads; weights big enough to
+    give uneven entropies."""
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        rope_theta=1e6,
+        initializer_range=0.1,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(config).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+
+
+def response_logits(model: Qwen3ForCausalLM, prompt: list[int], response: list[int]) -> Tensor:
+    """[len(response), V]: the logits that each response token was drawn from."""
+    ids = torch.tensor([prompt + response])
+    return model(ids).logits[0, len(prompt) - 1 : -1]
+
+
+def logprobs_and_entropies(logits: Tensor, response: list[int]) -> tuple[Tensor, Tensor]:
+    logprobs = logits.log_softmax(-1)
+    entropies = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, torch.tensor(response)[:, None])[:, 0], entropies
+
+
+def top_threshold(entropies: Tensor, rho: float) -> float:
+    ordered = entropies.sort(descending=True).values
+    return float(ordered[math.ceil(rho * len(ordered) - 1e-9) - 1])

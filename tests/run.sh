@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Everything that has to pass: environment, lint, format, types, tests. Arguments go to pytest.
+#
+#   tests/run.sh [--mcore-0.19] [pytest arguments]
+#     --mcore-0.19   run the tests against megatron-core 0.19.2 instead of 0.16.1
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+setup_args=(--test)
+mcore_path=
+if [[ ${1:-} == --mcore-0.19 ]]; then
+  shift
+  setup_args+=(--mcore-0.19)
+  mcore_path=$PWD/.venv/mcore-0.19
+fi
+
+tools/setup_cpu.sh "${setup_args[@]}"
+bin=$PWD/.venv/bin
+export PATH=$bin:$PATH
+export OMP_NUM_THREADS=1
+
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy" megafork
+PYTHONPATH=$mcore_path${PYTHONPATH:+:$PYTHONPATH} exec "$bin/python" -m pytest "$@"
