@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class UserError(ValueError):
 
     The command line prints it as one line without a traceback and exits with status 2.
     """
+
+
+class PeerError(UserError):
+    """A UserError of rank 0, on the other ranks: they end with it and stay silent."""

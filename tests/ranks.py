@@ -19,7 +19,9 @@ from megafork.parallel.topology import free_port, shutdown
 _CONTEXT = multiprocessing.get_context("fork")
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240
+) -> list:
     """`function(*args)` on every rank of a fresh world; the results in rank order.
 
     A rank's exception fails the test with that rank's traceback; a hang fails it at `timeout`.

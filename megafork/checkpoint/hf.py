@@ -109,7 +109,10 @@ class SafetensorsWriter:
 
 
 def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
     (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -138,9 +138,7 @@ def rules(
     for local, layer in enumerate(layers):
         to, of = f"decoder.layers.{local}.", f"model.layers.{layer}."
         attention, mlp = of + "self_attn.", of + "mlp."
-        yield Rule(
-            to + qkv_norm, (of + "input_layernorm.weight",), Replicated(), ((hidden,),)
-        )
+        yield Rule(to + qkv_norm, (of + "input_layernorm.weight",), Replicated(), ((hidden,),))
         yield Rule(
             to + "self_attention.linear_qkv.weight",
             tuple(f"{attention}{x}_proj.weight" for x in "qkv"),

@@ -172,6 +172,8 @@ def _column(temperature: float | Tensor, logits_TV: Tensor) -> Tensor:
     return value.expand(logits_TV.shape[0])[:, None]
 
 
-def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> None:
+def _all_reduce(
+    tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None
+) -> None:
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, op=op, group=group)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megafork.config import ParallelConfig
-from megafork.errors import UserError
+from megafork.errors import PeerError, UserError
 from megafork.parallel import backend
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,39 @@ class Topology:
         return self.pp_rank == self.pp_size - 1
 
     @property
+    def is_first_replica(self) -> bool:
+        """Of the replicas that hold the same weights, the one that sends and writes them."""
+        return dist.get_rank(self.groups.dp_cp) == 0
+
+    @property
     def is_sender(self) -> bool:
         """One rank of each pipeline stage sends that stage's weights."""
-        return self.tp_rank == 0 and dist.get_rank(self.groups.dp_cp) == 0
+        return self.tp_rank == 0 and self.is_first_replica
 
     def broadcast_object(self, value: Any, src: int = 0) -> Any:
         """`value` of global rank `src`, on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=src)
         return box[0]
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def on_rank_zero(self, function: Callable[[], T]) -> T:
+        """Run `function` on rank 0; its value, or its UserError, reaches every rank."""
+        value, error = None, None
+        if self.rank == 0:
+            try:
+                value = function()
+            except UserError as caught:
+                error = caught
+        value, error = self.broadcast_object((value, error))
+        if error is not None:
+            raise error if self.rank == 0 else PeerError(str(error))
+        return value  # type: ignore[return-value]
 
 
 def initialize(parallel: ParallelConfig, *, seed: int = 0) -> Topology:

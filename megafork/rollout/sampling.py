@@ -1,4 +1,4 @@
-"""How a response is sampled, and what comes back. No torch and no vLLM here: the config imports this."""
+"""How a response is sampled, and what comes back. Imports neither torch nor vLLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GENERATE_PATH = "/megafork/generate"  # the server's own route: token ids in, bi
 
 @dataclass(frozen=True)
 class Sampling:
-    """The distribution that responses are drawn from: softmax(logits / temperature), nothing cut off.
+    """The distribution that responses are drawn from: softmax(logits / temperature), uncut.
 
     `stop_token_ids` end a response and stay its last token. The model folder's own EOS token is
     not consulted: without stop ids every response runs to `max_tokens`.
@@ -70,9 +70,10 @@ class Completion:
 
 
 def encode_completions(completions: list[Completion]) -> bytes:
-    """8 bytes a token: one line of JSON, then all ids (int32), then all log-probabilities (float32).
+    """A line of JSON, then all ids (int32), then all log-probabilities (float32).
 
-    Both are in the machine's byte order, which is little-endian wherever vLLM runs.
+    8 bytes a token where the stock route's JSON takes about 100. Byte order is the machine's,
+    which is little-endian wherever vLLM runs.
     """
     header = [[len(c.token_ids), c.finish_reason] for c in completions]
     ids, logprobs = array("i"), array("f")

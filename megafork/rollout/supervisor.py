@@ -1,4 +1,6 @@
-"""Keeps an inference server from outliving the trainer: `python -m megafork.rollout.supervisor CMD...`
+"""Keeps an inference server from outliving the trainer.
+
+    python -m megafork.rollout.supervisor COMMAND...
 
 The server runs in the supervisor's own process group (a session of its own, so a terminal's Ctrl-C
 does not reach it). The group is ended, TERM first and KILL after a grace period, when

@@ -204,11 +204,11 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 def _checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the folder's safetensors files; reads their headers only."""
+    """Name and shape of every tensor in the folder's safetensors files, from their headers."""
     shapes = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118
                 shapes[name] = tuple(file.get_slice(name).get_shape())
     return shapes
 

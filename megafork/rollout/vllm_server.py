@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -125,14 +126,10 @@ class VllmServer:
         """End the server's whole process group. Safe to call twice, or before `start`."""
         if self._process is not None:
             self._process.stdin.close()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE_S + 5.0)
-            except subprocess.TimeoutExpired:
-                pass
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             self._process.wait()
             self._process = None
         if self._import_path is not None:
@@ -215,7 +212,7 @@ def _check_model_folder(folder: Path) -> None:
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy or convert the model again")
+        raise UserError(f"{path} is not valid JSON ({error}); copy the model again") from error
     if not isinstance(config, dict) or "architectures" not in config:
         raise UserError(f"{path} names no architectures; give a Hugging Face model folder")
 
@@ -236,12 +233,8 @@ def _free_port(host: str, port: int | None) -> int:
 def _last_error(log_path: Path, num_lines: int = 12) -> str:
     """The line of the log that names the root cause, then the log's end."""
     lines = log_path.read_text(errors="replace").splitlines()
-    lines = [
-        re.sub(r"^\(\w+ pid=\d+\) ((INFO|WARNING|ERROR) [\d: -]+\[[^]]*\] )?", "", line)
-        for line in lines
-    ]
-    named = [
-        line.strip() for line in lines if re.match(r"\s*([\w.]*(Error|Exception)|Killed)\b", line)
-    ]
-    causes = [line for line in named if "root cause" not in line] or named
-    return "\n  ".join([causes[0] if causes else "no error in its log", *lines[-num_lines:]])
+    # vLLM prefixes "(EngineCore pid=1) ERROR 11-23 05:59:24 [core.py:7] "; warnings are no cause.
+    bare = [re.sub(r"^\(\w+ pid=\d+\) (ERROR [^]]*\] )?", "", line) for line in lines]
+    errors = [line for line in bare if re.match(r"([\w.]*(Error|Exception)|Killed)\b", line)]
+    causes = [line for line in errors if "root cause" not in line] or errors
+    return "\n  ".join([causes[0] if causes else "no error in its log", *bare[-num_lines:]])

@@ -42,9 +42,7 @@ def wrap_data_parallel(gpt: GPTModel, topology: Topology) -> DistributedDataPara
 
 def _finalize(model, num_tokens=None, pg_collection=None, force_all_reduce=False, *, groups):
     """megatron's reductions without its division by `num_tokens`: the loss is scaled already."""
-    finalize_model_grads(
-        model, None, pg_collection=groups, force_all_reduce=force_all_reduce
-    )
+    finalize_model_grads(model, None, pg_collection=groups, force_all_reduce=force_all_reduce)
 
 
 def build_optimizer(

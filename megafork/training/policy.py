@@ -17,7 +17,13 @@ from torch import Tensor
 
 from megafork.algorithms import forking, losses
 from megafork.checkpoint.hf import SafetensorsFolder
-from megafork.config import AlgorithmConfig, ForkingConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megafork.config import (
+    AlgorithmConfig,
+    ForkingConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
 from megafork.data.packing import Pack, build_pack, fed_lengths, plan_micro_batches
 from megafork.errors import UserError
 from megafork.model.qwen3 import build_model, head_logits
@@ -99,14 +105,12 @@ class Scorer:
             token_budget=self.micro_batch_tokens,
         )
         return [
-            build_pack(
-                table, samples, multiple=self.sequence_multiple, device=self.topology.device
-            )
+            build_pack(table, samples, multiple=self.sequence_multiple, device=self.topology.device)
             for samples in plan[self.topology.dp_rank]
         ]
 
     def export_shards(self) -> Iterator[tuple[str, Tensor]]:
-        """This stage's weights by HF name, on its sender; tp ranks of dp rank 0 iterate together."""
+        """This stage's weights by HF name, on its sender; the tp ranks of a replica iterate together."""
         return export_weights(self.gpt, self.rules, self.topology)
 
     def shard_manifest(self) -> list[tuple[str, tuple[int, ...]]]:

@@ -1,0 +1,114 @@
+"""The command line: `megafork train | score | doctor`.
+
+Every command is typed here and does its work elsewhere. Configs and files are checked before any
+rank is started, so a mistake costs a second and is told once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megafork import launch
+from megafork.config import ParallelConfig, ScoreConfig, TrainConfig, known_keys, load_config
+from megafork.errors import PeerError, UserError
+
+app = typer.Typer(
+    name="megafork",
+    help="RLVR training where only the forking tokens carry the policy gradient.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value, for instance parallel.tp=2")
+]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file; `megafork keys` lists its keys")],
+    overrides: Overrides = None,
+) -> None:
+    """Train a policy by reinforcement from verifiable rewards."""
+    resolved = load_config(TrainConfig, config, overrides or [])
+    from megafork.training.preflight import check_train
+
+    check_train(resolved)
+
+    def work() -> None:
+        from megafork.training.trainer import train as train_on_this_rank
+
+        train_on_this_rank(resolved)
+
+    _on_ranks(resolved.parallel, work)
+
+
+@app.command()
+def score(
+    model: Annotated[Path, typer.Option(help="HF folder of the model")],
+    input: Annotated[
+        Path, typer.Option(help="jsonl of prompt_ids/response_ids or prompt/response")
+    ],
+    output: Annotated[Path, typer.Option(help="jsonl to write: adds logprobs and entropies")],
+    overrides: Overrides = None,
+) -> None:
+    """Log-probability and entropy of every response token, the same at every layout."""
+    resolved = load_config(ScoreConfig, None, [f"model.path={model}", *(overrides or [])])
+    from megafork.training.preflight import check_score
+
+    check_score(resolved, input, output)
+
+    def work() -> None:
+        from megafork.scoring import score_file
+
+        score_file(resolved, input, output)
+
+    _on_ranks(resolved.parallel, work)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, which backends are active, what is missing for what, and how to mend it."""
+    from megafork.doctor import report
+
+    raise typer.Exit(report())
+
+
+@app.command()
+def keys() -> None:
+    """List the keys of a training config with their meaning."""
+    for key, description in known_keys(TrainConfig):
+        typer.echo(f"{key:38} {description}")
+
+
+def main() -> None:
+    """Entry point: a UserError is one message on stderr and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        if not isinstance(error, PeerError):
+            rank = os.environ.get("RANK", "0")
+            where = "" if rank == "0" else f" (rank {rank})"
+            print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _on_ranks(parallel: ParallelConfig, work: Callable[[], None]) -> None:
+    """Do `work` on this rank, or start the ranks of the layout, which come here again."""
+    # megatron-core warns of every fused package that is absent; `megafork doctor` says it once.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    if launch.under_torchrun():
+        launch.check_world(parallel)
+        work()
+    elif parallel.world_size == 1:
+        work()
+    elif status := launch.launch_ranks(parallel, sys.argv[1:]):
+        raise typer.Exit(status)

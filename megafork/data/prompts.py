@@ -1,0 +1,128 @@
+"""Training prompts: jsonl rows, tokenized, as an endless stream with a position."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megafork.config import DataConfig
+from megafork.errors import UserError
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    index: int
+    """Position in the stream (train) or in the file (held-out)."""
+    text: str
+    answer: str
+    ids: list[int]
+
+
+def read_rows(path: str | Path, data: DataConfig) -> list[tuple[str, str]]:
+    """(prompt, answer) of every line. Raises UserError that names the file, line and fault."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"data file {path} does not exist")
+    rows = []
+    with path.open(encoding="utf-8", errors="strict") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    rows.append(_parse(line, f"{path}, line {number}", data))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8: {error}") from None
+    if not rows:
+        raise UserError(f"data file {path} is empty")
+    return rows
+
+
+def _parse(line: str, where: str, data: DataConfig) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    for key in (data.prompt_key, data.answer_key):
+        if not isinstance(row, dict) or key not in row:
+            raise UserError(f"{where}: no column {key!r}; set data.prompt_key and data.answer_key")
+    if not isinstance(row[data.prompt_key], str) or not row[data.prompt_key]:
+        raise UserError(f"{where}: {data.prompt_key!r} must be a non-empty string")
+    return row[data.prompt_key], str(row[data.answer_key])
+
+
+class PromptStream:
+    """Training prompts in a seeded order, new in every epoch, without end.
+
+    Prompt i of the stream is a function of (rows, seed, i), so a position is all that a resumed
+    run needs.
+    """
+
+    def __init__(self, rows: list[tuple[str, str]], data: DataConfig, encode: Encode) -> None:
+        self.rows, self.data, self.encode = rows, data, encode
+        self.position = 0
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def take(self, count: int) -> list[Prompt]:
+        prompts = [self._prompt(self.position + i) for i in range(count)]
+        self.position += count
+        return prompts
+
+    def _prompt(self, index: int) -> Prompt:
+        epoch, offset = divmod(index, len(self.rows))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.data.seed * 1_000_003 + epoch)
+            self._order = torch.randperm(len(self.rows), generator=generator).tolist()
+            self._epoch = epoch
+        text, answer = self.rows[self._order[offset]]
+        return encode_prompt(index, text, answer, self.data, self.encode)
+
+
+def encode_prompt(index: int, text: str, answer: str, data: DataConfig, encode: Encode) -> Prompt:
+    ids = encode(text)
+    if not 0 < len(ids) <= data.max_prompt_tokens:
+        raise UserError(
+            f"the prompt {text[:60]!r} has {len(ids)} tokens, data.max_prompt_tokens="
+            f"{data.max_prompt_tokens}: raise it or remove the row"
+        )
+    return Prompt(index, text, answer, ids)
+
+
+class Tokenizer:
+    """The model folder's HF tokenizer, with the run's rule for turning a prompt into token ids."""
+
+    def __init__(self, folder: str | Path, *, chat_template: bool) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"model.path={folder}: its tokenizer cannot be loaded ({error}): put the model's "
+                "tokenizer.json and tokenizer_config.json into the folder"
+            ) from None
+        if chat_template and not self._tokenizer.chat_template:
+            raise UserError(
+                f"data.chat_template=true, but the tokenizer of {folder} has no chat template"
+            )
+        self._chat_template = chat_template
+
+    def encode(self, text: str) -> list[int]:
+        if self._chat_template:
+            return self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of a response, special tokens left out."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,0 +1,44 @@
+"""Accuracy on held-out prompts, with the rollout server generating."""
+
+from __future__ import annotations
+
+import asyncio
+
+from megafork.config import DataConfig, EvalConfig
+from megafork.data.prompts import Prompt, Tokenizer, encode_prompt, read_rows
+from megafork.rewards.verifier import Judge
+from megafork.rollout.client import RolloutClient
+from megafork.rollout.sampling import Sampling
+
+
+def read_heldout(data: DataConfig, config: EvalConfig, tokenizer: Tokenizer) -> list[Prompt]:
+    """The first `config.prompts` rows of data.eval; empty when there is no such file set."""
+    if data.eval is None:
+        return []
+    rows = read_rows(data.eval, data)[: config.prompts]
+    return [encode_prompt(i, *row, data, tokenizer.encode) for i, row in enumerate(rows)]
+
+
+def accuracy(
+    client: RolloutClient,
+    prompts: list[Prompt],
+    tokenizer: Tokenizer,
+    judge: Judge,
+    sampling: Sampling,
+    num_samples: int,
+) -> float:
+    """Mean accuracy over prompts and `num_samples` responses each (avg@k)."""
+
+    async def of_prompt(prompt: Prompt) -> float:
+        completions = await client.generate(prompt.ids, num_samples, sampling)
+        right = [
+            judge(prompt.text, tokenizer.decode(c.token_ids), prompt.answer)[1] for c in completions
+        ]
+        return sum(right) / len(right)
+
+    async def of_all() -> list[float]:
+        async with client:
+            return await asyncio.gather(*map(of_prompt, prompts))
+
+    values = asyncio.run(of_all())
+    return sum(values) / len(values)

@@ -1,0 +1,50 @@
+"""Starts the ranks that a layout needs when a command was started plainly."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from megafork.config import ParallelConfig
+from megafork.errors import UserError
+
+
+def under_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch_ranks(parallel: ParallelConfig, arguments: list[str]) -> int:
+    """Run `python -m megafork ARGUMENTS` on parallel.world_size ranks of this machine.
+
+    Returns the exit status of the first rank that failed, 0 when none did. What the ranks print
+    goes through; they end with this process.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=parallel.world_size,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        run_id=f"megafork-{os.getpid()}",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "megafork", *arguments)
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        return first.exitcode if first.exitcode > 0 else 1
+    return 0
+
+
+def check_world(parallel: ParallelConfig) -> None:
+    """Under torchrun: the world must be a multiple of tp * pp * cp. Raises UserError."""
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size % parallel.model_parallel_size:
+        raise UserError(
+            f"torchrun started {world_size} ranks, no multiple of parallel.tp={parallel.tp} * "
+            f"pp={parallel.pp} * cp={parallel.cp} = {parallel.model_parallel_size}"
+        )

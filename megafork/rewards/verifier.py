@@ -1,0 +1,41 @@
+"""Verifiers: functions (prompt, response, answer) -> reward in 0..1, named by import path."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+
+from megafork.config import RewardConfig
+from megafork.errors import UserError
+
+Verifier = Callable[[str, str, str], float]
+
+
+def load_verifier(path: str) -> Verifier:
+    """The function MODULE:FUNCTION. Raises UserError when it cannot be imported."""
+    module_name, colon, function_name = path.partition(":")
+    if not colon:
+        raise UserError(f"reward.verifier={path!r} is not of the form MODULE:FUNCTION")
+    try:
+        return getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"reward.verifier={path!r} cannot be imported: {error}") from None
+
+
+class Judge:
+    """A verifier together with the rule for calling a response right."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        self.config = config
+        self.verify = load_verifier(config.verifier)
+
+    def __call__(self, prompt: str, response: str, answer: str) -> tuple[float, float]:
+        """(reward, accuracy 0 or 1). Raises UserError for a reward that is not a finite number."""
+        reward = float(self.verify(prompt, response, answer))
+        if not math.isfinite(reward):
+            raise UserError(
+                f"reward.verifier={self.config.verifier} gave {reward} for the prompt "
+                f"{prompt[:60]!r}: rewards must be finite"
+            )
+        return reward, float(reward >= self.config.accuracy_at)

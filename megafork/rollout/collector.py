@@ -1,0 +1,124 @@
+"""Fills a rollout batch with groups that carry a signal (DAPO's dynamic sampling).
+
+Prompts go out in rounds. Groups are admitted in prompt order, not in the order of completion, so
+quick (short) responses have no better chance of being trained on. What is left over in the last
+round is carried into the next batch, with the policy version that sampled it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from megafork.config import RolloutConfig
+from megafork.data.prompts import Prompt, PromptStream, Tokenizer
+from megafork.errors import UserError
+from megafork.rewards.verifier import Judge
+from megafork.rollout.client import RolloutClient
+from megafork.rollout.journal import Journal
+from megafork.rollout.sampling import Sampling
+from megafork.types import Group, Sample
+
+
+@dataclass
+class RolloutBatch:
+    groups: list[Group]
+    """What is trained on, in prompt order."""
+    generated: list[Group]
+    """All groups generated for this batch, dropped ones included: the policy as it is."""
+    num_dropped: int = 0
+    reward_seconds: float = 0.0
+    """Verifier time; it overlaps with generation."""
+    wall_seconds: float = 0.0
+
+
+@dataclass
+class Collector:
+    client: RolloutClient
+    prompts: PromptStream
+    tokenizer: Tokenizer
+    judge: Judge
+    rollout: RolloutConfig
+    sampling: Sampling
+    journal_dir: Path
+    carried: list[Group] = field(default_factory=list)
+    _signal_rate: float = 1.0
+
+    def collect(self, step: int, policy_version: int) -> RolloutBatch:
+        """The batch of a step. Raises UserError when too few groups carry a signal."""
+        return asyncio.run(self._collect(step, policy_version))
+
+    async def _collect(self, step: int, policy_version: int) -> RolloutBatch:
+        started = time.monotonic()
+        wanted = self.rollout.prompts_per_step
+        batch = RolloutBatch(groups=[], generated=[])
+        admitted = self.carried
+        with Journal(self.journal_dir / f"step_{step:06d}.jsonl") as journal:
+            async with self.client:
+                for _ in range(self.rollout.max_sampling_rounds):
+                    missing = wanted - len(admitted)
+                    if missing <= 0:
+                        break
+                    prompts = self.prompts.take(math.ceil(missing / self._signal_rate))
+                    groups = await asyncio.gather(
+                        *(self._generate(p, policy_version, journal, batch) for p in prompts)
+                    )
+                    admitted = admitted + self._admissible(groups, batch)
+        if len(admitted) < wanted:
+            raise UserError(
+                f"after rollout.max_sampling_rounds={self.rollout.max_sampling_rounds} rounds only "
+                f"{len(admitted)} of rollout.prompts_per_step={wanted} groups had both right and "
+                f"wrong responses ({batch.num_dropped} were dropped): use prompts of another "
+                "difficulty, a larger rollout.group_size, or rollout.dynamic_sampling=false"
+            )
+        batch.groups = admitted[:wanted]
+        self.carried = admitted[wanted:] if self.rollout.surplus == "carry" else []
+        batch.wall_seconds = time.monotonic() - started
+        return batch
+
+    def _admissible(self, groups: list[Group], batch: RolloutBatch) -> list[Group]:
+        batch.generated += groups
+        if not self.rollout.dynamic_sampling:
+            return groups
+        admissible = [group for group in groups if group.has_signal]
+        batch.num_dropped += len(groups) - len(admissible)
+        # The next round asks for as many prompts as this share makes likely to be enough.
+        rate = len(admissible) / len(groups)
+        self._signal_rate = min(1.0, max(0.1, 0.5 * (self._signal_rate + rate)))
+        return admissible
+
+    async def _generate(
+        self, prompt: Prompt, policy_version: int, journal: Journal, batch: RolloutBatch
+    ) -> Group:
+        size = self.rollout.group_size
+        completions = await self.client.generate(
+            prompt.ids, size, self.sampling, seed=self._seed(prompt)
+        )
+        started = time.monotonic()
+        samples = []
+        for i, completion in enumerate(completions):
+            text = self.tokenizer.decode(completion.token_ids)
+            reward, accuracy = self.judge(prompt.text, text, prompt.answer)
+            samples.append(
+                Sample(
+                    uid=prompt.index * size + i,
+                    token_ids=completion.token_ids,
+                    logprobs=completion.logprobs,
+                    truncated=completion.truncated,
+                    reward=reward,
+                    accuracy=accuracy,
+                )
+            )
+        batch.reward_seconds += time.monotonic() - started
+        group = Group(prompt.index, prompt.ids, policy_version, samples)
+        journal.append(asdict(group))
+        return group
+
+    def _seed(self, prompt: Prompt) -> int | None:
+        """A seed of the prompt alone; response i of the group takes seed + i."""
+        if not self.rollout.seeded:
+            return None
+        return (self.prompts.data.seed * 1_000_003 + prompt.index) * self.rollout.group_size

@@ -1,0 +1,120 @@
+"""`megafork score`: log-probability and entropy of every response token of a jsonl file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from megafork.config import ScoreConfig
+from megafork.data.prompts import Tokenizer
+from megafork.errors import UserError
+from megafork.parallel.topology import Topology, initialize, shutdown
+from megafork.training.policy import Scorer
+from megafork.types import Group, Sample, token_table
+
+
+def score_file(config: ScoreConfig, input_path: Path, output_path: Path) -> None:
+    """Write every input object with "logprobs" and "entropies" added, in input order.
+
+    Collective; rank 0 reads and writes. The output appears under its name when it is complete.
+    Raises UserError naming file and line for an input that cannot be scored.
+    """
+    topology = initialize(config.parallel)
+    scorer = Scorer(
+        config.model,
+        config.parallel,
+        topology,
+        micro_batch_tokens=config.micro_batch_tokens,
+        temperature=config.temperature,
+    )
+    partial = output_path.with_name(output_path.name + ".partial")
+    with contextlib.ExitStack() as stack:
+        source: Iterator[tuple[dict, Group]] = iter(())
+        sink: TextIO | None = None
+        if topology.rank == 0:
+            lines = stack.enter_context(input_path.open(encoding="utf-8"))
+            source = _parse(lines, input_path, config)
+            sink = stack.enter_context(partial.open("w", encoding="utf-8"))
+        while True:
+            rows: list[tuple[dict, Group]] = []
+
+            def read() -> list[Group]:
+                rows.extend(islice(source, config.batch_sequences))
+                return [group for _, group in rows]
+
+            groups = topology.on_rank_zero(read)
+            if not groups:
+                break
+            values = _score(groups, scorer, topology)
+            if sink is not None:
+                for (row, _), (logprobs, entropies) in zip(rows, values, strict=True):
+                    scored = row | {"logprobs": logprobs, "entropies": entropies}
+                    sink.write(json.dumps(scored, ensure_ascii=False) + "\n")
+    if topology.rank == 0:
+        os.replace(partial, output_path)
+    shutdown()
+
+
+def _score(
+    groups: list[Group], scorer: Scorer, topology: Topology
+) -> list[tuple[list[float], list[float]]]:
+    """(logprobs, entropies) of each group's one response, on rank 0; empty elsewhere."""
+    table = token_table(groups)
+    scores = scorer.score(table)
+    mine = None
+    if topology.is_last_stage and topology.tp_rank == 0:
+        mine = (scores.rows_N, scores.old_logprobs_N, scores.entropy_N)
+    parts = [None] * topology.world_size if topology.rank == 0 else None
+    torch.distributed.gather_object(mine, parts)
+    if parts is None:
+        return []
+    columns = torch.full((2, table.num_rows), torch.nan)
+    for part in parts:
+        if part is not None:
+            rows, logprobs, entropies = part
+            columns[:, rows] = torch.stack([logprobs, entropies])
+    return [
+        (columns[0, table.rows(b)].tolist(), columns[1, table.rows(b)].tolist())
+        for b in range(table.num_samples)
+    ]
+
+
+def _parse(lines: TextIO, path: Path, config: ScoreConfig) -> Iterator[tuple[dict, Group]]:
+    tokenizer: Tokenizer | None = None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: not an object")
+        if "prompt_ids" in row and "response_ids" in row:
+            prompt, response = _ids(row, "prompt_ids", where), _ids(row, "response_ids", where)
+        elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
+            tokenizer = tokenizer or Tokenizer(config.model.path, chat_template=False)
+            prompt, response = tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"])
+        else:
+            raise UserError(
+                f"{where}: needs prompt_ids and response_ids, or prompt and response (strings)"
+            )
+        if not prompt:
+            raise UserError(f"{where}: the prompt has no token, so nothing predicts the response")
+        sample = Sample(number, response, [0.0] * len(response), truncated=False)
+        yield row, Group(number, prompt, 0, [sample])
+
+
+def _ids(row: dict[str, Any], key: str, where: str) -> list[int]:
+    ids = row[key]
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise UserError(f"{where}: {key} must be a list of integers")
+    return ids

@@ -1,0 +1,67 @@
+"""Checks of files and layout that need no torch: done once, before any rank or server starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from megafork.config import ScoreConfig, TrainConfig
+from megafork.data.prompts import read_rows
+from megafork.errors import UserError
+from megafork.launch import under_torchrun
+from megafork.model.shape import ModelShape
+from megafork.rewards.verifier import load_verifier
+
+_TRUNCATING = {"top_k": (None, 0, -1), "top_p": (None, 1, 1.0), "min_p": (None, 0, 0.0)}
+
+
+def check_train(config: TrainConfig) -> None:
+    """Raise UserError for what can be known to fail before anything is started."""
+    shape = ModelShape.from_folder(config.model.path)
+    shape.check_layout(config.parallel)
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > shape.max_positions:
+        raise UserError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's "
+            f"max_position_embeddings={shape.max_positions}: lower one of them"
+        )
+    if not shape.eos_token_ids:
+        raise UserError(
+            f"model.path={config.model.path}: neither generation_config.json nor config.json names "
+            "an eos_token_id, so no response could end: add it"
+        )
+    read_rows(config.data.train, config.data)
+    if config.data.eval is not None:
+        read_rows(config.data.eval, config.data)
+    load_verifier(config.reward.verifier)
+    python = config.rollout.python
+    if python is not None and shutil.which(python) is None:
+        raise UserError(f"rollout.python={python} is not an executable: give a Python with vLLM")
+    if not under_torchrun():
+        _tell_ignored_sampling(Path(config.model.path))
+
+
+def check_score(config: ScoreConfig, input_path: Path, output_path: Path) -> None:
+    """Raise UserError for a bad layout, a missing input, or an output that cannot be written."""
+    ModelShape.from_folder(config.model.path).check_layout(config.parallel)
+    if not input_path.is_file():
+        raise UserError(f"--input {input_path} does not exist")
+    if not output_path.parent.is_dir():
+        raise UserError(f"--output {output_path}: the folder {output_path.parent} does not exist")
+
+
+def _tell_ignored_sampling(folder: Path) -> None:
+    """Published models truncate sampling in generation_config.json; training must not."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    found = [f"{k}={raw[k]}" for k, neutral in _TRUNCATING.items() if raw.get(k) not in neutral]
+    if found:
+        print(
+            f"note: {path} sets {', '.join(found)}; rollouts ignore it and sample the whole "
+            "distribution at rollout.temperature",
+            file=sys.stderr,
+        )

@@ -1,0 +1,107 @@
+"""The numbers of one step, reduced over the ranks that hold the tokens (last pipeline stage)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megafork.algorithms.forking import Selection
+from megafork.algorithms.losses import k3_divergence
+from megafork.ops.top_fraction import top_fraction_threshold
+from megafork.parallel.topology import Topology
+from megafork.rollout.collector import RolloutBatch
+from megafork.training.policy import Scores
+from megafork.types import TokenTable
+
+_PERCENTILES = {"entropy/p50": 0.5, "entropy/p80": 0.2, "entropy/p95": 0.05}
+
+
+def token_metrics(
+    tables: Sequence[TokenTable],
+    scores: Sequence[Scores],
+    masks: Sequence[Tensor],
+    selections: Sequence[Selection],
+    *,
+    policy_version: int,
+    topology: Topology,
+) -> dict[str, float]:
+    """Entropy, selection and mismatch of a rollout batch. Last stage only, all its ranks together.
+
+    Percentiles are exact: entropy/p80 is the k-th largest entropy of the loss tokens with
+    k = ceil(0.2 N). mismatch/kl is the k3 estimate of KL(engine || trainer) over the tokens that
+    the current policy version sampled.
+    """
+    columns = [
+        (t.loss_mask_R[s.rows_N], t.rollout_logprob_R[s.rows_N], t.policy_version_R[s.rows_N])
+        for t, s in zip(tables, scores, strict=True)
+    ]
+    in_loss, rollout_logprobs, versions = (torch.cat(c) for c in zip(*columns, strict=True))
+    entropy = torch.cat([s.entropy_N for s in scores])
+    old_logprobs = torch.cat([s.old_logprobs_N for s in scores])
+    inside = torch.cat(list(masks))
+    outside = in_loss & ~inside
+    fresh = versions == policy_version
+    k3 = k3_divergence(old_logprobs, rollout_logprobs)
+    difference = (old_logprobs - rollout_logprobs).abs()
+    group = topology.groups.dp_cp
+
+    def total(values: Tensor, mask: Tensor) -> Tensor:
+        return torch.stack([torch.where(mask, values, 0.0).double().sum(), mask.double().sum()])
+
+    means = {
+        "entropy/mean": total(entropy, in_loss),
+        "forking/mean_entropy_inside": total(entropy, inside),
+        "forking/mean_entropy_outside": total(entropy, outside),
+        "mismatch/kl": total(k3, fresh),
+        "mismatch/mean_difference": total(difference, fresh),
+    }
+    sums = torch.stack(list(means.values())).to(topology.device)
+    dist.all_reduce(sums, group=group)
+    metrics = {
+        name: (value / count if count else 0.0)
+        for name, (value, count) in zip(means, sums.tolist(), strict=True)
+    }
+    for name, fraction in _PERCENTILES.items():
+        metrics[name] = float(
+            top_fraction_threshold(
+                entropy.to(topology.device), in_loss.to(topology.device), fraction, groups=(group,)
+            ).threshold
+        )
+    num_total = sum(s.num_total for s in selections)
+    metrics["entropy/threshold"] = sum(s.threshold for s in selections) / len(selections)
+    metrics["forking/kept_fraction"] = sum(s.num_kept for s in selections) / max(num_total, 1)
+    metrics["forking/boundary_fraction"] = sum(s.num_boundary for s in selections) / max(
+        num_total, 1
+    )
+    return metrics
+
+
+def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over the step's optimizer updates; ratios of clipped tokens are of masked tokens."""
+    count = len(updates)
+    masked = max(sum(u["masked_tokens"] for u in updates), 1.0)
+    return {
+        "loss/policy": sum(u["loss"] for u in updates) / count,
+        "ratio/clip_low_fraction": sum(u["clip_low"] for u in updates) / masked,
+        "ratio/clip_high_fraction": sum(u["clip_high"] for u in updates) / masked,
+        "ratio/first_update_max_offset": updates[0]["max_ratio_offset"],
+        "grad_norm": sum(u["grad_norm"] for u in updates) / count,
+    }
+
+
+def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """Of everything generated for the step, dropped groups included; carried ones counted before."""
+    samples = [s for group in batch.generated for s in group.samples]
+    metrics = {"sampling/groups_dropped": batch.num_dropped}
+    if samples:  # a batch can be filled by carried groups alone
+        n = len(samples)
+        metrics |= {
+            "reward/mean": sum(s.reward for s in samples) / n,
+            "reward/accuracy": sum(s.accuracy for s in samples) / n,
+            "response/length_mean": sum(len(s.token_ids) for s in samples) / n,
+            "response/truncated_fraction": sum(s.truncated for s in samples) / n,
+        }
+    return metrics

@@ -1,0 +1,283 @@
+"""The training loop: generate, score, select, update, sync.
+
+Rank 0 talks to the rollout server and writes the run's files; what it collects is broadcast, and
+from then on every rank computes from the same token table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+from megafork.algorithms.advantages import group_relative_advantages
+from megafork.algorithms.forking import Selection
+from megafork.checkpoint.hf_export import export_hf
+from megafork.config import TrainConfig, save_config
+from megafork.data.prompts import Prompt, PromptStream, Tokenizer, read_rows
+from megafork.errors import UserError
+from megafork.evaluation.heldout import accuracy, read_heldout
+from megafork.logging.figure import draw_curves
+from megafork.logging.metrics import MetricsLog
+from megafork.parallel.topology import Topology, initialize, shutdown
+from megafork.rewards.verifier import Judge
+from megafork.rollout.client import RolloutClient
+from megafork.rollout.collector import Collector, RolloutBatch
+from megafork.rollout.engine import rollout_server
+from megafork.rollout.sampling import Sampling
+from megafork.training import telemetry
+from megafork.training.policy import Policy, Scores
+from megafork.types import Group, TokenTable, token_table
+from megafork.weight_sync import agreement
+from megafork.weight_sync.push import WeightSync
+
+T = TypeVar("T")
+
+
+@dataclass
+class Clock:
+    """Seconds of each phase of a step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
+
+
+class Front:
+    """What only rank 0 has: the rollout server's client, the data, the verifier, the run's files."""
+
+    def __init__(self, config: TrainConfig, client: RolloutClient, eos: tuple[int, ...]) -> None:
+        self.config, self.client = config, client
+        self.run_dir = Path(config.run.dir)
+        self.sampling = Sampling(
+            temperature=config.rollout.temperature,
+            max_tokens=config.rollout.max_response_tokens,
+            stop_token_ids=eos,
+        )
+        tokenizer = Tokenizer(config.model.path, chat_template=config.data.chat_template)
+        rows = read_rows(config.data.train, config.data)
+        self.collector = Collector(
+            client=client,
+            prompts=PromptStream(rows, config.data, tokenizer.encode),
+            tokenizer=tokenizer,
+            judge=Judge(config.reward),
+            rollout=config.rollout,
+            sampling=self.sampling,
+            journal_dir=self.run_dir / "rollouts",
+        )
+        self.heldout = read_heldout(config.data, config.eval, tokenizer)
+        # The same prompts at every check, without moving the stream that is trained on.
+        probes = PromptStream(rows, config.data, tokenizer.encode)
+        self.probe_prompts = probes.take(config.sync.check_prompts)
+        self.log = MetricsLog(
+            self.run_dir, config.training.steps, tensorboard=config.run.tensorboard
+        )
+        self.batch: RolloutBatch | None = None
+
+    def collect(self, step: int, policy_version: int) -> list[Group]:
+        self.batch = self.collector.collect(step, policy_version)
+        return self.batch.groups
+
+    def probe(self) -> list[Group]:
+        return agreement.probe(self.client, self.probe_prompts, self.sampling)
+
+    def evaluate(self, step: int) -> float:
+        """Held-out accuracy, also written to eval.jsonl."""
+        collector, config = self.collector, self.config.eval
+        sampling = replace(self.sampling, temperature=config.temperature)
+        value = accuracy(
+            self.client,
+            self.heldout,
+            collector.tokenizer,
+            collector.judge,
+            sampling,
+            config.samples,
+        )
+        self.log.evaluation(step, value, len(self.heldout) * config.samples)
+        return value
+
+
+class Trainer:
+    """The loop on one rank. `front` is None on every rank but 0."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        topology: Topology,
+        policy: Policy,
+        sync: WeightSync,
+        front: Front | None,
+    ) -> None:
+        self.config, self.topology, self.policy = config, topology, policy
+        self.sync, self.front = sync, front
+        self.policy_version = 0
+
+    def run(self) -> None:
+        config, last = self.config, self.config.training.steps
+        self._push(check=True)
+        self._evaluate(0)
+        for step in range(1, last + 1):
+            metrics, clock = self.train_step(step)
+            every = config.eval.every
+            if step == last or (every and step % every == 0):
+                with clock.measure("eval"):
+                    metrics |= self._evaluate(step)
+            if self.front is not None:
+                times = {f"time/{phase}": value for phase, value in clock.seconds.items()}
+                self.front.log.write(step, metrics | times)
+        target = Path(config.run.dir) / "checkpoints" / "final"
+        export_hf(self.policy, self.topology, Path(config.model.path), target)
+        if self.front is not None:
+            self.front.log.note(f"checkpoint: {target}")
+            self.front.log.note(f"curves: {draw_curves(Path(config.run.dir))}")
+
+    def train_step(self, step: int) -> tuple[dict[str, float], Clock]:
+        """One rollout batch: the paper's algorithm box."""
+        config, policy, topology = self.config, self.policy, self.topology
+        started = time.monotonic()
+        clock = Clock()
+        sampled_by = self.policy_version
+        lr = policy.learning_rate
+        with clock.measure("generate"):
+            groups = self._on_front(lambda front: front.collect(step, sampled_by))
+        table = token_table(groups, overlong_filtering=config.algorithm.overlong_filtering)
+        advantages = group_relative_advantages(
+            table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage
+        )
+        table = table.with_columns(advantage_B=advantages)
+        minibatches = table.minibatches(
+            config.training.prompts_per_minibatch, seed=config.training.seed + step
+        )
+        with clock.measure("score"):
+            scores = [policy.score(minibatch) for minibatch in minibatches]
+            masks, selections = self._select(minibatches, scores, step)
+        with clock.measure("update"):
+            updates = [
+                policy.update(minibatch, score, mask)
+                for minibatch, score, mask in zip(minibatches, scores, masks, strict=True)
+            ]
+        with clock.measure("sync"):
+            every = config.sync.check_every
+            self._push(check=bool(every) and step % every == 0)
+        metrics: dict[str, float] = {}
+        if topology.is_last_stage:
+            metrics = telemetry.token_metrics(
+                minibatches,
+                scores,
+                masks,
+                selections,
+                policy_version=sampled_by,
+                topology=topology,
+            ) | telemetry.update_metrics(updates)
+        metrics = topology.broadcast_object(metrics, src=topology.last_stage_rank)
+        if self.front is not None and self.front.batch is not None:
+            metrics |= telemetry.rollout_metrics(self.front.batch)
+            clock.seconds["reward"] = self.front.batch.reward_seconds
+        clock.seconds["total"] = time.monotonic() - started
+        metrics |= {
+            "lr": lr,
+            "tokens": table.num_rows,
+            "throughput/tokens_per_second": table.num_rows / clock.seconds["total"],
+            "policy_version": self.policy_version,
+        }
+        return metrics, clock
+
+    def _select(
+        self, minibatches: list[TokenTable], scores: list[Scores], step: int
+    ) -> tuple[list[Tensor], list[Selection]]:
+        """One threshold for the whole rollout batch, or one for each mini-batch."""
+        pairs = list(zip(minibatches, scores, strict=True))
+        scopes = [pairs] if self.config.forking.scope == "batch" else [[pair] for pair in pairs]
+        masks: list[Tensor] = []
+        selections: list[Selection] = []
+        for scope in scopes:
+            tables, of_scope = zip(*scope, strict=True)
+            scope_masks, selection = self.policy.select(tables, of_scope, step=step)
+            masks += scope_masks
+            selections += [selection] if selection is not None else []
+        return masks, selections
+
+    def _push(self, *, check: bool) -> None:
+        self.policy_version += 1
+        self.sync.push(self.policy_version)
+        if check:
+            groups = self._on_front(lambda front: front.probe())
+            found = agreement.measure(groups, self.policy, self.topology)
+            agreement.require(found, self.config.sync, self.config.model.dtype)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        if self.config.data.eval is None:
+            return {}
+        return {"eval/accuracy": self._on_front(lambda front: front.evaluate(step))}
+
+    def _on_front(self, function: Callable[[Front], T]) -> T:
+        """`function(front)` on rank 0; its value on every rank."""
+
+        def call() -> T:
+            assert self.front is not None
+            return function(self.front)
+
+        return self.topology.on_rank_zero(call)
+
+
+def train(config: TrainConfig) -> None:
+    """`megafork train` on this rank, from joining the world to the final checkpoint."""
+    topology = initialize(config.parallel, seed=config.training.seed)
+    run_dir = Path(config.run.dir)
+    topology.on_rank_zero(lambda: make_run_dir(config, run_dir))
+    with contextlib.ExitStack() as stack:
+        wait_for_server = None
+        if topology.rank == 0:  # the server loads while the policy does
+            device = topology.device.type
+            wait_for_server = stack.enter_context(
+                rollout_server(config, device, run_dir / "vllm.log")
+            )
+        policy = Policy(
+            config.model,
+            config.parallel,
+            topology,
+            training=config.training,
+            algorithm=config.algorithm,
+            forking=config.forking,
+            temperature=config.rollout.temperature,
+        )
+        front = None
+
+        def open_front() -> None:
+            nonlocal front
+            assert wait_for_server is not None
+            front = Front(config, wait_for_server(), policy.shape.eos_token_ids)
+            stack.callback(front.log.close)
+
+        topology.on_rank_zero(open_front)
+        sync = WeightSync(
+            policy,
+            topology,
+            front.client if front is not None else None,
+            config.sync,
+            num_workers=config.rollout.tensor_parallel,
+        )
+        stack.callback(sync.close)
+        Trainer(config, topology, policy, sync, front).run()
+    shutdown()
+
+
+def make_run_dir(config: TrainConfig, run_dir: Path) -> None:
+    """Create the run's folder with its resolved config. Raises UserError if it holds a run."""
+    if (run_dir / "config.toml").exists():
+        raise UserError(
+            f"run.dir={run_dir} holds another run (config.toml): choose another folder or remove it"
+        )
+    for folder in ("rollouts", "checkpoints"):
+        (run_dir / folder).mkdir(parents=True, exist_ok=True)
+    save_config(config, run_dir / "config.toml")
