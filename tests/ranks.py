@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 # Imported before the fork, so that no rank pays for it again.
-import megatron.core.models.gpt
-import megatron.core.optimizer
 import torch
 
 import megafork.training.policy  # noqa: F401
@@ -44,7 +43,7 @@ def run_ranks(
             if not pipe.poll(timeout):
                 raise TimeoutError(f"rank {rank} of {world_size} gave no result in {timeout} s")
             try:
-                outcomes.append(pipe.recv())
+                outcomes.append(pickle.loads(pipe.recv_bytes()))
             except EOFError:
                 outcomes.append((False, f"rank {rank} died"))
         errors = [text for ok, text in outcomes if not ok]
@@ -70,6 +69,7 @@ def _rank_main(rank, world_size, port, pipe, function, args) -> None:
         outcome = (True, function(*args))
     except BaseException:
         outcome = (False, f"--- rank {rank} ---\n{traceback.format_exc()}")
-    pipe.send(outcome)
+    # As bytes: multiprocessing would share the tensors' memory, which ends with this process.
+    pipe.send_bytes(pickle.dumps(outcome))
     if outcome[0]:
         shutdown()

@@ -7,11 +7,14 @@ logits, autograd, sorting.
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from megafork.types import Group, Sample
 
 VOCAB = 251  # not a multiple of anything: megatron pads it
 
@@ -43,6 +46,8 @@ def save_model(
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            elif name in ("model.embed_tokens.weight", "lm_head.weight"):
+                parameter.mul_(4.0)  # once for a tied pair: it is one parameter
     model.save_pretrained(folder)
     return folder
 
@@ -61,6 +66,25 @@ def logprobs_and_entropies(logits: Tensor, response: list[int]) -> tuple[Tensor,
     logprobs = logits.log_softmax(-1)
     entropies = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, torch.tensor(response)[:, None])[:, 0], entropies
+
+
+def make_groups(
+    num_groups: int, group_size: int, *, seed: int = 0, longest: int = 12
+) -> list[Group]:
+    """Random prompts and responses with rewards 0 and 1; no logic shared with the project."""
+    rng = random.Random(seed)
+    groups = []
+    for index in range(num_groups):
+        prompt = [rng.randrange(2, VOCAB) for _ in range(rng.randrange(2, 9))]
+        samples = []
+        for i in range(group_size):
+            response = [rng.randrange(2, VOCAB) for _ in range(rng.randrange(1, longest))]
+            reward = float(rng.random() < 0.5)
+            logprobs = [-rng.random() for _ in response]
+            uid = index * group_size + i
+            samples.append(Sample(uid, response, logprobs, False, reward, reward))
+        groups.append(Group(index, prompt, 1, samples))
+    return groups
 
 
 def top_threshold(entropies: Tensor, rho: float) -> float:

@@ -63,9 +63,10 @@ phase() {
   [[ -f $stamp && $(<"$stamp") == "$hash" ]] && return
   rm -f "$stamp"
   echo "setup_cpu: $name ..."
+  echo "== $name" >"$log"
   if ! "$@" >>"$log" 2>&1; then
     tail -n 25 "$log" >&2
-    fail "$name failed; the whole log is $log"
+    fail "$name failed; its whole log is $log"
   fi
   echo "$hash" >"$stamp"
   echo "setup_cpu: $name done in $((SECONDS - started)) s"

@@ -1,7 +1,7 @@
 """The one table between HF names and megatron-core names: load, save and weight sync use it.
 
 Each rule ties one megatron parameter to one or more HF tensors and says how the parameter is cut
-over the tensor-parallel ranks. `read` takes a rank's slice from HF tensors, `merge` puts the
+over the tensor-parallel ranks, along `dim`. `read` takes a rank's slice from HF tensors, `merge` puts the
 slices of all ranks together as HF tensors. Works for weights and for their gradients.
 """
 
@@ -22,6 +22,8 @@ ReadSlice = Callable[[str, int | None, int, int], Tensor]
 @dataclass(frozen=True)
 class Replicated:
     """The same tensor on every rank."""
+
+    dim: None = None
 
     def read(self, read: ReadSlice, names: Sequence[str], rank: int, size: int) -> Tensor:
         return read(names[0], None, 0, 0)
@@ -53,6 +55,7 @@ class VocabSplit:
 
     vocab_size: int
     padded_size: int
+    dim: int = 0
 
     def read(self, read: ReadSlice, names: Sequence[str], rank: int, size: int) -> Tensor:
         step = self.padded_size // size
@@ -71,6 +74,7 @@ class QkvSplit:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    dim: int = 0
 
     def read(self, read: ReadSlice, names: Sequence[str], rank: int, size: int) -> Tensor:
         kv_heads = self.num_kv_heads // size

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 from megafork.checkpoint.hf import SafetensorsFolder
@@ -33,6 +34,19 @@ def stage_rules(
             transformer_engine=backend.has_transformer_engine(),
         )
     )
+
+
+def mark_tensor_parallel(gpt: GPTModel, table: list[Rule]) -> None:
+    """Say of each parameter whether its tp ranks hold slices or copies, and along which dim.
+
+    megatron does so only when it also initialises the weights at random, which we skip; without
+    the marks its gradient norm would count the slices of tp rank 0 alone.
+    """
+    parameters = dict(gpt.named_parameters())
+    for rule in table:
+        dim = rule.sharding.dim
+        if dim is not None and not hasattr(parameters[rule.megatron], "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameters[rule.megatron], True, dim, stride=1)
 
 
 @torch.no_grad()

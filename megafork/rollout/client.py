@@ -122,15 +122,23 @@ class RolloutClient:
         self._request("POST", "/resume")
 
     def reset_prefix_cache(self, running: bool = False) -> None:
-        """Forget cached keys and values; `running` also recomputes those of running requests."""
-        self._request("POST", f"/reset_prefix_cache?reset_running_requests={str(running).lower()}")
+        """Forget cached keys and values; `running` also recomputes those of running requests.
 
-    def init_transfer(self, senders: list[dict[str, Any]], num_workers: int) -> None:
+        Raises ServerError when running requests still hold blocks and `running` is False.
+        """
+        path = f"/reset_prefix_cache?reset_running_requests={str(running).lower()}"
+        if not self._request("POST", path)["success"]:
+            raise ServerError(path, 200, "running requests hold the cache; pause first")
+
+    def init_transfer(
+        self, senders: list[dict[str, Any]], num_workers: int, timeout_s: float = 300.0
+    ) -> None:
         """Join the workers to each sender's group; returns when all groups are up.
 
         senders: {"host": str, "port": int} of every `WeightSender`, in the order of their numbers.
+        timeout_s: how long a worker waits for a sender, here and in every broadcast.
         """
-        info = {"senders": senders, "num_workers": num_workers}
+        info = {"senders": senders, "num_workers": num_workers, "timeout_s": timeout_s}
         self._request("POST", "/init_weight_transfer_engine", {"init_info": info})
 
     def start_weight_update(self) -> None:

@@ -1,5 +1,100 @@
+"""The finished groups of a step, on disk before they are used: a resumed step replays them.
+
+One JSON object per line:
+
+    {"prompt_index": int, "policy_version": int, "samples": [{"uid", "token_ids", "logprobs",
+     "finish_reason", "reward", "accuracy"}, ...]}
+
+Python writes a float's shortest exact form, so log-probabilities come back bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from megafork.errors import UserError
+
+_KEYS = ("prompt_index", "policy_version", "samples")
+
+
 class Journal:
-    def __init__(self,p): self.p=p
-    def __enter__(self): return self
-    def __exit__(self,*a): pass
-    def append(self,d): pass
+    """Appends groups to `path`; each is on disk when `append` returns.
+
+    A torn last line, left by a crash in the middle of a write, is cut off on opening.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(self.path)
+        self._file = self.path.open("ab")
+        _sync_folder(self.path.parent)  # the file's name must survive too
+
+    def append(self, group: dict[str, Any]) -> None:
+        """Write one finished group and wait for the disk. Raises KeyError for a missing key."""
+        line = {key: group[key] for key in _KEYS}
+        self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @staticmethod
+    def read(path: str | Path) -> list[dict[str, Any]]:
+        """All groups, in the order they finished; empty when there is no such file.
+
+        A torn last line is dropped with a message. Raises UserError, naming file and line, when
+        any other line is damaged.
+        """
+        path = Path(path)
+        if not path.exists():
+            return []
+        *lines, last = path.read_bytes().split(b"\n")
+        if last:
+            print(f"{path}:{len(lines) + 1}: dropped a group that was not written to its end")
+        return [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+
+
+def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        group = json.loads(line)
+        missing = [key for key in _KEYS if key not in group]
+    except (ValueError, TypeError) as error:
+        raise _damage(path, number, str(error)) from error
+    if missing or not isinstance(group, dict):
+        raise _damage(path, number, f"no {', '.join(missing)}" if missing else "no JSON object")
+    return group
+
+
+def _damage(path: Path, number: int, cause: str) -> UserError:
+    return UserError(
+        f"{path}:{number} is damaged ({cause}); delete the file to generate the step's groups again"
+    )
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            file.truncate(end)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

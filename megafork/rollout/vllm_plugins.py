@@ -208,7 +208,7 @@ def _checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
+            for name in file.keys():
                 shapes[name] = tuple(file.get_slice(name).get_shape())
     return shapes
 

@@ -28,7 +28,7 @@ from megafork.data.packing import Pack, build_pack, fed_lengths, plan_micro_batc
 from megafork.errors import UserError
 from megafork.model.qwen3 import build_model, head_logits
 from megafork.model.shape import ModelShape
-from megafork.model.weights import export_weights, load_weights, stage_rules
+from megafork.model.weights import export_weights, load_weights, mark_tensor_parallel, stage_rules
 from megafork.ops.vocab_parallel import logprob_and_entropy
 from megafork.parallel.topology import Topology
 from megafork.training.optimizer import build_optimizer, learning_rate, wrap_data_parallel
@@ -73,6 +73,7 @@ class Scorer:
         self.sequence_multiple = parallel.tp if parallel.sequence_parallel else 1
         self.rules = stage_rules(self.shape, model, parallel, topology)
         self.gpt = build_model(self.shape, model, parallel, topology)
+        mark_tensor_parallel(self.gpt, self.rules)
         load_weights(self.gpt, SafetensorsFolder(model.path), self.rules, topology)
         self.model: torch.nn.Module = self.gpt
 
@@ -246,40 +247,12 @@ class Policy(Scorer):
     def update(self, table: TokenTable, scores: Scores, mask_N: Tensor) -> dict[str, float]:
         """One optimizer step on the masked tokens; the denominator is the table's loss tokens.
 
-        Returns sums over all ranks on the last stage (elsewhere only the gradient norm): loss,
-        clip counts, masked tokens, and the largest |ratio - 1|.
+        Returns the global gradient norm before clipping and, on the last stage, sums over all
+        ranks: loss, clip counts, masked tokens, and the largest |ratio - 1|.
         """
-        device = self.topology.device
-        num_tokens = table.num_loss_tokens
-        rows = scores.rows_N
-        of_pack: dict[int, tuple[Tensor, ...]] = {}
-        if self.topology.is_last_stage:
-            per_pack = [len(pack.rows_N) for pack in scores.packs]
-            columns = (scores.old_logprobs_N, table.advantage_R[rows], mask_N)
-            parts = zip(*(column.to(device).split(per_pack) for column in columns), strict=True)
-            of_pack = {id(pack): part for pack, part in zip(scores.packs, parts, strict=True)}
-        self.model.train()
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-
-        def loss_of(pack: Pack, logprobs_N: Tensor, _: Tensor) -> tuple[Tensor, dict]:
-            old_logprobs, advantages, mask = of_pack[id(pack)]
-            clip = {"clip_low": self.algorithm.clip_low, "clip_high": self.algorithm.clip_high}
-            loss = losses.clipped_policy_loss(
-                logprobs_N, old_logprobs, advantages, mask, num_tokens=num_tokens, **clip
-            )
-            with torch.no_grad():
-                ratio = losses.policy_ratio(logprobs_N, old_logprobs)
-                low, high = losses.clip_counts(ratio, advantages, mask, **clip)
-                off = torch.where(mask, (ratio - 1).abs(), 0.0)
-                report = {
-                    "sums": torch.stack([loss.detach(), low, high, mask.sum()]).double(),
-                    "max_ratio_offset": off.max() if len(off) else off.new_zeros(()),
-                }
-            return loss, report
-
-        reports = self._run(scores.packs, loss_of, forward_only=False)
-        self._set_learning_rate()
+        reports = self.accumulate_gradients(table, scores, mask_N)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
         _, grad_norm, _ = self.optimizer.step()
         self.num_updates += 1
         metrics = {"grad_norm": float(grad_norm)}
@@ -287,14 +260,49 @@ class Policy(Scorer):
             metrics |= self._reduce(reports)
         return metrics
 
+    def accumulate_gradients(
+        self, table: TokenTable, scores: Scores, mask_N: Tensor
+    ) -> list[dict[str, Tensor]]:
+        """Forward and backward over the table's packs; gradients end up reduced over all ranks."""
+        num_tokens = table.num_loss_tokens
+        clip = {"clip_low": self.algorithm.clip_low, "clip_high": self.algorithm.clip_high}
+        columns_of = self._columns_of_packs(table, scores, mask_N)
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def loss_of(pack: Pack, logprobs_N: Tensor, _: Tensor) -> tuple[Tensor, dict]:
+            old_logprobs, advantages, mask = columns_of[id(pack)]
+            loss = losses.clipped_policy_loss(
+                logprobs_N, old_logprobs, advantages, mask, num_tokens=num_tokens, **clip
+            )
+            with torch.no_grad():
+                ratio = losses.policy_ratio(logprobs_N, old_logprobs)
+                low, high = losses.clip_counts(ratio, advantages, mask, **clip)
+                offset = torch.where(mask, (ratio - 1).abs(), 0.0)
+                report = {
+                    "sums": torch.stack([loss.detach(), low, high, mask.sum()]).double(),
+                    "max_ratio_offset": offset.max() if len(offset) else offset.new_zeros(()),
+                }
+            return loss, report
+
+        return self._run(scores.packs, loss_of, forward_only=False)
+
+    def _columns_of_packs(
+        self, table: TokenTable, scores: Scores, mask_N: Tensor
+    ) -> dict[int, tuple[Tensor, ...]]:
+        """(old_logprobs, advantages, mask) of each pack, by the pack's id, on the device."""
+        if not self.topology.is_last_stage:
+            return {}
+        sizes = [len(pack.rows_N) for pack in scores.packs]
+        columns = (scores.old_logprobs_N, table.advantage_R[scores.rows_N], mask_N)
+        parts = zip(*(c.to(self.topology.device).split(sizes) for c in columns), strict=True)
+        return {id(pack): part for pack, part in zip(scores.packs, parts, strict=True)}
+
     @property
     def learning_rate(self) -> float:
         """Of the next update."""
         return learning_rate(self.training, self.num_updates)
-
-    def _set_learning_rate(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
 
     def _reduce(self, reports: Sequence[dict]) -> dict[str, float]:
         sums = torch.stack([report["sums"] for report in reports]).sum(0)

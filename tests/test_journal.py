@@ -1,0 +1,93 @@
+"""The journal of finished groups: what was appended is there after a crash, damage is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from megafork.errors import UserError
+from megafork.rollout.journal import Journal
+
+
+def group(prompt_index: int) -> dict:
+    sample = {
+        "uid": f"{prompt_index}-0",
+        "token_ids": [5, 7, 1],
+        "logprobs": [-0.1, -1.1754943508222875e-38, -2.3841855067985307e-07],
+        "finish_reason": "stop",
+        "reward": 0.5,
+        "accuracy": 1.0,
+    }
+    return {"prompt_index": prompt_index, "policy_version": 3, "samples": [sample]}
+
+
+def test_round_trip_is_exact_and_in_order(tmp_path):
+    path = tmp_path / "rollouts" / "step_1.jsonl"
+    with Journal(path) as journal:
+        for index in (4, 0, 2):
+            journal.append(group(index))
+    with Journal(path) as journal:  # a resumed step goes on
+        journal.append(group(9))
+    assert Journal.read(path) == [group(index) for index in (4, 0, 2, 9)]
+
+
+def test_no_file_is_no_groups(tmp_path):
+    assert Journal.read(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("cut", [1, 20, 200])
+def test_torn_last_line_is_dropped_said_and_overwritten(tmp_path, capsys, cut):
+    path = tmp_path / "step.jsonl"
+    with Journal(path) as journal:
+        journal.append(group(0))
+        journal.append(group(1))
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert Journal.read(path) == [group(0)]
+    assert f"{path}:2" in capsys.readouterr().out
+    with Journal(path) as journal:
+        journal.append(group(2))
+    assert Journal.read(path) == [group(0), group(2)]
+
+
+@pytest.mark.parametrize("damaged", [b'{"prompt_index": 1, "poli', b"", b"[1]", b"3", b"{}"])
+def test_damage_before_the_end_names_file_and_line(tmp_path, damaged):
+    path = tmp_path / "step.jsonl"
+    with Journal(path) as journal:
+        for index in range(3):
+            journal.append(group(index))
+    lines = path.read_bytes().split(b"\n")
+    lines[1] = damaged
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(UserError, match=r"step\.jsonl:2 .*delete"):
+        Journal.read(path)
+
+
+def test_incomplete_groups_and_nan_are_refused(tmp_path):
+    with Journal(tmp_path / "step.jsonl") as journal:
+        with pytest.raises(KeyError, match="policy_version"):
+            journal.append({"prompt_index": 0, "samples": []})
+        bad = group(0)
+        bad["samples"][0]["logprobs"][0] = float("nan")
+        with pytest.raises(ValueError):
+            journal.append(bad)
+    assert Journal.read(tmp_path / "step.jsonl") == []
+
+
+def test_kill_after_append_loses_nothing(tmp_path):
+    path = tmp_path / "step.jsonl"
+    program = (
+        "import sys, os, signal\n"
+        "from megafork.rollout.journal import Journal\n"
+        "from tests.test_journal import group\n"
+        "journal = Journal(sys.argv[1])\n"
+        "for index in range(5): journal.append(group(index))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    killed = subprocess.run([sys.executable, "-c", program, str(path)], cwd=root)
+    assert killed.returncode == -signal.SIGKILL
+    assert Journal.read(path) == [group(index) for index in range(5)]

@@ -1,0 +1,120 @@
+"""The model in every layout against transformers' Qwen3, one sequence at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megafork.config import (
+    AlgorithmConfig,
+    ForkingConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
+from megafork.model.qwen3 import head_logits
+from megafork.model.weights import export_weights
+from megafork.parallel.topology import initialize
+from megafork.training.policy import Policy
+from megafork.types import token_table
+from tests import reference
+from tests.ranks import run_ranks
+
+LAYOUTS = {
+    "tp1": {},
+    "tp2": {"tp": 2},
+    "pp2": {"pp": 2},
+    "tp2-pp2": {"tp": 2, "pp": 2},
+    "tp2-sp": {"tp": 2, "sequence_parallel": True},
+    "pp2-uneven": {"pp": 2, "pipeline_layers": [3, 1]},
+}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def model_folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return reference.save_model(folder, tied=request.param)
+
+
+def make_policy(folder, layout, **model):
+    parallel = ParallelConfig(**layout)
+    return Policy(
+        ModelConfig(path=str(folder), dtype="float32", **model),
+        parallel,
+        initialize(parallel),
+        training=TrainingConfig(steps=1, micro_batch_tokens=64, grad_clip=1e9),
+        algorithm=AlgorithmConfig(),
+        forking=ForkingConfig(),
+        temperature=1.0,
+    )
+
+
+def logits_and_gradients(folder, layout, model):
+    """On every rank: ({table row: logits of its rank's vocabulary}, {HF name: gradient})."""
+    policy = make_policy(folder, layout, **model)
+    table = token_table(reference.make_groups(3, 3))
+    packs = policy.packs(table)
+    logits = {}
+    inner = policy.gpt
+
+    def keep_logits(_, inputs, hidden_1TH):
+        pack = keep_logits.pack
+        with torch.no_grad():
+            rows = head_logits(inner, hidden_1TH, pack.slots_N)
+        logits.update(zip(pack.rows_N.tolist(), rows, strict=True))
+
+    def loss_of(pack, logprobs, entropy):
+        rows = pack.rows_N.float()
+        return (logprobs * rows.cos() + entropy * rows.sin()).sum(), {}
+
+    if policy.topology.is_last_stage:
+        packs_left = iter(packs)
+        inner.register_forward_pre_hook(lambda *_: setattr(keep_logits, "pack", next(packs_left)))
+        inner.register_forward_hook(keep_logits)
+    policy.model.train()
+    policy.model.zero_grad_buffer()
+    policy._run(packs, loss_of, forward_only=False)
+    gradients = dict(export_weights(inner, policy.rules, policy.topology, lambda p: p.main_grad))
+    return logits, {name: value.clone() for name, value in gradients.items()}
+
+
+def reference_logits_and_gradients(folder, table):
+    model = reference.load_model(folder)
+    logits = {}
+    loss = torch.zeros(())
+    for b in range(table.num_samples):
+        span = table.rows(b)
+        response = table.token_R[span].tolist()
+        z = reference.response_logits(model, table.prompt(b).tolist(), response)
+        logprobs, entropies = reference.logprobs_and_entropies(z, response)
+        rows = torch.arange(span.start, span.stop).float()
+        loss = loss + (logprobs * rows.cos() + entropies * rows.sin()).sum()
+        logits |= dict(zip(range(span.start, span.stop), z.detach(), strict=True))
+    loss.backward()
+    return logits, {n: p.grad for n, p in model.named_parameters()}
+
+
+CASES = [(layout, {}) for layout in LAYOUTS] + [
+    (layout, {"recompute": kind}) for layout in ("tp1", "tp2-pp2") for kind in ("full", "selective")
+]
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES, ids=lambda value: str(value))
+def test_logits_and_gradients_match_transformers(model_folder, layout, model):
+    layout = LAYOUTS[layout]
+    parallel = ParallelConfig(**layout)
+    ranks = run_ranks(parallel.world_size, logits_and_gradients, model_folder, layout, model)
+    table = token_table(reference.make_groups(3, 3))
+    expected_logits, expected = reference_logits_and_gradients(model_folder, table)
+
+    last_stage = ranks[-parallel.tp :]
+    assert set(last_stage[0][0]) == set(range(table.num_rows))
+    for row, z in expected_logits.items():
+        ours = torch.cat([logits[row] for logits, _ in last_stage])[: reference.VOCAB]
+        assert (ours - z).abs().max() <= 1e-5
+
+    gradients = {name: g for _, of_rank in ranks for name, g in of_rank.items()}
+    assert set(gradients) == set(expected)
+    for name, g in expected.items():
+        error = (gradients[name] - g).abs().max() / g.abs().max()
+        assert error <= 1e-5, f"{name}: {error:.2e}"
