@@ -31,7 +31,7 @@ def run_ranks(
     for rank in range(world_size):
         receiver, sender = _CONTEXT.Pipe(duplex=False)
         process = _CONTEXT.Process(
-            target=_rank_main, args=(rank, world_size, port, sender, function, args), daemon=True
+            target=_rank_main, args=(rank, world_size, port, sender, function, args)
         )
         process.start()
         sender.close()

@@ -40,17 +40,29 @@ def test_no_file_is_no_groups(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 20, 200])
-def test_torn_last_line_is_dropped_said_and_overwritten(tmp_path, capsys, cut):
+def test_torn_last_line_is_dropped_said_and_overwritten(tmp_path, caplog, cut):
     path = tmp_path / "step.jsonl"
     with Journal(path) as journal:
         journal.append(group(0))
         journal.append(group(1))
     path.write_bytes(path.read_bytes()[:-cut])
     assert Journal.read(path) == [group(0)]
-    assert f"{path}:2" in capsys.readouterr().out
+    assert f"{path}:2" in caplog.text
     with Journal(path) as journal:
         journal.append(group(2))
     assert Journal.read(path) == [group(0), group(2)]
+
+
+def test_a_torn_line_longer_than_a_block_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("megafork.rollout.journal._BLOCK", 16)
+    path = tmp_path / "step.jsonl"
+    with Journal(path) as journal:
+        journal.append(group(0))
+    whole = path.read_bytes()
+    for torn in (whole[:-1], whole + whole[:-1], whole + whole[:1]):
+        path.write_bytes(torn)
+        Journal(path).close()
+        assert path.read_bytes() == (whole if torn.startswith(whole) else b"")
 
 
 @pytest.mark.parametrize("damaged", [b'{"prompt_index": 1, "poli', b"", b"[1]", b"3", b"{}"])

@@ -1,22 +1,25 @@
 """The finished groups of a step, on disk before they are used: a resumed step replays them.
 
-One JSON object per line:
+One JSON object per line, at least
 
-    {"prompt_index": int, "policy_version": int, "samples": [{"uid", "token_ids", "logprobs",
-     "finish_reason", "reward", "accuracy"}, ...]}
+    {"prompt_index": int, "policy_version": int, "samples": [{...}, ...]}
 
-Python writes a float's shortest exact form, so log-probabilities come back bit for bit.
+with what the caller keeps of each sample (token ids, log-probabilities, reward, ...). Python
+writes a float's shortest exact form, so log-probabilities come back bit for bit.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any, Self
 
 from megafork.errors import UserError
 
+_log = logging.getLogger(__name__)
+_BLOCK = 1 << 20
 _KEYS = ("prompt_index", "policy_version", "samples")
 
 
@@ -35,8 +38,10 @@ class Journal:
 
     def append(self, group: dict[str, Any]) -> None:
         """Write one finished group and wait for the disk. Raises KeyError for a missing key."""
-        line = {key: group[key] for key in _KEYS}
-        self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n")
+        if missing := [key for key in _KEYS if key not in group]:
+            raise KeyError(f"a group without {', '.join(missing)}")
+        line = json.dumps(group, separators=(",", ":"), allow_nan=False)
+        self._file.write(line.encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -53,16 +58,20 @@ class Journal:
     def read(path: str | Path) -> list[dict[str, Any]]:
         """All groups, in the order they finished; empty when there is no such file.
 
-        A torn last line is dropped with a message. Raises UserError, naming file and line, when
+        A torn last line is dropped with a warning. Raises UserError, naming file and line, when
         any other line is damaged.
         """
         path = Path(path)
         if not path.exists():
             return []
-        *lines, last = path.read_bytes().split(b"\n")
-        if last:
-            print(f"{path}:{len(lines) + 1}: dropped a group that was not written to its end")
-        return [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+        groups = []
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    groups.append(_parse(line, path, number))
+                else:
+                    _log.warning("%s:%d: dropped a group not written to its end", path, number)
+        return groups
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -86,10 +95,16 @@ def _cut_torn_line(path: Path) -> None:
     if not path.exists():
         return
     with path.open("rb+") as file:
-        content = file.read()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            file.truncate(end)
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:  # backwards: a step's journal may be gigabytes
+            start = max(0, end - _BLOCK)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        file.truncate(end)
 
 
 def _sync_folder(folder: Path) -> None:

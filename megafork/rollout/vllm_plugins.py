@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from vllm import SamplingParams
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.exceptions import VLLMClientError
 from vllm.inputs import tokens_input
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -54,7 +54,7 @@ class RolloutMiddleware:
             engine = scope["app"].state.engine_client
             generation = asyncio.ensure_future(_generate(engine, body))
             payload = await _unless_disconnected(generation, receive)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, VLLMClientError) as error:
             message = json.dumps({"error": {"message": f"{type(error).__name__}: {error}"}})
             return await _reply(send, 400, message.encode())
         if payload is not None:
@@ -62,6 +62,10 @@ class RolloutMiddleware:
 
 
 async def _generate(engine: Any, body: dict[str, Any]) -> bytes:
+    vocab_size = engine.model_config.get_vocab_size()
+    for token in body["prompt_ids"]:
+        if not 0 <= token < vocab_size:  # without a tokenizer vLLM lets it through, and crashes
+            raise ValueError(f"prompt token {token} is not in the vocabulary of {vocab_size}")
     params = SamplingParams(
         **body["sampling_params"], output_kind=RequestOutputKind.FINAL_ONLY, flat_logprobs=True
     )
@@ -135,10 +139,11 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     supports_draft_weight_update = False
+    model: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._groups: list[torch.distributed.ProcessGroup] = []
+        self._groups: list[Any] = []
         self._parameters = {name for name, _ in self.model.named_parameters()}
         tied = getattr(self.model_config.hf_config, "tie_word_embeddings", False)
         self._tied_head = self.model.lm_head if tied else None

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Self
@@ -82,6 +83,9 @@ class VllmServer:
         self.extra_args = extra_args
         self.environment = environment or {}
         self.api_key = secrets.token_urlsafe(32)
+        self._lock = threading.Lock()
+        self._state = "new"  # -> "started" -> "stopped"
+        self.process_group: int | None = None  # of the supervisor, the server and its workers
         self._process: subprocess.Popen | None = None
         self._import_path: tempfile.TemporaryDirectory | None = None
 
@@ -93,48 +97,59 @@ class VllmServer:
         return RolloutClient(self.url, self.api_key, timeout_s=timeout_s, log_path=self.log_path)
 
     def start(self) -> None:
-        """Start the server and wait until it answers.
+        """Start the server and wait until it answers. A server is started once.
 
         Raises UserError, with the cause and the log's path and nothing left running, when the
-        folder is no model, the port is taken, the server exits, or startup_timeout_s is over.
+        folder is no model, the port is taken, the server exits, startup_timeout_s is over, or
+        `stop` was called meanwhile.
         """
-        assert self._process is None, "the server was started before"
         _check_model_folder(self.model_path)
         self.port = _free_port(self.host, self.port)
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._import_path = tempfile.TemporaryDirectory(prefix="megafork-")
-        # The package alone, so that another environment's Python sees none of our site-packages.
-        package = Path(megafork.__file__).parent
-        (Path(self._import_path.name) / "megafork").symlink_to(package)
-        supervisor = [sys.executable, "-m", "megafork.rollout.supervisor"]
-        with self.log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                [*supervisor, *self._command()],
-                stdin=subprocess.PIPE,  # closed with us, which ends the server
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self._environment(),
-                start_new_session=True,
-            )
         try:
-            self._wait_until_ready()
+            self._wait_until_ready(self._launch())
         except BaseException:
             self.stop()
             raise
 
+    def _launch(self) -> subprocess.Popen:
+        with self._lock:
+            if self._state != "new":
+                raise UserError(f"the vLLM server was {self._state} before; make a new one")
+            self._state = "started"
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            self._import_path = tempfile.TemporaryDirectory(prefix="megafork-")
+            # The package alone: another environment's Python must see none of our site-packages.
+            imports = Path(self._import_path.name)
+            (imports / "megafork").symlink_to(Path(megafork.__file__).parent)
+            supervisor = [sys.executable, "-m", "megafork.rollout.supervisor"]
+            with self.log_path.open("wb") as log:
+                self._process = subprocess.Popen(
+                    [*supervisor, *self._command()],
+                    stdin=subprocess.PIPE,  # closed with us, which ends the server
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment(imports),
+                    start_new_session=True,
+                )
+            self.process_group = self._process.pid
+            return self._process
+
     def stop(self) -> None:
-        """End the server's whole process group. Safe to call twice, or before `start`."""
-        if self._process is not None:
-            self._process.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(GRACE_S + 5.0)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-        if self._import_path is not None:
-            self._import_path.cleanup()
-            self._import_path = None
+        """End the server's whole process group. Safe at any time, in any thread, and twice."""
+        with self._lock:
+            self._state = "stopped"
+            if self._process is not None:
+                assert self._process.stdin is not None
+                self._process.stdin.close()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(GRACE_S + 5.0)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+                self._process = None
+            if self._import_path is not None:
+                self._import_path.cleanup()
+                self._import_path = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -143,11 +158,11 @@ class VllmServer:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self, process: subprocess.Popen) -> None:
         client = self.client()
         deadline = time.monotonic() + self.startup_timeout_s
         while not client.health():
-            if self._process.poll() is not None:
+            if process.poll() is not None:
                 raise UserError(f"the vLLM server did not start: {self._cause()}")
             if time.monotonic() > deadline:
                 raise UserError(
@@ -160,7 +175,7 @@ class VllmServer:
         return f"{_last_error(self.log_path)}\n  full log: {self.log_path}"
 
     def _command(self) -> list[str]:
-        options = {
+        options: dict[str, object] = {
             "host": self.host,
             "port": self.port,
             "dtype": self.dtype,
@@ -192,18 +207,19 @@ class VllmServer:
             command += [f"--{name}", str(value)]
         return [*command, *(f"--{flag}" for flag in flags), *self.extra_args]
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, imports: Path) -> dict[str, str]:
         environment = {k: v for k, v in os.environ.items() if not _TORCHRUN_VARIABLE.fullmatch(k)}
         if self.device == "cpu":
             environment |= _CPU_ENVIRONMENT
             environment["VLLM_CPU_KVCACHE_SPACE"] = str(self.kv_cache_gib)
-        ours = self._import_path.name
         return environment | {
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and update
             "VLLM_API_KEY": self.api_key,
-            "PYTHONPATH": os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [str(imports), os.environ.get("PYTHONPATH")])
+            ),
             **self.environment,
         }
 

@@ -48,7 +48,7 @@ def _finalize(model, num_tokens=None, pg_collection=None, force_all_reduce=False
 def build_optimizer(
     ddp: DistributedDataParallel, training: TrainingConfig, topology: Topology
 ) -> MegatronOptimizer:
-    """AdamW with global-norm clipping; no weight decay on norms (megatron's rule: 1-D tensors)."""
+    """AdamW with global-norm clipping; 1-D tensors (norms) form a group without weight decay."""
     dtype = next(ddp.parameters()).dtype
     config = OptimizerConfig(
         optimizer="adam",
@@ -66,6 +66,18 @@ def build_optimizer(
     return get_megatron_optimizer(config, [ddp])
 
 
+def set_hyperparameters(
+    optimizer: MegatronOptimizer, training: TrainingConfig, num_updates: int
+) -> None:
+    """Learning rate and weight decay of the next update. `num_updates`: updates already made.
+
+    megatron marks norms with wd_mult 0 and leaves it to the caller to apply the factor.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(training, num_updates)
+        group["weight_decay"] = training.weight_decay * group["wd_mult"]
+
+
 def learning_rate(training: TrainingConfig, num_updates: int) -> float:
-    """Linear warm-up from lr / warmup_steps, then constant. `num_updates`: updates already made."""
+    """Linear warm-up from lr / warmup_steps, then constant."""
     return training.lr * min(1.0, (num_updates + 1) / max(training.warmup_steps, 1))

@@ -31,7 +31,12 @@ from megafork.model.shape import ModelShape
 from megafork.model.weights import export_weights, load_weights, mark_tensor_parallel, stage_rules
 from megafork.ops.vocab_parallel import logprob_and_entropy
 from megafork.parallel.topology import Topology
-from megafork.training.optimizer import build_optimizer, learning_rate, wrap_data_parallel
+from megafork.training.optimizer import (
+    build_optimizer,
+    learning_rate,
+    set_hyperparameters,
+    wrap_data_parallel,
+)
 from megafork.types import TokenTable
 
 BOUNDARY_EPS = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -251,8 +256,7 @@ class Policy(Scorer):
         ranks: loss, clip counts, masked tokens, and the largest |ratio - 1|.
         """
         reports = self.accumulate_gradients(table, scores, mask_N)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+        set_hyperparameters(self.optimizer, self.training, self.num_updates)
         _, grad_norm, _ = self.optimizer.step()
         self.num_updates += 1
         metrics = {"grad_norm": float(grad_norm)}

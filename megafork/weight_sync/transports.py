@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from megafork.rollout.client import RolloutClient
 
 
+Group = Any  # a ProcessGroupGloo or ProcessGroupNCCL: backends are no dist.ProcessGroup
+
+
 class TransferError(RuntimeError):
     """A broadcast failed or ran into its timeout: the other side is gone or gave up."""
 
@@ -37,23 +40,24 @@ def dtype_name(dtype: torch.dtype) -> str:
 def plan_buckets(
     sender: int, manifest: list[tuple[str, tuple[int, ...], torch.dtype]], max_bytes: int
 ) -> list[dict[str, Any]]:
-    """Group (name, shape, dtype) into buckets of one dtype and at most `max_bytes`.
+    """Cut a list of (name, shape, dtype), in its order, into buckets of at most `max_bytes`.
 
-    Names keep their order within a dtype; a larger tensor is a bucket alone. Each bucket is
+    A bucket has one dtype; a tensor larger than `max_bytes` is a bucket alone. Each bucket is
     {"sender", "dtype", "names", "shapes"}, ready for JSON.
     """
     buckets: list[dict[str, Any]] = []
-    open_buckets: dict[torch.dtype, tuple[dict[str, Any], int]] = {}
+    used = 0
     for name, shape, dtype in manifest:
         size = math.prod(shape) * dtype.itemsize
-        bucket, used = open_buckets.get(dtype, (None, 0))
-        if bucket is None or used + size > max_bytes:
-            bucket = {"sender": sender, "dtype": dtype_name(dtype), "names": [], "shapes": []}
+        full = used + size > max_bytes
+        if not buckets or full or buckets[-1]["dtype"] != dtype_name(dtype):
+            buckets.append(
+                {"sender": sender, "dtype": dtype_name(dtype), "names": [], "shapes": []}
+            )
             used = 0
-            buckets.append(bucket)
-        bucket["names"].append(name)
-        bucket["shapes"].append(list(shape))
-        open_buckets[dtype] = (bucket, used + size)
+        buckets[-1]["names"].append(name)
+        buckets[-1]["shapes"].append(list(shape))
+        used += size
     return buckets
 
 
@@ -74,7 +78,7 @@ class WeightSender:
         self.timeout_s = timeout_s
         listener = socket.create_server((host, 0))
         self.port = listener.getsockname()[1]
-        self._store = dist.TCPStore(
+        self._store: dist.TCPStore | None = dist.TCPStore(
             host,
             self.port,
             is_master=True,
@@ -82,7 +86,7 @@ class WeightSender:
             timeout=timedelta(seconds=timeout_s),
             master_listen_fd=listener.detach(),
         )
-        self._group: dist.ProcessGroup | None = None
+        self._group: Group | None = None
 
     @property
     def address(self) -> dict[str, Any]:
@@ -90,6 +94,7 @@ class WeightSender:
 
     def connect(self) -> None:
         """Block until the workers have joined (they do in `client.init_transfer`)."""
+        assert self._store is not None, "closed"
         try:
             self._group = _create_group(
                 self._store,
@@ -121,7 +126,7 @@ class WeightSender:
 
 
 def receive_bucket(
-    group: dist.ProcessGroup, bucket: dict[str, Any], device: torch.device
+    group: Group, bucket: dict[str, Any], device: torch.device
 ) -> list[tuple[str, Tensor]]:
     """The worker's side of `WeightSender.send`: (name, view into the flat bucket)."""
     sizes = [math.prod(shape) for shape in bucket["shapes"]]
@@ -140,7 +145,7 @@ def receive_bucket(
 
 def join_group(
     host: str, port: int, rank: int, world_size: int, device: torch.device, timeout_s: float
-) -> dist.ProcessGroup:
+) -> Group:
     """A worker joins the group of the sender whose store is at host:port."""
     timeout = timedelta(seconds=timeout_s)
     store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
@@ -182,7 +187,7 @@ def _create_group(
     world_size: int,
     device: torch.device,
     timeout_s: float,
-) -> dist.ProcessGroup:
+) -> Group:
     """A group of this device's backend. The default group is neither needed nor touched."""
     store = dist.PrefixStore("megafork", store)
     timeout = timedelta(seconds=timeout_s)
@@ -190,7 +195,7 @@ def _create_group(
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         return dist.ProcessGroupNCCL(store, rank, world_size, options)
-    options = dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=_local_address(host, port))]
     return dist.ProcessGroupGloo(store, rank, world_size, options)

@@ -1,0 +1,140 @@
+"""Losses, advantages and selection against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megafork.algorithms.advantages import group_relative_advantages
+from megafork.algorithms.forking import random_scores, select_tokens
+from megafork.algorithms.losses import clip_counts, clipped_policy_loss, k3_divergence
+from megafork.config import ForkingConfig
+
+CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+
+
+def test_clipped_policy_loss_by_hand():
+    """Five tokens: inside the range, clipped above, clipped below, not clipped (the minimum takes
+    the worse side), not selected; 10 tokens in the denominator."""
+    ratio = torch.tensor([1.1, 1.5, 0.5, 0.5, 3.0])
+    advantage = torch.tensor([1.0, 2.0, -1.0, 1.0, 9.0])
+    mask = torch.tensor([True, True, True, True, False])
+    logprobs = ratio.log().requires_grad_()
+    loss = clipped_policy_loss(logprobs, torch.zeros(5), advantage, mask, num_tokens=10, **CLIP)
+    # 1.1 * 1 + 1.28 * 2 + 0.8 * -1 + 0.5 * 1 = 3.36
+    assert loss.item() == pytest.approx(-0.336, abs=1e-6)
+    loss.backward()
+    # -A r / 10 where the unclipped side is the minimum, else 0
+    assert logprobs.grad.tolist() == pytest.approx([-0.11, 0.0, 0.0, -0.05, 0.0], abs=1e-6)
+    low, high = clip_counts(ratio, advantage, mask, **CLIP)
+    assert (int(low), int(high)) == (1, 1)
+
+
+def test_losses_of_micro_batches_add_up():
+    torch.manual_seed(0)
+    logprobs, old, advantages = torch.randn(3, 40)
+    mask = torch.rand(40) < 0.3
+    whole = clipped_policy_loss(logprobs, old, advantages, mask, num_tokens=40, **CLIP)
+    parts = [
+        clipped_policy_loss(logprobs[s], old[s], advantages[s], mask[s], num_tokens=40, **CLIP)
+        for s in (slice(0, 7), slice(7, 7), slice(7, 40))
+    ]
+    assert sum(parts).item() == pytest.approx(whole.item(), abs=1e-6)
+
+
+def test_an_empty_mask_gives_a_connected_zero():
+    logprobs = torch.randn(4, requires_grad=True)
+    loss = clipped_policy_loss(
+        logprobs, torch.zeros(4), torch.ones(4), torch.zeros(4).bool(), num_tokens=4, **CLIP
+    )
+    loss.backward()
+    assert loss.item() == 0.0
+    assert (logprobs.grad == 0).all()
+
+
+def test_k3_by_hand():
+    ours, theirs = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0])
+    # r = e^-1: r - 1 - log r = e^-1 - 1 + 1
+    assert k3_divergence(ours, theirs).tolist() == pytest.approx([0.0, math.exp(-1)], abs=1e-6)
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 5.0, 5.0, 0.0])
+    groups = torch.tensor([7, 3, 7, 3, 3, 7])
+    # group 7: 1, 0, 0: mean 1/3, deviation sqrt(1/3); group 3: 0, 5, 5: mean 10/3, sqrt(25/3)
+    root = math.sqrt(3)
+    expected = [2 / 3 * root, -2 / root, -root / 3, 1 / root, 1 / root, -root / 3]
+    got = group_relative_advantages(rewards, groups, normalize=True)
+    assert got.tolist() == pytest.approx(expected, abs=1e-5)
+    centred = group_relative_advantages(rewards, groups, normalize=False)
+    assert centred.tolist() == pytest.approx([2 / 3, -10 / 3, -1 / 3, 5 / 3, 5 / 3, -1 / 3])
+
+
+def test_equal_rewards_have_no_advantage():
+    got = group_relative_advantages(torch.ones(4), torch.zeros(4), normalize=True)
+    assert got.tolist() == [0.0] * 4
+
+
+ENTROPY = torch.tensor([0.0, 3.0, 1.0, 2.0, 9.0, 0.5])
+IN_LOSS = torch.tensor([True, True, True, True, False, True])
+KEYS = torch.stack([torch.arange(6) // 3, torch.arange(6) % 3], 1)
+
+
+def select(**config):
+    return select_tokens(
+        ENTROPY, IN_LOSS, KEYS, ForkingConfig(**config), seed=1, step=2, boundary_eps=1e-5
+    )
+
+
+def test_top_and_bottom_are_complements():
+    top, bottom = select(select="top", rho=0.4), select(select="bottom", rho=0.4)
+    assert top.mask_T.tolist() == [False, True, False, True, False, False]
+    assert (top.threshold, top.num_kept, top.num_total) == (2.0, 2, 5)
+    assert torch.equal(bottom.mask_T, IN_LOSS & ~top.mask_T)
+    assert (bottom.num_kept, bottom.kept_fraction) == (3, 0.6)
+
+
+def test_all_keeps_the_loss_mask():
+    everything = select(select="all")
+    assert torch.equal(everything.mask_T, IN_LOSS)
+    assert everything.kept_fraction == 1.0
+
+
+def test_boundary_counts_company_at_the_threshold():
+    entropy = torch.tensor([1.0, 1.0 + 5e-6, 1.0 - 5e-6, 0.0, 0.1])
+    keys = torch.stack([torch.zeros(5).long(), torch.arange(5)], 1)
+    arguments = {"seed": 0, "step": 0, "boundary_eps": 1e-5}
+    crowded = select_tokens(
+        entropy, torch.ones(5).bool(), keys, ForkingConfig(rho=0.4), **arguments
+    )
+    assert crowded.num_boundary == 3
+    assert select(rho=0.4).num_boundary == 0
+
+
+def test_random_selection_is_a_function_of_the_key():
+    keys = torch.stack([torch.arange(1000) // 10, torch.arange(1000) % 10], 1)
+    config = ForkingConfig(select="random", rho=0.2)
+    everything = torch.ones(1000).bool()
+
+    def chosen(order, step):
+        mask = select_tokens(
+            torch.zeros(1000), everything, keys[order], config, seed=3, step=step
+        ).mask_T
+        return {tuple(key) for key in keys[order][mask].tolist()}
+
+    in_order, shuffled = torch.arange(1000), torch.randperm(1000)
+    assert chosen(in_order, 1) == chosen(shuffled, 1)
+    assert len(chosen(in_order, 1)) == 200
+    overlap = len(chosen(in_order, 1) & chosen(in_order, 2))
+    assert 15 <= overlap <= 70  # 40 expected of two independent draws
+
+
+def test_random_scores_are_uniform():
+    keys = torch.stack([torch.arange(20000), torch.arange(20000) % 50], 1)
+    scores = random_scores(keys, seed=0, step=0)
+    counts = torch.histc(scores, bins=20, min=0, max=1)
+    assert scores.min() >= 0
+    assert scores.max() < 1
+    assert (counts - 1000).abs().max() < 150  # 5 standard deviations

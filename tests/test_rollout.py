@@ -1,0 +1,602 @@
+"""The vLLM server, its client and the weight transfer, against transformers and on real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+import torch
+
+from megafork.errors import UserError
+from megafork.rollout import client as client_module
+from megafork.rollout.client import RolloutClient, ServerError
+from megafork.rollout.sampling import (
+    Completion,
+    Sampling,
+    decode_completions,
+    encode_completions,
+)
+from megafork.rollout.vllm_server import VllmServer
+from megafork.weight_sync.transports import (
+    TransferError,
+    WeightSender,
+    join_group,
+    plan_buckets,
+    push_buckets,
+    receive_bucket,
+)
+from tests.reference import (
+    VOCAB,
+    load_model,
+    logprobs_and_entropies,
+    response_logits,
+    save_model,
+)
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+LOGPROB_TOL = 1e-4  # float32 kernels of vLLM against transformers; 4e-6 is usual
+OTHER_POLICY = 0.5  # log-probabilities of two random models differ by nats
+EOS = 1
+# Longer than vLLM's cache block of 128 tokens on the CPU, so that a stale prefix would be used.
+LONG_PROMPT = [2 + (7 * i) % (VOCAB - 2) for i in range(180)]
+SHORT_PROMPT = [5, 9, 13]
+
+
+@dataclass
+class Running:
+    server: VllmServer
+    client: RolloutClient
+    folders: tuple[Path, Path]  # the model it serves at first, and another one
+    tied: bool
+
+    def generate(self, prompt: list[int], n: int, sampling: Sampling, seed: int | None = None):
+        return self.generate_all([prompt], n, sampling, seed)[0]
+
+    def generate_all(self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int | None):
+        async def gather():
+            async with self.client:
+                requests_ = (self.client.generate(p, n, sampling, seed) for p in prompts)
+                return await asyncio.gather(*requests_)
+
+        return asyncio.run(gather())
+
+    def error_against(self, folder: Path) -> float:
+        """Largest difference to the log-probabilities of the model in `folder`."""
+        responses = self.generate(LONG_PROMPT, 4, Sampling(max_tokens=30))
+        return max_logprob_error(folder, LONG_PROMPT, responses, temperature=1.0)
+
+
+@torch.no_grad()
+def max_logprob_error(
+    folder: Path, prompt: list[int], responses: list[Completion], temperature: float
+) -> float:
+    model = load_model(folder)
+    worst = 0.0
+    for response in responses:
+        logits = response_logits(model, prompt, response.token_ids) / temperature
+        expected, _ = logprobs_and_entropies(logits, response.token_ids)
+        worst = max(worst, (expected - torch.tensor(response.logprobs)).abs().max().item())
+    return worst
+
+
+def members(process_group: int) -> list[psutil.Process]:
+    """Processes of a group that run (a zombie waits for its parent alone)."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == process_group and process.status() != "zombie":
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def gone_within(process_group: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while members(process_group):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def running(request, tmp_path_factory) -> Iterator[Running]:
+    tied = request.param == "tied"
+    root = tmp_path_factory.mktemp(request.param)
+    folders = (
+        save_model(root / "first", tied=tied, seed=0),
+        save_model(root / "second", tied=tied, seed=1),
+    )
+    # Defaults that would leave one token to sample: nothing of them may reach a response.
+    (folders[0] / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "top_k": 1, "temperature": 0.1, "eos_token_id": EOS})
+    )
+    server = VllmServer(
+        folders[0],
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=128,
+        log_path=root / "vllm.log",
+        startup_timeout_s=240,
+    )
+    with server:
+        yield Running(server, server.client(timeout_s=60), folders, tied)
+    assert gone_within(server.process_group, 1)
+
+
+# ------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_the_sampling_distribution(running, temperature):
+    sampling = Sampling(temperature=temperature, max_tokens=40)
+    responses = running.generate(LONG_PROMPT, 8, sampling)
+    assert max_logprob_error(running.folders[0], LONG_PROMPT, responses, temperature) < LOGPROB_TOL
+
+
+@torch.no_grad()
+def test_responses_follow_the_whole_distribution(running):
+    """The folder's top_k=1 and temperature=0.1 would give the same token every time."""
+    count = 4096
+    responses = running.generate(SHORT_PROMPT, count, Sampling(max_tokens=1), seed=0)
+    tokens = torch.tensor([response.token_ids[0] for response in responses])
+    drawn = torch.bincount(tokens, minlength=VOCAB) / count
+    expected = response_logits(load_model(running.folders[0]), SHORT_PROMPT, [0])[0].softmax(-1)
+    distance = 0.5 * (drawn - expected).abs().sum()
+    noise = 0.4 * (expected * (1 - expected) / count).sqrt().sum()  # its expectation
+    assert distance < 1.3 * noise
+
+
+def test_stop_tokens_end_a_response_and_stay_in_it(running):
+    stops = tuple(range(40))
+    responses = running.generate(
+        LONG_PROMPT, 64, Sampling(max_tokens=8, stop_token_ids=stops), seed=3
+    )
+    assert {response.finish_reason for response in responses} == {"stop", "length"}
+    for response in responses:
+        assert len(response.logprobs) == len(response.token_ids)
+        assert not any(token in stops for token in response.token_ids[:-1])
+        assert (response.token_ids[-1] in stops) == (not response.truncated)
+        assert not response.truncated or len(response.token_ids) == 8
+    assert max_logprob_error(running.folders[0], LONG_PROMPT, responses, 1.0) < LOGPROB_TOL
+
+
+def test_only_stated_stop_tokens_count(running):
+    """The folder's EOS token is one among others until the caller says so."""
+    responses = running.generate(LONG_PROMPT, 256, Sampling(max_tokens=20), seed=1)
+    assert all(len(response.token_ids) == 20 for response in responses)
+    assert any(EOS in response.token_ids[:-1] for response in responses)
+
+
+def test_seeds_reproduce_a_full_batch(running):
+    """512 requests fill the prefill budget several times; chunked prefill with seeds would crash."""
+    prompts = [LONG_PROMPT[i : i + 100] for i in range(64)]
+    first, second = (
+        running.generate_all(prompts, 8, Sampling(max_tokens=5), seed=11) for _ in range(2)
+    )
+    ids = [[response.token_ids for response in group] for group in first]
+    assert ids == [[response.token_ids for response in group] for group in second]
+    assert len({tuple(i) for i in ids[0]}) > 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cause"),
+    [([VOCAB], "not in the vocabulary"), ([-1], "not in the vocabulary"), ([], "empty")]
+    + [([5] * 300, "256")],
+)
+def test_bad_prompts_are_refused_and_the_server_lives(running, prompt, cause):
+    with pytest.raises(ServerError, match=cause) as refused:
+        running.generate(prompt, 1, Sampling(max_tokens=1))
+    assert refused.value.status == 400
+    assert running.generate(SHORT_PROMPT, 1, Sampling(max_tokens=1))
+
+
+def test_every_route_but_health_demands_the_key(running):
+    url = running.server.url
+    assert requests.get(f"{url}/health", timeout=5).status_code == 200
+    routes = ["/v1/models", "/v1/completions", "/megafork/generate", "/weight_info", "/pause"]
+    routes += ["/update_weights", "/init_weight_transfer_engine", "/collective_rpc", "/metrics"]
+    routes += ["/server_info", "/openapi.json", "/reset_prefix_cache", "/health/", "//health"]
+    for route in routes:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}):
+            for method in ("GET", "POST", "OPTIONS"):
+                reply = requests.request(method, url + route, headers=headers, json={}, timeout=5)
+                assert reply.status_code == 401, (method, route)
+    assert not RolloutClient(url, "wrong").health()
+    assert running.client.health()
+    command_lines = [p.cmdline() for p in members(running.server.process_group)]
+    assert running.server.api_key not in str(command_lines)
+
+
+# -------------------------------------------------------------------- weight transfer
+
+
+def state_dict(folder: Path, tied: bool) -> dict[str, torch.Tensor]:
+    weights = load_model(folder).state_dict()
+    if tied:
+        weights.pop("lm_head.weight")
+    return weights
+
+
+def connect(client: RolloutClient, num_senders: int, timeout_s: float) -> list[WeightSender]:
+    senders = [WeightSender(i, "127.0.0.1", 1, CPU, timeout_s) for i in range(num_senders)]
+    addresses = [sender.address for sender in senders]
+    with ThreadPoolExecutor(1) as pool:
+        joined = pool.submit(client.init_transfer, addresses, 1, timeout_s)
+        for sender in senders:
+            sender.connect()
+        joined.result()
+    return senders
+
+
+def push(client: RolloutClient, weights: dict[str, torch.Tensor], version: int, **sabotage) -> None:
+    """What two pipeline stages do, each sending half of the names."""
+    timeout_s = sabotage.get("timeout_s", 20.0)
+    senders = connect(client, 2, timeout_s)
+    names = list(weights)
+    halves = (names[: len(names) // 2], names[len(names) // 2 :])
+    plans = [
+        plan_buckets(i, [(n, tuple(weights[n].shape), weights[n].dtype) for n in half], 100_000)
+        for i, half in enumerate(halves)
+    ]
+    tensors = [[[(n, weights[n]) for n in b["names"]] for b in plan] for plan in plans]
+    assert all(len(plan) > 1 for plan in plans)
+
+    def second_stage() -> None:
+        for number, bucket in enumerate(tensors[1]):
+            if number == sabotage.get("second_stage_dies_at"):
+                return senders[1].close()
+            if number == sabotage.get("second_stage_hangs_at"):
+                return None
+            senders[1].send(bucket)
+
+    try:
+        client.pause()
+        client.start_weight_update()
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(second_stage)
+            try:
+                push_buckets(client, senders[0], plans[0] + plans[1], tensors[0])
+            finally:
+                if not sabotage:
+                    other.result()
+        client.finish_weight_update(version)
+    finally:
+        for sender in senders:
+            sender.close()
+        client.resume()
+
+
+def test_pushed_weights_are_sampled_from(running):
+    """Log-probabilities become the new model's, head and cached prefix included, and go back."""
+    first, second = running.folders
+    assert running.client.weight_version() == 0
+    assert running.error_against(first) < LOGPROB_TOL
+    assert running.error_against(second) > OTHER_POLICY
+    for version, folder in enumerate((second, first, second), start=1):
+        push(running.client, state_dict(folder, running.tied), version)
+        assert running.client.weight_version() == version
+        assert running.error_against(folder) < LOGPROB_TOL
+    assert running.error_against(first) > OTHER_POLICY
+
+
+def failing_updates(weights: dict[str, torch.Tensor]) -> dict[str, tuple[dict, dict, str]]:
+    """Name -> (weights, sabotage, what the message must say)."""
+    layer = "model.layers.1.self_attn.k_proj.weight"
+    missing = {name: tensor for name, tensor in weights.items() if name != layer}
+    misnamed = {name.replace("k_proj.weight", "k_proj.wait"): t for name, t in weights.items()}
+    misshaped = {**weights, layer: weights[layer][:-1]}
+    return {
+        "a missing name": (missing, {}, rf"lacks {layer}"),
+        "a wrong name": (misnamed, {}, r"no .*k_proj\.wait"),
+        "a wrong shape": (misshaped, {}, rf"{layer} has shape \(64, 64\).*\(63, 64\)"),
+        "a sender that dies": (weights, {"second_stage_dies_at": 1}, "sender 1"),
+        "a sender that hangs": (
+            weights,
+            {"second_stage_hangs_at": 1, "timeout_s": 2.0},
+            "sender 1",
+        ),
+    }
+
+
+def test_a_failed_update_says_why_and_the_next_one_mends_it(running):
+    first, second = running.folders
+    weights = state_dict(first, running.tied)
+    version = running.client.weight_version()
+    for what, (broken, sabotage, message) in failing_updates(weights).items():
+        started = time.monotonic()
+        with pytest.raises(ServerError, match=message):
+            push(running.client, broken, 99, **(sabotage or {"expect": what}))
+        assert time.monotonic() - started < 10, what
+        assert running.client.weight_version() == version, what
+    push(running.client, state_dict(second, running.tied), version + 1)
+    assert running.error_against(second) < LOGPROB_TOL
+
+
+def test_tied_head_is_not_sent_twice(running):
+    if not running.tied:
+        pytest.skip("an untied head is sent")
+    weights = load_model(running.folders[0]).state_dict()
+    with pytest.raises(ServerError, match=r"no lm_head\.weight"):
+        push(running.client, weights, 99, expect="refused")
+
+
+def test_senders_and_workers_without_a_server():
+    """Two workers, as with tensor parallelism 2: both get every bucket."""
+    sender = WeightSender(0, "127.0.0.1", 2, CPU, 20.0)
+    manifest = [("a", (3, 2), torch.float32), ("b", (4,), torch.float32), ("c", (), torch.bfloat16)]
+    weights = {name: torch.randn(shape).to(dtype) for name, shape, dtype in manifest}
+    plan = plan_buckets(0, manifest, 1 << 20)
+
+    def worker(rank: int) -> list:
+        group = join_group(sender.host, sender.port, rank, 3, CPU, 20.0)
+        return [receive_bucket(group, bucket, CPU) for bucket in plan]
+
+    with ThreadPoolExecutor(2) as pool:
+        workers = [pool.submit(worker, rank) for rank in (1, 2)]
+        sender.connect()
+        for bucket in plan:
+            sender.send([(name, weights[name]) for name in bucket["names"]])
+        for received in workers:
+            got = dict(pair for bucket in received.result() for pair in bucket)
+            assert got.keys() == weights.keys()
+            assert all(torch.equal(got[name], weights[name]) for name in got)
+    with pytest.raises(TransferError, match="sender 0, bucket a"):
+        sender.send([("a", torch.zeros(1 << 20))])  # the workers have left
+
+
+def test_workers_that_never_come_are_an_error():
+    sender = WeightSender(0, "127.0.0.1", 1, CPU, timeout_s=1.0)
+    with pytest.raises(TransferError, match="sender 0: workers did not join"):
+        sender.connect()
+
+
+def test_plan_keeps_the_order_and_the_limit():
+    manifest = [(f"w{i}", (10, i + 1), torch.float32) for i in range(6)]
+    manifest.insert(3, ("norm", (10,), torch.bfloat16))
+    plan = plan_buckets(2, manifest, max_bytes=130)
+    assert [name for bucket in plan for name in bucket["names"]] == [name for name, *_ in manifest]
+    assert [(b["dtype"], b["names"]) for b in plan] == [
+        ("float32", ["w0", "w1"]),
+        ("float32", ["w2"]),
+        ("bfloat16", ["norm"]),
+        ("float32", ["w3"]),  # larger than the limit: alone
+        ("float32", ["w4"]),
+        ("float32", ["w5"]),
+    ]
+    assert plan[0] == {
+        "sender": 2, "dtype": "float32", "names": ["w0", "w1"], "shapes": [[10, 1], [10, 2]]
+    }  # fmt: skip
+    assert plan_buckets(0, [], 130) == []
+
+
+# ------------------------------------------------------------------- start, end, errors
+
+
+def unstarted(folder: Path, tmp_path: Path, **options) -> VllmServer:
+    defaults = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 8}
+    return VllmServer(folder, log_path=tmp_path / "logs" / "vllm.log", **(defaults | options))
+
+
+def test_a_folder_that_is_no_model_is_named_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere/config\.json does not exist"):
+        unstarted(tmp_path / "nowhere", tmp_path).start()
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3')
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+        unstarted(tmp_path, tmp_path).start()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="names no architectures"):
+        unstarted(tmp_path, tmp_path).start()
+
+
+def test_a_taken_port_is_named_at_once(tmp_path):
+    folder = save_model(tmp_path / "model", tied=True)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port} \(Address already in use\)"):
+            unstarted(folder, tmp_path, port=port).start()
+
+
+def test_a_server_that_fails_says_why_and_leaves_nothing(tmp_path):
+    folder = save_model(tmp_path / "model", tied=True)
+    server = unstarted(folder, tmp_path, max_model_len=100_000)
+    with pytest.raises(UserError, match=r"max_model_len.*100000(.|\n)*full log: .*vllm\.log"):
+        server.start()
+    assert members(server.process_group) == []
+
+
+def test_a_server_that_is_too_slow_is_ended(tmp_path):
+    folder = save_model(tmp_path / "model", tied=True)
+    server = unstarted(folder, tmp_path, startup_timeout_s=0.5)
+    with pytest.raises(UserError, match=r"startup_timeout_s=0\.5"):
+        server.start()
+    assert members(server.process_group) == []
+
+
+def test_stop_from_another_thread_ends_a_start(tmp_path):
+    folder = save_model(tmp_path / "model", tied=True)
+    server = unstarted(folder, tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(server.start)
+        while server.process_group is None:
+            time.sleep(0.01)
+        server.stop()
+        with pytest.raises(UserError, match="did not start"):
+            starting.result()
+    assert members(server.process_group) == []
+    server.stop()
+    with pytest.raises(UserError, match="make a new one"):
+        server.start()
+
+
+def test_kill_9_of_the_trainer_leaves_no_process(tmp_path):
+    """With the API server and its engine process up, and a worker forked off the trainer that
+    keeps the supervisor's pipe open."""
+    folder = save_model(tmp_path / "model", tied=True)
+    program = (
+        "import os, sys, time\n"
+        "from tests.test_rollout import Path, unstarted\n"
+        "server = unstarted(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "server.start()\n"
+        "forked = os.fork()\n"
+        "if forked: print(server.process_group, forked, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", program, str(folder), str(tmp_path)],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process_group, forked = map(int, trainer.stdout.readline().split())
+    try:
+        assert len(members(process_group)) >= 3  # supervisor, API server, engine
+        trainer.kill()
+        trainer.wait()
+        assert gone_within(process_group, 15)
+    finally:
+        os.kill(forked, signal.SIGKILL)
+        trainer.kill()
+        trainer.stdout.close()
+
+
+STUBBORN = "trap '' TERM; sleep 300 & sleep 300"
+
+
+@pytest.mark.parametrize("how", ["pipe", "signal"])
+def test_the_supervisor_kills_what_ignores_term(how):
+    supervisor = subprocess.Popen(
+        [sys.executable, "-m", "megafork.rollout.supervisor", "bash", "-c", STUBBORN],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=ROOT, start_new_session=True,
+    )  # fmt: skip
+    while len(members(supervisor.pid)) < 4:
+        assert supervisor.poll() is None
+        time.sleep(0.02)
+    if how == "pipe":
+        supervisor.stdin.close()
+    else:
+        supervisor.terminate()
+    assert gone_within(supervisor.pid, 10)
+    supervisor.wait()
+
+
+def test_the_supervisor_sweeps_up_after_a_server_that_exits():
+    """An API server that crashes leaves its engine processes; its output goes to the log."""
+    supervisor = subprocess.run(
+        [sys.executable, "-m", "megafork.rollout.supervisor"]
+        + ["bash", "-c", "sleep 300 & echo started; exit 3"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True, timeout=20,
+        start_new_session=True,
+    )  # fmt: skip
+    assert supervisor.stdout.splitlines()[0] == "started"
+    assert "exited with status 3" in supervisor.stdout
+
+
+# ------------------------------------------------------------------------------ client
+
+
+def test_a_server_that_is_gone_is_named_with_the_end_of_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(client_module, "_ATTEMPTS", 2)
+    log = tmp_path / "vllm.log"
+    log.write_text("\n".join(["early", *["filler"] * 20, "RuntimeError: out of memory"]))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    client = RolloutClient(url, "key", log_path=log)
+
+    async def generate() -> None:
+        async with client:
+            await client.generate([1], 1, Sampling())
+
+    for attempt in (lambda: asyncio.run(generate()), client.resume):
+        with pytest.raises(UserError) as error:
+            attempt()
+        assert url in str(error.value) and "out of memory" in str(error.value)
+        assert "early" not in str(error.value)
+    assert not client.health()
+
+
+def test_a_dropped_connection_is_tried_again(monkeypatch):
+    """A server that hangs up on the first request and answers the second."""
+    expected = [Completion([3, 1], [-0.5, -0.25], "stop")]
+    payload = encode_completions(expected)
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(payload), payload)
+
+    def serve(listener: socket.socket) -> None:
+        listener.accept()[0].close()
+        connection, _ = listener.accept()
+        connection.recv(65536)
+        connection.sendall(reply)
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+
+        async def generate() -> list[Completion]:
+            port = listener.getsockname()[1]
+            async with RolloutClient(f"http://127.0.0.1:{port}", "key") as client:
+                return await client.generate([1], 1, Sampling())
+
+        assert asyncio.run(generate()) == expected
+        thread.join()
+
+
+def test_completions_survive_the_wire():
+    completions = [
+        Completion([2**31 - 1, 0], [-0.0, -1.5], "length"),
+        Completion([], [], "abort"),
+        Completion([7], [float("-inf")], "stop"),
+    ]
+    payload = encode_completions(completions)
+    assert decode_completions(payload) == completions
+    assert decode_completions(encode_completions([])) == []
+    with pytest.raises(ValueError, match="bytes for 3 tokens"):
+        decode_completions(payload[:-1])
+
+
+def test_a_request_states_every_parameter():
+    body = Sampling(temperature=0.7, max_tokens=9, stop_token_ids=(1, 4)).request_body([5], 3, 17)
+    params = body["sampling_params"]
+    assert body["prompt_ids"] == [5]
+    assert params == {
+        "n": 3, "seed": 17, "temperature": 0.7, "top_p": 1.0, "top_k": -1, "min_p": 0.0,
+        "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
+        "max_tokens": 9, "min_tokens": 0, "ignore_eos": True, "stop_token_ids": [1, 4],
+        "logprobs": 0, "detokenize": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ["sampling", "supervisor", "journal"])
+def test_light_modules_stay_light(module):
+    program = (
+        f"import sys, megafork.rollout.{module}\n"
+        "print([m for m in ('torch', 'vllm', 'megatron', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stderr
+
+
+def test_the_servers_modules_need_no_megatron():
+    """They may run under the Python of an environment that has vLLM alone."""
+    program = (
+        "import sys, megafork.rollout.vllm_plugins\n"
+        "print([m for m in sys.modules if m.startswith(('megatron', 'transformer_engine'))])\n"
+        "print(sorted(m for m in sys.modules if m.startswith('megafork.')))"
+    )
+    out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.splitlines()[-2] == "[]", out.stderr
+    assert "megafork.config" not in out.stdout
