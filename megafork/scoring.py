@@ -43,18 +43,12 @@ def score_file(config: ScoreConfig, input_path: Path, output_path: Path) -> None
             source = _parse(lines, input_path, config)
             sink = stack.enter_context(partial.open("w", encoding="utf-8"))
         while True:
-            rows: list[tuple[dict, Group]] = []
-
-            def read() -> list[Group]:
-                rows.extend(islice(source, config.batch_sequences))
-                return [group for _, group in rows]
-
-            groups = topology.on_rank_zero(read)
-            if not groups:
+            batch = topology.on_rank_zero(lambda: list(islice(source, config.batch_sequences)))
+            if not batch:
                 break
-            values = _score(groups, scorer, topology)
+            values = _score([group for _, group in batch], scorer, topology)
             if sink is not None:
-                for (row, _), (logprobs, entropies) in zip(rows, values, strict=True):
+                for (row, _), (logprobs, entropies) in zip(batch, values, strict=True):
                     scored = row | {"logprobs": logprobs, "entropies": entropies}
                     sink.write(json.dumps(scored, ensure_ascii=False) + "\n")
     if topology.rank == 0:

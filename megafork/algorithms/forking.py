@@ -56,9 +56,8 @@ def select_tokens(
     values_T = entropy_T
     if config.select == "random":
         values_T = random_scores(key_T2, seed=seed, step=step)
-    threshold, num_top, num_total = top_fraction_threshold(
-        values_T, loss_mask_T, config.rho, groups=groups
-    )
+    top = top_fraction_threshold(values_T, loss_mask_T, config.rho, groups=groups)
+    threshold, num_top, num_total = float(top.threshold), int(top.num_kept), int(top.num_total)
     top_T = loss_mask_T & (values_T >= threshold)
     boundary = (loss_mask_T & ((values_T - threshold).abs() <= boundary_eps)).sum()
     mask_T = {"bottom": loss_mask_T & ~top_T, "all": loss_mask_T}.get(config.select, top_T)
@@ -66,7 +65,7 @@ def select_tokens(
         dist.all_reduce(boundary, group=group)
     return Selection(
         mask_T=mask_T,
-        threshold=float(threshold),
+        threshold=threshold,
         num_kept={"bottom": num_total - num_top, "all": num_total}.get(config.select, num_top),
         num_total=num_total,
         # One token is always at the threshold; only company makes it a matter of rounding.

@@ -49,9 +49,10 @@ def policy_ratio(logprobs_T: Tensor, old_logprobs_T: Tensor) -> Tensor:
 
 
 def k3_divergence(logprobs_T: Tensor, other_logprobs_T: Tensor) -> Tensor:
-    """k3 estimate of KL(other || this) at tokens sampled from `other`: r - 1 - log r, r = this/other.
+    """k3 estimate of KL(other || this) at tokens sampled from `other`.
 
-    Never negative, zero where they agree (Schulman, "Approximating KL divergence").
+    r - 1 - log r with r = this / other: never negative, zero where they agree (Schulman,
+    "Approximating KL divergence").
     """
     log_ratio_T = logprobs_T - other_logprobs_T
     return log_ratio_T.expm1() - log_ratio_T

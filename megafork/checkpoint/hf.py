@@ -39,7 +39,7 @@ class SafetensorsFolder:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._files = {name: self._open(name) for name in self._file_names()}
-        self._file_of = {key: name for name, file in self._files.items() for key in file.keys()}  # noqa: SIM118
+        self._file_of = {key: name for name, file in self._files.items() for key in file.keys()}
 
     @property
     def names(self) -> set[str]:

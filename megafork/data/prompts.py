@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megafork.config import DataConfig
 from megafork.errors import UserError
@@ -77,8 +76,8 @@ class PromptStream:
     def _prompt(self, index: int) -> Prompt:
         epoch, offset = divmod(index, len(self.rows))
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.data.seed * 1_000_003 + epoch)
-            self._order = torch.randperm(len(self.rows), generator=generator).tolist()
+            self._order = list(range(len(self.rows)))
+            random.Random(f"{self.data.seed}/{epoch}").shuffle(self._order)
             self._epoch = epoch
         text, answer = self.rows[self._order[offset]]
         return encode_prompt(index, text, answer, self.data, self.encode)
@@ -94,18 +93,29 @@ def encode_prompt(index: int, text: str, answer: str, data: DataConfig, encode: 
     return Prompt(index, text, answer, ids)
 
 
+def check_tokenizer(folder: str | Path) -> None:
+    """Raise UserError when the folder has no tokenizer: transformers would make an empty one."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((Path(folder) / name).is_file() for name in names):
+        raise UserError(
+            f"model.path={folder} holds no tokenizer ({', '.join(names)}): copy the model's "
+            "tokenizer files into the folder"
+        )
+
+
 class Tokenizer:
     """The model folder's HF tokenizer, with the run's rule for turning a prompt into token ids."""
 
     def __init__(self, folder: str | Path, *, chat_template: bool) -> None:
         from transformers import AutoTokenizer
 
+        check_tokenizer(folder)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"model.path={folder}: its tokenizer cannot be loaded ({error}): put the model's "
-                "tokenizer.json and tokenizer_config.json into the folder"
+                f"model.path={folder}: its tokenizer cannot be loaded ({error}): copy the model's "
+                "tokenizer files again"
             ) from None
         if chat_template and not self._tokenizer.chat_template:
             raise UserError(

@@ -1,8 +1,8 @@
 """The one table between HF names and megatron-core names: load, save and weight sync use it.
 
 Each rule ties one megatron parameter to one or more HF tensors and says how the parameter is cut
-over the tensor-parallel ranks, along `dim`. `read` takes a rank's slice from HF tensors, `merge` puts the
-slices of all ranks together as HF tensors. Works for weights and for their gradients.
+over the tensor-parallel ranks, along `dim`. `read` takes a rank's slice from HF tensors, `merge`
+puts the slices of all ranks together as HF tensors. Works for weights and for their gradients.
 """
 
 from __future__ import annotations

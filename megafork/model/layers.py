@@ -31,7 +31,7 @@ class RMSNorm(torch.nn.RMSNorm):
             dtype=config.params_dtype,
             device="cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
         )
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class PackedAttention(torch.nn.Module):

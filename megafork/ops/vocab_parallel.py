@@ -52,7 +52,8 @@ def logprob_and_entropy(
     vocab_size = total if vocab_size is None else vocab_size
     if logits_TV.dim() != 2 or targets_T.shape != logits_TV.shape[:1]:
         raise ValueError(
-            f"logits {list(logits_TV.shape)} and targets {list(targets_T.shape)} must be [T, V], [T]"
+            f"logits {list(logits_TV.shape)} and targets {list(targets_T.shape)} must be "
+            "[T, V], [T]"
         )
     if not 0 < vocab_size <= min(total, _MAX_VOCAB):
         raise ValueError(

@@ -36,6 +36,10 @@ class _NoStream:
         return self
 
 
+def _no_stream_context(stream: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(factory)
     def wrapper(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
@@ -71,10 +75,8 @@ def apply() -> None:
     # Pipeline sends and the gradient buckets synchronise streams.
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.Stream = _NoStream  # type: ignore[assignment,misc]
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,misc]
-    torch.cuda.current_stream = torch.cuda.default_stream = (  # type: ignore[assignment]
-        lambda *args, **kwargs: _NoStream()
-    )
+    torch.cuda.stream = _no_stream_context  # type: ignore[assignment]
+    torch.cuda.current_stream = torch.cuda.default_stream = _NoStream  # type: ignore[assignment]
     # Dropout and recomputation save and restore the generator of the CUDA device.
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

@@ -19,7 +19,6 @@ from megafork.config import ParallelConfig
 from megafork.errors import PeerError, UserError
 from megafork.parallel import backend
 
-
 T = TypeVar("T")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -116,7 +117,7 @@ class Scorer:
         ]
 
     def export_shards(self) -> Iterator[tuple[str, Tensor]]:
-        """This stage's weights by HF name, on its sender; the tp ranks of a replica iterate together."""
+        """This stage's weights by HF name, on its sender; its tp ranks iterate together."""
         return export_weights(self.gpt, self.rules, self.topology)
 
     def shard_manifest(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -152,7 +153,7 @@ class Scorer:
     ) -> list[dict]:
         """megatron's schedule over the packs; `loss_of` runs on the last stage."""
 
-        def forward_step(packs_left: Iterator[Pack], model: torch.nn.Module):
+        def forward_step(packs_left: Iterator[Pack], model: torch.nn.Module) -> Any:
             pack = next(packs_left)
             params = PackedSeqParams(
                 qkv_format="thd",
@@ -165,7 +166,7 @@ class Scorer:
                 pack.tokens_T[None], pack.positions_T[None], None, packed_seq_params=params
             )
 
-            def loss(hidden_1TH: Tensor):
+            def loss(hidden_1TH: Tensor) -> Any:
                 logits_NV = head_logits(self.gpt, hidden_1TH, pack.slots_N)
                 logprobs_N, entropy_N = logprob_and_entropy(
                     logits_NV,
@@ -219,8 +220,8 @@ class Policy(Scorer):
         self.forking = forking
         self.boundary_eps = BOUNDARY_EPS[model.dtype]
         self.num_updates = 0
-        self.model = wrap_data_parallel(self.gpt, topology)
-        self.optimizer = build_optimizer(self.model, training, topology)
+        self.model = self.ddp = wrap_data_parallel(self.gpt, topology)
+        self.optimizer = build_optimizer(self.ddp, training, topology)
 
     def select(
         self, tables: Sequence[TokenTable], scores: Sequence[Scores], *, step: int
@@ -272,7 +273,7 @@ class Policy(Scorer):
         clip = {"clip_low": self.algorithm.clip_low, "clip_high": self.algorithm.clip_high}
         columns_of = self._columns_of_packs(table, scores, mask_N)
         self.model.train()
-        self.model.zero_grad_buffer()
+        self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
         def loss_of(pack: Pack, logprobs_N: Tensor, _: Tensor) -> tuple[Tensor, dict]:

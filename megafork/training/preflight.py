@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megafork.config import ScoreConfig, TrainConfig
-from megafork.data.prompts import read_rows
+from megafork.data.prompts import check_tokenizer, read_rows
 from megafork.errors import UserError
 from megafork.launch import under_torchrun
 from megafork.model.shape import ModelShape
@@ -32,6 +32,7 @@ def check_train(config: TrainConfig) -> None:
             f"model.path={config.model.path}: neither generation_config.json nor config.json names "
             "an eos_token_id, so no response could end: add it"
         )
+    check_tokenizer(config.model.path)
     read_rows(config.data.train, config.data)
     if config.data.eval is not None:
         read_rows(config.data.eval, config.data)

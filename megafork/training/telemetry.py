@@ -93,9 +93,9 @@ def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
-    """Of everything generated for the step, dropped groups included; carried ones counted before."""
+    """Of everything generated for the step, dropped groups included."""
     samples = [s for group in batch.generated for s in group.samples]
-    metrics = {"sampling/groups_dropped": batch.num_dropped}
+    metrics: dict[str, float] = {"sampling/groups_dropped": batch.num_dropped}
     if samples:  # a batch can be filled by carried groups alone
         n = len(samples)
         metrics |= {

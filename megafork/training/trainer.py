@@ -20,7 +20,7 @@ from megafork.algorithms.advantages import group_relative_advantages
 from megafork.algorithms.forking import Selection
 from megafork.checkpoint.hf_export import export_hf
 from megafork.config import TrainConfig, save_config
-from megafork.data.prompts import Prompt, PromptStream, Tokenizer, read_rows
+from megafork.data.prompts import PromptStream, Tokenizer, read_rows
 from megafork.errors import UserError
 from megafork.evaluation.heldout import accuracy, read_heldout
 from megafork.logging.figure import draw_curves
@@ -54,7 +54,7 @@ class Clock:
 
 
 class Front:
-    """What only rank 0 has: the rollout server's client, the data, the verifier, the run's files."""
+    """What only rank 0 has: the server's client, the data, the verifier, the run's files."""
 
     def __init__(self, config: TrainConfig, client: RolloutClient, eos: tuple[int, ...]) -> None:
         self.config, self.client = config, client

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megafork.config import TrainConfig, known_keys, load_config, save_config
+from megafork.errors import UserError
+
+REQUIRED = [
+    "run.dir=out",
+    "model.path=m",
+    "data.train=t.jsonl",
+    "reward.verifier=a:b",
+    "training.steps=3",
+]
+
+
+def load(*overrides, path=None):
+    return load_config(TrainConfig, path, [*REQUIRED, *overrides])
+
+
+def test_config_imports_without_torch():
+    code = (
+        "import sys, megafork.config, megafork.cli, megafork.training.preflight;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_overrides_win_over_the_file_and_are_toml_values(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('[forking]\nrho = 0.5\nselect = "bottom"\n[parallel]\ntp = 2\n')
+    config = load("forking.rho=0.1", "parallel.pipeline_layers=[3, 1]", path=path)
+    assert config.forking.rho == 0.1
+    assert config.forking.select == "bottom"
+    assert config.parallel.tp == 2
+    assert config.parallel.pipeline_layers == (3, 1)
+    assert config.run.dir == "out"
+
+
+def test_the_papers_defaults():
+    config = load()
+    assert (config.forking.select, config.forking.rho) == ("top", 0.2)
+    assert (config.forking.scope, config.forking.entropy_of) == ("minibatch", "old")
+    assert (config.algorithm.clip_low, config.algorithm.clip_high) == (0.2, 0.28)
+    assert (config.rollout.prompts_per_step, config.rollout.group_size) == (512, 16)
+    assert config.training.prompts_per_minibatch == 32
+    assert (config.training.lr, config.training.warmup_steps) == (1e-6, 10)
+
+
+def test_a_saved_config_reads_back_equal(tmp_path):
+    config = load("parallel.pipeline_layers=[3,1]", "sync.max_k3=0.1", "data.eval=e.jsonl")
+    save_config(config, tmp_path / "c.toml")
+    assert load_config(TrainConfig, tmp_path / "c.toml", []) == config
+
+
+def test_every_key_is_described():
+    keys = dict(known_keys(TrainConfig))
+    assert "forking.rho" in keys
+    assert all(keys.values())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("forking.roh=0.1", "unknown key forking.roh; did you mean forking.rho?"),
+        ("paralel.tp=2", "unknown key paralel; did you mean parallel?"),
+        ("training.tp=2", "unknown key training.tp"),
+        ("forking.rho=1.5", "forking.rho=1.5"),
+        ("forking.select=best", "forking.select='best'"),
+        ("parallel.tp=two", "parallel.tp='two'"),
+        ("parallel.tp", "is not of the form section.key=value"),
+        ("run.dir.x=1", "dir is a value, not a section"),
+        (
+            "training.prompts_per_minibatch=48",
+            "training.prompts_per_minibatch=48 must divide rollout.prompts_per_step=512",
+        ),
+        ("training.micro_batch_tokens=100", "raise it to at least 21504"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(UserError) as caught:
+        load(override)
+    assert message in str(caught.value)
+
+
+def test_a_missing_key_says_how_to_set_it():
+    with pytest.raises(UserError, match="training is missing"):
+        load_config(TrainConfig, None, REQUIRED[:-1])
+
+
+@pytest.mark.parametrize("content", [None, b"[model\n", b"\xff\xfe"])
+def test_an_unreadable_file_is_named(tmp_path, content):
+    path: Path = tmp_path / "c.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"c.toml"):
+        load(path=path)

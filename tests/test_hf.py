@@ -1,0 +1,151 @@
+"""HF folders: bitwise round trips at every layout, and messages for damaged ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megafork.checkpoint.hf import SafetensorsFolder, SafetensorsWriter, write_index
+from megafork.checkpoint.hf_export import export_hf
+from megafork.config import ModelConfig, ParallelConfig
+from megafork.errors import UserError
+from megafork.model.shape import ModelShape
+from megafork.parallel.topology import initialize
+from megafork.training.policy import Scorer
+from tests import reference
+from tests.ranks import run_ranks
+
+
+def load_and_export(folder, layout, dtype, target):
+    parallel = ParallelConfig(**layout)
+    topology = initialize(parallel)
+    model = ModelConfig(path=str(folder), dtype=dtype)
+    scorer = Scorer(model, parallel, topology, micro_batch_tokens=64)
+    export_hf(scorer, topology, Path(folder), Path(target))
+
+
+def read_all(folder):
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return {name: t for file in files for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "layout", [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}, {"dp": 2}], ids=str
+)
+def test_hf_to_megatron_to_hf_is_bitwise(tmp_path, dtype, tied, layout):
+    source = reference.save_model(tmp_path / "m", tied=tied, dtype=getattr(torch, dtype))
+    world = ParallelConfig(**layout).world_size
+    run_ranks(world, load_and_export, source, layout, dtype, tmp_path / "out")
+    before, after = read_all(source), read_all(tmp_path / "out")
+    assert set(before) == set(after)
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor, after[name]), name
+    model = reference.load_model(tmp_path / "out", getattr(torch, dtype))  # transformers agrees
+    assert torch.equal(model.lm_head.weight, before.get("lm_head.weight", model.lm_head.weight))
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == dtype
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_sharded_folder_reads_like_a_single_file(tmp_path):
+    source = reference.save_model(tmp_path / "m", tied=True)
+    whole = SafetensorsFolder(source)
+    (tmp_path / "s").mkdir()
+    writer = SafetensorsWriter(tmp_path / "s", "part", max_bytes=40_000)
+    for name in sorted(whole.names):
+        writer.add(name, whole.slice(name, None, 0, 0))
+    writer.flush()
+    write_index(tmp_path / "s", writer.weight_map, writer.total_bytes)
+    sharded = SafetensorsFolder(tmp_path / "s")
+    assert len(set(writer.weight_map.values())) > 1
+    assert sharded.names == whole.names
+    for name in whole.names:
+        assert sharded.shape(name) == whole.shape(name)
+        assert torch.equal(sharded.slice(name, 0, 3, 7), whole.slice(name, None, 0, 0)[3:7])
+
+
+def drop_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def change_shape(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_tensor, "no tensor model.layers.2.mlp.up_proj.weight"),
+        (change_shape, r"model.norm.weight has shape \[63\], .* asks for \[64\]"),
+        (truncate, "model.safetensors cannot be read"),
+        (pickled, "pytorch_model.bin is a pickled file"),
+    ],
+)
+def test_damaged_weights_are_named(tmp_path, damage, message):
+    folder = reference.save_model(tmp_path / "m", tied=True)
+    damage(folder)
+    with pytest.raises(AssertionError, match=f"UserError.*{message}"):
+        run_ranks(1, load_and_export, folder, {}, "float32", tmp_path / "out")
+
+
+def edit(folder, **changes):
+    raw = json.loads((folder / "config.json").read_text())
+    raw = {k: v for k, v in (raw | changes).items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def test_shape_reads_both_spellings_of_rope(tmp_path):
+    folder = reference.save_model(tmp_path / "m", tied=True)
+    assert ModelShape.from_folder(folder).rope_theta == 1e6
+    edit(folder, rope_parameters=None, rope_theta=5e5)
+    assert ModelShape.from_folder(folder).rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type='yarn'"),
+        ({"head_dim": None}, "lacks the key 'head_dim'"),
+        ({"attention_bias": True}, "attention_bias"),
+    ],
+)
+def test_an_unsupported_config_is_named(tmp_path, changes, message):
+    folder = reference.save_model(tmp_path / "m", tied=True)
+    edit(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        ModelShape.from_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"tp": 3}, "parallel.tp=3 must divide model.num_kv_heads=2: use 1 or 2"),
+        ({"pp": 3}, "parallel.pp=3 must divide model.num_layers=4"),
+        ({"pp": 2, "pipeline_layers": [2, 1]}, "sum to model.num_layers=4"),
+        ({"sequence_parallel": True}, "needs parallel.tp > 1"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_named(tmp_path, layout, message):
+    shape = ModelShape.from_folder(reference.save_model(tmp_path / "m", tied=True))
+    with pytest.raises(UserError, match=message):
+        shape.check_layout(ParallelConfig(**layout))

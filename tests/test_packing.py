@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from megafork.data.packing import build_pack, fed_lengths, plan_micro_batches
+from megafork.errors import UserError
+from megafork.types import token_table
+from tests import reference
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3])
+@pytest.mark.parametrize("budget", [20, 64, 10_000])
+def test_every_sequence_once_within_the_budget(dp_size, budget):
+    rng = random.Random(dp_size * budget)
+    lengths = [rng.randrange(1, 20) for _ in range(50)]
+    plan = plan_micro_batches(lengths, dp_size=dp_size, token_budget=budget)
+    assert len(plan) == dp_size
+    assert len({len(of_rank) for of_rank in plan}) == 1
+    micro_batches = [mb for of_rank in plan for mb in of_rank]
+    assert sorted(b for mb in micro_batches for b in mb) == list(range(50))
+    assert all(sum(lengths[b] for b in mb) <= budget for mb in micro_batches)
+    ranks = [sum(lengths[b] for mb in of_rank for b in mb) for of_rank in plan]
+    assert max(ranks) - min(ranks) <= len(plan[0]) * max(lengths)
+
+
+def test_fewer_sequences_than_ranks_leave_empty_micro_batches():
+    assert plan_micro_batches([5], dp_size=2, token_budget=8) == [[[0]], [[]]]
+
+
+def test_a_sequence_longer_than_the_budget_names_both():
+    with pytest.raises(UserError, match=r"a sequence of 9 tokens does not fit .* of 8"):
+        plan_micro_batches([3, 9], dp_size=1, token_budget=8)
+
+
+def test_a_pack_predicts_every_response_token_from_the_token_before():
+    table = token_table(reference.make_groups(3, 2))
+    samples = [4, 1, 3]
+    pack = build_pack(table, samples, multiple=8, device=CPU)
+    assert len(pack.tokens_T) % 8 == 0
+    assert pack.cu_seqlens.tolist()[-1] == len(pack.tokens_T)
+    expected_rows = [row for b in samples for row in range(table.rows(b).start, table.rows(b).stop)]
+    assert pack.rows_N.tolist() == expected_rows
+    assert torch.equal(pack.targets_N, table.token_R[pack.rows_N])
+    starts = dict(zip(samples, pack.cu_seqlens.tolist(), strict=False))
+    for slot, row in zip(pack.slots_N.tolist(), pack.rows_N.tolist(), strict=True):
+        sample, position = int(table.sample_R[row]), int(table.position_R[row])
+        prompt = table.prompt(sample).tolist()
+        before = (prompt + table.token_R[table.rows(sample)].tolist())[: len(prompt) + position]
+        fed = pack.tokens_T[starts[sample] : slot + 1].tolist()
+        assert fed == before
+        assert int(pack.positions_T[slot]) == len(before) - 1
+
+
+def test_an_empty_pack_is_padding_only():
+    table = token_table(reference.make_groups(1, 1))
+    pack = build_pack(table, [], multiple=4, device=CPU)
+    assert pack.tokens_T.shape == (4,)
+    assert pack.cu_seqlens.tolist() == [0, 4]
+    assert len(pack.slots_N) == len(pack.rows_N) == 0
+
+
+def test_the_last_token_is_not_fed():
+    table = token_table(reference.make_groups(1, 2))
+    lengths = (table.prompt_lengths_B + table.response_lengths_B).tolist()
+    assert fed_lengths(table) == [n - 1 for n in lengths]
