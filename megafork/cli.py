@@ -98,7 +98,7 @@ def main() -> None:
             rank = os.environ.get("RANK", "0")
             where = "" if rank == "0" else f" (rank {rank})"
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(launch.USER_ERROR)
 
 
 def _on_ranks(parallel: ParallelConfig, work: Callable[[], None]) -> None:
@@ -106,6 +106,7 @@ def _on_ranks(parallel: ParallelConfig, work: Callable[[], None]) -> None:
     # megatron-core warns of every fused package that is absent; `megafork doctor` says it once.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     if launch.under_torchrun():
+        launch.end_with_launcher()
         launch.check_world(parallel)
         work()
     elif parallel.world_size == 1:

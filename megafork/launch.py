@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
+import signal
 import sys
 
 from megafork.config import ParallelConfig
 from megafork.errors import UserError
+
+USER_ERROR = 2
+"""Exit status after a UserError, which the rank has told."""
+_LAUNCHER = "MEGAFORK_LAUNCHER_PID"
+_PR_SET_PDEATHSIG = 1
 
 
 def under_torchrun() -> bool:
@@ -23,6 +31,9 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ[_LAUNCHER] = str(os.getpid())
+    for module in ("multiprocessing.api", "agent.server.api"):  # the ranks tell it themselves
+        logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -35,9 +46,22 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "megafork", *arguments)
     except ChildFailedError as error:
-        _, first = error.get_first_failure()
+        rank, first = error.get_first_failure()
+        if first.exitcode != USER_ERROR:
+            how = f"by signal {-first.exitcode}" if first.exitcode < 0 else f"{first.exitcode}"
+            print(f"error: rank {rank} was the first to end, with status {how}", file=sys.stderr)
         return first.exitcode if first.exitcode > 0 else 1
     return 0
+
+
+def end_with_launcher() -> None:
+    """A rank that `launch_ranks` started ends when its launcher is killed (Linux)."""
+    launcher = os.environ.get(_LAUNCHER)
+    if launcher is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(launcher):  # killed before the line above
+        sys.exit(1)
 
 
 def check_world(parallel: ParallelConfig) -> None:

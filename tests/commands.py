@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,29 +15,45 @@ ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart"
 
 
-def megafork(*arguments: object, timeout: float = 280) -> subprocess.CompletedProcess[str]:
-    """`megafork ARGUMENTS` from a plain start (none of the test's own ranks)."""
+_MARK = "MEGAFORK_TEST_MARK"
+
+
+def environment(mark: object = "") -> dict[str, str]:
+    """A plain start's environment; all that is started from it carries `mark`."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return inherited | {"OMP_NUM_THREADS": "1", _MARK: str(mark)}
+
+
+def megafork(
+    *arguments: object, mark: object = "", timeout: float = 280
+) -> subprocess.CompletedProcess[str]:
+    """`megafork ARGUMENTS`, to its end."""
     return subprocess.run(
         [sys.executable, "-m", "megafork", *map(str, arguments)],
         cwd=ROOT,
-        env=inherited | {"OMP_NUM_THREADS": "1"},
+        env=environment(mark),
         capture_output=True,
         text=True,
         timeout=timeout,
     )
 
 
-def processes_naming(text: object) -> list[str]:
-    """Command lines that name `text`; processes on their way out get two seconds."""
-    for _ in range(20):
-        found = [
-            " ".join(process.info["cmdline"])
-            for process in psutil.process_iter(["cmdline"])
-            if str(text) in " ".join(process.info["cmdline"] or [])
-        ]
-        if not found:
-            break
+def processes_of(mark: object) -> list[str]:
+    """Names of the live processes that carry `mark`, whatever they call themselves."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and (
+                process.environ().get(_MARK) == str(mark)
+            ):
+                found.append(" ".join(process.cmdline()) or process.name())
+    return found
+
+
+def left_over(mark: object, seconds: float = 2.0) -> list[str]:
+    """The same, for those that have not ended within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while (found := processes_of(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return found
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.commands import QUICKSTART, ROOT, megafork, processes_naming, small_run
+from tests.commands import QUICKSTART, ROOT, left_over, megafork, small_run
 
 
 def data_with(tmp_path, line):
@@ -40,7 +40,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_costs_a_second_and_is_told_once(tmp_path, case):
     override, message = CASES[case]
-    done = megafork(*small_run(tmp_path / "run", override(tmp_path)))
+    done = megafork(*small_run(tmp_path / "run", override(tmp_path)), mark=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("error:") == 1
@@ -54,20 +54,20 @@ def test_a_server_that_does_not_come_up_ends_the_run(tmp_path, layout):
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'vllm'\" >&2\nexit 1\n")
     fake.chmod(0o755)
-    done = megafork(*small_run(tmp_path / "run", layout, f"rollout.python={fake}"))
+    done = megafork(*small_run(tmp_path / "run", layout, f"rollout.python={fake}"), mark=tmp_path)
     assert done.returncode == 2
     assert "No module named 'vllm'" in done.stderr
     assert done.stderr.count("error:") == 1
     assert "Traceback" not in done.stderr
-    assert processes_naming(tmp_path) == []
+    assert left_over(tmp_path) == []
 
 
 def test_a_server_that_is_too_slow_ends_the_run(tmp_path):
     override = "rollout.startup_timeout_s=1"
-    done = megafork(*small_run(tmp_path / "run", "parallel.tp=1", override))
+    done = megafork(*small_run(tmp_path / "run", "parallel.tp=1", override), mark=tmp_path)
     assert done.returncode == 2
     assert "startup_timeout_s=1" in done.stderr
-    assert processes_naming(tmp_path) == []
+    assert left_over(tmp_path) == []
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):
@@ -76,10 +76,10 @@ def test_a_missing_tokenizer_is_named(tmp_path):
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         (model / name).symlink_to(QUICKSTART / "model" / name)
     arguments = ["parallel.tp=1", f"model.path={model}"]
-    done = megafork(*small_run(tmp_path / "run", *arguments))
+    done = megafork(*small_run(tmp_path / "run", *arguments), mark=tmp_path)
     assert done.returncode == 2
     assert "holds no tokenizer (tokenizer.json, tokenizer.model, vocab.json)" in done.stderr
-    assert processes_naming(tmp_path) == []
+    assert left_over(tmp_path) == []
 
 
 def test_a_world_of_the_wrong_size_is_named(tmp_path):

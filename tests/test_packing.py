@@ -7,7 +7,7 @@ import torch
 
 from megafork.data.packing import build_pack, fed_lengths, plan_micro_batches
 from megafork.errors import UserError
-from megafork.types import token_table
+from megafork.types import Group, Sample, token_table
 from tests import reference
 
 CPU = torch.device("cpu")
@@ -54,6 +54,19 @@ def test_a_pack_predicts_every_response_token_from_the_token_before():
         fed = pack.tokens_T[starts[sample] : slot + 1].tolist()
         assert fed == before
         assert int(pack.positions_T[slot]) == len(before) - 1
+
+
+def test_empty_responses_take_no_row():
+    groups = [
+        Group(0, [5], 0, [Sample(0, [], [], False)]),
+        Group(1, [5, 6, 7], 0, [Sample(1, [], [], False)]),
+        Group(2, [5], 0, [Sample(2, [8], [0.0], False)]),
+    ]
+    pack = build_pack(token_table(groups), [0, 1, 2], multiple=1, device=CPU)
+    assert pack.tokens_T.tolist() == [5, 6, 5]
+    assert pack.cu_seqlens.tolist() == [0, 2, 3]
+    assert pack.slots_N.tolist() == [2]
+    assert pack.targets_N.tolist() == [8]
 
 
 def test_an_empty_pack_is_padding_only():

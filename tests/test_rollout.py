@@ -117,6 +117,7 @@ def gone_within(process_group: int, seconds: float) -> bool:
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def running(request, tmp_path_factory) -> Iterator[Running]:
+    torch.set_num_threads(1)  # the reference's threads would spin where the server runs
     tied = request.param == "tied"
     root = tmp_path_factory.mktemp(request.param)
     folders = (
@@ -174,7 +175,7 @@ def test_stop_tokens_end_a_response_and_stay_in_it(running):
         assert not any(token in stops for token in response.token_ids[:-1])
         assert (response.token_ids[-1] in stops) == (not response.truncated)
         assert not response.truncated or len(response.token_ids) == 8
-    assert max_logprob_error(running.folders[0], LONG_PROMPT, responses, 1.0) < LOGPROB_TOL
+    assert max_logprob_error(running.folders[0], LONG_PROMPT, responses[:6], 1.0) < LOGPROB_TOL
 
 
 def test_only_stated_stop_tokens_count(running):
@@ -215,7 +216,7 @@ def test_every_route_but_health_demands_the_key(running):
     url = running.server.url
     assert requests.get(f"{url}/health", timeout=5).status_code == 200
     routes = ["/v1/models", "/v1/completions", "/megafork/generate", "/weight_info", "/pause"]
-    routes += ["/update_weights", "/init_weight_transfer_engine", "/collective_rpc", "/metrics"]
+    routes += ["/megafork/update", "/megafork/connect", "/collective_rpc", "/metrics"]
     routes += ["/server_info", "/openapi.json", "/reset_prefix_cache", "/health/", "//health"]
     for route in routes:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}):
@@ -422,7 +423,7 @@ def test_a_server_that_fails_says_why_and_leaves_nothing(tmp_path):
     server = unstarted(folder, tmp_path, max_model_len=100_000)
     with pytest.raises(UserError, match=r"max_model_len.*100000(.|\n)*full log: .*vllm\.log"):
         server.start()
-    assert members(server.process_group) == []
+    assert gone_within(server.process_group, 1)
 
 
 def test_a_server_that_is_too_slow_is_ended(tmp_path):
@@ -430,7 +431,7 @@ def test_a_server_that_is_too_slow_is_ended(tmp_path):
     server = unstarted(folder, tmp_path, startup_timeout_s=0.5)
     with pytest.raises(UserError, match=r"startup_timeout_s=0\.5"):
         server.start()
-    assert members(server.process_group) == []
+    assert gone_within(server.process_group, 1)
 
 
 def test_stop_from_another_thread_ends_a_start(tmp_path):
@@ -443,7 +444,7 @@ def test_stop_from_another_thread_ends_a_start(tmp_path):
         server.stop()
         with pytest.raises(UserError, match="did not start"):
             starting.result()
-    assert members(server.process_group) == []
+    assert gone_within(server.process_group, 1)
     server.stop()
     with pytest.raises(UserError, match="make a new one"):
         server.start()
@@ -506,7 +507,7 @@ def test_the_supervisor_sweeps_up_after_a_server_that_exits():
         lines = log.read().decode().splitlines()
     assert lines[0] == "started"
     assert "exited with status 3" in lines[1]
-    assert members(supervisor.pid) == []
+    assert gone_within(supervisor.pid, 1)
     supervisor.stdin.close()
     supervisor.wait()
 
@@ -598,7 +599,11 @@ def test_light_modules_stay_light(module):
 def test_the_servers_modules_need_no_megatron():
     """They may run under the Python of an environment that has vLLM alone."""
     program = (
-        "import sys, megafork.rollout.vllm_plugins\n"
+        "import sys, unittest.mock\n"
+        "for name in ('', '.config', '.exceptions', '.inputs', '.sampling_params',\n"
+        "             '.model_executor.model_loader.reload'):\n"
+        "    sys.modules['vllm' + name] = unittest.mock.MagicMock()  # 15 s to import\n"
+        "import megafork.rollout.vllm_plugins\n"
         "print([m for m in sys.modules if m.startswith(('megatron', 'transformer_engine'))])\n"
         "print(sorted(m for m in sys.modules if m.startswith('megafork.')))"
     )

@@ -183,3 +183,33 @@ def test_random_selection_is_the_same_at_every_layout(model_folder):
     total = make_table().num_rows
     assert chosen[0] == chosen[1] == chosen[2]
     assert len(chosen[0]) == -(-total // 5)
+
+
+def decay_only(folder):
+    """An update without gradients: every advantage is 0."""
+    parallel = ParallelConfig()
+    policy = Policy(
+        ModelConfig(path=str(folder), dtype="float32"),
+        parallel,
+        initialize(parallel),
+        training=TrainingConfig(steps=1, lr=0.1, weight_decay=0.5, warmup_steps=2),
+        algorithm=AlgorithmConfig(),
+        forking=ForkingConfig(),
+        temperature=1.0,
+    )
+    before = dict(policy.export_shards())
+    before = {name: value.clone() for name, value in before.items()}
+    table = make_table().with_columns(advantage_B=torch.zeros(make_table().num_samples))
+    scores = policy.score(table)
+    [mask], _ = policy.select([table], [scores], step=1)
+    metrics = policy.update(table, scores, mask)
+    assert metrics["grad_norm"] == 0.0
+    return before, {name: value.clone() for name, value in policy.export_shards()}
+
+
+def test_weight_decay_and_warm_up(model_folder):
+    [(before, after)] = run_ranks(1, decay_only, model_folder)
+    for name, value in before.items():
+        # lr is 0.1 / 2 at the first of two warm-up steps; norms are not decayed
+        factor = 1.0 if "norm" in name else 1 - 0.05 * 0.5
+        assert torch.allclose(after[name], value * factor, rtol=1e-6), name

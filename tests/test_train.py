@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -12,7 +16,15 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from megafork.config import TrainConfig, load_config
 from megafork.rollout.journal import Journal
 from tests import reference
-from tests.commands import QUICKSTART, megafork, processes_naming, small_run
+from tests.commands import (
+    QUICKSTART,
+    ROOT,
+    environment,
+    left_over,
+    megafork,
+    processes_of,
+    small_run,
+)
 
 STEP_METRICS = {
     "step",
@@ -64,9 +76,10 @@ def run(request, tmp_path_factory):
         path = model / "generation_config.json"
         raw = json.loads(path.read_text()) | {"do_sample": True, "top_k": 1, "temperature": 0.1}
         path.write_text(json.dumps(raw))
-    done = megafork(*small_run(folder / "run", f"model.path={model}", *RUNS[request.param]))
+    arguments = small_run(folder / "run", f"model.path={model}", *RUNS[request.param])
+    done = megafork(*arguments, mark=folder)
     assert done.returncode == 0, done.stderr
-    assert processes_naming(folder) == []
+    assert left_over(folder) == []
     return folder / "run", model, done
 
 
@@ -182,3 +195,24 @@ def test_score_takes_text(tmp_path):
     [row] = lines(tmp_path / "out.jsonl")
     assert len(row["entropies"]) == len("6*4=24;2*24=48.")
     assert row["response"] == "6*4=24;2*24=48."
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_outlives_a_killed_launcher(tmp_path, signal_number):
+    """While ranks and server are at work; the ranks' own parent is the launcher."""
+    command = [sys.executable, "-m", "megafork", *small_run(tmp_path / "run", "training.steps=500")]
+    launcher = subprocess.Popen(
+        command, cwd=ROOT, env=environment(tmp_path), stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 150
+        while not (tmp_path / "run" / "eval.jsonl").exists():
+            assert launcher.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert len(processes_of(tmp_path)) >= 5  # launcher, two ranks, supervisor, server
+        launcher.send_signal(signal_number)
+        assert launcher.wait(30) != 0
+        assert left_over(tmp_path, seconds=20) == []
+    finally:
+        launcher.kill()

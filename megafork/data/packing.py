@@ -88,8 +88,11 @@ def build_pack(
     start = 0
     for sample in samples:
         prompt, span = table.prompt(sample), table.rows(sample)
-        num_fed = len(prompt) + (span.stop - span.start) - 1
-        tokens += [prompt, table.token_R[span.start : max(span.stop - 1, span.start)]]
+        fed = torch.cat([prompt, table.token_R[span]])[:-1]
+        num_fed = len(fed)
+        if num_fed == 0:
+            continue  # a prompt of one token without a response
+        tokens.append(fed)
         slots.append(torch.arange(start + len(prompt) - 1, start + num_fed))
         rows.append(torch.arange(span.start, span.stop))
         lengths.append(num_fed)

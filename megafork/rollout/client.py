@@ -13,7 +13,14 @@ import aiohttp
 import requests
 
 from megafork.errors import UserError
-from megafork.rollout.sampling import GENERATE_PATH, Completion, Sampling, decode_completions
+from megafork.rollout.sampling import (
+    CONNECT_PATH,
+    GENERATE_PATH,
+    UPDATE_PATH,
+    Completion,
+    Sampling,
+    decode_completions,
+)
 
 _ATTEMPTS = 5  # the first one included; waits of 0.5, 1, 2 and 4 s in between
 _LOG_LINES = 8
@@ -62,7 +69,7 @@ class RolloutClient:
             async with self._session().post(self.url + GENERATE_PATH, json=body) as response:
                 payload = await response.read()
                 if response.status != 200:
-                    raise ServerError(GENERATE_PATH, response.status, _message(payload))
+                    raise self._refused(GENERATE_PATH, response.status, payload)
                 return payload
 
         return decode_completions(await self._retried(attempt))
@@ -138,18 +145,21 @@ class RolloutClient:
         senders: {"host": str, "port": int} of every `WeightSender`, in the order of their numbers.
         timeout_s: how long a worker waits for a sender, here and in every broadcast.
         """
-        info = {"senders": senders, "num_workers": num_workers, "timeout_s": timeout_s}
-        self._request("POST", "/init_weight_transfer_engine", {"init_info": info})
+        body = {"senders": senders, "num_workers": num_workers, "timeout_s": timeout_s}
+        self._request("POST", CONNECT_PATH, body)
 
     def start_weight_update(self) -> None:
-        self._request("POST", "/start_weight_update")
+        """Raises ServerError unless the server is paused: nothing may be sampled meanwhile."""
+        if not self._request("GET", "/is_paused")["is_paused"]:
+            raise ServerError("start_weight_update", 400, "pause the server first")
 
     def update_weights(self, buckets: list[dict[str, Any]]) -> None:
         """Receive the buckets, in this order, from their senders; blocks until all are loaded."""
-        self._request("POST", "/update_weights", {"update_info": {"buckets": buckets}})
+        self._request("POST", UPDATE_PATH, {"buckets": buckets})
 
     def finish_weight_update(self, weight_version: int) -> None:
-        self._request("POST", "/finish_weight_update", {"weight_version": str(weight_version)})
+        """Name the version of the weights that were loaded."""
+        self._request("POST", "/update_weight_version", {"new_version": str(weight_version)})
 
     def weight_version(self) -> int:
         """Version of the last finished update; 0 before the first."""
@@ -172,8 +182,14 @@ class RolloutClient:
         except requests.RequestException as error:
             raise self._unreachable(error) from error
         if response.status_code != 200:
-            raise ServerError(path, response.status_code, _message(response.content))
+            raise self._refused(path, response.status_code, response.content)
         return response.json() if response.content else None
+
+    def _refused(self, path: str, status: int, payload: bytes) -> ServerError:
+        message = _message(payload)
+        if status >= 500 and self.log_path is not None:
+            message += f" (log: {self.log_path})"
+        return ServerError(path, status, message)
 
     def _unreachable(self, error: Exception) -> UserError:
         message = f"the rollout server at {self.url} does not answer ({type(error).__name__})"

@@ -7,7 +7,10 @@ from array import array
 from dataclasses import dataclass
 from typing import Any
 
-GENERATE_PATH = "/megafork/generate"  # the server's own route: token ids in, binary out
+# Routes that the server answers itself.
+GENERATE_PATH = "/megafork/generate"  # token ids in, `encode_completions` out
+CONNECT_PATH = "/megafork/connect"
+UPDATE_PATH = "/megafork/update"
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,7 @@ class VllmServer:
                 self._process.stdin.close()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(GRACE_S + 5.0)
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
+                _kill_group(self._process.pid)
                 self._process.wait()
                 self._process = None
             if self._import_path is not None:
@@ -188,7 +187,6 @@ class VllmServer:
             "logprobs-mode": "processed_logprobs",  # log_softmax(logits / temperature)
             "middleware": f"{_PLUGINS}.RolloutMiddleware",
             "worker-extension-cls": f"{_PLUGINS}.WorkerExtension",
-            "weight-transfer-config": json.dumps({"backend": "megafork"}),
             "uvicorn-log-level": "warning",
         }
         flags = ["skip-tokenizer-init", "disable-uvicorn-access-log", "disable-log-stats"]
@@ -235,6 +233,15 @@ def _check_model_folder(folder: Path) -> None:
         raise UserError(f"{path} is not valid JSON ({error}); copy the model again") from error
     if not isinstance(config, dict) or "architectures" not in config:
         raise UserError(f"{path} names no architectures; give a Hugging Face model folder")
+
+
+def _kill_group(process_group: int, patience_s: float = 3.0) -> None:
+    """SIGKILL to whatever is left, until nothing is: its memory, on a GPU too, is then free."""
+    deadline = time.monotonic() + patience_s
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process_group, signal.SIGKILL)
+            time.sleep(0.02)
 
 
 def _free_port(host: str, port: int | None) -> int:

@@ -1,0 +1,101 @@
+"""Megatron's weights in a real vLLM: after a push, both give the same log-probabilities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megafork.config import ModelConfig, ParallelConfig, SyncConfig
+from megafork.data.prompts import Prompt
+from megafork.errors import PeerError, UserError
+from megafork.parallel.topology import initialize
+from megafork.rollout.client import RolloutClient
+from megafork.rollout.sampling import Sampling
+from megafork.rollout.vllm_server import VllmServer
+from megafork.training.policy import Scorer
+from megafork.weight_sync import agreement
+from megafork.weight_sync.push import WeightSync
+from tests import reference
+from tests.ranks import run_ranks
+
+SAMPLING = Sampling(temperature=0.8, max_tokens=40)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def server(request, tmp_path_factory):
+    """(a server of one random model, the folder of another model of the same shape)."""
+    folder = tmp_path_factory.mktemp("models")
+    served = reference.save_model(folder / "served", tied=request.param, seed=1)
+    trained = reference.save_model(folder / "trained", tied=request.param, seed=2)
+    options = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 32}
+    with VllmServer(served, log_path=folder / "vllm.log", **options) as running:
+        yield running, trained
+
+
+def push_twice(url, api_key, folder, layout, version):
+    parallel = ParallelConfig(**layout)
+    topology = initialize(parallel)
+    model = ModelConfig(path=str(folder), dtype="float32")
+    scorer = Scorer(model, parallel, topology, micro_batch_tokens=256, temperature=0.8)
+    client = RolloutClient(url, api_key) if topology.rank == 0 else None
+    sync = WeightSync(scorer, topology, client, SyncConfig(bucket_mib=1), num_workers=1)
+    prompts = [Prompt(i, "", "", g.prompt_ids) for i, g in enumerate(reference.make_groups(12, 1))]
+
+    def measure():
+        groups = topology.on_rank_zero(lambda: agreement.probe(client, prompts, SAMPLING))
+        return agreement.measure(groups, scorer, topology)
+
+    before = measure()
+    sync.push(version)
+    first = measure()
+    with torch.no_grad():
+        for name, parameter in scorer.gpt.named_parameters():
+            parameter.mul_(0.8 if "norm" in name else 1.1)
+    stale = measure()
+    sync.push(version + 1)
+    second = measure()
+    sync.close()
+    return before, first, stale, second
+
+
+LAYOUTS = [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}, {"dp": 2}]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_log_probabilities_agree_after_every_push(server, layout):
+    running, trained = server
+    version = 10 * (LAYOUTS.index(layout) + 1)
+    arguments = (running.url, running.api_key, trained, layout, version)
+    for ranks in run_ranks(ParallelConfig(**layout).world_size, push_twice, *arguments):
+        before, first, stale, second = ranks
+        assert first.num_tokens == 12 * 40
+        assert first.max_difference <= 1e-4
+        assert second.max_difference <= 1e-4
+        assert min(before.mean_difference, stale.mean_difference) > 1e-2  # the check can fail
+        agreement.require(first, SyncConfig(), "float32")
+        with pytest.raises(UserError, match="trainer and rollout server disagree"):
+            agreement.require(stale, SyncConfig(), "float32")
+    assert running.client().weight_version() == version + 1
+
+
+def push_other_shape(url, api_key, folder):
+    topology = initialize(ParallelConfig(tp=2))
+    model = ModelConfig(path=str(folder), dtype="float32")
+    scorer = Scorer(model, ParallelConfig(tp=2), topology, micro_batch_tokens=256)
+    client = RolloutClient(url, api_key) if topology.rank == 0 else None
+    sync = WeightSync(scorer, topology, client, SyncConfig(timeout_s=20), num_workers=1)
+    with pytest.raises(
+        UserError, match="the weight transfer to the rollout server failed"
+    ) as caught:
+        sync.push(99)
+    return type(caught.value) is PeerError
+
+
+def test_a_refused_push_is_an_error_on_every_rank(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refused")
+    served = reference.save_model(folder / "served", tied=True, layers=2)
+    other = reference.save_model(folder / "other", tied=True, layers=4)
+    options = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 32}
+    with VllmServer(served, log_path=folder / "vllm.log", **options) as running:
+        silent = run_ranks(2, push_other_shape, running.url, running.api_key, other)
+    assert silent == [False, True]
