@@ -6,23 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from megafork.errors import UserError
 from megafork.rollout.journal import Journal
+from megafork.types import Group, Sample
 
 
-def group(prompt_index: int) -> dict:
-    sample = {
-        "uid": f"{prompt_index}-0",
-        "token_ids": [5, 7, 1],
-        "logprobs": [-0.1, -1.1754943508222875e-38, -2.3841855067985307e-07],
-        "finish_reason": "stop",
-        "reward": 0.5,
-        "accuracy": 1.0,
-    }
-    return {"prompt_index": prompt_index, "policy_version": 3, "samples": [sample]}
+def group(prompt_index: int) -> Group:
+    logprobs = [-0.1, -1.1754943508222875e-38, -2.3841855067985307e-07]
+    sample = Sample(4 * prompt_index, [5, 7, 1], logprobs, False, reward=0.5, accuracy=1.0)
+    return Group(prompt_index, [3, 2], 3, [sample])
 
 
 def test_round_trip_is_exact_and_in_order(tmp_path):
@@ -78,14 +74,10 @@ def test_damage_before_the_end_names_file_and_line(tmp_path, damaged):
         Journal.read(path)
 
 
-def test_incomplete_groups_and_nan_are_refused(tmp_path):
-    with Journal(tmp_path / "step.jsonl") as journal:
-        with pytest.raises(KeyError, match="policy_version"):
-            journal.append({"prompt_index": 0, "samples": []})
-        bad = group(0)
-        bad["samples"][0]["logprobs"][0] = float("nan")
-        with pytest.raises(ValueError):
-            journal.append(bad)
+def test_nan_is_refused(tmp_path):
+    bad = replace(group(0).samples[0], logprobs=[float("nan")])
+    with Journal(tmp_path / "step.jsonl") as journal, pytest.raises(ValueError):
+        journal.append(replace(group(0), samples=[bad]))
     assert Journal.read(tmp_path / "step.jsonl") == []
 
 

@@ -2,9 +2,10 @@
 
     python examples/quickstart/make_model.py
 
-Supervised warm-up from scratch, one CPU core, a few minutes. Every example plays by the rules, but
-only SOLVED of them reach the target: the model learns to calculate well and to search badly, which
-leaves reinforcement learning something to improve. Held-out puzzles are never trained on.
+Supervised warm-up from scratch, on one CPU core in about five minutes. Every example plays by the
+rules, but only half of them are made to reach the target: the model learns to calculate well and to
+search badly, which leaves reinforcement learning something to improve. Held-out puzzles are never
+trained on.
 """
 
 from __future__ import annotations
@@ -19,21 +20,17 @@ from pathlib import Path
 import torch
 from make_data import HERE, Puzzle, all_puzzles, prompt_of, solutions
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from megafork.rewards.countdown import verify
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<unk>"]
 CHARACTERS = "0123456789+-*=;>:. "
-BATCH_SIZE = 128
-PEAK_LR = 2e-3
+BATCH_SIZE = 64
+MUON_LR = 0.06  # matrices; after 150 s, 17% solved against 14% with AdamW alone
+ADAM_LR = 4e-3  # embeddings and norms
 WARMUP_STEPS = 100
-SOLVED = 0.5
+SOLVED = 0.5  # fraction of the examples that are made to reach the target
 MAX_NEW_TOKENS = 20
 IGNORED = -100  # label without loss: prompts and padding
 
@@ -80,7 +77,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
 
 class WarmupExamples:
-    """Random walks over puzzles that are not held out; SOLVED of them end on the target."""
+    """Random walks over the puzzles that are not held out."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, heldout: set[Puzzle], seed: int) -> None:
         self.tokenizer = tokenizer
@@ -132,6 +129,23 @@ def accuracy(
     return sum(rewards) / len(rewards)
 
 
+def build_optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and "embed_tokens" not in name
+        (matrices if is_matrix else others).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def lr_scale(step: int, num_steps: int) -> float:
+    """Linear warm-up, then a cosine down to a twentieth."""
+    cosine = 0.05 + 0.95 * math.cos(math.pi / 2 * step / num_steps) ** 2
+    return min((step + 1) / WARMUP_STEPS, cosine)
+
+
 def train(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -140,15 +154,11 @@ def train(
     *,
     num_steps: int,
 ) -> None:
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(
-            (step + 1) / WARMUP_STEPS, 0.05 + 0.95 * math.cos(math.pi / 2 * step / num_steps) ** 2
-        ),
-    )
+    optimizers = build_optimizers(model)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_scale(step, num_steps))
+        for optimizer in optimizers
+    ]
     start = time.monotonic()
     for step in range(1, num_steps + 1):
         input_ids, labels = examples.batch()
@@ -159,9 +169,10 @@ def train(
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
         if step % 200 == 0 or step == num_steps:
             solved = accuracy(model, tokenizer, rows, greedy=False)
             seconds = time.monotonic() - start
@@ -173,7 +184,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the quickstart's starting model.")
     parser.add_argument("--seed", type=int, default=0, help="of weights, examples and samples")
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
     parser.add_argument("--data", type=Path, default=HERE / "data", help="folder of make_data.py")
     parser.add_argument("--out", type=Path, default=HERE / "model", help="folder to write to")
     args = parser.parse_args()

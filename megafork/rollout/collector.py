@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megafork.config import RolloutConfig
@@ -114,7 +114,7 @@ class Collector:
             )
         batch.reward_seconds += time.monotonic() - started
         group = Group(prompt.index, prompt.ids, policy_version, samples)
-        journal.append(asdict(group))
+        journal.append(group)
         return group
 
     def _seed(self, prompt: Prompt) -> int | None:

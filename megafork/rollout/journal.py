@@ -1,11 +1,7 @@
 """The finished groups of a step, on disk before they are used: a resumed step replays them.
 
-One JSON object per line, at least
-
-    {"prompt_index": int, "policy_version": int, "samples": [{...}, ...]}
-
-with what the caller keeps of each sample (token ids, log-probabilities, reward, ...). Python
-writes a float's shortest exact form, so log-probabilities come back bit for bit.
+One JSON object per line, a `types.Group` with its samples. Python writes a float's shortest exact
+form, so log-probabilities come back bit for bit.
 """
 
 from __future__ import annotations
@@ -13,14 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from megafork.errors import UserError
+from megafork.types import Group, Sample
 
 _log = logging.getLogger(__name__)
 _BLOCK = 1 << 20
-_KEYS = ("prompt_index", "policy_version", "samples")
 
 
 class Journal:
@@ -36,11 +33,9 @@ class Journal:
         self._file = self.path.open("ab")
         _sync_folder(self.path.parent)  # the file's name must survive too
 
-    def append(self, group: dict[str, Any]) -> None:
-        """Write one finished group and wait for the disk. Raises KeyError for a missing key."""
-        if missing := [key for key in _KEYS if key not in group]:
-            raise KeyError(f"a group without {', '.join(missing)}")
-        line = json.dumps(group, separators=(",", ":"), allow_nan=False)
+    def append(self, group: Group) -> None:
+        """Write one finished group and wait for the disk. Raises ValueError for a NaN."""
+        line = json.dumps(asdict(group), separators=(",", ":"), allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -55,7 +50,7 @@ class Journal:
         self.close()
 
     @staticmethod
-    def read(path: str | Path) -> list[dict[str, Any]]:
+    def read(path: str | Path) -> list[Group]:
         """All groups, in the order they finished; empty when there is no such file.
 
         A torn last line is dropped with a warning. Raises UserError, naming file and line, when
@@ -74,15 +69,12 @@ class Journal:
         return groups
 
 
-def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
+def _parse(line: bytes, path: Path, number: int) -> Group:
     try:
-        group = json.loads(line)
-        missing = [key for key in _KEYS if key not in group]
-    except (ValueError, TypeError) as error:
-        raise _damage(path, number, str(error)) from error
-    if missing or not isinstance(group, dict):
-        raise _damage(path, number, f"no {', '.join(missing)}" if missing else "no JSON object")
-    return group
+        fields = json.loads(line)
+        return Group(**fields | {"samples": [Sample(**sample) for sample in fields["samples"]]})
+    except (ValueError, TypeError, KeyError) as error:
+        raise _damage(path, number, f"{type(error).__name__}: {error}") from error
 
 
 def _damage(path: Path, number: int, cause: str) -> UserError:

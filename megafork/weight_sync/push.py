@@ -39,6 +39,7 @@ class WeightSync:
         num_workers: int,
     ) -> None:
         self.policy, self.topology, self.client = policy, topology, client
+        self.timeout_s = sync.timeout_s
         dtype = next(policy.gpt.parameters()).dtype
         manifest = [(name, shape, dtype) for name, shape in policy.shard_manifest()]
         self.own_buckets = plan_buckets(topology.pp_rank, manifest, sync.bucket_mib << 20)
@@ -74,7 +75,9 @@ class WeightSync:
             self.sender.connect()
             return
         with ThreadPoolExecutor(1) as pool:
-            joined = pool.submit(self.client.init_transfer, self.addresses, num_workers)
+            joined = pool.submit(
+                self.client.init_transfer, self.addresses, num_workers, self.timeout_s
+            )
             try:
                 self.sender.connect()
             finally:
