@@ -34,6 +34,6 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.20", "vllm>=0.33"],
-        "test": ["mypy", "pytest", "pytest-timeout", "ruff", "types-requests"],
+        "test": ["mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "types-requests"],
     },
 )

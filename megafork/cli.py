@@ -105,6 +105,8 @@ def _on_ranks(parallel: ParallelConfig, work: Callable[[], None]) -> None:
     """Do `work` on this rank, or start the ranks of the layout, which come here again."""
     # megatron-core warns of every fused package that is absent; `megafork doctor` says it once.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    # It also calls collectives by names that torch is about to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if launch.under_torchrun():
         launch.end_with_launcher()
         launch.check_world(parallel)

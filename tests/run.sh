@@ -22,4 +22,5 @@ export OMP_NUM_THREADS=1
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy" megafork
-PYTHONPATH=$mcore_path${PYTHONPATH:+:$PYTHONPATH} exec "$bin/python" -m pytest "$@"
+# Two test modules at a time: much of their time is waiting for a server or for other ranks.
+PYTHONPATH=$mcore_path${PYTHONPATH:+:$PYTHONPATH} exec "$bin/python" -m pytest -n 2 --dist loadscope "$@"

@@ -125,7 +125,8 @@ class Trainer:
     def run(self) -> None:
         config, last = self.config, self.config.training.steps
         self._push(check=True)
-        self._evaluate(0)
+        before = self._evaluate(0)
+        metrics: dict[str, float] = {}
         for step in range(1, last + 1):
             metrics, clock = self.train_step(step)
             every = config.eval.every
@@ -138,8 +139,12 @@ class Trainer:
         target = Path(config.run.dir) / "checkpoints" / "final"
         export_hf(self.policy, self.topology, Path(config.model.path), target)
         if self.front is not None:
-            self.front.log.note(f"checkpoint: {target}")
-            self.front.log.note(f"curves: {draw_curves(Path(config.run.dir))}")
+            self.front.log.note(f"checkpoint  {target}")
+            self.front.log.note(f"curves      {draw_curves(Path(config.run.dir))}")
+            for name, value in before.items():
+                self.front.log.note(
+                    f"held-out accuracy  {value:.1%} before, {metrics[name]:.1%} after"
+                )
 
     def train_step(self, step: int) -> tuple[dict[str, float], Clock]:
         """One rollout batch: the paper's algorithm box."""
