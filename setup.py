@@ -24,6 +24,7 @@ setup(
         "megatron-core>=0.16.1",
         "numpy",
         "pydantic>=2",
+        "requests",
         "rich",
         "safetensors",
         "sentencepiece",
@@ -31,6 +32,7 @@ setup(
         "tomli_w",
         "torch>=2.6",
         "transformers>=5",
+        "typer",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.20", "vllm>=0.33"],

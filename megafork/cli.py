@@ -6,18 +6,29 @@ rank is started, so a mistake costs a second and is told once.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from megafork import launch
-from megafork.config import ParallelConfig, ScoreConfig, TrainConfig, known_keys, load_config
+from megafork.config import (
+    ParallelConfig,
+    ScoreConfig,
+    TrainConfig,
+    known_keys,
+    load_config,
+)
 from megafork.errors import PeerError, UserError
+
+_PATIENCE_S = 5.0
 
 app = typer.Typer(
     name="megafork",
@@ -61,7 +72,9 @@ def score(
     overrides: Overrides = None,
 ) -> None:
     """Log-probability and entropy of every response token, the same at every layout."""
-    resolved = load_config(ScoreConfig, None, [f"model.path={model}", *(overrides or [])])
+    resolved = load_config(
+        ScoreConfig, None, [f"model.path={json.dumps(str(model))}", *(overrides or [])]
+    )
     from megafork.training.preflight import check_score
 
     check_score(resolved, input, output)
@@ -75,6 +88,22 @@ def score(
 
 
 @app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="the training run's TOML file")],
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
+    log: Annotated[Path, typer.Option(help="file for vLLM's log")] = Path("vllm.log"),
+) -> None:
+    """Serve rollouts for training runs with rollout.url; $MEGAFORK_API_KEY is the shared key."""
+    resolved = load_config(TrainConfig, config, overrides or [])
+    from megafork.parallel.backend import has_cuda
+    from megafork.rollout.engine import serve as serve_until_interrupted
+
+    serve_until_interrupted(resolved, "cuda" if has_cuda() else "cpu", log, host, port)
+
+
+@app.command()
 def doctor() -> None:
     """What is installed, which backends are active, what is missing and how to mend it."""
     from megafork.doctor import report
@@ -82,10 +111,18 @@ def doctor() -> None:
     raise typer.Exit(report())
 
 
+class Command(StrEnum):
+    train = "train"
+    score = "score"
+
+
 @app.command()
-def keys() -> None:
-    """List the keys of a training config with their meaning."""
-    for key, description in known_keys(TrainConfig):
+def keys(
+    command: Annotated[Command, typer.Argument(help="whose settings")] = Command.train,
+) -> None:
+    """List the settings of a command with their meaning."""
+    pairs = known_keys(TrainConfig if command is Command.train else ScoreConfig)
+    for key, description in pairs:
         typer.echo(f"{key:38} {description}")
 
 
@@ -97,6 +134,8 @@ def main() -> None:
         if not isinstance(error, PeerError):
             rank = os.environ.get("RANK", "0")
             where = "" if rank == "0" else f" (rank {rank})"
+            if where:  # what all ranks find, rank 0 tells; then we are ended before we speak
+                time.sleep(_PATIENCE_S)
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(launch.USER_ERROR)
 

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megafork.errors import UserError
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, strict=True)]
+NonNegative = Annotated[int, Field(ge=0, strict=True)]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
@@ -26,7 +26,9 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 class Section(BaseModel):
     """A frozen table of settings; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -38,7 +40,7 @@ class ModelConfig(Section):
         "none", description="activation recomputation: every layer, core attention only, or none"
     )
     vocab_divisible_by: Positive = Field(
-        128, description="each rank's vocabulary shard is padded to a multiple of this / tp"
+        128, description="the vocabulary is padded to a multiple of this times tp"
     )
 
 
@@ -95,12 +97,16 @@ class RolloutConfig(Section):
     surplus: Literal["carry", "drop"] = Field(
         "carry", description="admissible groups beyond the batch: into the next batch, or dropped"
     )
+    max_staleness: NonNegative = Field(
+        1, description="carried groups sampled more policy versions ago than this are dropped"
+    )
     seeded: bool = Field(
         False, description="a seed for every request: repeatable responses, slower generation"
     )
     url: str | None = Field(None, description="a running server to use; unset: start one")
     api_key_env: str = Field(
-        "MEGAFORK_API_KEY", description="with url: environment variable holding its API key"
+        "MEGAFORK_API_KEY",
+        description="variable with the key of url and serve",
     )
     python: str | None = Field(None, description="Python that has vLLM; unset: this one")
     tensor_parallel: Positive = Field(1, description="tensor-parallel size of the server")
@@ -224,10 +230,16 @@ class TrainConfig(Section):
             )
 
 
+class ScoredModelConfig(ModelConfig):
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of weights and activations; bfloat16 differs by layout"
+    )
+
+
 class ScoreConfig(Section):
     """The overrides that `megafork score` takes."""
 
-    model: ModelConfig
+    model: ScoredModelConfig
     parallel: ParallelConfig = ParallelConfig()
     temperature: PositiveFloat = Field(1.0, description="temperature of both columns")
     micro_batch_tokens: Positive = Field(32768, description="tokens of one packed micro-batch")
@@ -288,9 +300,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(table, dict):
             raise UserError(f"override {override!r}: {section} is a value, not a section")
     try:
-        table[leaf] = tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        table[leaf] = text  # a bare word is a string
+        value = text  # a bare word is a string
+    # So is a date: no setting is one, but many a folder is named by one.
+    table[leaf] = value if isinstance(value, bool | int | float | str | list) else text
 
 
 def _explain(kind: type[Section], error: ValidationError, source: str) -> str:

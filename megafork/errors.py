@@ -11,4 +11,4 @@ class UserError(ValueError):
 
 
 class PeerError(UserError):
-    """A UserError of rank 0, on the other ranks: they end with it and stay silent."""
+    """Rank 0 failed and tells why; the other ranks end with this and stay silent."""

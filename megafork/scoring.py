@@ -15,8 +15,8 @@ import torch
 from megafork.config import ScoreConfig
 from megafork.data.prompts import Tokenizer
 from megafork.errors import UserError
+from megafork.model.scorer import Scorer
 from megafork.parallel.topology import Topology, initialize, shutdown
-from megafork.training.policy import Scorer
 from megafork.types import Group, Sample, token_table
 
 
@@ -40,7 +40,8 @@ def score_file(config: ScoreConfig, input_path: Path, output_path: Path) -> None
         sink: TextIO | None = None
         if topology.rank == 0:
             lines = stack.enter_context(input_path.open(encoding="utf-8"))
-            source = _parse(lines, input_path, config)
+            source = _parse(lines, input_path, config, scorer.shape.vocab_size)
+            stack.callback(partial.unlink, missing_ok=True)
             sink = stack.enter_context(partial.open("w", encoding="utf-8"))
         while True:
             batch = topology.on_rank_zero(lambda: list(islice(source, config.batch_sequences)))
@@ -51,8 +52,9 @@ def score_file(config: ScoreConfig, input_path: Path, output_path: Path) -> None
                 for (row, _), (logprobs, entropies) in zip(batch, values, strict=True):
                     scored = row | {"logprobs": logprobs, "entropies": entropies}
                     sink.write(json.dumps(scored, ensure_ascii=False) + "\n")
-    if topology.rank == 0:
-        os.replace(partial, output_path)
+        if sink is not None:
+            sink.close()
+            os.replace(partial, output_path)
     shutdown()
 
 
@@ -80,11 +82,11 @@ def _score(
     ]
 
 
-def _parse(lines: TextIO, path: Path, config: ScoreConfig) -> Iterator[tuple[dict, Group]]:
+def _parse(
+    lines: TextIO, path: Path, config: ScoreConfig, vocab_size: int
+) -> Iterator[tuple[dict, Group]]:
     tokenizer: Tokenizer | None = None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in _numbered(lines, path):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
@@ -93,7 +95,9 @@ def _parse(lines: TextIO, path: Path, config: ScoreConfig) -> Iterator[tuple[dic
         if not isinstance(row, dict):
             raise UserError(f"{where}: not an object")
         if "prompt_ids" in row and "response_ids" in row:
-            prompt, response = _ids(row, "prompt_ids", where), _ids(row, "response_ids", where)
+            prompt, response = row["prompt_ids"], row["response_ids"]
+            for key in ("prompt_ids", "response_ids"):
+                _check_ids(row[key], f"{where}: {key}", vocab_size)
         elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
             tokenizer = tokenizer or Tokenizer(config.model.path, chat_template=False)
             prompt, response = tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"])
@@ -103,12 +107,31 @@ def _parse(lines: TextIO, path: Path, config: ScoreConfig) -> Iterator[tuple[dic
             )
         if not prompt:
             raise UserError(f"{where}: the prompt has no token, so nothing predicts the response")
+        if len(prompt) + len(response) - 1 > config.micro_batch_tokens:
+            raise UserError(
+                f"{where}: {len(prompt) + len(response)} tokens do not fit micro_batch_tokens="
+                f"{config.micro_batch_tokens}: raise it"
+            )
         sample = Sample(number, response, [0.0] * len(response), truncated=False)
         yield row, Group(number, prompt, 0, [sample])
 
 
-def _ids(row: dict[str, Any], key: str, where: str) -> list[int]:
-    ids = row[key]
+def _numbered(lines: TextIO, path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers."""
+    try:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, line
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from None
+
+
+def _check_ids(ids: Any, where: str, vocab_size: int) -> None:
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise UserError(f"{where}: {key} must be a list of integers")
-    return ids
+        raise UserError(f"{where} must be a list of integers")
+    outside = [i for i in ids if not 0 <= i < vocab_size]
+    if outside:
+        raise UserError(
+            f"{where} holds {outside[0]}, outside the model's vocabulary of {vocab_size}: was it "
+            "made with another tokenizer?"
+        )

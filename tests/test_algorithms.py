@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megafork.algorithms.advantages import group_relative_advantages
-from megafork.algorithms.forking import random_scores, select_tokens
+from megafork.algorithms.forking import random_scores, select_tokens, warn_of_ties
 from megafork.algorithms.losses import clip_counts, clipped_policy_loss, k3_divergence
 from megafork.config import ForkingConfig
 
@@ -52,6 +52,23 @@ def test_an_empty_mask_gives_a_connected_zero():
     loss.backward()
     assert loss.item() == 0.0
     assert (logprobs.grad == 0).all()
+
+
+def test_an_unselected_token_cannot_spoil_the_gradient():
+    logprobs = torch.tensor([0.0, 200.0, -torch.inf], requires_grad=True)
+    old = torch.tensor([0.0, 0.0, -torch.inf])
+    mask = torch.tensor([True, False, False])
+    clipped_policy_loss(logprobs, old, torch.ones(3), mask, num_tokens=2, **CLIP).backward()
+    assert logprobs.grad.tolist() == [-0.5, 0.0, 0.0]
+
+
+def test_ties_that_keep_too_much_are_told():
+    config = ForkingConfig(rho=0.2)
+    assert warn_of_ties(0.215, config) is None
+    assert "kept 85.0% of the tokens" in warn_of_ties(0.85, config)
+    assert warn_of_ties(0.8, ForkingConfig(select="bottom", rho=0.2)) is None
+    assert warn_of_ties(0.7, ForkingConfig(select="bottom", rho=0.2)) is not None
+    assert warn_of_ties(1.0, ForkingConfig(select="all", rho=0.2)) is None
 
 
 def test_k3_by_hand():

@@ -33,6 +33,7 @@ CASES = {
         lambda _: "rollout.max_response_tokens=500",
         "exceeds the model's max_position_embeddings=128",
     ),
+    "no key": (lambda _: "rollout.url=http://127.0.0.1:9", "MEGAFORK_API_KEY"),
     "python": (lambda _: "rollout.python=/no/python", "/no/python is not an executable"),
 }
 
@@ -106,7 +107,10 @@ def test_a_world_of_the_wrong_size_is_named(tmp_path):
         ),
         ('{"prompt_ids": [], "response_ids": [1]}', "line 1: the prompt has no token"),
         ('{"prompt_ids": [1], "response_ids": ["x"]}', "response_ids must be a list of integers"),
-        ('{"prompt_ids": [1], "response_ids": [99]}', "token ids span 1..99, but the model's"),
+        (
+            '{"prompt_ids": [1], "response_ids": [99]}',
+            "line 1: response_ids holds 99, outside",
+        ),
     ],
 )
 def test_score_names_the_line_it_cannot_score(tmp_path, line, message):

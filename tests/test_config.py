@@ -41,6 +41,10 @@ def test_overrides_win_over_the_file_and_are_toml_values(tmp_path):
     assert config.run.dir == "out"
 
 
+def test_a_folder_may_be_named_by_a_date():
+    assert load("model.path=2024-06-01").model.path == "2024-06-01"
+
+
 def test_the_papers_defaults():
     config = load()
     assert (config.forking.select, config.forking.rho) == ("top", 0.2)
@@ -72,6 +76,8 @@ def test_every_key_is_described():
         ("forking.rho=1.5", "forking.rho=1.5"),
         ("forking.select=best", "forking.select='best'"),
         ("parallel.tp=two", "parallel.tp='two'"),
+        ("parallel.tp=true", "parallel.tp=True"),
+        ("training.lr=inf", "training.lr=inf"),
         ("parallel.tp", "is not of the form section.key=value"),
         ("run.dir.x=1", "dir is a value, not a section"),
         (

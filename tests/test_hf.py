@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megafork.checkpoint.hf import SafetensorsFolder, SafetensorsWriter, write_index
+from megafork.checkpoint.hf import SafetensorsWriter, write_index
 from megafork.checkpoint.hf_export import export_hf
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.errors import UserError
+from megafork.model.hf_folder import SafetensorsFolder
+from megafork.model.scorer import Scorer
 from megafork.model.shape import ModelShape
 from megafork.parallel.topology import initialize
-from megafork.training.policy import Scorer
 from tests import reference
 from tests.ranks import run_ranks
 

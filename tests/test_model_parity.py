@@ -73,7 +73,7 @@ def logits_and_gradients(folder, layout, model):
         inner.register_forward_hook(keep_logits)
     policy.model.train()
     policy.model.zero_grad_buffer()
-    policy._run(packs, loss_of, forward_only=False)
+    policy.run_packs(packs, loss_of, forward_only=False)
     gradients = dict(export_weights(inner, policy.rules, policy.topology, lambda p: p.main_grad))
     return logits, {name: value.clone() for name, value in gradients.items()}
 

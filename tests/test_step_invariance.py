@@ -19,6 +19,7 @@ from megafork.config import (
     ParallelConfig,
     TrainingConfig,
 )
+from megafork.errors import UserError
 from megafork.model.weights import export_weights
 from megafork.parallel.topology import initialize
 from megafork.training.policy import BOUNDARY_EPS, Policy
@@ -56,17 +57,22 @@ def perturbation(rows):
     return 0.4 * torch.sin(rows.float() * 1.7)
 
 
-def one_step(folder, layout, budget, select="top"):
+def make_policy(folder, layout, *, dtype="float32", select="top", **training):
     parallel = ParallelConfig(**layout)
-    policy = Policy(
-        ModelConfig(path=str(folder), dtype="float32"),
+    settings = {"steps": 1, "micro_batch_tokens": 64, "warmup_steps": 0} | training
+    return Policy(
+        ModelConfig(path=str(folder), dtype=dtype),
         parallel,
         initialize(parallel),
-        training=TrainingConfig(steps=1, micro_batch_tokens=budget, grad_clip=1e9, warmup_steps=0),
+        training=TrainingConfig(**settings),
         algorithm=AlgorithmConfig(clip_low=CLIP_LOW, clip_high=CLIP_HIGH),
         forking=ForkingConfig(rho=RHO, select=select),
         temperature=1.0,
     )
+
+
+def one_step(folder, layout, budget, select="top"):
+    policy = make_policy(folder, layout, select=select, micro_batch_tokens=budget, grad_clip=1e9)
     table = make_table()
     scores = policy.score(table)
     [mask], selection = policy.select([table], [scores], step=1)
@@ -132,7 +138,7 @@ def reference_step(folder):
     gradients = {n: p.grad for n, p in model.named_parameters()}
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     gaps = (entropies - tau).abs().sort().values
-    return entropies, mask, tau, float(loss), gradients, float(norm), float(gaps[1])
+    return entropies, mask, tau, float(loss.detach()), gradients, float(norm), float(gaps[1])
 
 
 @pytest.fixture(scope="module")
@@ -187,16 +193,7 @@ def test_random_selection_is_the_same_at_every_layout(model_folder):
 
 def decay_only(folder):
     """An update without gradients: every advantage is 0."""
-    parallel = ParallelConfig()
-    policy = Policy(
-        ModelConfig(path=str(folder), dtype="float32"),
-        parallel,
-        initialize(parallel),
-        training=TrainingConfig(steps=1, lr=0.1, weight_decay=0.5, warmup_steps=2),
-        algorithm=AlgorithmConfig(),
-        forking=ForkingConfig(),
-        temperature=1.0,
-    )
+    policy = make_policy(folder, {}, lr=0.1, weight_decay=0.5, warmup_steps=2)
     before = dict(policy.export_shards())
     before = {name: value.clone() for name, value in before.items()}
     table = make_table().with_columns(advantage_B=torch.zeros(make_table().num_samples))
@@ -213,3 +210,117 @@ def test_weight_decay_and_warm_up(model_folder):
         # lr is 0.1 / 2 at the first of two warm-up steps; norms are not decayed
         factor = 1.0 if "norm" in name else 1 - 0.05 * 0.5
         assert torch.allclose(after[name], value * factor, rtol=1e-6), name
+
+
+STEPS, CLIP, LR, DECAY = 3, 0.05, 1e-5, 0.1
+
+
+def several_updates(folder, layout):
+    """The same old log-probabilities for all updates: later ratios differ from 1."""
+    policy = make_policy(folder, layout, lr=LR, weight_decay=DECAY, grad_clip=CLIP)
+    table = make_table()
+    scores = policy.score(table)
+    [mask], _ = policy.select([table], [scores], step=1)
+    norms = [policy.update(table, scores, mask)["grad_norm"] for _ in range(STEPS)]
+    return norms, {name: value.clone() for name, value in policy.export_shards()}
+
+
+def reference_updates(folder):
+    """torch.optim.AdamW and clip_grad_norm_ in float64."""
+    model = reference.load_model(folder, torch.float64)
+    table = make_table()
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in named.items() if "norm" not in n], "weight_decay": DECAY},
+            {"params": [p for n, p in named.items() if "norm" in n], "weight_decay": 0.0},
+        ],
+        lr=LR,
+    )
+    old = mask = None
+    norms = []
+    for _ in range(STEPS):
+        scored = []
+        for b in range(table.num_samples):
+            response = table.token_R[table.rows(b)].tolist()
+            z = reference.response_logits(model, table.prompt(b).tolist(), response)
+            scored.append(reference.logprobs_and_entropies(z, response))
+        logprobs, entropies = (torch.cat(column) for column in zip(*scored, strict=True))
+        if old is None:
+            old = logprobs.detach()
+            mask = entropies.detach() >= reference.top_threshold(entropies.detach(), RHO)
+        ratio = (logprobs - old).exp()
+        advantage = table.advantage_R.double()
+        surrogate = torch.min(
+            ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage
+        )
+        optimizer.zero_grad()
+        (-(surrogate * mask).sum() / len(logprobs)).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
+        optimizer.step()
+    return norms, {n: p.detach() for n, p in named.items()}
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2, "pp": 2}], ids=str
+)
+def test_clipped_updates_are_adamw(model_folder, layout):
+    expected_norms, expected = reference_updates(model_folder)
+    assert min(expected_norms) > CLIP  # every update is clipped
+    ranks = run_ranks(ParallelConfig(**layout).world_size, several_updates, model_folder, layout)
+    for norms, _ in ranks:
+        assert norms == pytest.approx(expected_norms, rel=1e-4)
+    ours = {name: value for _, weights in ranks for name, value in weights.items()}
+    assert set(ours) == set(expected)
+    for name, value in expected.items():
+        # Three AdamW steps move a weight by up to 3 lr. A float32 weight of size 1 is stated to
+        # 6e-8 = 0.006 lr; where a gradient is near Adam's epsilon its direction is rounding, so
+        # single elements may be off by a fraction of a step.
+        difference = (ours[name] - value).abs()
+        assert difference.mean() <= 1e-2 * LR, name
+        assert difference.max() <= 0.2 * LR, name
+
+
+def score_in_bfloat16(folder, layout):
+    policy = make_policy(folder, layout, dtype="bfloat16", micro_batch_tokens=40)
+    table = make_table()
+    scores = policy.score(table)
+    [mask], selection = policy.select([table], [scores], step=1)
+    metrics = policy.update(table, scores, mask)
+    return scores.rows_N, scores.entropy_N, selection, metrics
+
+
+def test_bfloat16_moves_entropies_within_the_stated_eps(tmp_path):
+    folder = reference.save_model(tmp_path, tied=False, dtype=torch.bfloat16, seed=3)
+    entropies = {}
+    for layout in ({}, {"tp": 2}, {"pp": 2}, {"tp": 2, "sequence_parallel": True}):
+        column = torch.full((make_table().num_rows,), torch.nan)
+        world = ParallelConfig(**layout).world_size
+        for rows, entropy, selection, metrics in run_ranks(
+            world, score_in_bfloat16, folder, layout
+        ):
+            column[rows] = entropy
+            assert metrics["grad_norm"] > 0
+            if selection is not None:
+                assert metrics["max_ratio_offset"] == 0.0
+                assert 0.2 <= selection.kept_fraction <= 0.22
+        entropies[str(layout)] = column
+    first, *others = entropies.values()
+    moved = [float((first - other).abs().max()) for other in others]
+    assert 0 < max(moved) <= BOUNDARY_EPS["bfloat16"]
+
+
+def update_with_nan(folder, layout):
+    policy = make_policy(folder, layout)
+    table = make_table()
+    scores = policy.score(table)
+    [mask], _ = policy.select([table], [scores], step=1)
+    broken = replace(scores, old_logprobs_N=torch.full_like(scores.old_logprobs_N, -torch.inf))
+    before = [p.detach().clone() for p in policy.gpt.parameters()]
+    with pytest.raises(UserError, match="gradient norm of update 1 is"):
+        policy.update(table, broken, mask)
+    return all(torch.equal(a, b) for a, b in zip(before, policy.gpt.parameters(), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(model_folder):
+    assert run_ranks(2, update_with_nan, model_folder, {"tp": 2}) == [True, True]

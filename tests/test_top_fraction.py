@@ -73,6 +73,11 @@ def test_half_precision_is_exact():
     assert tuple(found) == by_sorting(values.float(), 0.2)
 
 
+def test_a_tiny_fraction_keeps_one():
+    found = top_fraction_threshold(torch.arange(5.0), torch.ones(5).bool(), 1e-12)
+    assert (found.threshold, found.num_kept) == (4.0, 1)
+
+
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5])
 def test_a_fraction_outside_its_range_is_refused(fraction):
     with pytest.raises(ValueError, match=f"fraction={fraction}"):

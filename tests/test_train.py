@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from megafork.config import TrainConfig, load_config
+from megafork.parallel.topology import free_port
 from megafork.rollout.journal import Journal
 from tests import reference
 from tests.commands import (
@@ -197,7 +198,39 @@ def test_score_takes_text(tmp_path):
     assert row["response"] == "6*4=24;2*24=48."
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_train_against_a_server_that_runs_already(tmp_path):
+    port = free_port()
+    config, url = str(QUICKSTART / "config.toml"), f"http://127.0.0.1:{port}"
+    environ = environment(tmp_path) | {"MEGAFORK_API_KEY": "shared"}
+    command = [sys.executable, "-m", "megafork", "serve", config, "run.dir=unused"]
+    options = ["--port", str(port), "--log", str(tmp_path / "vllm.log")]
+    server = subprocess.Popen(
+        [*command, *options], cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert url in server.stdout.readline()
+        arguments = ["parallel.tp=1", "training.steps=1", f"rollout.url={url}"]
+        for key, status in (("wrong", 2), ("shared", 0)):
+            done = subprocess.run(
+                [sys.executable, "-m", "megafork", *small_run(tmp_path / key, *arguments)],
+                cwd=ROOT,
+                env=environ | {"MEGAFORK_API_KEY": key},
+                capture_output=True,
+                text=True,
+                timeout=200,
+            )
+            assert done.returncode == status, done.stderr
+            refused = f"no rollout server answers at rollout.url={url}" in done.stderr
+            assert refused == (status == 2)
+        assert len(lines(tmp_path / "shared" / "metrics.jsonl")) == 1
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+        assert left_over(tmp_path) == []
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_outlives_a_killed_launcher(tmp_path, signal_number):
     """While ranks and server are at work; the ranks' own parent is the launcher."""
     command = [sys.executable, "-m", "megafork", *small_run(tmp_path / "run", "training.steps=500")]

@@ -133,6 +133,20 @@ def test_bfloat16_logits_are_summed_in_full_precision():
     assert half.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_invalid_row_gives_nan_and_no_other_row_does(value):
+    values, targets = case(4, 40)
+    expected = logprob_and_entropy(values, targets)
+    values[2, [5, 6]] = value
+    logits = values.clone().requires_grad_()
+    logprobs, entropy = logprob_and_entropy(logits, targets)
+    (logprobs.nansum() + entropy.nansum()).backward()
+    for ours, before in zip((logprobs, entropy), expected, strict=True):
+        assert ours.isnan().tolist() == [False, False, True, False]
+        assert torch.equal(ours[[0, 1, 3]], before[[0, 1, 3]])
+    assert logits.grad[[0, 1, 3]].isfinite().all()
+
+
 def test_no_tokens():
     logits = torch.zeros(0, 10, requires_grad=True)
     logprobs, entropy = logprob_and_entropy(logits, torch.zeros(0, dtype=torch.int64))
@@ -173,7 +187,7 @@ def sharded(logits_TV, targets_T, vocab, temperature, entropy_temperature):
     )
     a, b = upstream(len(targets_T))
     ((logprobs * a) + (entropy * b)).sum().backward()
-    assert torch.equal(shard.detach(), before)
+    assert torch.equal(shard.detach().nan_to_num(), before.nan_to_num())
     return logprobs.detach(), entropy.detach(), shard.grad
 
 
@@ -202,6 +216,15 @@ def test_shards_give_the_bits_of_the_whole(tp, entropy_temperature):
     assert (gradient[:, QWEN3_VOCAB:] == 0).all()
     error = (gradient[:, :QWEN3_VOCAB] - exact.grad).abs().max() / exact.grad.abs().max()
     assert error <= 1e-6
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_every_rank_hears_of_a_nan_on_the_last_shard(tp):
+    values, targets = case(4, 64)
+    values[1, [62, 63]] = torch.nan
+    for logprobs, entropy, _ in run_ranks(tp, sharded, values, targets, 64, 1.0, None):
+        assert logprobs.isnan().tolist() == [False, True, False, False]
+        assert entropy.isnan().tolist() == [False, True, False, False]
 
 
 def test_a_shard_of_padding_only():

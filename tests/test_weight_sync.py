@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 
 from megafork.config import ModelConfig, ParallelConfig, SyncConfig
 from megafork.data.prompts import Prompt
 from megafork.errors import PeerError, UserError
+from megafork.model.scorer import Scorer
 from megafork.parallel.topology import initialize
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.vllm_server import VllmServer
-from megafork.training.policy import Scorer
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
 from tests import reference
@@ -78,24 +81,32 @@ def test_log_probabilities_agree_after_every_push(server, layout):
     assert running.client().weight_version() == version + 1
 
 
-def push_other_shape(url, api_key, folder):
-    topology = initialize(ParallelConfig(tp=2))
+def failing_push(url, api_key, folder, kill_group):
+    """The error of a push on this rank: (its type, its text)."""
+    parallel = ParallelConfig(tp=2, timeout_minutes=1.0)
+    topology = initialize(parallel)
     model = ModelConfig(path=str(folder), dtype="float32")
-    scorer = Scorer(model, ParallelConfig(tp=2), topology, micro_batch_tokens=256)
+    scorer = Scorer(model, parallel, topology, micro_batch_tokens=256)
     client = RolloutClient(url, api_key) if topology.rank == 0 else None
     sync = WeightSync(scorer, topology, client, SyncConfig(timeout_s=20), num_workers=1)
-    with pytest.raises(
-        UserError, match="the weight transfer to the rollout server failed"
-    ) as caught:
+    if kill_group is not None and topology.rank == 0:
+        os.killpg(kill_group, signal.SIGKILL)
+    with pytest.raises(UserError) as caught:
         sync.push(99)
-    return type(caught.value) is PeerError
+    return caught.type, str(caught.value)
 
 
-def test_a_refused_push_is_an_error_on_every_rank(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("refused")
-    served = reference.save_model(folder / "served", tied=True, layers=2)
-    other = reference.save_model(folder / "other", tied=True, layers=4)
+@pytest.mark.parametrize("fault", ["another shape", "dead server"])
+def test_a_push_that_fails_is_told_by_rank_zero_and_hangs_nobody(tmp_path, fault):
+    served = reference.save_model(tmp_path / "served", tied=True, layers=2)
+    other = reference.save_model(tmp_path / "other", tied=True, layers=4)
     options = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 32}
-    with VllmServer(served, log_path=folder / "vllm.log", **options) as running:
-        silent = run_ranks(2, push_other_shape, running.url, running.api_key, other)
-    assert silent == [False, True]
+    with VllmServer(served, log_path=tmp_path / "vllm.log", **options) as running:
+        dead = fault == "dead server"
+        folder, group = (served, running.process_group) if dead else (other, None)
+        arguments = (running.url, running.api_key, folder, group)
+        first, second = run_ranks(2, failing_push, *arguments, timeout=100)
+    assert first[0] is UserError
+    assert "the weight transfer to the rollout server failed" in first[1]
+    assert ("does not answer" in first[1]) == dead
+    assert second[0] is PeerError

@@ -73,6 +73,22 @@ def select_tokens(
     )
 
 
+def warn_of_ties(kept_fraction: float, config: ForkingConfig) -> str | None:
+    """A message when ties move the kept fraction by more than a tenth of rho; else None.
+
+    A collapsed policy has many entropies of 0; when they reach the threshold all are kept.
+    """
+    if config.select == "all":
+        return None
+    expected = 1.0 - config.rho if config.select == "bottom" else config.rho
+    if abs(kept_fraction - expected) <= 0.1 * config.rho:
+        return None
+    return (
+        f"forking.select={config.select} kept {kept_fraction:.1%} of the tokens where "
+        f"forking.rho={config.rho:g} asks for {expected:.1%}: many entropies are equal"
+    )
+
+
 def random_scores(key_T2: Tensor, *, seed: int, step: int) -> Tensor:
     """float32 in [0, 1), a function of (seed, step, key) alone."""
     hashed_T = hash64(torch.tensor(seed), torch.tensor(step), key_T2[:, 0], key_T2[:, 1])

@@ -23,7 +23,8 @@ def clipped_policy_loss(
     micro-batches and ranks add up (arXiv 2506.01939, eq. 5; token-mean as in DAPO). Differentiable
     in logprobs_T; with an empty mask the result is a connected zero.
     """
-    ratio_T = policy_ratio(logprobs_T, old_logprobs_T)
+    # Masked before the exponential: an unselected token's overflow would be a NaN in the gradient.
+    ratio_T = torch.where(mask_T, logprobs_T - old_logprobs_T, 0.0).exp()
     unclipped_T = ratio_T * advantages_T
     clipped_T = ratio_T.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages_T
     objective_T = torch.minimum(unclipped_T, clipped_T)

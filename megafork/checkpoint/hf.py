@@ -1,24 +1,17 @@
-"""HF safetensors folders: read slices of tensors, write shards with an index.
-
-No rank ever holds the whole model: reading maps the files and copies the slices it needs, writing
-takes tensors one at a time and closes a file when it has reached the size limit.
-"""
+"""Writes HF safetensors folders: tensors as they come, sharded, with an index."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megafork.errors import UserError
+from megafork.model.hf_folder import INDEX
 
-_INDEX = "model.safetensors.index.json"
 _CARRIED_OVER = (
     "config.json",
     "generation_config.json",
@@ -31,50 +24,6 @@ _CARRIED_OVER = (
     "merges.txt",
     "chat_template.jinja",
 )
-
-
-class SafetensorsFolder:
-    """The tensors of a folder with model.safetensors or a sharded index."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self._files = {name: self._open(name) for name in self._file_names()}
-        self._file_of = {key: name for name, file in self._files.items() for key in file.keys()}
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._file_of)
-
-    def slice(self, name: str, dim: int | None, start: int, stop: int) -> Tensor:
-        """Rows (dim 0) or columns (dim 1) [start, stop) of a tensor; dim None is all of it."""
-        if name not in self._file_of:
-            raise UserError(f"{self.folder} has no tensor {name}: the checkpoint is incomplete")
-        file = self._files[self._file_of[name]]
-        if dim is None:
-            return file.get_tensor(name)
-        view = file.get_slice(name)
-        return view[start:stop] if dim == 0 else view[:, start:stop]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
-
-    def _file_names(self) -> list[str]:
-        index = self.folder / _INDEX
-        if index.is_file():
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if (self.folder / "model.safetensors").is_file():
-            return ["model.safetensors"]
-        pickled = sorted(p.name for p in self.folder.glob("*.bin"))
-        hint = f"; {pickled[0]} is a pickled file, save it as safetensors" if pickled else ""
-        raise UserError(f"{self.folder} holds no model.safetensors and no {_INDEX}{hint}")
-
-    def _open(self, name: str) -> safe_open:
-        try:
-            return safe_open(self.folder / name, framework="pt")
-        except (FileNotFoundError, SafetensorError) as error:
-            raise UserError(
-                f"{self.folder / name} cannot be read ({error}): copy the file again"
-            ) from None
 
 
 class SafetensorsWriter:
@@ -113,7 +62,7 @@ def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> N
         "metadata": {"total_size": total_bytes},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
@@ -125,10 +74,3 @@ def copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def check_complete(names: Iterable[str], available: set[str], folder: Path) -> None:
-    missing = sorted(set(names) - available)
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{folder} has no tensor {missing[0]}{more}: the checkpoint is incomplete")

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from megafork.checkpoint.hf import SafetensorsWriter, copy_side_files, write_index
+from megafork.model.scorer import Scorer
 from megafork.parallel.topology import Topology
-from megafork.training.policy import Scorer
 
 
 def export_hf(policy: Scorer, topology: Topology, source: Path, target: Path) -> None:

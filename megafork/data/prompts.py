@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,42 +55,46 @@ def _parse(line: str, where: str, data: DataConfig) -> tuple[str, str]:
     return row[data.prompt_key], str(row[data.answer_key])
 
 
+def read_prompts(path: str | Path, data: DataConfig, encode: Encode) -> list[Prompt]:
+    """All rows, tokenized: a prompt that is too long is told now, not hours into the run."""
+    prompts = []
+    for index, (text, answer) in enumerate(read_rows(path, data)):
+        ids = encode(text)
+        if not 0 < len(ids) <= data.max_prompt_tokens:
+            raise UserError(
+                f"{path}: prompt {index + 1} ({text[:60]!r}) has {len(ids)} tokens, "
+                f"data.max_prompt_tokens={data.max_prompt_tokens}: raise it or remove the row"
+            )
+        prompts.append(Prompt(index, text, answer, ids))
+    return prompts
+
+
 class PromptStream:
     """Training prompts in a seeded order, new in every epoch, without end.
 
-    Prompt i of the stream is a function of (rows, seed, i), so a position is all that a resumed
+    Prompt i of the stream is a function of (prompts, seed, i), so a position is all that a resumed
     run needs.
     """
 
-    def __init__(self, rows: list[tuple[str, str]], data: DataConfig, encode: Encode) -> None:
-        self.rows, self.data, self.encode = rows, data, encode
+    def __init__(self, prompts: list[Prompt], seed: int) -> None:
+        self.prompts, self.seed = prompts, seed
         self.position = 0
         self._epoch = -1
         self._order: list[int] = []
 
     def take(self, count: int) -> list[Prompt]:
-        prompts = [self._prompt(self.position + i) for i in range(count)]
+        """The next `count` prompts, with their position in the stream as index."""
+        taken = [self._at(self.position + i) for i in range(count)]
         self.position += count
-        return prompts
+        return taken
 
-    def _prompt(self, index: int) -> Prompt:
-        epoch, offset = divmod(index, len(self.rows))
+    def _at(self, index: int) -> Prompt:
+        epoch, offset = divmod(index, len(self.prompts))
         if epoch != self._epoch:
-            self._order = list(range(len(self.rows)))
-            random.Random(f"{self.data.seed}/{epoch}").shuffle(self._order)
+            self._order = list(range(len(self.prompts)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
             self._epoch = epoch
-        text, answer = self.rows[self._order[offset]]
-        return encode_prompt(index, text, answer, self.data, self.encode)
-
-
-def encode_prompt(index: int, text: str, answer: str, data: DataConfig, encode: Encode) -> Prompt:
-    ids = encode(text)
-    if not 0 < len(ids) <= data.max_prompt_tokens:
-        raise UserError(
-            f"the prompt {text[:60]!r} has {len(ids)} tokens, data.max_prompt_tokens="
-            f"{data.max_prompt_tokens}: raise it or remove the row"
-        )
-    return Prompt(index, text, answer, ids)
+        return replace(self.prompts[self._order[offset]], index=index)
 
 
 def check_tokenizer(folder: str | Path) -> None:

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from megafork.config import DataConfig, EvalConfig
-from megafork.data.prompts import Prompt, Tokenizer, encode_prompt, read_rows
+from megafork.data.prompts import Prompt, Tokenizer
 from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.sampling import Sampling
-
-
-def read_heldout(data: DataConfig, config: EvalConfig, tokenizer: Tokenizer) -> list[Prompt]:
-    """The first `config.prompts` rows of data.eval; empty when there is no such file set."""
-    if data.eval is None:
-        return []
-    rows = read_rows(data.eval, data)[: config.prompts]
-    return [encode_prompt(i, *row, data, tokenizer.encode) for i, row in enumerate(rows)]
 
 
 def accuracy(

@@ -127,56 +127,67 @@ def rules(
     layers: the stage's layers by their number in the whole model. transformer_engine: its fused
     layers keep the norm's weight inside the linear layer that follows.
     """
-    hidden, inner, dim = shape.hidden_size, shape.intermediate_size, shape.head_dim
-    q_rows, kv_rows = shape.num_heads * dim, shape.num_kv_heads * dim
     vocab = VocabSplit(shape.vocab_size, padded_vocab_size)
-    vocab_shape = ((shape.vocab_size, hidden),)
+    vocab_shape = ((shape.vocab_size, shape.hidden_size),)
     embedding = ("model.embed_tokens.weight",)
     if first_stage:
         yield Rule("embedding.word_embeddings.weight", embedding, vocab, vocab_shape)
-    qkv_norm, mlp_norm = (
-        ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
-        if transformer_engine
-        else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
-    )
     for local, layer in enumerate(layers):
-        to, of = f"decoder.layers.{local}.", f"model.layers.{layer}."
-        attention, mlp = of + "self_attn.", of + "mlp."
-        yield Rule(to + qkv_norm, (of + "input_layernorm.weight",), Replicated(), ((hidden,),))
-        yield Rule(
-            to + "self_attention.linear_qkv.weight",
-            tuple(f"{attention}{x}_proj.weight" for x in "qkv"),
-            QkvSplit(shape.num_heads, shape.num_kv_heads, dim),
-            ((q_rows, hidden), (kv_rows, hidden), (kv_rows, hidden)),
-        )
-        for x in "qk":
-            name = f"self_attention.{x}_layernorm.weight"
-            yield Rule(to + name, (f"{attention}{x}_norm.weight",), Replicated(), ((dim,),))
-        yield Rule(
-            to + "self_attention.linear_proj.weight",
-            (attention + "o_proj.weight",),
-            Split(1, q_rows),
-            ((hidden, q_rows),),
-        )
-        yield Rule(
-            to + mlp_norm, (of + "post_attention_layernorm.weight",), Replicated(), ((hidden,),)
-        )
-        yield Rule(
-            to + "mlp.linear_fc1.weight",
-            (mlp + "gate_proj.weight", mlp + "up_proj.weight"),
-            Split(0, inner),
-            ((inner, hidden), (inner, hidden)),
-        )
-        yield Rule(
-            to + "mlp.linear_fc2.weight",
-            (mlp + "down_proj.weight",),
-            Split(1, inner),
-            ((hidden, inner),),
-        )
+        yield from _norm_rules(shape, local, layer, transformer_engine=transformer_engine)
+        yield from _matrix_rules(shape, local, layer)
     if last_stage:
         norm = ("model.norm.weight",)
-        yield Rule("decoder.final_layernorm.weight", norm, Replicated(), ((hidden,),))
+        hidden = ((shape.hidden_size,),)
+        yield Rule("decoder.final_layernorm.weight", norm, Replicated(), hidden)
         if not shape.tied_embeddings:
             yield Rule("output_layer.weight", ("lm_head.weight",), vocab, vocab_shape)
         elif not first_stage:
             yield Rule("output_layer.weight", embedding, vocab, vocab_shape, exported=False)
+
+
+def _norm_rules(
+    shape: ModelShape, local: int, layer: int, *, transformer_engine: bool
+) -> Iterator[Rule]:
+    before_attention, before_mlp = (
+        ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
+        if transformer_engine
+        else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
+    )
+    for megatron, hf, size in (
+        (before_attention, "input_layernorm.weight", shape.hidden_size),
+        ("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", shape.head_dim),
+        ("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", shape.head_dim),
+        (before_mlp, "post_attention_layernorm.weight", shape.hidden_size),
+    ):
+        names = (f"model.layers.{layer}.{hf}",)
+        yield Rule(f"decoder.layers.{local}.{megatron}", names, Replicated(), ((size,),))
+
+
+def _matrix_rules(shape: ModelShape, local: int, layer: int) -> Iterator[Rule]:
+    hidden, inner, dim = shape.hidden_size, shape.intermediate_size, shape.head_dim
+    q_rows, kv_rows = shape.num_heads * dim, shape.num_kv_heads * dim
+    to, of = f"decoder.layers.{local}.", f"model.layers.{layer}."
+    yield Rule(
+        to + "self_attention.linear_qkv.weight",
+        tuple(f"{of}self_attn.{x}_proj.weight" for x in "qkv"),
+        QkvSplit(shape.num_heads, shape.num_kv_heads, dim),
+        ((q_rows, hidden), (kv_rows, hidden), (kv_rows, hidden)),
+    )
+    yield Rule(
+        to + "self_attention.linear_proj.weight",
+        (of + "self_attn.o_proj.weight",),
+        Split(1, q_rows),
+        ((hidden, q_rows),),
+    )
+    yield Rule(
+        to + "mlp.linear_fc1.weight",
+        (of + "mlp.gate_proj.weight", of + "mlp.up_proj.weight"),
+        Split(0, inner),
+        ((inner, hidden), (inner, hidden)),
+    )
+    yield Rule(
+        to + "mlp.linear_fc2.weight",
+        (of + "mlp.down_proj.weight",),
+        Split(1, inner),
+        ((hidden, inner),),
+    )

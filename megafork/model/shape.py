@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megafork.config import ParallelConfig
 from megafork.errors import UserError
@@ -34,10 +35,7 @@ class ModelShape:
             raise UserError(f"model.path={folder} is not a folder: give an HF model folder")
         if not path.is_file():
             raise UserError(f"model.path={folder} holds no config.json: give an HF model folder")
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from None
+        raw = read_json(path)
         if raw.get("model_type") != "qwen3":
             raise UserError(
                 f"{path} has model_type={raw.get('model_type')!r}; megafork trains 'qwen3' (dense)"
@@ -104,11 +102,22 @@ class ModelShape:
         return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model folder. Raises UserError naming the file."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): copy the model again") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a JSON object: copy the model again")
+    return raw
+
+
 def _eos_token_ids(folder: Path, raw: dict) -> tuple[int, ...]:
     """generation_config.json wins over config.json, as in transformers."""
     path = folder / "generation_config.json"
     if path.is_file():
-        raw = {**raw, **json.loads(path.read_text(encoding="utf-8"))}
+        raw = raw | read_json(path)
     ids = raw.get("eos_token_id")
     if ids is None:
         return ()

@@ -10,9 +10,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
-from megafork.checkpoint.hf import SafetensorsFolder
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.errors import UserError
+from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.hf_mapping import Replicated, Rule, rules
 from megafork.model.qwen3 import padded_vocab_size
 from megafork.model.shape import ModelShape

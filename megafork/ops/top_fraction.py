@@ -39,20 +39,15 @@ def top_fraction_threshold(
     """Threshold of the top `fraction` of the masked values over all ranks.
 
     values_T: float32 (bfloat16 and float16 are exact too). mask_T: bool. The threshold is exactly
-    the k-th largest masked value, k = ceil(fraction * N - 1e-9); all values tied with it are kept.
+    the k-th largest masked value, k = ceil(fraction * N - 1e-9), at least 1; all values tied with
+    it are kept.
     groups: orthogonal process groups over which the tokens are split. segments_T: ids in
     0..num_segments-1, one independent threshold each, with the same three collectives.
 
     Returns Python numbers, or [num_segments] tensors (float32, int64, int64) when segments_T is
     given. Raises ValueError, on every rank, naming the ranks that hold NaN and how many.
     """
-    if not 0.0 < fraction <= 1.0:
-        raise ValueError(f"fraction={fraction} must be in (0, 1]")
-    if values_T.shape != mask_T.shape or values_T.dtype == torch.float64:
-        raise ValueError(
-            f"values {list(values_T.shape)} ({values_T.dtype}) and mask {list(mask_T.shape)} must "
-            "be of one shape, values at most float32"
-        )
+    _check_arguments(values_T, mask_T, fraction)
     device = values_T.device
     mask_T = mask_T.bool()
     values = values_T.detach()[mask_T].float()
@@ -91,8 +86,18 @@ def top_fraction_threshold(
     return TopFraction(threshold, num_kept, total)
 
 
+def _check_arguments(values_T: Tensor, mask_T: Tensor, fraction: float) -> None:
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(f"fraction={fraction} must be in (0, 1]")
+    if values_T.shape != mask_T.shape or values_T.dtype == torch.float64:
+        raise ValueError(
+            f"values {list(values_T.shape)} ({values_T.dtype}) and mask {list(mask_T.shape)} must "
+            "be of one shape, values at most float32"
+        )
+
+
 def _rank_from_top(total: Tensor, fraction: float) -> Tensor:
-    ks = [math.ceil(fraction * n - 1e-9) for n in total.tolist()]
+    ks = [max(1, math.ceil(fraction * n - 1e-9)) for n in total.tolist()]
     return torch.tensor(ks, dtype=torch.int64, device=total.device)
 
 

@@ -39,7 +39,8 @@ def logprob_and_entropy(
 
     logits_TV: this rank's contiguous vocabulary shard, any float dtype; -inf is legal.
     targets_T: global token ids. vocab_size: the true size; columns at or beyond it are padding and
-    take no part (None: every column counts). temperature, entropy_temperature: a float or a [T]
+    take no part (None: every column counts). A row that holds NaN or +inf, or nothing but -inf,
+    gives NaN on every rank. temperature, entropy_temperature: a float or a [T]
     tensor; the entropy's defaults to the other. tp_group None: the shard is the whole vocabulary.
 
     Differentiable in logits_TV through both outputs; upstream gradients must be the same on all
@@ -84,13 +85,17 @@ class _LogprobAndEntropy(torch.autograd.Function):
         max_T1 = logits_TC.new_full((num_rows, 1), -torch.inf, dtype=torch.float32)
         if num_columns:
             max_T1 = logits_TC.amax(1, keepdim=True).float()
+        # A MAX over ranks may lose a NaN, so it is counted; NaN becomes an integer nowhere.
+        invalid_T = max_T1[:, 0].isnan()
+        max_T1.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         _all_reduce(max_T1, dist.ReduceOp.MAX, tp_group)
 
-        # Rows of `sums`: sum exp, sum exp * z, [both at the entropy's temperature], target logit.
+        # Rows of `sums`: sum exp, sum exp * z, [both at the entropy's temperature], target logit,
+        # ranks that hold a NaN.
         temperatures = [temperature_T1]
         if entropy_temperature_T1 is not None:
             temperatures.append(entropy_temperature_T1)
-        sums = torch.zeros(2 * len(temperatures) + 1, num_rows, dtype=torch.int64)
+        sums = torch.zeros(2 * len(temperatures) + 2, num_rows, dtype=torch.int64)
         sums = sums.to(logits_TV.device)
         for rows in _row_chunks(num_rows, num_columns):
             shifted = logits_TC[rows].float() - max_T1[rows]
@@ -98,18 +103,21 @@ class _LogprobAndEntropy(torch.autograd.Function):
                 z = shifted / t[rows]
                 e = z.exp()
                 sums[2 * index, rows] = _fixed_point_sum(e)
-                sums[2 * index + 1, rows] = _fixed_point_sum((e * z).nan_to_num_(nan=0.0))
+                sums[2 * index + 1, rows] = _fixed_point_sum(e * z)
+        sums[-1] = invalid_T
         owned_T = (targets_T >= first) & (targets_T < first + num_columns)
         local_T1 = torch.where(owned_T, targets_T - first, 0)[:, None]
         if num_columns:
             target_T = logits_TC.gather(1, local_T1)[:, 0].float()
             # The bits of the owner's float32 travel as an integer; all others add zero.
-            sums[-1] = torch.where(owned_T, target_T.view(torch.int32).long(), 0)
+            sums[-2] = torch.where(owned_T, target_T.view(torch.int32).long(), 0)
         _all_reduce(sums, dist.ReduceOp.SUM, tp_group)
 
-        target_T = sums[-1].int().view(torch.float32).double()
+        target_T = sums[-2].int().view(torch.float32).double()
         z_target_T = (target_T - max_T1[:, 0].double()) / temperature_T1[:, 0].double()
-        scaled = sums[:-1].double() / _FIXED_POINT_ONE
+        scaled = sums[:-2].double() / _FIXED_POINT_ONE
+        # A row with a NaN, with +inf or with nothing but -inf has no distribution.
+        scaled[:, (sums[-1] > 0) | max_T1[:, 0].isinf()] = torch.nan
         log_s_T = scaled[0].log()
         log_s_H_T = scaled[-2].log()
         logprobs_T = (z_target_T - log_s_T).float()
@@ -153,8 +161,12 @@ class _LogprobAndEntropy(torch.autograd.Function):
 
 
 def _fixed_point_sum(terms: Tensor) -> Tensor:
-    """Row sums in units of 2^-44. Exact in float32: scaling by a power of two and rounding are."""
-    return (terms * _FIXED_POINT_ONE).round_().long().sum(1)
+    """Row sums in units of 2^-44. Exact in float32: scaling by a power of two and rounding are.
+
+    NaN counts as 0: it is the product of a probability 0 and its logarithm, or of a row that the
+    caller declares invalid.
+    """
+    return (terms * _FIXED_POINT_ONE).round_().nan_to_num_(nan=0.0).long().sum(1)
 
 
 def _row_chunks(num_rows: int, num_columns: int) -> list[slice]:

@@ -71,16 +71,22 @@ class Topology:
         return gathered
 
     def on_rank_zero(self, function: Callable[[], T]) -> T:
-        """Run `function` on rank 0; its value, or its UserError, reaches every rank."""
-        value, error = None, None
+        """Run `function` on rank 0; its value reaches every rank.
+
+        Its exception is raised on rank 0 and ends the others silently, as a PeerError.
+        """
+        value: T | None = None
+        error: Exception | None = None
         if self.rank == 0:
             try:
                 value = function()
-            except UserError as caught:
+            except Exception as caught:  # told to the others first, then raised
                 error = caught
-        value, error = self.broadcast_object((value, error))
+        value, failed = self.broadcast_object((value, error is not None))
         if error is not None:
-            raise error if self.rank == 0 else PeerError(str(error))
+            raise error
+        if failed:
+            raise PeerError("rank 0 failed")
         return value  # type: ignore[return-value]
 
 
@@ -108,6 +114,7 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0) -> Topology:
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=parallel.timeout_minutes,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     tp_rank, pp_rank = dist.get_rank(groups.tp), dist.get_rank(groups.pp)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import sys
 from collections.abc import Callable
 
 from megafork.config import RewardConfig
@@ -17,10 +19,15 @@ def load_verifier(path: str) -> Verifier:
     module_name, colon, function_name = path.partition(":")
     if not colon:
         raise UserError(f"reward.verifier={path!r} is not of the form MODULE:FUNCTION")
+    if os.getcwd() not in sys.path:  # a script's own folder; the console command has none
+        sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module_name), function_name)
+        function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"reward.verifier={path!r} cannot be imported: {error}") from None
+    if not callable(function):
+        raise UserError(f"reward.verifier={path!r} is a {type(function).__name__}, no function")
+    return function
 
 
 class Judge:
@@ -31,8 +38,16 @@ class Judge:
         self.verify = load_verifier(config.verifier)
 
     def __call__(self, prompt: str, response: str, answer: str) -> tuple[float, float]:
-        """(reward, accuracy 0 or 1). Raises UserError for a reward that is not a finite number."""
-        reward = float(self.verify(prompt, response, answer))
+        """(reward, accuracy 0 or 1). Raises UserError when the verifier gives no finite number."""
+        try:
+            reward = float(self.verify(prompt, response, answer))
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"reward.verifier={self.config.verifier} failed on the prompt {prompt[:60]!r}, "
+                f"response {response[:60]!r}: {type(error).__name__}: {error}"
+            ) from error
         if not math.isfinite(reward):
             raise UserError(
                 f"reward.verifier={self.config.verifier} gave {reward} for the prompt "

@@ -32,7 +32,6 @@ class RolloutBatch:
     num_dropped: int = 0
     reward_seconds: float = 0.0
     """Verifier time; it overlaps with generation."""
-    wall_seconds: float = 0.0
 
 
 @dataclass
@@ -52,10 +51,10 @@ class Collector:
         return asyncio.run(self._collect(step, policy_version))
 
     async def _collect(self, step: int, policy_version: int) -> RolloutBatch:
-        started = time.monotonic()
         wanted = self.rollout.prompts_per_step
         batch = RolloutBatch(groups=[], generated=[])
-        admitted = self.carried
+        oldest = policy_version - self.rollout.max_staleness
+        admitted = [group for group in self.carried if group.policy_version >= oldest]
         with Journal(self.journal_dir / f"step_{step:06d}.jsonl") as journal:
             async with self.client:
                 for _ in range(self.rollout.max_sampling_rounds):
@@ -76,7 +75,6 @@ class Collector:
             )
         batch.groups = admitted[:wanted]
         self.carried = admitted[wanted:] if self.rollout.surplus == "carry" else []
-        batch.wall_seconds = time.monotonic() - started
         return batch
 
     def _admissible(self, groups: list[Group], batch: RolloutBatch) -> list[Group]:
@@ -86,17 +84,22 @@ class Collector:
         admissible = [group for group in groups if group.has_signal]
         batch.num_dropped += len(groups) - len(admissible)
         # The next round asks for as many prompts as this share makes likely to be enough.
-        rate = len(admissible) / len(groups)
-        self._signal_rate = min(1.0, max(0.1, 0.5 * (self._signal_rate + rate)))
+        self._signal_rate = max(0.1, len(admissible) / len(groups))
         return admissible
 
     async def _generate(
         self, prompt: Prompt, policy_version: int, journal: Journal, batch: RolloutBatch
     ) -> Group:
         size = self.rollout.group_size
-        completions = await self.client.generate(
-            prompt.ids, size, self.sampling, seed=self._seed(prompt)
-        )
+        try:
+            completions = await self.client.generate(
+                prompt.ids, size, self.sampling, seed=self._seed(prompt)
+            )
+        except TimeoutError:
+            raise UserError(
+                f"a group of {size} responses took longer than rollout.request_timeout_s="
+                f"{self.rollout.request_timeout_s:g}: raise it or lower rollout.max_response_tokens"
+            ) from None
         started = time.monotonic()
         samples = []
         for i, completion in enumerate(completions):
@@ -121,4 +124,4 @@ class Collector:
         """A seed of the prompt alone; response i of the group takes seed + i."""
         if not self.rollout.seeded:
             return None
-        return (self.prompts.data.seed * 1_000_003 + prompt.index) * self.rollout.group_size
+        return (self.prompts.seed * 1_000_003 + prompt.index) * self.rollout.group_size

@@ -38,12 +38,13 @@ _CPU_ENVIRONMENT = {
 
 
 class VllmServer:
-    """One vLLM server with a random API key, and nothing left of it after `stop()`.
+    """One vLLM server behind an API key, and nothing left of it after `stop()`.
 
     model_path: a local Hugging Face folder; no tokenizer is needed, only token ids travel.
     device: "cpu" or "cuda". kv_cache_gib sizes the cache on the CPU, gpu_memory_utilization on
     a GPU. environment: further variables of the server, for instance CUDA_VISIBLE_DEVICES.
-    python: the interpreter that has vLLM; it may belong to another environment.
+    python: the interpreter that has vLLM; it may belong to another environment. api_key: unset is a
+    random one.
     """
 
     def __init__(
@@ -60,10 +61,10 @@ class VllmServer:
         startup_timeout_s: float = 600.0,
         host: str = "127.0.0.1",
         port: int | None = None,
+        api_key: str | None = None,
         gpu_memory_utilization: float = 0.6,
         kv_cache_gib: int = 1,
         seed: int = 0,
-        extra_args: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
     ) -> None:
         self.model_path = Path(model_path).absolute()
@@ -80,9 +81,8 @@ class VllmServer:
         self.gpu_memory_utilization = gpu_memory_utilization
         self.kv_cache_gib = kv_cache_gib
         self.seed = seed
-        self.extra_args = extra_args
         self.environment = environment or {}
-        self.api_key = secrets.token_urlsafe(32)
+        self.api_key = api_key or secrets.token_urlsafe(32)
         self._lock = threading.Lock()
         self._state = "new"  # -> "started" -> "stopped"
         self.process_group: int | None = None  # of the supervisor, the server and its workers
@@ -150,6 +150,9 @@ class VllmServer:
                 self._import_path.cleanup()
                 self._import_path = None
 
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -203,7 +206,7 @@ class VllmServer:
         command = [self.python, "-m", "megafork.rollout.vllm_cli", str(self.model_path)]
         for name, value in options.items():
             command += [f"--{name}", str(value)]
-        return [*command, *(f"--{flag}" for flag in flags), *self.extra_args]
+        return [*command, *(f"--{flag}" for flag in flags)]
 
     def _environment(self, imports: Path) -> dict[str, str]:
         environment = {k: v for k, v in os.environ.items() if not _TORCHRUN_VARIABLE.fullmatch(k)}

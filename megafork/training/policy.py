@@ -1,23 +1,15 @@
-"""The policy's verbs: score, select, update, export_shards. The layout stays behind them.
-
-Values of tokens exist on the last pipeline stage, on the rank that holds the token's pack; every
-rank holds the same token table and so knows every plan, denominator and shape without asking.
-"""
+"""The policy's verbs: score, select, update, export_shards. The layout stays behind them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megafork.algorithms import forking, losses
-from megafork.checkpoint.hf import SafetensorsFolder
 from megafork.config import (
     AlgorithmConfig,
     ForkingConfig,
@@ -25,12 +17,9 @@ from megafork.config import (
     ParallelConfig,
     TrainingConfig,
 )
-from megafork.data.packing import Pack, build_pack, fed_lengths, plan_micro_batches
+from megafork.data.packing import Pack
 from megafork.errors import UserError
-from megafork.model.qwen3 import build_model, head_logits
-from megafork.model.shape import ModelShape
-from megafork.model.weights import export_weights, load_weights, mark_tensor_parallel, stage_rules
-from megafork.ops.vocab_parallel import logprob_and_entropy
+from megafork.model.scorer import Scorer, Scores
 from megafork.parallel.topology import Topology
 from megafork.training.optimizer import (
     build_optimizer,
@@ -40,157 +29,8 @@ from megafork.training.optimizer import (
 )
 from megafork.types import TokenTable
 
-BOUNDARY_EPS = {"float32": 1e-5, "bfloat16": 2e-2}
+BOUNDARY_EPS = {"float32": 1e-5, "bfloat16": 1e-1}
 """Nats by which entropies of one dtype may move between layouts (docs/numerics.md)."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What one rank knows of a table's tokens after scoring; empty before the last stage.
-
-    rows_N says which rows of the table the values belong to, pack by pack.
-    """
-
-    packs: list[Pack]
-    rows_N: Tensor
-    old_logprobs_N: Tensor
-    entropy_N: Tensor
-
-
-class Scorer:
-    """A model in its layout that gives log-probabilities and entropies of a token table."""
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        parallel: ParallelConfig,
-        topology: Topology,
-        *,
-        micro_batch_tokens: int,
-        temperature: float = 1.0,
-        entropy_temperature: float | None = None,
-    ) -> None:
-        self.shape = ModelShape.from_folder(model.path)
-        self.shape.check_layout(parallel)
-        self.topology = topology
-        self.micro_batch_tokens = micro_batch_tokens
-        self.temperature = temperature
-        self.entropy_temperature = entropy_temperature
-        self.sequence_multiple = parallel.tp if parallel.sequence_parallel else 1
-        self.rules = stage_rules(self.shape, model, parallel, topology)
-        self.gpt = build_model(self.shape, model, parallel, topology)
-        mark_tensor_parallel(self.gpt, self.rules)
-        load_weights(self.gpt, SafetensorsFolder(model.path), self.rules, topology)
-        self.model: torch.nn.Module = self.gpt
-
-    def score(self, table: TokenTable) -> Scores:
-        """Log-probability and entropy of every response token, without gradients."""
-        packs = self.packs(table)
-        self.model.eval()
-
-        def collect(pack: Pack, logprobs_N: Tensor, entropy_N: Tensor) -> tuple[Tensor, dict]:
-            return logprobs_N.sum(), {"logprobs": logprobs_N.cpu(), "entropy": entropy_N.cpu()}
-
-        with torch.no_grad():
-            outputs = self._run(packs, collect, forward_only=True)
-        if not self.topology.is_last_stage:
-            nothing = torch.zeros(0)
-            return Scores(packs, nothing.long(), nothing, nothing)
-        return Scores(
-            packs=packs,
-            rows_N=torch.cat([pack.rows_N for pack in packs]),
-            old_logprobs_N=torch.cat([output["logprobs"] for output in outputs]),
-            entropy_N=torch.cat([output["entropy"] for output in outputs]),
-        )
-
-    def packs(self, table: TokenTable) -> list[Pack]:
-        """This data-parallel rank's micro-batches of the table."""
-        self._check(table)
-        plan = plan_micro_batches(
-            fed_lengths(table),
-            dp_size=self.topology.dp_size,
-            token_budget=self.micro_batch_tokens,
-        )
-        return [
-            build_pack(table, samples, multiple=self.sequence_multiple, device=self.topology.device)
-            for samples in plan[self.topology.dp_rank]
-        ]
-
-    def export_shards(self) -> Iterator[tuple[str, Tensor]]:
-        """This stage's weights by HF name, on its sender; its tp ranks iterate together."""
-        return export_weights(self.gpt, self.rules, self.topology)
-
-    def shard_manifest(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Names and shapes that export_shards will give, in its order, without communication."""
-        return [
-            pair
-            for rule in self.rules
-            if rule.exported
-            for pair in zip(rule.hf, rule.hf_shapes, strict=True)
-        ]
-
-    def _check(self, table: TokenTable) -> None:
-        vocab, positions = self.shape.vocab_size, self.shape.max_positions
-        tokens = torch.cat([table.prompt_ids_P, table.token_R])
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
-            raise UserError(
-                f"token ids span {int(tokens.min())}..{int(tokens.max())}, but the model's "
-                f"vocabulary has {vocab}: is this the model's own tokenizer?"
-            )
-        longest = max(fed_lengths(table), default=0)
-        if longest > positions:
-            raise UserError(
-                f"a sequence has {longest} tokens, but the model's max_position_embeddings is "
-                f"{positions}: shorten prompts or responses"
-            )
-
-    def _run(
-        self,
-        packs: Sequence[Pack],
-        loss_of: Callable[[Pack, Tensor, Tensor], tuple[Tensor, dict]],
-        *,
-        forward_only: bool,
-    ) -> list[dict]:
-        """megatron's schedule over the packs; `loss_of` runs on the last stage."""
-
-        def forward_step(packs_left: Iterator[Pack], model: torch.nn.Module) -> Any:
-            pack = next(packs_left)
-            params = PackedSeqParams(
-                qkv_format="thd",
-                cu_seqlens_q=pack.cu_seqlens,
-                cu_seqlens_kv=pack.cu_seqlens,
-                max_seqlen_q=pack.max_seqlen,
-                max_seqlen_kv=pack.max_seqlen,
-            )
-            output = model(
-                pack.tokens_T[None], pack.positions_T[None], None, packed_seq_params=params
-            )
-
-            def loss(hidden_1TH: Tensor) -> Any:
-                logits_NV = head_logits(self.gpt, hidden_1TH, pack.slots_N)
-                logprobs_N, entropy_N = logprob_and_entropy(
-                    logits_NV,
-                    pack.targets_N,
-                    tp_group=self.topology.groups.tp,
-                    temperature=self.temperature,
-                    entropy_temperature=self.entropy_temperature,
-                    vocab_size=self.shape.vocab_size,
-                )
-                value, report = loss_of(pack, logprobs_N, entropy_N)
-                # The middle number would be megatron's per-token denominator; ours is in `value`.
-                return value, torch.tensor(0, dtype=torch.int), report
-
-            return output, loss
-
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(packs),
-            model=self.model,
-            num_microbatches=len(packs),
-            seq_length=1,  # read from the tensors: variable_seq_lengths
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
 
 
 class Policy(Scorer):
@@ -233,10 +73,12 @@ class Policy(Scorer):
         """
         if not self.topology.is_last_stage:
             return [torch.zeros(0, dtype=torch.bool) for _ in tables], None
+        pairs = list(zip(tables, scores, strict=True))
+        device = self.topology.device
         selection = forking.select_tokens(
-            torch.cat([s.entropy_N for s in scores]),
-            torch.cat([t.loss_mask_R[s.rows_N] for t, s in zip(tables, scores, strict=True)]),
-            torch.cat([t.key_R[s.rows_N] for t, s in zip(tables, scores, strict=True)]),
+            torch.cat([s.entropy_N for s in scores]).to(device),
+            torch.cat([t.loss_mask_R[s.rows_N] for t, s in pairs]).to(device),
+            torch.cat([t.key_R[s.rows_N] for t, s in pairs]).to(device),
             self.forking,
             seed=self.training.seed,
             step=step,
@@ -245,7 +87,7 @@ class Policy(Scorer):
         )
         # Entropies are bit-identical over tp by construction; were they not, ranks would compute
         # different rows and hang, so the mask is rank 0's on all of them.
-        mask = selection.mask_T.to(self.topology.device)
+        mask = selection.mask_T
         tp_group = self.topology.groups.tp
         dist.broadcast(mask, src=dist.get_global_rank(tp_group, 0), group=tp_group)
         return list(mask.cpu().split([len(s.rows_N) for s in scores])), selection
@@ -257,6 +99,7 @@ class Policy(Scorer):
         ranks: loss, clip counts, masked tokens, and the largest |ratio - 1|.
         """
         reports = self.accumulate_gradients(table, scores, mask_N)
+        self._refuse_nonfinite_gradients()
         set_hyperparameters(self.optimizer, self.training, self.num_updates)
         _, grad_norm, _ = self.optimizer.step()
         self.num_updates += 1
@@ -270,6 +113,7 @@ class Policy(Scorer):
     ) -> list[dict[str, Tensor]]:
         """Forward and backward over the table's packs; gradients end up reduced over all ranks."""
         num_tokens = table.num_loss_tokens
+        assert not table.advantage_B.isnan().any(), "advantages were not computed"
         clip = {"clip_low": self.algorithm.clip_low, "clip_high": self.algorithm.clip_high}
         columns_of = self._columns_of_packs(table, scores, mask_N)
         self.model.train()
@@ -291,7 +135,7 @@ class Policy(Scorer):
                 }
             return loss, report
 
-        return self._run(scores.packs, loss_of, forward_only=False)
+        return self.run_packs(scores.packs, loss_of, forward_only=False)
 
     def _columns_of_packs(
         self, table: TokenTable, scores: Scores, mask_N: Tensor
@@ -303,6 +147,16 @@ class Policy(Scorer):
         columns = (scores.old_logprobs_N, table.advantage_R[scores.rows_N], mask_N)
         parts = zip(*(c.to(self.topology.device).split(sizes) for c in columns), strict=True)
         return {id(pack): part for pack, part in zip(scores.packs, parts, strict=True)}
+
+    def _refuse_nonfinite_gradients(self) -> None:
+        """Before the update: a NaN would be in every weight after it. All ranks know the norm."""
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            raise UserError(
+                f"the gradient norm of update {self.num_updates + 1} is {norm}: the weights are as "
+                "they were. Look at the rewards, at training.lr and at ratio/* of the last steps"
+            )
 
     @property
     def learning_rate(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,8 +10,9 @@ from megafork.config import ScoreConfig, TrainConfig
 from megafork.data.prompts import check_tokenizer, read_rows
 from megafork.errors import UserError
 from megafork.launch import under_torchrun
-from megafork.model.shape import ModelShape
+from megafork.model.shape import ModelShape, read_json
 from megafork.rewards.verifier import load_verifier
+from megafork.rollout.engine import api_key_of
 
 _TRUNCATING = {"top_k": (None, 0, -1), "top_p": (None, 1, 1.0), "min_p": (None, 0, 0.0)}
 
@@ -37,6 +37,8 @@ def check_train(config: TrainConfig) -> None:
     if config.data.eval is not None:
         read_rows(config.data.eval, config.data)
     load_verifier(config.reward.verifier)
+    if config.rollout.url is not None:
+        api_key_of(config.rollout)
     python = config.rollout.python
     if python is not None and shutil.which(python) is None:
         raise UserError(f"rollout.python={python} is not an executable: give a Python with vLLM")
@@ -58,7 +60,7 @@ def _tell_ignored_sampling(folder: Path) -> None:
     path = folder / "generation_config.json"
     if not path.is_file():
         return
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = read_json(path)
     found = [f"{k}={raw[k]}" for k, neutral in _TRUNCATING.items() if raw.get(k) not in neutral]
     if found:
         print(

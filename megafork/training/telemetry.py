@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from megafork.algorithms.forking import Selection
 from megafork.algorithms.losses import k3_divergence
+from megafork.model.scorer import Scores
 from megafork.ops.top_fraction import top_fraction_threshold
 from megafork.parallel.topology import Topology
 from megafork.rollout.collector import RolloutBatch
-from megafork.training.policy import Scores
 from megafork.types import TokenTable
 
 _PERCENTILES = {"entropy/p50": 0.5, "entropy/p80": 0.2, "entropy/p95": 0.05}
@@ -61,7 +62,7 @@ def token_metrics(
     sums = torch.stack(list(means.values())).to(topology.device)
     dist.all_reduce(sums, group=group)
     metrics = {
-        name: (value / count if count else 0.0)
+        name: (value / count if count else math.nan)  # a mean of nothing is written as null
         for name, (value, count) in zip(means, sums.tolist(), strict=True)
     }
     for name, fraction in _PERCENTILES.items():
@@ -92,16 +93,20 @@ def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
-    """Of everything generated for the step, dropped groups included."""
-    samples = [s for group in batch.generated for s in group.samples]
-    metrics: dict[str, float] = {"sampling/groups_dropped": batch.num_dropped}
-    if samples:  # a batch can be filled by carried groups alone
-        n = len(samples)
-        metrics |= {
-            "reward/mean": sum(s.reward for s in samples) / n,
-            "reward/accuracy": sum(s.accuracy for s in samples) / n,
-            "response/length_mean": sum(len(s.token_ids) for s in samples) / n,
-            "response/truncated_fraction": sum(s.truncated for s in samples) / n,
-        }
-    return metrics
+def rollout_metrics(batch: RolloutBatch, policy_version: int) -> dict[str, float]:
+    """Of everything generated for the step, dropped groups included.
+
+    sampling/stale_fraction: groups of the batch that an older policy version sampled.
+    """
+    # Groups carried over from the last step can fill a batch alone.
+    samples = [s for group in batch.generated or batch.groups for s in group.samples]
+    n = len(samples)
+    stale = sum(group.policy_version != policy_version for group in batch.groups)
+    return {
+        "sampling/groups_dropped": batch.num_dropped,
+        "sampling/stale_fraction": stale / len(batch.groups),
+        "reward/mean": sum(s.reward for s in samples) / n,
+        "reward/accuracy": sum(s.accuracy for s in samples) / n,
+        "response/length_mean": sum(len(s.token_ids) for s in samples) / n,
+        "response/truncated_fraction": sum(s.truncated for s in samples) / n,
+    }

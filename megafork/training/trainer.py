@@ -17,22 +17,23 @@ from typing import TypeVar
 from torch import Tensor
 
 from megafork.algorithms.advantages import group_relative_advantages
-from megafork.algorithms.forking import Selection
+from megafork.algorithms.forking import Selection, warn_of_ties
 from megafork.checkpoint.hf_export import export_hf
 from megafork.config import TrainConfig, save_config
-from megafork.data.prompts import PromptStream, Tokenizer, read_rows
+from megafork.data.prompts import Prompt, PromptStream, Tokenizer, read_prompts
 from megafork.errors import UserError
-from megafork.evaluation.heldout import accuracy, read_heldout
+from megafork.evaluation.heldout import accuracy
 from megafork.logging.figure import draw_curves
 from megafork.logging.metrics import MetricsLog
+from megafork.model.scorer import Scores
 from megafork.parallel.topology import Topology, initialize, shutdown
 from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.collector import Collector, RolloutBatch
-from megafork.rollout.engine import rollout_server
+from megafork.rollout.engine import host_of, rollout_server
 from megafork.rollout.sampling import Sampling
 from megafork.training import telemetry
-from megafork.training.policy import Policy, Scores
+from megafork.training.policy import Policy
 from megafork.types import Group, TokenTable, token_table
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
@@ -65,20 +66,21 @@ class Front:
             stop_token_ids=eos,
         )
         tokenizer = Tokenizer(config.model.path, chat_template=config.data.chat_template)
-        rows = read_rows(config.data.train, config.data)
+        prompts = read_prompts(config.data.train, config.data, tokenizer.encode)
         self.collector = Collector(
             client=client,
-            prompts=PromptStream(rows, config.data, tokenizer.encode),
+            prompts=PromptStream(prompts, config.data.seed),
             tokenizer=tokenizer,
             judge=Judge(config.reward),
             rollout=config.rollout,
             sampling=self.sampling,
             journal_dir=self.run_dir / "rollouts",
         )
-        self.heldout = read_heldout(config.data, config.eval, tokenizer)
-        # The same prompts at every check, without moving the stream that is trained on.
-        probes = PromptStream(rows, config.data, tokenizer.encode)
-        self.probe_prompts = probes.take(config.sync.check_prompts)
+        self.heldout: list[Prompt] = []
+        if config.data.eval is not None:
+            heldout = read_prompts(config.data.eval, config.data, tokenizer.encode)
+            self.heldout = heldout[: config.eval.prompts]
+        self.probe_prompts = prompts[: config.sync.check_prompts]
         self.log = MetricsLog(
             self.run_dir, config.training.steps, tensorboard=config.run.tensorboard
         )
@@ -136,6 +138,9 @@ class Trainer:
             if self.front is not None:
                 times = {f"time/{phase}": value for phase, value in clock.seconds.items()}
                 self.front.log.write(step, metrics | times)
+                warning = warn_of_ties(metrics["forking/kept_fraction"], config.forking)
+                if warning is not None:
+                    self.front.log.note(f"warning: {warning}")
         target = Path(config.run.dir) / "checkpoints" / "final"
         export_hf(self.policy, self.topology, Path(config.model.path), target)
         if self.front is not None:
@@ -160,9 +165,7 @@ class Trainer:
             table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage
         )
         table = table.with_columns(advantage_B=advantages)
-        minibatches = table.minibatches(
-            config.training.prompts_per_minibatch, seed=config.training.seed + step
-        )
+        minibatches = self._minibatches(table, step)
         with clock.measure("score"):
             scores = [policy.score(minibatch) for minibatch in minibatches]
             masks, selections = self._select(minibatches, scores, step)
@@ -186,7 +189,7 @@ class Trainer:
             ) | telemetry.update_metrics(updates)
         metrics = topology.broadcast_object(metrics, src=topology.last_stage_rank)
         if self.front is not None and self.front.batch is not None:
-            metrics |= telemetry.rollout_metrics(self.front.batch)
+            metrics |= telemetry.rollout_metrics(self.front.batch, sampled_by)
             clock.seconds["reward"] = self.front.batch.reward_seconds
         clock.seconds["total"] = time.monotonic() - started
         metrics |= {
@@ -196,6 +199,19 @@ class Trainer:
             "policy_version": self.policy_version,
         }
         return metrics, clock
+
+    def _minibatches(self, table: TokenTable, step: int) -> list[TokenTable]:
+        """By whole groups; one that overlong filtering has emptied is left out."""
+        training = self.config.training
+        minibatches = table.minibatches(training.prompts_per_minibatch, seed=training.seed + step)
+        minibatches = [m for m in minibatches if m.num_loss_tokens]
+        if not minibatches:
+            raise UserError(
+                f"step {step}: every response was cut at rollout.max_response_tokens="
+                f"{self.config.rollout.max_response_tokens} and algorithm.overlong_filtering left "
+                "nothing to train on: raise the one or turn off the other"
+            )
+        return minibatches
 
     def _select(
         self, minibatches: list[TokenTable], scores: list[Scores], step: int
@@ -271,6 +287,7 @@ def train(config: TrainConfig) -> None:
             front.client if front is not None else None,
             config.sync,
             num_workers=config.rollout.tensor_parallel,
+            server_host=host_of(config.rollout),
         )
         stack.callback(sync.close)
         Trainer(config, topology, policy, sync, front).run()
@@ -278,11 +295,18 @@ def train(config: TrainConfig) -> None:
 
 
 def make_run_dir(config: TrainConfig, run_dir: Path) -> None:
-    """Create the run's folder with its resolved config. Raises UserError if it holds a run."""
-    if (run_dir / "config.toml").exists():
+    """Create the run's folder with its resolved config.
+
+    Raises UserError when it holds another run's groups or metrics, or cannot be written. A start
+    that failed before the first group left nothing that matters.
+    """
+    if any((run_dir / "rollouts").glob("*.jsonl")):
         raise UserError(
-            f"run.dir={run_dir} holds another run (config.toml): choose another folder or remove it"
+            f"run.dir={run_dir} holds another run (rollouts): choose another folder or remove it"
         )
-    for folder in ("rollouts", "checkpoints"):
-        (run_dir / folder).mkdir(parents=True, exist_ok=True)
-    save_config(config, run_dir / "config.toml")
+    try:
+        for folder in ("rollouts", "checkpoints"):
+            (run_dir / folder).mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / "config.toml")
+    except OSError as error:
+        raise UserError(f"run.dir={run_dir} cannot be written: {error}") from None

@@ -16,10 +16,10 @@ from megafork.algorithms.losses import k3_divergence
 from megafork.config import SyncConfig
 from megafork.data.prompts import Prompt
 from megafork.errors import UserError
+from megafork.model.scorer import Scorer
 from megafork.parallel.topology import Topology
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.sampling import Sampling
-from megafork.training.policy import Scorer
 from megafork.types import Group, Sample, token_table
 
 # Mean |difference| and k3 that rounding alone stays well below (docs/numerics.md).

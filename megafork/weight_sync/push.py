@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
 
 from megafork.config import SyncConfig
 from megafork.errors import UserError
+from megafork.model.scorer import Scorer
 from megafork.parallel.topology import Topology
 from megafork.rollout.client import RolloutClient, ServerError
-from megafork.training.policy import Scorer
 from megafork.weight_sync.transports import (
     TransferError,
     WeightSender,
@@ -37,7 +37,9 @@ class WeightSync:
         sync: SyncConfig,
         *,
         num_workers: int,
+        server_host: str = "127.0.0.1",
     ) -> None:
+        """server_host: where the server runs, to find the address that its workers reach us by."""
         self.policy, self.topology, self.client = policy, topology, client
         self.timeout_s = sync.timeout_s
         dtype = next(policy.gpt.parameters()).dtype
@@ -47,7 +49,11 @@ class WeightSync:
         offer = None
         if topology.is_sender:
             self.sender = WeightSender(
-                topology.pp_rank, _own_address(), num_workers, topology.device, sync.timeout_s
+                topology.pp_rank,
+                _own_address(server_host),
+                num_workers,
+                topology.device,
+                sync.timeout_s,
             )
             offer = (self.sender.address, self.own_buckets)
         # Global ranks grow with the stage, so this is the order of the stages.
@@ -62,7 +68,10 @@ class WeightSync:
         Generation must have ended. Raises UserError, on every rank, when the server did not take
         them.
         """
-        self._together(lambda: self._push(version))
+        # Phase by phase: a rank enters the gathers only when rank 0 is known to come too.
+        self._together(self._pause)
+        self._together(self._send)
+        self._together(lambda: self._finish(version))
 
     def close(self) -> None:
         if self.sender is not None:
@@ -74,34 +83,33 @@ class WeightSync:
         if self.client is None:
             self.sender.connect()
             return
-        with ThreadPoolExecutor(1) as pool:
-            joined = pool.submit(
-                self.client.init_transfer, self.addresses, num_workers, self.timeout_s
-            )
-            try:
-                self.sender.connect()
-            finally:
-                joined.result()  # the server's reason comes before ours
+        # A daemon: when the server refuses, nobody waits for workers that never join.
+        connecting = threading.Thread(target=self.sender.connect, daemon=True)
+        connecting.start()
+        self.client.init_transfer(self.addresses, num_workers, self.timeout_s)
+        connecting.join()
 
-    def _push(self, version: int) -> None:
-        client = self.client
-        if client is not None:
-            client.pause()
-            client.start_weight_update()
-        if self.topology.is_first_replica:
-            self._send()
-        if client is not None:
-            client.finish_weight_update(version)
-            client.resume()
-            reached = client.weight_version()
-            if reached != version:
-                raise UserError(
-                    f"the rollout server says weight version {reached} after a push of {version}: "
-                    "does another trainer use the same server?"
-                )
+    def _pause(self) -> None:
+        if self.client is not None:
+            self.client.pause()
+            self.client.start_weight_update()
+
+    def _finish(self, version: int) -> None:
+        if self.client is None:
+            return
+        self.client.finish_weight_update(version)
+        self.client.resume()
+        reached = self.client.weight_version()
+        if reached != version:
+            raise UserError(
+                f"the rollout server says weight version {reached} after a push of {version}: "
+                "does another trainer use the same server?"
+            )
 
     def _send(self) -> None:
         """All tp ranks of a stage run the export together; only its sender is given tensors."""
+        if not self.topology.is_first_replica:
+            return
         shards = self.policy.export_shards()
         try:
             if self.sender is not None:
@@ -120,12 +128,14 @@ class WeightSync:
         failure: Exception | None = None
         try:
             work()
-        except (ServerError, TransferError) as error:
+        except (ServerError, TransferError, UserError) as error:
             failure = error
 
         def report() -> None:
             if failure is not None:
-                raise UserError(f"the weight transfer to the rollout server failed: {failure}")
+                raise UserError(
+                    f"the weight transfer to the rollout server failed: {failure}"
+                ) from failure
 
         self.topology.on_rank_zero(report)
 
@@ -137,8 +147,10 @@ def _take(shards: Iterator[tuple[str, Tensor]], names: list[str]) -> Iterator[tu
         yield name, tensor
 
 
-def _own_address() -> str:
-    """Where the server's workers reach this rank: loopback when all ranks share one machine."""
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
-        return "127.0.0.1"
-    return socket.gethostbyname(socket.gethostname())
+def _own_address(server_host: str) -> str:
+    """This rank's address as the server's workers see it."""
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        return socket.gethostbyname(socket.gethostname())  # senders on several machines
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((server_host, 9))  # sends nothing; picks the interface towards the host
+        return probe.getsockname()[0]

@@ -1,0 +1,181 @@
+"""A model in its layout that scores token tables: log-probability and entropy of every token.
+
+Values of tokens exist on the last pipeline stage, on the rank that holds the token's pack; every
+rank holds the same token table and so knows every plan, denominator and shape without asking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megafork.config import ModelConfig, ParallelConfig
+from megafork.data.packing import Pack, build_pack, fed_lengths, plan_micro_batches
+from megafork.errors import UserError
+from megafork.model.hf_folder import SafetensorsFolder
+from megafork.model.qwen3 import build_model, head_logits
+from megafork.model.shape import ModelShape
+from megafork.model.weights import (
+    export_weights,
+    load_weights,
+    mark_tensor_parallel,
+    stage_rules,
+)
+from megafork.ops.vocab_parallel import logprob_and_entropy
+from megafork.parallel.topology import Topology
+from megafork.types import TokenTable
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one rank knows of a table's tokens after scoring; empty before the last stage.
+
+    rows_N says which rows of the table the values belong to, pack by pack.
+    """
+
+    packs: list[Pack]
+    rows_N: Tensor
+    old_logprobs_N: Tensor
+    entropy_N: Tensor
+
+
+class Scorer:
+    """A model in its layout that gives log-probabilities and entropies of a token table."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        topology: Topology,
+        *,
+        micro_batch_tokens: int,
+        temperature: float = 1.0,
+        entropy_temperature: float | None = None,
+    ) -> None:
+        self.shape = ModelShape.from_folder(model.path)
+        self.shape.check_layout(parallel)
+        self.topology = topology
+        self.micro_batch_tokens = micro_batch_tokens
+        self.temperature = temperature
+        self.entropy_temperature = entropy_temperature
+        self.sequence_multiple = parallel.tp if parallel.sequence_parallel else 1
+        self.rules = stage_rules(self.shape, model, parallel, topology)
+        self.gpt = build_model(self.shape, model, parallel, topology)
+        mark_tensor_parallel(self.gpt, self.rules)
+        load_weights(self.gpt, SafetensorsFolder(model.path), self.rules, topology)
+        self.model: torch.nn.Module = self.gpt
+
+    def score(self, table: TokenTable) -> Scores:
+        """Log-probability and entropy of every response token, without gradients."""
+        packs = self.packs(table)
+        self.model.eval()
+
+        def collect(pack: Pack, logprobs_N: Tensor, entropy_N: Tensor) -> tuple[Tensor, dict]:
+            return logprobs_N.sum(), {"logprobs": logprobs_N.cpu(), "entropy": entropy_N.cpu()}
+
+        with torch.no_grad():
+            outputs = self.run_packs(packs, collect, forward_only=True)
+        if not self.topology.is_last_stage:
+            nothing = torch.zeros(0)
+            return Scores(packs, nothing.long(), nothing, nothing)
+        return Scores(
+            packs=packs,
+            rows_N=torch.cat([pack.rows_N for pack in packs]),
+            old_logprobs_N=torch.cat([output["logprobs"] for output in outputs]),
+            entropy_N=torch.cat([output["entropy"] for output in outputs]),
+        )
+
+    def packs(self, table: TokenTable) -> list[Pack]:
+        """This data-parallel rank's micro-batches of the table."""
+        self._check(table)
+        plan = plan_micro_batches(
+            fed_lengths(table),
+            dp_size=self.topology.dp_size,
+            token_budget=self.micro_batch_tokens,
+        )
+        return [
+            build_pack(table, samples, multiple=self.sequence_multiple, device=self.topology.device)
+            for samples in plan[self.topology.dp_rank]
+        ]
+
+    def export_shards(self) -> Iterator[tuple[str, Tensor]]:
+        """This stage's weights by HF name, on its sender; its tp ranks iterate together."""
+        return export_weights(self.gpt, self.rules, self.topology)
+
+    def shard_manifest(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes that export_shards will give, in its order, without communication."""
+        return [
+            pair
+            for rule in self.rules
+            if rule.exported
+            for pair in zip(rule.hf, rule.hf_shapes, strict=True)
+        ]
+
+    def _check(self, table: TokenTable) -> None:
+        vocab, positions = self.shape.vocab_size, self.shape.max_positions
+        tokens = torch.cat([table.prompt_ids_P, table.token_R])
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
+            raise UserError(
+                f"token ids span {int(tokens.min())}..{int(tokens.max())}, but the model's "
+                f"vocabulary has {vocab}: is this the model's own tokenizer?"
+            )
+        longest = max(fed_lengths(table), default=0)
+        if longest > positions:
+            raise UserError(
+                f"a sequence has {longest} tokens, but the model's max_position_embeddings is "
+                f"{positions}: shorten prompts or responses"
+            )
+
+    def run_packs(
+        self,
+        packs: Sequence[Pack],
+        loss_of: Callable[[Pack, Tensor, Tensor], tuple[Tensor, dict]],
+        *,
+        forward_only: bool,
+    ) -> list[dict]:
+        """megatron's schedule over the packs; `loss_of` runs on the last stage."""
+
+        def forward_step(packs_left: Iterator[Pack], model: torch.nn.Module) -> Any:
+            pack = next(packs_left)
+            params = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=pack.cu_seqlens,
+                cu_seqlens_kv=pack.cu_seqlens,
+                max_seqlen_q=pack.max_seqlen,
+                max_seqlen_kv=pack.max_seqlen,
+            )
+            output = model(
+                pack.tokens_T[None], pack.positions_T[None], None, packed_seq_params=params
+            )
+
+            def loss(hidden_1TH: Tensor) -> Any:
+                logits_NV = head_logits(self.gpt, hidden_1TH, pack.slots_N)
+                logprobs_N, entropy_N = logprob_and_entropy(
+                    logits_NV,
+                    pack.targets_N,
+                    tp_group=self.topology.groups.tp,
+                    temperature=self.temperature,
+                    entropy_temperature=self.entropy_temperature,
+                    vocab_size=self.shape.vocab_size,
+                )
+                value, report = loss_of(pack, logprobs_N, entropy_N)
+                # The middle number would be megatron's per-token denominator; ours is in `value`.
+                return value, torch.tensor(0, dtype=torch.int), report
+
+            return output, loss
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(packs),
+            model=self.model,
+            num_microbatches=len(packs),
+            seq_length=1,  # read from the tensors: variable_seq_lengths
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
