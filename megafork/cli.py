@@ -104,11 +104,15 @@ def serve(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    python: Annotated[
+        str, typer.Option(help="the Python that has vLLM (rollout.python)")
+    ] = sys.executable,
+) -> None:
     """What is installed, which backends are active, what is missing and how to mend it."""
     from megafork.doctor import report
 
-    raise typer.Exit(report())
+    raise typer.Exit(report(python))
 
 
 class Command(StrEnum):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.commands import QUICKSTART, ROOT, left_over, megafork, small_run
 
@@ -127,9 +129,23 @@ def test_score_names_the_line_it_cannot_score(tmp_path, line, message):
 
 def test_doctor_reports_what_is_here():
     done = megafork("doctor")
-    assert done.returncode == 0
-    assert "megatron-core" in done.stdout
-    assert "communication" in done.stdout
+    assert done.returncode == 0, done.stdout
+    for name in ("torch", "megatron-core", "transformers", "vLLM"):
+        assert re.search(rf"^ok +{name} \d", done.stdout, re.MULTILINE), done.stdout
+    if not torch.cuda.is_available():
+        assert re.search(r"^no GPU +TransformerEngine", done.stdout, re.MULTILINE)
+        assert re.search(r"^communication +gloo$", done.stdout, re.MULTILINE)
+
+
+def test_doctor_names_what_is_broken_and_the_command_that_mends_it(tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho 'ImportError: torchvision::nms does not exist' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    done = megafork("doctor", "--python", fake)
+    assert done.returncode == 1
+    assert "torchvision::nms does not exist" in done.stdout
+    assert "mend:  " in done.stdout
+    assert "cannot run here without vLLM" in done.stdout
 
 
 def test_keys_lists_every_setting():
