@@ -96,9 +96,7 @@ def report(vllm_python: str = sys.executable) -> int:
         console.print(f"[green]ok[/]       vLLM {vllm} ({vllm_python})")
     else:
         missing.append("vLLM")
-        mend = (
-            f"{_GPU if _has_cuda() else _CPU}, or name another one's: rollout.python=/path/python"
-        )
+        mend = f"{_GPU if _has_cuda() else _CPU}, or use another one's: rollout.python=/path/python"
         _print_missing(console, "vLLM", "the rollouts of `megafork train`", error, mend)
     console.print()
     for name, value in _active(vllm):
