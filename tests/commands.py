@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -71,3 +73,8 @@ def small_run(run_dir: Path, *overrides: str) -> list[str]:
         "eval.prompts=32",
         *overrides,
     ]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

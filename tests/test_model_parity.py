@@ -12,7 +12,7 @@ from megafork.config import (
     ParallelConfig,
     TrainingConfig,
 )
-from megafork.model.qwen3 import head_logits
+from megafork.model.qwen3 import head_input, head_weight
 from megafork.model.weights import export_weights
 from megafork.parallel.topology import initialize
 from megafork.training.policy import Policy
@@ -60,7 +60,7 @@ def logits_and_gradients(folder, layout, model):
     def keep_logits(_, inputs, hidden_1TH):
         pack = keep_logits.pack
         with torch.no_grad():
-            rows = head_logits(inner, hidden_1TH, pack.slots_N)
+            rows = head_input(inner, hidden_1TH)[pack.slots_N] @ head_weight(inner).T
         logits.update(zip(pack.rows_N.tolist(), rows, strict=True))
 
     def loss_of(pack, logprobs, entropy):

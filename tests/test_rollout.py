@@ -586,7 +586,7 @@ def test_a_request_states_every_parameter():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("module", ["sampling", "supervisor", "journal"])
+@pytest.mark.parametrize("module", ["sampling", "supervisor"])
 def test_light_modules_stay_light(module):
     program = (
         f"import sys, megafork.rollout.{module}\n"

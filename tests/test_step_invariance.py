@@ -165,7 +165,8 @@ def test_one_step_matches_the_paper_at_every_layout(model_folder, expected, case
         assert rank["selection"].num_boundary == 0
         assert rank["unperturbed_offset"] == 0.0  # the ratio is exactly 1 after scoring
         assert abs(rank["metrics"]["loss"] - loss) <= 1e-6
-        assert rank["metrics"]["masked_tokens"] == int(mask.sum())
+        # The head ran on the selected rows with an advantage and on no other.
+        assert rank["metrics"]["head_rows"] == int((mask & (make_table().advantage_R != 0)).sum())
         seen[rank["rows"]] += 1
     assert set(seen.tolist()) == {layout.get("tp", 1)}  # every token once on each tp rank
     if case == "tp1-small-packs":

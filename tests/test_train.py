@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from megafork.config import TrainConfig, load_config
-from megafork.parallel.topology import free_port
 from megafork.rollout.journal import Journal
-from tests import reference
 from tests.commands import (
     QUICKSTART,
-    ROOT,
-    environment,
     left_over,
+    lines,
     megafork,
-    processes_of,
     small_run,
 )
 
@@ -82,10 +74,6 @@ def run(request, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert left_over(folder) == []
     return folder / "run", model, done
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_metrics(run):
@@ -152,100 +140,3 @@ def test_a_run_is_not_overwritten(run):
     assert done.returncode == 2
     assert f"run.dir={run_dir} holds another run" in done.stderr
     assert (run_dir / "metrics.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    "layout", [["parallel.tp=1"], ["parallel.tp=2", "parallel.pp=2"], ["parallel.dp=2"]], ids=str
-)
-def test_score_is_the_same_at_every_layout(tmp_path, layout):
-    folder = reference.save_model(tmp_path / "model", tied=False)
-    groups = reference.make_groups(7, 1, seed=2)
-    rows = [
-        {"prompt_ids": g.prompt_ids, "response_ids": g.samples[0].token_ids, "id": g.prompt_index}
-        for g in groups
-    ]
-    rows.insert(3, {"prompt_ids": [4, 5], "response_ids": [], "id": "no response"})
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = megafork(
-        *("score", "--model", folder, "--input", tmp_path / "in.jsonl"),
-        *("--output", tmp_path / "out.jsonl", "model.dtype=float32"),
-        *("batch_sequences=3", "micro_batch_tokens=32", *layout),
-    )
-    assert done.returncode == 0, done.stderr
-    scored = lines(tmp_path / "out.jsonl")
-    assert [row["id"] for row in scored] == [row["id"] for row in rows]
-    model = reference.load_model(folder, torch.float64)
-    for row in scored:
-        if not row["response_ids"]:
-            assert row["logprobs"] == row["entropies"] == []
-            continue
-        with torch.no_grad():
-            z = reference.response_logits(model, row["prompt_ids"], row["response_ids"])
-        logprobs, entropies = reference.logprobs_and_entropies(z, row["response_ids"])
-        assert row["logprobs"] == pytest.approx(logprobs.tolist(), abs=2e-5)
-        assert row["entropies"] == pytest.approx(entropies.tolist(), abs=2e-5)
-
-
-def test_score_takes_text(tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"prompt": "6 2 4>48:", "response": "6*4=24;2*24=48."}\n')
-    done = megafork(
-        *("score", "--model", QUICKSTART / "model", "--input", tmp_path / "in.jsonl"),
-        *("--output", tmp_path / "out.jsonl", "model.dtype=float32"),
-    )
-    assert done.returncode == 0, done.stderr
-    [row] = lines(tmp_path / "out.jsonl")
-    assert len(row["entropies"]) == len("6*4=24;2*24=48.")
-    assert row["response"] == "6*4=24;2*24=48."
-
-
-def test_train_against_a_server_that_runs_already(tmp_path):
-    port = free_port()
-    config, url = str(QUICKSTART / "config.toml"), f"http://127.0.0.1:{port}"
-    environ = environment(tmp_path) | {"MEGAFORK_API_KEY": "shared"}
-    command = [sys.executable, "-m", "megafork", "serve", config, "run.dir=unused"]
-    options = ["--port", str(port), "--log", str(tmp_path / "vllm.log")]
-    server = subprocess.Popen(
-        [*command, *options], cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert url in server.stdout.readline()
-        arguments = ["parallel.tp=1", "training.steps=1", f"rollout.url={url}"]
-        for key, status in (("wrong", 2), ("shared", 0)):
-            done = subprocess.run(
-                [sys.executable, "-m", "megafork", *small_run(tmp_path / key, *arguments)],
-                cwd=ROOT,
-                env=environ | {"MEGAFORK_API_KEY": key},
-                capture_output=True,
-                text=True,
-                timeout=200,
-            )
-            assert done.returncode == status, done.stderr
-            refused = f"no rollout server answers at rollout.url={url}" in done.stderr
-            assert refused == (status == 2)
-        assert len(lines(tmp_path / "shared" / "metrics.jsonl")) == 1
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
-        assert left_over(tmp_path) == []
-    finally:
-        server.kill()
-
-
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
-def test_nothing_outlives_a_killed_launcher(tmp_path, signal_number):
-    """While ranks and server are at work; the ranks' own parent is the launcher."""
-    command = [sys.executable, "-m", "megafork", *small_run(tmp_path / "run", "training.steps=500")]
-    launcher = subprocess.Popen(
-        command, cwd=ROOT, env=environment(tmp_path), stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 150
-        while not (tmp_path / "run" / "eval.jsonl").exists():
-            assert launcher.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        assert len(processes_of(tmp_path)) >= 5  # launcher, two ranks, supervisor, server
-        launcher.send_signal(signal_number)
-        assert launcher.wait(30) != 0
-        assert left_over(tmp_path, seconds=20) == []
-    finally:
-        launcher.kill()

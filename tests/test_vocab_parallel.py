@@ -159,7 +159,7 @@ def test_no_tokens():
     [
         ({"targets_T": torch.tensor([0, 7])}, r"targets span 0\.\.7, outside the vocabulary of 7"),
         ({"targets_T": torch.tensor([-1, 3])}, r"targets span -1\.\.3"),
-        ({"targets_T": torch.tensor([1])}, r"must be \[T, V\], \[T\]"),
+        ({"targets_T": torch.tensor([1])}, r"must be \[T, _\], \[T\]"),
         ({"vocab_size": 8}, r"vocab_size=8 must be in 1\.\.7"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"temperature": torch.ones(3)}, r"must be a float or \[T=2\]"),

@@ -31,6 +31,14 @@ def clipped_policy_loss(
     return -torch.where(mask_T, objective_T, 0.0).sum() / max(num_tokens, 1)
 
 
+def rows_with_gradient(advantages_T: Tensor, mask_T: Tensor) -> Tensor:
+    """bool [T]: the tokens whose log-probability clipped_policy_loss has a gradient in.
+
+    The head need not run on any other, forward or backward.
+    """
+    return mask_T & (advantages_T != 0)
+
+
 def clip_counts(
     ratio_T: Tensor, advantages_T: Tensor, mask_T: Tensor, *, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,6 +75,15 @@ class Pack:
     """int64 [N]: those response tokens"""
     rows_N: Tensor
     """int64 [N], on the CPU: their rows in the token table"""
+
+    def keep(self, mask_N: Tensor) -> Pack:
+        """The same tokens, with only the masked predictions (bool [N], on the pack's device)."""
+        return replace(
+            self,
+            slots_N=self.slots_N[mask_N],
+            targets_N=self.targets_N[mask_N],
+            rows_N=self.rows_N[mask_N.cpu()],
+        )
 
 
 def build_pack(

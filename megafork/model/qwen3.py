@@ -17,7 +17,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -76,19 +75,17 @@ def head_weight(gpt: GPTModel) -> Tensor:
     return gpt.output_layer.weight
 
 
-def head_logits(gpt: GPTModel, hidden_1TH: Tensor, slots_N: Tensor) -> Tensor:
-    """float32 logits [N, V/tp] of the pack's slots `slots_N`, on the last stage.
+def head_input(gpt: GPTModel, hidden_1TH: Tensor) -> Tensor:
+    """[T, H], the same on all tp ranks, from the last stage's output ([1, T/tp, H] under SP).
 
-    hidden_1TH: the model's output, [1, T/tp, H] under sequence parallelism. Its gradient comes
-    back summed over the vocabulary shards. The product is float32 for any dtype of the model:
-    rounding logits to bfloat16 alone moves entropies by up to 0.1 nats.
+    For linear_logprob_and_entropy, whose gradient of it is already summed over the vocabulary
+    shards: it is split under SP and not reduced again.
     """
-    tp_group = gpt.pg_collection.tp
-    if gpt.config.sequence_parallel:
-        hidden_TH = gather_from_sequence_parallel_region(hidden_1TH[0], group=tp_group)
-    else:
-        hidden_TH = copy_to_tensor_model_parallel_region(hidden_1TH[0], group=tp_group)
-    return F.linear(hidden_TH[slots_N].float(), head_weight(gpt).float())
+    if not gpt.config.sequence_parallel:
+        return hidden_1TH[0]
+    return gather_from_sequence_parallel_region(
+        hidden_1TH[0], tensor_parallel_output_grad=False, group=gpt.pg_collection.tp
+    )
 
 
 def padded_vocab_size(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> int:

@@ -19,7 +19,7 @@ from megafork.config import ModelConfig, ParallelConfig
 from megafork.data.packing import Pack, build_pack, fed_lengths, plan_micro_batches
 from megafork.errors import UserError
 from megafork.model.hf_folder import SafetensorsFolder
-from megafork.model.qwen3 import build_model, head_logits
+from megafork.model.qwen3 import build_model, head_input, head_weight
 from megafork.model.shape import ModelShape
 from megafork.model.weights import (
     export_weights,
@@ -27,7 +27,7 @@ from megafork.model.weights import (
     mark_tensor_parallel,
     stage_rules,
 )
-from megafork.ops.vocab_parallel import logprob_and_entropy
+from megafork.ops.vocab_parallel import linear_logprob_and_entropy
 from megafork.parallel.topology import Topology
 from megafork.types import TokenTable
 
@@ -139,7 +139,10 @@ class Scorer:
         *,
         forward_only: bool,
     ) -> list[dict]:
-        """megatron's schedule over the packs; `loss_of` runs on the last stage."""
+        """megatron's schedule over the packs; `loss_of` runs on the last stage.
+
+        The head runs on each pack's slots_N and on nothing else.
+        """
 
         def forward_step(packs_left: Iterator[Pack], model: torch.nn.Module) -> Any:
             pack = next(packs_left)
@@ -155,9 +158,9 @@ class Scorer:
             )
 
             def loss(hidden_1TH: Tensor) -> Any:
-                logits_NV = head_logits(self.gpt, hidden_1TH, pack.slots_N)
-                logprobs_N, entropy_N = logprob_and_entropy(
-                    logits_NV,
+                logprobs_N, entropy_N = linear_logprob_and_entropy(
+                    head_input(self.gpt, hidden_1TH)[pack.slots_N],
+                    head_weight(self.gpt),
                     pack.targets_N,
                     tp_group=self.topology.groups.tp,
                     temperature=self.temperature,

@@ -1,17 +1,11 @@
 """Log-probability and entropy of tokens from vocabulary shards, bit-identical at every TP degree.
 
-With z = (x - max x) / T and p = exp(z) / s, s = sum exp(z):
+`logprob_and_entropy` takes logits, `linear_logprob_and_entropy` hidden states and the head's
+weight: it computes logits a few tokens at a time, forward and again backward, and never holds
+[T, V].
 
-    log p(target) = z_target - log s
-    H = log s - (1/s) sum exp(z) z         (nats)
-
-The shifted form loses nothing to cancellation; `max + log s - sum p x` would cost 2.4e-5 nats at
-a vocabulary of 151,936. The two sums are taken in 64-bit fixed point: every term is an integer
-multiple of 2^-44 and integer addition is associative, so neither the number of shards nor the
-order of the all-reduce changes a bit. Terms are at most 1 (exp) and 1/e (exp * z) in size, so
-2^18 columns fit in 62 bits.
-
-Shapes: T tokens, V columns of this rank's vocabulary shard, C columns that are no padding.
+Shapes: T tokens, V columns of this rank's vocabulary shard, C of them that are no padding, H
+hidden. The arithmetic of a row is in softmax_rows.py.
 """
 
 from __future__ import annotations
@@ -20,10 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_FIXED_POINT_ONE = float(2**44)
+from megafork.ops.softmax_rows import (
+    MIN_ROWS,
+    Rows,
+    Shard,
+    all_reduce,
+    pieces,
+    product,
+    slices,
+    tiles,
+)
+
 _MAX_VOCAB = 2**18
-_CHUNK_ELEMENTS = 1 << 20
-"""Rows are worked on in chunks of about this many logits, so temporaries stay in the cache."""
+_CHUNK_LOGITS = 1 << 24
+"""The head's product is taken for about this many logits at once: 64 MiB."""
 
 
 def logprob_and_entropy(
@@ -48,132 +52,166 @@ def logprob_and_entropy(
 
     Raises ValueError for a target outside the vocabulary and for shapes that do not fit.
     """
-    tp_size = dist.get_world_size(tp_group) if tp_group is not None else 1
-    total = logits_TV.shape[-1] * tp_size
-    vocab_size = total if vocab_size is None else vocab_size
-    if logits_TV.dim() != 2 or targets_T.shape != logits_TV.shape[:1]:
-        raise ValueError(
-            f"logits {list(logits_TV.shape)} and targets {list(targets_T.shape)} must be "
-            "[T, V], [T]"
-        )
-    if not 0 < vocab_size <= min(total, _MAX_VOCAB):
-        raise ValueError(
-            f"vocab_size={vocab_size} must be in 1..{min(total, _MAX_VOCAB)} "
-            f"({tp_size} shards of {logits_TV.shape[-1]} columns)"
-        )
-    if targets_T.numel() and not 0 <= int(targets_T.min()) <= int(targets_T.max()) < vocab_size:
-        raise ValueError(
-            f"targets span {int(targets_T.min())}..{int(targets_T.max())}, "
-            f"outside the vocabulary of {vocab_size}"
-        )
-    temperature_T1 = _column(temperature, logits_TV)
-    entropy_temperature_T1 = (
-        None if entropy_temperature is None else _column(entropy_temperature, logits_TV)
-    )
+    check = _Arguments(logits_TV.shape[-1], tp_group, vocab_size)
+    check.tokens(logits_TV, targets_T)
     return _LogprobAndEntropy.apply(
-        logits_TV, targets_T, tp_group, temperature_T1, entropy_temperature_T1, vocab_size
+        logits_TV,
+        targets_T,
+        tp_group,
+        _column(temperature, logits_TV),
+        None if entropy_temperature is None else _column(entropy_temperature, logits_TV),
+        check.vocab_size,
+    )
+
+
+def linear_logprob_and_entropy(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy_temperature: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`logprob_and_entropy(hidden_TH @ weight_VH.T, ...)` without ever holding [T, V].
+
+    hidden_TH: the same on all ranks of tp_group; weight_VH: this rank's rows of the head. Any float
+    dtype; the product is float32. chunk_tokens: rows of one product (None: about 64 MiB of logits).
+    One MAX all-reduce for each chunk, one SUM for all.
+
+    The gradient of hidden_TH is returned already summed over tp_group: gather it without another
+    reduction in backward (tensor_parallel_output_grad=False under sequence parallelism). The
+    gradient of weight_VH is this shard's, accumulated in float32; where the parameter has a
+    `main_grad` it goes straight in there. T = 0 gives connected zero gradients.
+    """
+    check = _Arguments(weight_VH.shape[0], tp_group, vocab_size)
+    check.tokens(hidden_TH, targets_T)
+    if hidden_TH.shape[1] != weight_VH.shape[1]:
+        raise ValueError(
+            f"hidden {list(hidden_TH.shape)} and weight {list(weight_VH.shape)} must be "
+            "[T, H], [V, H]"
+        )
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens} must be positive")
+    return _LinearLogprobAndEntropy.apply(
+        hidden_TH,
+        weight_VH,
+        targets_T,
+        tp_group,
+        _column(temperature, hidden_TH),
+        None if entropy_temperature is None else _column(entropy_temperature, hidden_TH),
+        check.vocab_size,
+        chunk_tokens or max(MIN_ROWS, _CHUNK_LOGITS // max(weight_VH.shape[0], 1)),
     )
 
 
 class _LogprobAndEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_TV, targets_T, tp_group, temperature_T1, entropy_temperature_T1, vocab):
-        num_rows, width = logits_TV.shape
-        first = width * (dist.get_rank(tp_group) if tp_group is not None else 0)
-        num_columns = max(0, min(width, vocab - first))
-        logits_TC = logits_TV.detach()[:, :num_columns]
-        max_T1 = logits_TC.new_full((num_rows, 1), -torch.inf, dtype=torch.float32)
-        if num_columns:
-            max_T1 = logits_TC.amax(1, keepdim=True).float()
-        # A MAX over ranks may lose a NaN, so it is counted; NaN becomes an integer nowhere.
-        invalid_T = max_T1[:, 0].isnan()
-        max_T1.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        _all_reduce(max_T1, dist.ReduceOp.MAX, tp_group)
-
-        # Rows of `sums`: sum exp, sum exp * z, [both at the entropy's temperature], target logit,
-        # ranks that hold a NaN.
-        temperatures = [temperature_T1]
-        if entropy_temperature_T1 is not None:
-            temperatures.append(entropy_temperature_T1)
-        sums = torch.zeros(2 * len(temperatures) + 2, num_rows, dtype=torch.int64)
-        sums = sums.to(logits_TV.device)
-        for rows in _row_chunks(num_rows, num_columns):
-            shifted = logits_TC[rows].float() - max_T1[rows]
-            for index, t in enumerate(temperatures):
-                z = shifted / t[rows]
-                e = z.exp()
-                sums[2 * index, rows] = _fixed_point_sum(e)
-                sums[2 * index + 1, rows] = _fixed_point_sum(e * z)
-        sums[-1] = invalid_T
-        owned_T = (targets_T >= first) & (targets_T < first + num_columns)
-        local_T1 = torch.where(owned_T, targets_T - first, 0)[:, None]
-        if num_columns:
-            target_T = logits_TC.gather(1, local_T1)[:, 0].float()
-            # The bits of the owner's float32 travel as an integer; all others add zero.
-            sums[-2] = torch.where(owned_T, target_T.view(torch.int32).long(), 0)
-        _all_reduce(sums, dist.ReduceOp.SUM, tp_group)
-
-        target_T = sums[-2].int().view(torch.float32).double()
-        z_target_T = (target_T - max_T1[:, 0].double()) / temperature_T1[:, 0].double()
-        scaled = sums[:-2].double() / _FIXED_POINT_ONE
-        # A row with a NaN, with +inf or with nothing but -inf has no distribution.
-        scaled[:, (sums[-1] > 0) | max_T1[:, 0].isinf()] = torch.nan
-        log_s_T = scaled[0].log()
-        log_s_H_T = scaled[-2].log()
-        logprobs_T = (z_target_T - log_s_T).float()
-        entropy_T = (log_s_H_T - scaled[-1] / scaled[-2]).clamp_(min=0.0).float()
-        ctx.save_for_backward(
-            logits_TV, max_T1, log_s_T, log_s_H_T, entropy_T, owned_T, local_T1,
-            temperature_T1, entropy_temperature_T1,
-        )  # fmt: skip
-        ctx.num_columns = num_columns
+        shard = Shard.of(logits_TV.shape[1], vocab, tp_group)
+        logits_TC = logits_TV.detach()[:, : shard.num_columns]
+        rows = Rows.empty(targets_T, shard, temperature_T1, entropy_temperature_T1)
+        everything = slice(0, len(targets_T))
+        rows.find_max(logits_TC, everything, tp_group)
+        rows.add_up(logits_TC, everything)
+        outputs = rows.finish(tp_group)
+        ctx.save_for_backward(logits_TV, *rows.tensors())
+        ctx.shard = shard
         ctx.set_materialize_grads(False)
-        return logprobs_T, entropy_T
+        return outputs
 
     @staticmethod
     def backward(ctx, grad_logprobs_T, grad_entropy_T):
-        """d logp / dx_j = (1[j = target] - p_j) / T;  d H / dx_j = -p_j (log p_j + H) / T."""
-        (
-            logits_TV, max_T1, log_s_T, log_s_H_T, entropy_T, owned_T, local_T1,
-            temperature_T1, entropy_temperature_T1,
-        ) = ctx.saved_tensors  # fmt: skip
+        logits_TV, *tensors = ctx.saved_tensors
+        rows = Rows(ctx.shard, *tensors)
         grad_TV = torch.zeros_like(logits_TV)
-        if grad_logprobs_T is None and grad_entropy_T is None:
-            return grad_TV, None, None, None, None, None
-        num_rows = logits_TV.shape[0]
-        for rows in _row_chunks(num_rows, ctx.num_columns):
-            shifted = logits_TV[rows, : ctx.num_columns].float() - max_T1[rows]
-            grad = torch.zeros_like(shifted)
-            if grad_logprobs_T is not None:
-                t = temperature_T1[rows]
-                upstream = grad_logprobs_T[rows, None] / t
-                p = (shifted / t - log_s_T[rows, None].float()).exp_()
-                grad -= p.mul_(upstream)
-                grad.scatter_add_(1, local_T1[rows], owned_T[rows, None] * upstream)
-            if grad_entropy_T is not None:
-                t = temperature_T1 if entropy_temperature_T1 is None else entropy_temperature_T1
-                log_p = shifted / t[rows] - log_s_H_T[rows, None].float()
-                p = log_p.exp()
-                term = p.mul_(log_p.add_(entropy_T[rows, None])).nan_to_num_(nan=0.0)
-                grad -= term.mul_(grad_entropy_T[rows, None] / t[rows])
-            grad_TV[rows, : ctx.num_columns] = grad.to(grad_TV.dtype)
+        if grad_logprobs_T is not None or grad_entropy_T is not None:
+            for piece in pieces(len(logits_TV), ctx.shard.num_columns):
+                logits = logits_TV[piece, : ctx.shard.num_columns]
+                grad_TV[piece, : ctx.shard.num_columns] = rows.logits_gradient(
+                    logits, piece, grad_logprobs_T, grad_entropy_T
+                )
         return grad_TV, None, None, None, None, None
 
 
-def _fixed_point_sum(terms: Tensor) -> Tensor:
-    """Row sums in units of 2^-44. Exact in float32: scaling by a power of two and rounding are.
+class _LinearLogprobAndEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden_TH, weight_VH, targets_T, tp_group, temperature_T1, entropy_temperature_T1,
+        vocab, chunk_tokens,
+    ):  # fmt: skip
+        shard = Shard.of(weight_VH.shape[0], vocab, tp_group)
+        rows = Rows.empty(targets_T, shard, temperature_T1, entropy_temperature_T1)
+        for chunk in slices(len(targets_T), chunk_tokens):
+            logits = product(hidden_TH[chunk], weight_VH[: shard.num_columns])
+            rows.find_max(logits, chunk, tp_group)
+            rows.add_up(logits, chunk)
+        outputs = rows.finish(tp_group)
+        ctx.save_for_backward(hidden_TH, weight_VH, *rows.tensors())
+        ctx.shard, ctx.tp_group, ctx.chunk_tokens = shard, tp_group, chunk_tokens
+        # The parameter itself: what is saved for backward comes back without its attributes.
+        ctx.main_grad_VH = getattr(weight_VH, "main_grad", None)
+        ctx.set_materialize_grads(False)
+        return outputs
 
-    NaN counts as 0: it is the product of a probability 0 and its logarithm, or of a row that the
-    caller declares invalid.
-    """
-    return (terms * _FIXED_POINT_ONE).round_().nan_to_num_(nan=0.0).long().sum(1)
+    @staticmethod
+    def backward(ctx, grad_logprobs_T, grad_entropy_T):
+        hidden_TH, weight_VH, *tensors = ctx.saved_tensors
+        num_columns = ctx.shard.num_columns
+        rows = Rows(ctx.shard, *tensors)
+        grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
+        into_main_grad = ctx.main_grad_VH is not None and ctx.main_grad_VH.dtype == torch.float32
+        grad_weight_VH = (
+            ctx.main_grad_VH if into_main_grad else torch.zeros_like(weight_VH, dtype=torch.float32)
+        )
+        if grad_logprobs_T is not None or grad_entropy_T is not None:
+            for chunk in slices(len(hidden_TH), ctx.chunk_tokens):
+                logits = product(hidden_TH[chunk], weight_VH[:num_columns])
+                for piece in pieces(len(logits), num_columns):
+                    of_all = slice(chunk.start + piece.start, chunk.start + piece.stop)
+                    logits[piece] = rows.logits_gradient(
+                        logits[piece], of_all, grad_logprobs_T, grad_entropy_T
+                    )
+                grad_weight_VH[:num_columns].addmm_(logits.T, hidden_TH[chunk].float())
+                for tile in tiles(weight_VH[:num_columns]):
+                    grad_hidden_TH[chunk].addmm_(logits[:, tile], weight_VH[tile].float())
+        all_reduce(grad_hidden_TH, dist.ReduceOp.SUM, ctx.tp_group)
+        returned_VH = (
+            # megatron adds this zero when the weight is also an embedding, and drops it otherwise.
+            weight_VH.new_zeros(()).expand_as(weight_VH)
+            if into_main_grad
+            else grad_weight_VH.to(weight_VH.dtype)
+        )
+        return grad_hidden_TH.to(hidden_TH.dtype), returned_VH, *(None,) * 6
 
 
-def _row_chunks(num_rows: int, num_columns: int) -> list[slice]:
-    if num_columns == 0:
-        return []
-    step = max(1, _CHUNK_ELEMENTS // num_columns)
-    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+class _Arguments:
+    """Checks of what both functions are handed."""
+
+    def __init__(self, width: int, tp_group: dist.ProcessGroup | None, vocab_size: int | None):
+        tp_size = dist.get_world_size(tp_group) if tp_group is not None else 1
+        total = width * tp_size
+        self.vocab_size = total if vocab_size is None else vocab_size
+        if not 0 < self.vocab_size <= min(total, _MAX_VOCAB):
+            raise ValueError(
+                f"vocab_size={self.vocab_size} must be in 1..{min(total, _MAX_VOCAB)} "
+                f"({tp_size} shards of {width} columns)"
+            )
+
+    def tokens(self, rows: Tensor, targets_T: Tensor) -> None:
+        if rows.dim() != 2 or targets_T.shape != rows.shape[:1]:
+            raise ValueError(
+                f"rows {list(rows.shape)} and targets {list(targets_T.shape)} must be [T, _], [T]"
+            )
+        if not targets_T.numel():
+            return
+        smallest, largest = int(targets_T.min()), int(targets_T.max())
+        if not 0 <= smallest <= largest < self.vocab_size:
+            raise ValueError(
+                f"targets span {smallest}..{largest}, outside the vocabulary of {self.vocab_size}"
+            )
 
 
 def _column(temperature: float | Tensor, logits_TV: Tensor) -> Tensor:
@@ -183,10 +221,3 @@ def _column(temperature: float | Tensor, logits_TV: Tensor) -> Tensor:
     if value.numel() and not bool((value > 0).all()):
         raise ValueError(f"temperature must be positive, got {float(value.min())}")
     return value.expand(logits_TV.shape[0])[:, None]
-
-
-def _all_reduce(
-    tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None
-) -> None:
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(tensor, op=op, group=group)

@@ -96,7 +96,7 @@ class Policy(Scorer):
         """One optimizer step on the masked tokens; the denominator is the table's loss tokens.
 
         Returns the global gradient norm before clipping and, on the last stage, sums over all
-        ranks: loss, clip counts, masked tokens, and the largest |ratio - 1|.
+        ranks: loss, clip counts, rows that the head ran on, and the largest |ratio - 1| among them.
         """
         reports = self.accumulate_gradients(table, scores, mask_N)
         self._refuse_nonfinite_gradients()
@@ -115,38 +115,49 @@ class Policy(Scorer):
         num_tokens = table.num_loss_tokens
         assert not table.advantage_B.isnan().any(), "advantages were not computed"
         clip = {"clip_low": self.algorithm.clip_low, "clip_high": self.algorithm.clip_high}
-        columns_of = self._columns_of_packs(table, scores, mask_N)
+        packs, columns_of = self._needed_rows(table, scores, mask_N)
         self.model.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
         def loss_of(pack: Pack, logprobs_N: Tensor, _: Tensor) -> tuple[Tensor, dict]:
-            old_logprobs, advantages, mask = columns_of[id(pack)]
+            old_logprobs, advantages = columns_of[id(pack)]
+            mask = torch.ones_like(advantages, dtype=torch.bool)
             loss = losses.clipped_policy_loss(
                 logprobs_N, old_logprobs, advantages, mask, num_tokens=num_tokens, **clip
             )
             with torch.no_grad():
                 ratio = losses.policy_ratio(logprobs_N, old_logprobs)
                 low, high = losses.clip_counts(ratio, advantages, mask, **clip)
-                offset = torch.where(mask, (ratio - 1).abs(), 0.0)
+                offset = (ratio - 1).abs()
                 report = {
                     "sums": torch.stack([loss.detach(), low, high, mask.sum()]).double(),
                     "max_ratio_offset": offset.max() if len(offset) else offset.new_zeros(()),
                 }
             return loss, report
 
-        return self.run_packs(scores.packs, loss_of, forward_only=False)
+        return self.run_packs(packs, loss_of, forward_only=False)
 
-    def _columns_of_packs(
+    def _needed_rows(
         self, table: TokenTable, scores: Scores, mask_N: Tensor
-    ) -> dict[int, tuple[Tensor, ...]]:
-        """(old_logprobs, advantages, mask) of each pack, by the pack's id, on the device."""
+    ) -> tuple[list[Pack], dict[int, tuple[Tensor, ...]]]:
+        """The packs with the rows that have a gradient, and (old_logprobs, advantages) of each.
+
+        The transformer runs on all tokens, the head on these rows alone. Before the last stage
+        there is no head and the packs stay as they are.
+        """
         if not self.topology.is_last_stage:
-            return {}
+            return scores.packs, {}
+        advantages_N = table.advantage_R[scores.rows_N]
+        needed_N = losses.rows_with_gradient(advantages_N, mask_N)
         sizes = [len(pack.rows_N) for pack in scores.packs]
-        columns = (scores.old_logprobs_N, table.advantage_R[scores.rows_N], mask_N)
+        columns = (needed_N, scores.old_logprobs_N, advantages_N)
         parts = zip(*(c.to(self.topology.device).split(sizes) for c in columns), strict=True)
-        return {id(pack): part for pack, part in zip(scores.packs, parts, strict=True)}
+        packs, columns_of = [], {}
+        for pack, (needed, *values) in zip(scores.packs, parts, strict=True):
+            packs.append(pack.keep(needed))
+            columns_of[id(packs[-1])] = tuple(value[needed] for value in values)
+        return packs, columns_of
 
     def _refuse_nonfinite_gradients(self) -> None:
         """Before the update: a NaN would be in every weight after it. All ranks know the norm."""
@@ -169,5 +180,5 @@ class Policy(Scorer):
         group = self.topology.groups.dp_cp
         dist.all_reduce(sums, group=group)
         dist.all_reduce(offset, op=dist.ReduceOp.MAX, group=group)
-        names = ("loss", "clip_low", "clip_high", "masked_tokens")
+        names = ("loss", "clip_low", "clip_high", "head_rows")
         return dict(zip(names, sums.tolist(), strict=True)) | {"max_ratio_offset": float(offset)}

@@ -81,13 +81,18 @@ def token_metrics(
 
 
 def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the step's optimizer updates; ratios of clipped tokens are of masked tokens."""
+    """Means over the step's optimizer updates.
+
+    ratio/clip_*_fraction are of the selected tokens with an advantage, which are also the rows
+    that the head ran on (update/head_rows).
+    """
     count = len(updates)
-    masked = max(sum(u["masked_tokens"] for u in updates), 1.0)
+    head_rows = sum(u["head_rows"] for u in updates)
     return {
         "loss/policy": sum(u["loss"] for u in updates) / count,
-        "ratio/clip_low_fraction": sum(u["clip_low"] for u in updates) / masked,
-        "ratio/clip_high_fraction": sum(u["clip_high"] for u in updates) / masked,
+        "ratio/clip_low_fraction": sum(u["clip_low"] for u in updates) / max(head_rows, 1.0),
+        "ratio/clip_high_fraction": sum(u["clip_high"] for u in updates) / max(head_rows, 1.0),
+        "update/head_rows": head_rows,
         "ratio/first_update_max_offset": updates[0]["max_ratio_offset"],
         "grad_norm": sum(u["grad_norm"] for u in updates) / count,
     }
