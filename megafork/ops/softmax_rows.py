@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _FIXED_POINT_ONE = float(2**44)
-_CACHED_LOGITS = 1 << 18
+_CACHED_LOGITS = 1 << 17
 """Rows are worked on in pieces of about this many logits, so temporaries stay in the cache."""
 MIN_ROWS = 16
 """A product of fewer rows is padded: matrix libraries round products of one to three rows

@@ -48,42 +48,55 @@ def top_fraction_threshold(
     given. Raises ValueError, on every rank, naming the ranks that hold NaN and how many.
     """
     _check_arguments(values_T, mask_T, fraction)
-    device = values_T.device
-    mask_T = mask_T.bool()
-    values = values_T.detach()[mask_T].float()
-    segments = (
-        torch.zeros_like(values, dtype=torch.int64)
-        if segments_T is None
-        else segments_T[mask_T].long()
-    )
+    values = values_T.detach()[mask_T.bool()].float()
+    segments = None if segments_T is None else segments_T[mask_T.bool()].long()
     _refuse_nan(values, groups)
     keys = _ordered_keys(values)
 
-    prefix = torch.zeros(num_segments, dtype=torch.int64, device=device)
+    prefix = keys.new_zeros(num_segments, dtype=torch.int64)
     above = torch.zeros_like(prefix)  # values in bins above the chosen one
     remaining = total = in_bin = above
     for index, (shift, bits) in enumerate(_PASSES):
-        bins = 1 << bits
-        alive = (keys >> (shift + bits)) == prefix[segments]
-        slot = segments[alive] * bins + ((keys[alive] >> shift) & (bins - 1))
-        histogram = torch.bincount(slot, minlength=num_segments * bins)
-        for group in groups:
-            dist.all_reduce(histogram, group=group)
-        histogram = histogram.view(num_segments, bins)
+        histogram = _histogram(keys, segments, shift, bits, num_segments, groups)
         if index == 0:
             total = histogram.sum(1)
             remaining = _rank_from_top(total, fraction)
         from_top = histogram.flip(1).cumsum(1)
-        chosen = (from_top < remaining[:, None]).sum(1).clamp_(max=bins - 1)
+        chosen = (from_top < remaining[:, None]).sum(1).clamp_(max=histogram.shape[1] - 1)
         in_bin = histogram.flip(1).gather(1, chosen[:, None])[:, 0]
         passed = from_top.gather(1, chosen[:, None])[:, 0] - in_bin
         above, remaining = above + passed, remaining - passed
-        prefix = (prefix << bits) | (bins - 1 - chosen)
-    threshold = torch.where(total > 0, _values_of_keys(prefix), torch.inf)
+        # The keys' leading bits are signed: bin 0 of the first pass is -2^10.
+        first_bin = -(1 << (bits - 1)) if index == 0 else 0
+        prefix = (prefix << bits) + (histogram.shape[1] - 1 - chosen) + first_bin
+        # Only what shares the chosen bins can hold the k-th largest.
+        alive = (keys >> shift) == (prefix.int() if segments is None else prefix.int()[segments])
+        keys, segments = keys[alive], None if segments is None else segments[alive]
+    threshold = torch.where(total > 0, _values_of_keys(prefix.int()), torch.inf)
     num_kept = torch.where(total > 0, above + in_bin, 0)
     if segments_T is None:
         return TopFraction(threshold.item(), int(num_kept), int(total))
     return TopFraction(threshold, num_kept, total)
+
+
+def _histogram(
+    keys: Tensor,
+    segments: Tensor | None,
+    shift: int,
+    bits: int,
+    num_segments: int,
+    groups: Sequence[dist.ProcessGroup],
+) -> Tensor:
+    """int64 [num_segments, 2^bits] over all ranks: keys by `bits` bits above `shift`."""
+    bins = 1 << bits
+    # Flipping the sign bit turns signed order into unsigned order; it is in the first pass alone.
+    slots = ((keys >> shift) + (bins // 2 if shift + bits == 32 else 0)) & (bins - 1)
+    if segments is not None:
+        slots = slots + segments * bins
+    histogram = torch.bincount(slots, minlength=num_segments * bins)
+    for group in groups:
+        dist.all_reduce(histogram, group=group)
+    return histogram.view(num_segments, bins)
 
 
 def _check_arguments(values_T: Tensor, mask_T: Tensor, fraction: float) -> None:
@@ -102,14 +115,17 @@ def _rank_from_top(total: Tensor, fraction: float) -> Tensor:
 
 
 def _ordered_keys(values: Tensor) -> Tensor:
-    """int64 in 0..2^32-1, in the order of the floats; adding zero turns -0 into +0."""
-    bits = (values + 0.0).view(torch.int32).long()
-    return torch.where(bits < 0, ~bits, bits | (1 << 31)) & 0xFFFFFFFF
+    """int32 in the order of the floats; adding zero turns -0 into +0."""
+    return _flip_negatives((values + 0.0).view(torch.int32))
 
 
 def _values_of_keys(keys: Tensor) -> Tensor:
-    bits = torch.where(keys >> 31 == 1, keys & 0x7FFFFFFF, ~keys)
-    return bits.int().view(torch.float32)
+    return _flip_negatives(keys).view(torch.float32)
+
+
+def _flip_negatives(bits: Tensor) -> Tensor:
+    """Negative floats grow downwards in their bits: turn theirs round. Its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _refuse_nan(values: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
