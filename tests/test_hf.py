@@ -16,6 +16,7 @@ from megafork.errors import UserError
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.scorer import Scorer
 from megafork.model.shape import ModelShape
+from megafork.model.weights import load_weights
 from megafork.parallel.topology import initialize
 from tests import reference
 from tests.ranks import run_ranks
@@ -150,3 +151,35 @@ def test_a_layout_that_does_not_fit_is_named(tmp_path, layout, message):
     shape = ModelShape.from_folder(reference.save_model(tmp_path / "m", tied=True))
     with pytest.raises(UserError, match=message):
         shape.check_layout(ParallelConfig(**layout))
+
+
+class CountingFolder(SafetensorsFolder):
+    """Counts the elements that are read out of the files."""
+
+    elements = 0
+
+    def slice(self, *arguments):
+        tensor = super().slice(*arguments)
+        self.elements += tensor.numel()
+        return tensor
+
+
+def elements_read(folder, layout):
+    parallel = ParallelConfig(**layout)
+    topology = initialize(parallel)
+    model = ModelConfig(path=str(folder), dtype="float32")
+    scorer = Scorer(model, parallel, topology, micro_batch_tokens=64)
+    counting = CountingFolder(folder)
+    load_weights(scorer.gpt, counting, scorer.rules, topology)
+    return counting.elements, sum(p.numel() for p in scorer.gpt.parameters())
+
+
+def test_a_rank_reads_and_holds_its_slices_only(tmp_path):
+    folder = reference.save_model(tmp_path / "m", tied=False)
+    total = sum(tensor.numel() for tensor in read_all(folder).values())
+    for layout in ({"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}):
+        world = ParallelConfig(**layout).world_size
+        for read, held in run_ranks(world, elements_read, folder, layout):
+            # Norms are on every tp rank, and the vocabulary is padded where it is held.
+            assert read <= 1.02 * total / world
+            assert held <= 1.05 * total / world
