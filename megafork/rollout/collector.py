@@ -83,8 +83,9 @@ class Collector:
             return groups
         admissible = [group for group in groups if group.has_signal]
         batch.num_dropped += len(groups) - len(admissible)
-        # The next round asks for as many prompts as this share makes likely to be enough.
-        self._signal_rate = max(0.1, len(admissible) / len(groups))
+        # The next round asks for as many prompts as this step's share makes likely to be enough;
+        # the share of a last, small round alone would be noise, and its surplus stale.
+        self._signal_rate = max(0.1, 1.0 - batch.num_dropped / len(batch.generated))
         return admissible
 
     async def _generate(
