@@ -78,3 +78,24 @@ def small_run(run_dir: Path, *overrides: str) -> list[str]:
 def lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a jsonl file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def members(process_group: int) -> list[psutil.Process]:
+    """Processes of a group that run (a zombie waits for its parent alone)."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == process_group and process.status() != "zombie":
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def gone_within(process_group: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while members(process_group):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
