@@ -47,7 +47,10 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     tp: Positive = Field(1, description="tensor-parallel size")
     pp: Positive = Field(1, description="pipeline-parallel size")
-    cp: Literal[1] = Field(1, description="context-parallel size (1 is what is supported now)")
+    cp: Positive = Field(1, description="context-parallel size: ranks that share each sequence")
+    vpp: Positive = Field(
+        1, description="virtual pipeline: model chunks on each pipeline rank (interleaved schedule)"
+    )
     dp: Positive | None = Field(
         None, description="data-parallel size; unset: 1, or what torchrun's world size leaves"
     )
@@ -55,7 +58,7 @@ class ParallelConfig(Section):
         False, description="shard the activations between the tensor-parallel regions too"
     )
     pipeline_layers: tuple[Positive, ...] | None = Field(
-        None, description="layers of each pipeline stage; unset: an even split"
+        None, description="layers of each of the pp * vpp stages, in order; unset: an even split"
     )
     timeout_minutes: PositiveFloat = Field(
         60.0, description="a collective that waits longer ends the run (generation included)"
@@ -64,6 +67,15 @@ class ParallelConfig(Section):
     @property
     def model_parallel_size(self) -> int:
         return self.tp * self.pp * self.cp
+
+    @property
+    def num_stages(self) -> int:
+        """Model chunks that a token passes through, one after the other."""
+        return self.pp * self.vpp
+
+    def tokens_on_one_rank(self, length: int) -> int:
+        """Slots that a sequence takes on a rank: cp ranks share it in 2 cp equal chunks."""
+        return length if self.cp == 1 else 2 * -(-length // (2 * self.cp))
 
     @property
     def world_size(self) -> int:
@@ -159,7 +171,7 @@ class TrainingConfig(Section):
     steps: Positive = Field(description="rollout batches to train on")
     prompts_per_minibatch: Positive = Field(32, description="groups of one optimizer step")
     micro_batch_tokens: Positive = Field(
-        32768, description="tokens of one packed micro-batch on one data-parallel rank"
+        32768, description="tokens of one packed micro-batch on one rank (a sequence is on cp)"
     )
     lr: PositiveFloat = Field(1e-6, description="peak learning rate")
     warmup_steps: NonNegative = Field(10, description="optimizer steps of linear warm-up")
@@ -222,11 +234,13 @@ class TrainConfig(Section):
                 f"rollout.prompts_per_step={prompts}: use one of {_divisors(prompts)}"
             )
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
-        if longest > self.training.micro_batch_tokens:
+        on_one_rank = self.parallel.tokens_on_one_rank(longest)
+        if on_one_rank > self.training.micro_batch_tokens:
             raise UserError(
                 f"training.micro_batch_tokens={self.training.micro_batch_tokens} cannot hold one "
                 f"sequence of data.max_prompt_tokens + rollout.max_response_tokens = {longest} "
-                f"tokens: raise it to at least {longest}"
+                f"tokens on parallel.cp={self.parallel.cp} ranks: raise it to at least "
+                f"{on_one_rank}"
             )
 
 
@@ -242,7 +256,9 @@ class ScoreConfig(Section):
     model: ScoredModelConfig
     parallel: ParallelConfig = ParallelConfig()
     temperature: PositiveFloat = Field(1.0, description="temperature of both columns")
-    micro_batch_tokens: Positive = Field(32768, description="tokens of one packed micro-batch")
+    micro_batch_tokens: Positive = Field(
+        32768, description="tokens of one packed micro-batch on one rank (a sequence is on cp)"
+    )
     batch_sequences: Positive = Field(4096, description="input lines held in memory at once")
 
 

@@ -107,10 +107,11 @@ def _parse(
             )
         if not prompt:
             raise UserError(f"{where}: the prompt has no token, so nothing predicts the response")
-        if len(prompt) + len(response) - 1 > config.micro_batch_tokens:
+        on_one_rank = config.parallel.tokens_on_one_rank(len(prompt) + len(response) - 1)
+        if on_one_rank > config.micro_batch_tokens:
             raise UserError(
                 f"{where}: {len(prompt) + len(response)} tokens do not fit micro_batch_tokens="
-                f"{config.micro_batch_tokens}: raise it"
+                f"{config.micro_batch_tokens}: raise it to at least {on_one_rank}"
             )
         sample = Sample(number, response, [0.0] * len(response), truncated=False)
         yield row, Group(number, prompt, 0, [sample])

@@ -170,8 +170,9 @@ def elements_read(folder, layout):
     model = ModelConfig(path=str(folder), dtype="float32")
     scorer = Scorer(model, parallel, topology, micro_batch_tokens=64)
     counting = CountingFolder(folder)
-    load_weights(scorer.gpt, counting, scorer.rules, topology)
-    return counting.elements, sum(p.numel() for p in scorer.gpt.parameters())
+    load_weights(scorer.stages, counting, topology)
+    held = sum(p.numel() for stage in scorer.stages for p in stage.gpt.parameters())
+    return counting.elements, held
 
 
 def test_a_rank_reads_and_holds_its_slices_only(tmp_path):

@@ -55,12 +55,12 @@ def logits_and_gradients(folder, layout, model):
     table = token_table(reference.make_groups(3, 3))
     packs = policy.packs(table)
     logits = {}
-    inner = policy.gpt
+    inner = policy.stages[-1].gpt
 
     def keep_logits(_, inputs, hidden_1TH):
         pack = keep_logits.pack
         with torch.no_grad():
-            rows = head_input(inner, hidden_1TH)[pack.slots_N] @ head_weight(inner).T
+            rows = head_input(inner, hidden_1TH, pack.slots_N) @ head_weight(inner).T
         logits.update(zip(pack.rows_N.tolist(), rows, strict=True))
 
     def loss_of(pack, logprobs, entropy):
@@ -71,10 +71,11 @@ def logits_and_gradients(folder, layout, model):
         packs_left = iter(packs)
         inner.register_forward_pre_hook(lambda *_: setattr(keep_logits, "pack", next(packs_left)))
         inner.register_forward_hook(keep_logits)
-    policy.model.train()
-    policy.model.zero_grad_buffer()
+    for ddp in policy.ddp:
+        ddp.train()
+        ddp.zero_grad_buffer()
     policy.run_packs(packs, loss_of, forward_only=False)
-    gradients = dict(export_weights(inner, policy.rules, policy.topology, lambda p: p.main_grad))
+    gradients = dict(export_weights(policy.stages, policy.topology, lambda p: p.main_grad))
     return logits, {name: value.clone() for name, value in gradients.items()}
 
 

@@ -7,6 +7,7 @@ import torch
 
 from megafork.data.packing import build_pack, fed_lengths, plan_micro_batches
 from megafork.errors import UserError
+from megafork.parallel.zigzag import Zigzag
 from megafork.types import Group, Sample, token_table
 from tests import reference
 
@@ -40,7 +41,7 @@ def test_a_sequence_longer_than_the_budget_names_both():
 def test_a_pack_predicts_every_response_token_from_the_token_before():
     table = token_table(reference.make_groups(3, 2))
     samples = [4, 1, 3]
-    pack = build_pack(table, samples, multiple=8, device=CPU)
+    pack = build_pack(table, samples, part=Zigzag(tp_size=8), device=CPU)
     assert len(pack.tokens_T) % 8 == 0
     assert pack.cu_seqlens.tolist()[-1] == len(pack.tokens_T)
     expected_rows = [row for b in samples for row in range(table.rows(b).start, table.rows(b).stop)]
@@ -62,7 +63,7 @@ def test_empty_responses_take_no_row():
         Group(1, [5, 6, 7], 0, [Sample(1, [], [], False)]),
         Group(2, [5], 0, [Sample(2, [8], [0.0], False)]),
     ]
-    pack = build_pack(token_table(groups), [0, 1, 2], multiple=1, device=CPU)
+    pack = build_pack(token_table(groups), [0, 1, 2], part=Zigzag(), device=CPU)
     assert pack.tokens_T.tolist() == [5, 6, 5]
     assert pack.cu_seqlens.tolist() == [0, 2, 3]
     assert pack.slots_N.tolist() == [2]
@@ -71,7 +72,7 @@ def test_empty_responses_take_no_row():
 
 def test_an_empty_pack_is_padding_only():
     table = token_table(reference.make_groups(1, 1))
-    pack = build_pack(table, [], multiple=4, device=CPU)
+    pack = build_pack(table, [], part=Zigzag(tp_size=4), device=CPU)
     assert pack.tokens_T.shape == (4,)
     assert pack.cu_seqlens.tolist() == [0, 4]
     assert len(pack.slots_N) == len(pack.rows_N) == 0

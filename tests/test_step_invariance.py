@@ -38,6 +38,10 @@ CASES = {
     "dp2-small-packs": ({"dp": 2}, 18),
     "tp2-pp2": ({"tp": 2, "pp": 2}, 64),
     "tp2-dp2": ({"tp": 2, "dp": 2}, 24),
+    "cp2": ({"cp": 2}, 32),
+    "tp2-cp2": ({"tp": 2, "cp": 2}, 32),
+    "tp2-sp-cp2": ({"tp": 2, "cp": 2, "sequence_parallel": True}, 32),
+    "pp2-vpp2": ({"pp": 2, "vpp": 2}, 32),
 }
 
 
@@ -89,9 +93,7 @@ def one_step(folder, layout, budget, select="top"):
     whole_gradients(policy)
     gradients = {
         name: value.clone()
-        for name, value in export_weights(
-            policy.gpt, policy.rules, policy.topology, lambda p: p.main_grad
-        )
+        for name, value in export_weights(policy.stages, policy.topology, lambda p: p.main_grad)
     }
     metrics = policy.update(table, shifted, mask)
     return {
@@ -109,12 +111,9 @@ def one_step(folder, layout, budget, select="top"):
 def whole_gradients(policy):
     """The distributed optimizer leaves each data-parallel rank its shard: put them together."""
     group = policy.topology.groups.dp_cp
-    for buffer in policy.model.buffers:
-        for bucket in buffer.buckets:
-            shards = list(bucket.grad_data.chunk(policy.topology.dp_size))
-            torch.distributed.all_gather(
-                shards, shards[policy.topology.dp_rank].clone(), group=group
-            )
+    for bucket in (b for ddp in policy.ddp for buffer in ddp.buffers for b in buffer.buckets):
+        shards = list(bucket.grad_data.chunk(group.size()))
+        torch.distributed.all_gather(shards, shards[group.rank()].clone(), group=group)
 
 
 def reference_step(folder):
@@ -317,10 +316,13 @@ def update_with_nan(folder, layout):
     scores = policy.score(table)
     [mask], _ = policy.select([table], [scores], step=1)
     broken = replace(scores, old_logprobs_N=torch.full_like(scores.old_logprobs_N, -torch.inf))
-    before = [p.detach().clone() for p in policy.gpt.parameters()]
+    weights = list(policy.stages[0].gpt.parameters())
+    before = [p.detach().clone() for p in weights]
     with pytest.raises(UserError, match="gradient norm of update 1 is"):
         policy.update(table, broken, mask)
-    return all(torch.equal(a, b) for a, b in zip(before, policy.gpt.parameters(), strict=True))
+    return all(
+        torch.equal(a, b) for a, b in zip(before, policy.stages[0].gpt.parameters(), strict=True)
+    )
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(model_folder):

@@ -34,7 +34,7 @@ def export_hf(policy: Scorer, topology: Topology, source: Path, target: Path) ->
     if topology.rank == 0:
         weight_map = {name: file for files, _ in parts for name, file in files.items()}
         write_index(partial, weight_map, sum(size for _, size in parts))
-        copy_side_files(source, partial, next(policy.gpt.parameters()).dtype)
+        copy_side_files(source, partial, policy.dtype)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     torch.distributed.barrier()

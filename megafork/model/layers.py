@@ -1,19 +1,24 @@
 """Our two layers for megatron-core's local spec, plugged in through its ModuleSpec.
 
 On a GPU with TransformerEngine neither is used: its fused layers take their place.
-Shapes: T packed tokens, H hidden, Q/K query/kv heads on this rank, D head dimension.
+Shapes: T packed tokens of this rank, L of the whole pack (T = L / cp), H hidden, Q/K query/kv heads
+on this rank, D head dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+
+from megafork.parallel.zigzag import Zigzag
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -39,6 +44,9 @@ class PackedAttention(torch.nn.Module):
 
     Neighbouring sequences of similar length are padded at their ends and run as one batch: under
     a causal mask a pad key is seen by pad queries only, and those are dropped.
+
+    Under context parallelism keys and values are gathered from all ranks, and each rank's queries
+    see those of the whole sequence up to their own position.
     """
 
     def __init__(
@@ -48,10 +56,14 @@ class PackedAttention(torch.nn.Module):
         attn_mask_type: Any,
         attention_type: str,
         softmax_scale: float | None = None,
+        *,
+        pg_collection: ProcessGroupCollection,
         **_: Any,
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp
+        self.part = Zigzag(self.cp_group.rank(), self.cp_group.size())
 
     def forward(
         self,
@@ -63,24 +75,48 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams,
         **_: Any,
     ) -> Tensor:
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        q_parts, k_parts, v_parts = (x.split(lengths) for x in (q_TQD, k_TKD, v_TKD))
-        outputs = []
+        cu_seqlens = packed_seq_params.cu_seqlens_q
+        lengths = cu_seqlens.diff().tolist()
+        position_parts = None
+        if self.part.cp_size > 1:
+            order_L = self.part.order_of_gathered(cu_seqlens)
+            k_TKD, v_TKD = (
+                gather_from_sequence_parallel_region(x, group=self.cp_group)[order_L]
+                for x in (k_TKD, v_TKD)
+            )
+            positions_L = torch.cat([torch.arange(n, device=q_TQD.device) for n in lengths])
+            position_parts = positions_L[self.part.slots(cu_seqlens)].split(self._own(lengths))
+        q_parts = q_TQD.split(self._own(lengths))
+        k_parts, v_parts = k_TKD.split(lengths), v_TKD.split(lengths)
+        outputs: list[Tensor] = []
         for start, stop in similar_runs(lengths):
             q, k, v = (
-                torch.nn.utils.rnn.pad_sequence(parts[start:stop], batch_first=True).transpose(1, 2)
-                for parts in (q_parts, k_parts, v_parts)
+                _pad(parts[start:stop]).transpose(1, 2) for parts in (q_parts, k_parts, v_parts)
             )
+            seen = None
+            if position_parts is not None:
+                position = _pad(position_parts[start:stop])[:, None, :, None]
+                seen = torch.arange(k.shape[2], device=k.device) <= position
             out = F.scaled_dot_product_attention(
                 q,
                 k,
                 v,
-                is_causal=True,
+                attn_mask=seen,
+                is_causal=seen is None,
                 scale=self.softmax_scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             ).transpose(1, 2)
-            outputs += [row[:n] for row, n in zip(out, lengths[start:stop], strict=True)]
+            own = self._own(lengths[start:stop])
+            outputs += [row[:n] for row, n in zip(out, own, strict=True)]
         return torch.cat(outputs).flatten(1)
+
+    def _own(self, lengths: list[int]) -> list[int]:
+        """Tokens of each sequence on this rank."""
+        return [n // self.part.cp_size for n in lengths]
+
+
+def _pad(parts: Sequence[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
 
 
 def similar_runs(lengths: list[int], max_waste: float = 1.5) -> Iterator[tuple[int, int]]:

@@ -41,26 +41,43 @@ class HiddenStatesHead(ColumnParallelLinear):
         return input_, None
 
 
-def build_model(
+def build_chunks(
     shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, topology: Topology
-) -> GPTModel:
-    """This rank's pipeline stage, on its device, parameters not yet loaded."""
+) -> list[GPTModel]:
+    """This rank's pipeline stages (vpp of them), on its device, parameters not yet loaded."""
     config = transformer_config(shape, model, parallel)
-    num_layers = len(shape.stage_layers(parallel)[topology.pp_rank])
+    return [
+        _build_stage(index, config, shape, model, parallel, topology)
+        for index in range(parallel.vpp)
+    ]
+
+
+def _build_stage(
+    chunk: int,
+    config: TransformerConfig,
+    shape: ModelShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    topology: Topology,
+) -> GPTModel:
+    stage = chunk * topology.pp_size + topology.pp_rank
+    is_last = stage == parallel.num_stages - 1
+    num_layers = len(shape.stage_layers(parallel)[stage])
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=_block_spec(num_layers),
         vocab_size=padded_vocab_size(shape, model, parallel),
         max_sequence_length=shape.max_positions,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
+        pre_process=stage == 0,
+        post_process=is_last,
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
         pg_collection=topology.groups,
+        vp_stage=chunk if parallel.vpp > 1 else None,
     )
-    if topology.is_last_stage:
+    if is_last:
         # The layer is built (weight, tying, sharding attributes) by GPTModel; only its forward
         # changes. Replacing the module would lose the attributes, copying _postprocess would
         # break with every release.
@@ -75,17 +92,27 @@ def head_weight(gpt: GPTModel) -> Tensor:
     return gpt.output_layer.weight
 
 
-def head_input(gpt: GPTModel, hidden_1TH: Tensor) -> Tensor:
-    """[T, H], the same on all tp ranks, from the last stage's output ([1, T/tp, H] under SP).
+def head_input(gpt: GPTModel, hidden_1TH: Tensor, slots_N: Tensor) -> Tensor:
+    """[N, H], the same on all tp ranks: the wanted rows of the last stage's output.
 
-    For linear_logprob_and_entropy, whose gradient of it is already summed over the vocabulary
-    shards: it is split under SP and not reduced again.
+    slots_N: ascending. Under sequence parallelism the output is [1, T/tp, H]; each rank takes the
+    wanted rows of its part, padded to the largest number that any rank has, and only those are
+    gathered. For linear_logprob_and_entropy, whose gradient of the rows is already summed over the
+    vocabulary shards: backward it is split and not reduced again.
     """
     if not gpt.config.sequence_parallel:
-        return hidden_1TH[0]
-    return gather_from_sequence_parallel_region(
-        hidden_1TH[0], tensor_parallel_output_grad=False, group=gpt.pg_collection.tp
+        return hidden_1TH[0][slots_N]
+    group, length = gpt.pg_collection.tp, hidden_1TH.shape[1]
+    holder_N = slots_N // length
+    counts = torch.bincount(holder_N, minlength=group.size())
+    longest = max(1, int(counts.max()))
+    own = slots_N[holder_N == group.rank()] - group.rank() * length
+    padded = F.pad(hidden_1TH[0][own], (0, 0, 0, longest - len(own)))
+    gathered = gather_from_sequence_parallel_region(
+        padded, tensor_parallel_output_grad=False, group=group
     )
+    first = holder_N * longest - (counts.cumsum(0) - counts)[holder_N]
+    return gathered[first + torch.arange(len(slots_N), device=slots_N.device)]
 
 
 def padded_vocab_size(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> int:
@@ -105,6 +132,13 @@ def transformer_config(
         optional["recompute_granularity"] = model.recompute
     if model.recompute == "full":
         optional |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    if parallel.vpp > 1:
+        # With batched sends the interleaved schedule of 2 ranks mixes up neighbours, silently.
+        optional |= {
+            "virtual_pipeline_model_parallel_size": parallel.vpp,
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+        }
     if parallel.pipeline_layers is not None:
         layout = [["decoder"] * n for n in parallel.pipeline_layers]
         layout[0].insert(0, "embedding")

@@ -19,16 +19,17 @@ from megafork.config import ModelConfig, ParallelConfig
 from megafork.data.packing import Pack, build_pack, fed_lengths, plan_micro_batches
 from megafork.errors import UserError
 from megafork.model.hf_folder import SafetensorsFolder
-from megafork.model.qwen3 import build_model, head_input, head_weight
+from megafork.model.qwen3 import head_input, head_weight
 from megafork.model.shape import ModelShape
 from megafork.model.weights import (
+    build_stages,
     export_weights,
     load_weights,
     mark_tensor_parallel,
-    stage_rules,
 )
 from megafork.ops.vocab_parallel import linear_logprob_and_entropy
 from megafork.parallel.topology import Topology
+from megafork.parallel.zigzag import Zigzag
 from megafork.types import TokenTable
 
 
@@ -64,17 +65,22 @@ class Scorer:
         self.micro_batch_tokens = micro_batch_tokens
         self.temperature = temperature
         self.entropy_temperature = entropy_temperature
-        self.sequence_multiple = parallel.tp if parallel.sequence_parallel else 1
-        self.rules = stage_rules(self.shape, model, parallel, topology)
-        self.gpt = build_model(self.shape, model, parallel, topology)
-        mark_tensor_parallel(self.gpt, self.rules)
-        load_weights(self.gpt, SafetensorsFolder(model.path), self.rules, topology)
-        self.model: torch.nn.Module = self.gpt
+        self.part = Zigzag(
+            topology.cp_rank, topology.cp_size, parallel.tp if parallel.sequence_parallel else 1
+        )
+        # The interleaved schedule goes through the micro-batches in rounds of pp.
+        self.count_multiple = topology.pp_size if parallel.vpp > 1 else 1
+        self.stages = build_stages(self.shape, model, parallel, topology)
+        mark_tensor_parallel(self.stages)
+        load_weights(self.stages, SafetensorsFolder(model.path), topology)
+        self.modules: list[torch.nn.Module] = [stage.gpt for stage in self.stages]
+        """What the schedule runs: the stages, or what a subclass wraps them in."""
 
     def score(self, table: TokenTable) -> Scores:
         """Log-probability and entropy of every response token, without gradients."""
         packs = self.packs(table)
-        self.model.eval()
+        for module in self.modules:
+            module.eval()
 
         def collect(pack: Pack, logprobs_N: Tensor, entropy_N: Tensor) -> tuple[Tensor, dict]:
             return logprobs_N.sum(), {"logprobs": logprobs_N.cpu(), "entropy": entropy_N.cpu()}
@@ -92,27 +98,34 @@ class Scorer:
         )
 
     def packs(self, table: TokenTable) -> list[Pack]:
-        """This data-parallel rank's micro-batches of the table."""
+        """This rank's part of its micro-batches of the table."""
         self._check(table)
         plan = plan_micro_batches(
-            fed_lengths(table),
+            [self.part.padded(length) for length in fed_lengths(table)],
             dp_size=self.topology.dp_size,
             token_budget=self.micro_batch_tokens,
+            cp_size=self.topology.cp_size,
+            count_multiple=self.count_multiple,
         )
         return [
-            build_pack(table, samples, multiple=self.sequence_multiple, device=self.topology.device)
+            build_pack(table, samples, part=self.part, device=self.topology.device)
             for samples in plan[self.topology.dp_rank]
         ]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stages[0].gpt.config.params_dtype
+
     def export_shards(self) -> Iterator[tuple[str, Tensor]]:
-        """This stage's weights by HF name, on its sender; its tp ranks iterate together."""
-        return export_weights(self.gpt, self.rules, self.topology)
+        """This rank's weights by HF name, on its sender; its tp ranks iterate together."""
+        return export_weights(self.stages, self.topology)
 
     def shard_manifest(self) -> list[tuple[str, tuple[int, ...]]]:
         """Names and shapes that export_shards will give, in its order, without communication."""
         return [
             pair
-            for rule in self.rules
+            for stage in self.stages
+            for rule in stage.rules
             if rule.exported
             for pair in zip(rule.hf, rule.hf_shapes, strict=True)
         ]
@@ -158,9 +171,10 @@ class Scorer:
             )
 
             def loss(hidden_1TH: Tensor) -> Any:
+                gpt = self.stages[-1].gpt
                 logprobs_N, entropy_N = linear_logprob_and_entropy(
-                    head_input(self.gpt, hidden_1TH)[pack.slots_N],
-                    head_weight(self.gpt),
+                    head_input(gpt, hidden_1TH, pack.slots_N),
+                    head_weight(gpt),
                     pack.targets_N,
                     tp_group=self.topology.groups.tp,
                     temperature=self.temperature,
@@ -175,8 +189,8 @@ class Scorer:
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(packs),
-            model=self.model,
+            data_iterator=[iter(packs) for _ in self.modules],
+            model=self.modules,
             num_microbatches=len(packs),
             seq_length=1,  # read from the tensors: variable_seq_lengths
             micro_batch_size=1,

@@ -78,16 +78,21 @@ class ModelShape:
                     f"parallel.tp={parallel.tp} must divide model.{name}={value}: "
                     f"use {', '.join(map(str, fits[:-1]))}{' or ' if fits[:-1] else ''}{fits[-1]}"
                 )
-        layers = parallel.pipeline_layers
+        layers, stages = parallel.pipeline_layers, parallel.num_stages
+        if parallel.vpp > 1 and parallel.pp == 1:
+            raise UserError(f"parallel.vpp={parallel.vpp} needs parallel.pp > 1: raise pp")
         if layers is not None:
-            if len(layers) != parallel.pp or sum(layers) != self.num_layers:
+            if len(layers) != stages or sum(layers) != self.num_layers:
                 raise UserError(
-                    f"parallel.pipeline_layers={list(layers)} must have parallel.pp={parallel.pp} "
+                    f"parallel.pipeline_layers={list(layers)} must have pp * vpp={stages} "
                     f"entries that sum to model.num_layers={self.num_layers}"
                 )
-        elif self.num_layers % parallel.pp:
+        elif self.num_layers % stages:
+            what = f"parallel.pp={parallel.pp}"
+            if parallel.vpp > 1:
+                what += f" * vpp={parallel.vpp}"
             raise UserError(
-                f"parallel.pp={parallel.pp} must divide model.num_layers={self.num_layers}: "
+                f"{what} must divide model.num_layers={self.num_layers}: "
                 "use a divisor, or give the layers of each stage in parallel.pipeline_layers"
             )
         if parallel.sequence_parallel and parallel.tp == 1:
@@ -96,9 +101,10 @@ class ModelShape:
             )
 
     def stage_layers(self, parallel: ParallelConfig) -> list[range]:
-        """The layers of each pipeline stage, in order."""
-        sizes = parallel.pipeline_layers or (self.num_layers // parallel.pp,) * parallel.pp
-        starts = [sum(sizes[:stage]) for stage in range(parallel.pp)]
+        """The layers of each of the pp * vpp stages, in order; stage s is on rank s % pp."""
+        stages = parallel.num_stages
+        sizes = parallel.pipeline_layers or (self.num_layers // stages,) * stages
+        starts = [sum(sizes[:stage]) for stage in range(stages)]
         return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 

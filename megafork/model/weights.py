@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,48 +15,63 @@ from megafork.config import ModelConfig, ParallelConfig
 from megafork.errors import UserError
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.hf_mapping import Replicated, Rule, rules
-from megafork.model.qwen3 import padded_vocab_size
+from megafork.model.qwen3 import build_chunks, padded_vocab_size
 from megafork.model.shape import ModelShape
 from megafork.parallel import backend
 from megafork.parallel.topology import Topology
 
 
-def stage_rules(
+@dataclass(frozen=True)
+class Stage:
+    """One of this rank's pipeline stages (there are vpp) and what its parameters are called."""
+
+    gpt: GPTModel
+    rules: list[Rule]
+
+    def parameters(self) -> Iterator[tuple[Rule, torch.nn.Parameter]]:
+        """Every parameter with its rule, in the rules' order."""
+        by_name = dict(self.gpt.named_parameters())
+        assert len(by_name) == len(self.rules), "parameters without a rule"
+        for rule in self.rules:
+            yield rule, by_name[rule.megatron]
+
+
+def build_stages(
     shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, topology: Topology
-) -> list[Rule]:
-    """The rules of this rank's pipeline stage."""
-    return list(
-        rules(
+) -> list[Stage]:
+    """This rank's pipeline stages, on its device, parameters not yet loaded."""
+    layers, last = shape.stage_layers(parallel), parallel.num_stages - 1
+    stages = []
+    for chunk, gpt in enumerate(build_chunks(shape, model, parallel, topology)):
+        index = chunk * topology.pp_size + topology.pp_rank
+        table = rules(
             shape,
-            layers=shape.stage_layers(parallel)[topology.pp_rank],
-            first_stage=topology.is_first_stage,
-            last_stage=topology.is_last_stage,
+            layers=layers[index],
+            first_stage=index == 0,
+            last_stage=index == last,
             padded_vocab_size=padded_vocab_size(shape, model, parallel),
             transformer_engine=backend.has_transformer_engine(),
         )
-    )
+        stages.append(Stage(gpt, list(table)))
+    return stages
 
 
-def mark_tensor_parallel(gpt: GPTModel, table: list[Rule]) -> None:
+def mark_tensor_parallel(stages: Sequence[Stage]) -> None:
     """Say of each parameter whether its tp ranks hold slices or copies, and along which dim.
 
     megatron does so only when it also initialises the weights at random, which we skip; without
     the marks its gradient norm would count the slices of tp rank 0 alone.
     """
-    parameters = dict(gpt.named_parameters())
-    for rule in table:
+    for rule, parameter in _parameters(stages):
         dim = rule.sharding.dim
-        if dim is not None and not hasattr(parameters[rule.megatron], "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(parameters[rule.megatron], True, dim, stride=1)
+        if dim is not None and not hasattr(parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameter, True, dim, stride=1)
 
 
 @torch.no_grad()
-def load_weights(
-    gpt: GPTModel, folder: SafetensorsFolder, table: list[Rule], topology: Topology
-) -> None:
-    """Fill every parameter of this stage from its slices. Raises UserError for a wrong shape."""
-    parameters = dict(gpt.named_parameters())
-    for rule in table:
+def load_weights(stages: Sequence[Stage], folder: SafetensorsFolder, topology: Topology) -> None:
+    """Fill every parameter of this rank from its slices. Raises UserError for a wrong shape."""
+    for rule, parameter in _parameters(stages):
         for name, expected in zip(rule.hf, rule.hf_shapes, strict=True):
             if name in folder.names and folder.shape(name) != expected:
                 raise UserError(
@@ -63,29 +79,31 @@ def load_weights(
                     f"config.json asks for {list(expected)}"
                 )
         shard = rule.sharding.read(folder.slice, rule.hf, topology.tp_rank, topology.tp_size)
-        parameters.pop(rule.megatron).copy_(shard)
-    assert not parameters, f"parameters without a rule: {sorted(parameters)}"
+        parameter.copy_(shard)
 
 
 def export_weights(
-    gpt: GPTModel,
-    table: list[Rule],
+    stages: Sequence[Stage],
     topology: Topology,
     value_of: Callable[[Tensor], Tensor] = lambda parameter: parameter.detach(),
 ) -> Iterator[tuple[str, Tensor]]:
-    """This stage's tensors by HF name, one rule at a time, on the stage's tp rank 0.
+    """This rank's tensors by HF name, one rule at a time, on tp rank 0.
 
-    All tensor-parallel ranks of a stage must iterate together; the others get nothing. `value_of`
-    picks what to export of a parameter (its weight; a test exports gradients).
+    All tensor-parallel ranks must iterate together; the others get nothing. `value_of` picks what
+    to export of a parameter (its weight; a test exports gradients).
     """
-    parameters = dict(gpt.named_parameters())
-    for rule in table:
+    for rule, parameter in _parameters(stages):
         if not rule.exported:
             continue
-        value = value_of(parameters[rule.megatron])
+        value = value_of(parameter)
         shards = _gather(value, topology, whole=isinstance(rule.sharding, Replicated))
         if topology.tp_rank == 0:
             yield from zip(rule.hf, rule.sharding.merge(shards), strict=True)
+
+
+def _parameters(stages: Sequence[Stage]) -> Iterator[tuple[Rule, torch.nn.Parameter]]:
+    for stage in stages:
+        yield from stage.parameters()
 
 
 def _gather(value: Tensor, topology: Topology, *, whole: bool) -> list[Tensor]:

@@ -34,6 +34,7 @@ class Topology:
     tp_size: int
     pp_rank: int
     pp_size: int
+    cp_rank: int
     cp_size: int
     dp_rank: int
     dp_size: int
@@ -113,6 +114,7 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0) -> Topology:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         distributed_timeout_minutes=parallel.timeout_minutes,
     )
@@ -128,6 +130,7 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0) -> Topology:
         tp_size=parallel.tp,
         pp_rank=pp_rank,
         pp_size=parallel.pp,
+        cp_rank=dist.get_rank(groups.cp),
         cp_size=parallel.cp,
         dp_rank=dist.get_rank(groups.dp),
         dp_size=dp_size,

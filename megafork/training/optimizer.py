@@ -6,6 +6,7 @@ summed: no averaging over data-parallel ranks, no division by token or micro-bat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -23,8 +24,10 @@ from megafork.parallel import backend
 from megafork.parallel.topology import Topology
 
 
-def wrap_data_parallel(gpt: GPTModel, topology: Topology) -> DistributedDataParallel:
-    """The model in megatron's DDP: contiguous float32 gradient buffers, sharded optimizer."""
+def wrap_data_parallel(
+    stages: Sequence[GPTModel], topology: Topology
+) -> list[DistributedDataParallel]:
+    """Each stage in megatron's DDP: contiguous float32 gradient buffers, sharded optimizer."""
     overlap = backend.has_cuda()
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -32,12 +35,23 @@ def wrap_data_parallel(gpt: GPTModel, topology: Topology) -> DistributedDataPara
         overlap_grad_reduce=overlap,
         average_in_collective=False,
     )
-    module = Float16Module(gpt.config, gpt) if gpt.config.bf16 else gpt
-    ddp = DistributedDataParallel(gpt.config, config, module, pg_collection=topology.groups)
+    shared = stages[0].config
+    wrapped = [
+        DistributedDataParallel(
+            shared,
+            config,
+            Float16Module(shared, gpt) if shared.bf16 else gpt,
+            # Later stages finish their backward first: nothing is left to overlap with.
+            disable_bucketing=index > 0,
+            pg_collection=topology.groups,
+        )
+        for index, gpt in enumerate(stages)
+    ]
     if overlap:
-        gpt.config.no_sync_func = ddp.no_sync
-    gpt.config.finalize_model_grads_func = partial(_finalize, groups=topology.groups)
-    return ddp
+        no_sync = [ddp.no_sync for ddp in wrapped]
+        shared.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    shared.finalize_model_grads_func = partial(_finalize, groups=topology.groups)
+    return wrapped
 
 
 def _finalize(model, num_tokens=None, pg_collection=None, force_all_reduce=False, *, groups):
@@ -46,10 +60,10 @@ def _finalize(model, num_tokens=None, pg_collection=None, force_all_reduce=False
 
 
 def build_optimizer(
-    ddp: DistributedDataParallel, training: TrainingConfig, topology: Topology
+    stages: Sequence[DistributedDataParallel], training: TrainingConfig
 ) -> MegatronOptimizer:
     """AdamW with global-norm clipping; 1-D tensors (norms) form a group without weight decay."""
-    dtype = next(ddp.parameters()).dtype
+    dtype = stages[0].config.params_dtype
     config = OptimizerConfig(
         optimizer="adam",
         lr=training.lr,
@@ -63,7 +77,7 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(config, [ddp])
+    return get_megatron_optimizer(config, list(stages))
 
 
 def set_hyperparameters(

@@ -60,8 +60,9 @@ class Policy(Scorer):
         self.forking = forking
         self.boundary_eps = BOUNDARY_EPS[model.dtype]
         self.num_updates = 0
-        self.model = self.ddp = wrap_data_parallel(self.gpt, topology)
-        self.optimizer = build_optimizer(self.ddp, training, topology)
+        self.ddp = wrap_data_parallel([stage.gpt for stage in self.stages], topology)
+        self.modules = list(self.ddp)
+        self.optimizer = build_optimizer(self.ddp, training)
 
     def select(
         self, tables: Sequence[TokenTable], scores: Sequence[Scores], *, step: int
@@ -116,8 +117,9 @@ class Policy(Scorer):
         assert not table.advantage_B.isnan().any(), "advantages were not computed"
         clip = {"clip_low": self.algorithm.clip_low, "clip_high": self.algorithm.clip_high}
         packs, columns_of = self._needed_rows(table, scores, mask_N)
-        self.model.train()
-        self.ddp.zero_grad_buffer()
+        for ddp in self.ddp:
+            ddp.train()
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
         def loss_of(pack: Pack, logprobs_N: Tensor, _: Tensor) -> tuple[Tensor, dict]:

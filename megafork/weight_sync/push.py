@@ -42,8 +42,7 @@ class WeightSync:
         """server_host: where the server runs, to find the address that its workers reach us by."""
         self.policy, self.topology, self.client = policy, topology, client
         self.timeout_s = sync.timeout_s
-        dtype = next(policy.gpt.parameters()).dtype
-        manifest = [(name, shape, dtype) for name, shape in policy.shard_manifest()]
+        manifest = [(name, shape, policy.dtype) for name, shape in policy.shard_manifest()]
         self.own_buckets = plan_buckets(topology.pp_rank, manifest, sync.bucket_mib << 20)
         self.sender: WeightSender | None = None
         offer = None
