@@ -155,13 +155,19 @@ class ForkingConfig(Section):
         "top", description="which response tokens carry the policy gradient"
     )
     rho: Fraction = Field(0.2, description="fraction of the tokens, by entropy")
-    scope: Literal["minibatch", "batch"] = Field(
-        "minibatch", description="the tokens over which the threshold is taken"
+    scope: Literal["minibatch", "batch", "sequence"] = Field(
+        "minibatch",
+        description="the tokens over which a threshold is taken: one optimizer step's, the whole "
+        "rollout batch's, or each response's own",
     )
-    entropy_of: Literal["old"] = Field(
-        "old", description="entropies of the policy before the first update of the batch"
+    entropy_of: Literal["old", "current"] = Field(
+        "old",
+        description="whose entropies: of the policy before the first update of the batch, or just "
+        "before each update (one more forward pass)",
     )
-    ties: Literal["keep"] = Field("keep", description="tokens at the threshold are all kept")
+    ties: Literal["keep", "hash"] = Field(
+        "keep", description="tokens at the threshold: all kept, or exactly as many as rho asks for"
+    )
     entropy_temperature: PositiveFloat | None = Field(
         None, description="temperature of the entropy; unset: the sampling temperature"
     )
@@ -232,6 +238,12 @@ class TrainConfig(Section):
             raise UserError(
                 f"training.prompts_per_minibatch={per_minibatch} must divide "
                 f"rollout.prompts_per_step={prompts}: use one of {_divisors(prompts)}"
+            )
+        if self.forking.scope == "batch" and self.forking.entropy_of == "current":
+            raise UserError(
+                "forking.scope=batch takes one threshold before the first update, but "
+                "forking.entropy_of=current has entropies of later mini-batches only after it: use "
+                "scope=minibatch or entropy_of=old"
             )
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         on_one_rank = self.parallel.tokens_on_one_rank(longest)

@@ -63,12 +63,10 @@ def test_an_unselected_token_cannot_spoil_the_gradient():
 
 
 def test_ties_that_keep_too_much_are_told():
-    config = ForkingConfig(rho=0.2)
-    assert warn_of_ties(0.215, config) is None
-    assert "kept 85.0% of the tokens" in warn_of_ties(0.85, config)
-    assert warn_of_ties(0.8, ForkingConfig(select="bottom", rho=0.2)) is None
-    assert warn_of_ties(0.7, ForkingConfig(select="bottom", rho=0.2)) is not None
-    assert warn_of_ties(1.0, ForkingConfig(select="all", rho=0.2)) is None
+    assert warn_of_ties(0.215, 0.2, rho=0.2) is None
+    assert "asks for 20.0% of the tokens, but 85.0% were kept" in warn_of_ties(0.85, 0.2, rho=0.2)
+    assert warn_of_ties(0.8, 0.8, rho=0.2) is None
+    assert warn_of_ties(0.7, 0.8, rho=0.2) is not None
 
 
 def test_k3_by_hand():
@@ -128,6 +126,75 @@ def test_boundary_counts_company_at_the_threshold():
     )
     assert crowded.num_boundary == 3
     assert select(rho=0.4).num_boundary == 0
+
+
+def collapsed(num_tokens, share_of_zeros):
+    """Entropies of a policy that has nearly stopped to explore, and their keys."""
+    entropy = torch.rand(num_tokens, generator=torch.Generator().manual_seed(1)) + 0.1
+    entropy[: int(share_of_zeros * num_tokens)] = 0.0
+    keys = torch.stack([torch.arange(num_tokens) // 100, torch.arange(num_tokens) % 100], 1)
+    return entropy, keys
+
+
+@pytest.mark.parametrize("select", ["top", "bottom"])
+def test_ties_by_hash_keep_exactly_k(select):
+    entropy, keys = collapsed(100_000, 0.85)
+    everything = torch.ones(100_000).bool()
+    arguments = {"seed": 0, "step": 0}
+    keep = select_tokens(
+        entropy, everything, keys, ForkingConfig(rho=0.2, select=select), **arguments
+    )
+    config = ForkingConfig(rho=0.2, ties="hash", select=select)
+    exact = select_tokens(entropy, everything, keys, config, **arguments)
+    wanted = {"top": 20_000, "bottom": 80_000}[select]
+    assert keep.num_kept == int(keep.mask_T.sum()) == {"top": 100_000, "bottom": 0}[select]
+    assert keep.num_wanted == exact.num_wanted == wanted
+    assert exact.num_kept == int(exact.mask_T.sum()) == wanted
+    top = exact.mask_T if select == "top" else ~exact.mask_T
+    assert top[85_000:].all()  # none above the threshold was left out
+    drawn = top[:85_000].nonzero()[:, 0].float()
+    assert abs(float(drawn.mean()) - 42_500) < 5 * 85_000 / math.sqrt(12 * 5000)  # spread evenly
+
+
+def test_ties_by_hash_are_a_function_of_the_key():
+    entropy, keys = collapsed(1000, 0.9)
+    config = ForkingConfig(rho=0.2, ties="hash")
+
+    def chosen(order, step):
+        mask = select_tokens(
+            entropy[order], torch.ones(1000).bool(), keys[order], config, seed=0, step=step
+        ).mask_T
+        return {tuple(key) for key in keys[order][mask].tolist()}
+
+    in_order, shuffled = torch.arange(1000), torch.randperm(1000)
+    assert chosen(in_order, 1) == chosen(shuffled, 1) != chosen(in_order, 2)
+
+
+@pytest.mark.parametrize("ties", ["keep", "hash"])
+def test_every_sequence_has_its_own_threshold(ties):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1, 4, 0, 50, 7])
+    sequence = torch.repeat_interleave(torch.arange(5), lengths)
+    entropy = (torch.rand(62, generator=generator) * 6).round() / 6  # with ties
+    in_loss = sequence != 4  # a response that overlong filtering took out
+    keys = torch.stack([sequence, torch.arange(62)], 1)
+    found = select_tokens(
+        entropy, in_loss, keys, ForkingConfig(scope="sequence", ties=ties),
+        seed=0, step=0, sequence_T=sequence, num_sequences=5,
+    )  # fmt: skip
+    thresholds = []
+    for s, k in ((0, 1), (1, 1), (3, 10)):
+        inside = sequence == s
+        thresholds.append(entropy[inside].sort(descending=True).values[k - 1])
+        if ties == "keep":
+            assert torch.equal(found.mask_T[inside], entropy[inside] >= thresholds[-1])
+        else:
+            assert int(found.mask_T[inside].sum()) == k
+            assert found.mask_T[inside][entropy[inside] > thresholds[-1]].all()
+    assert not found.mask_T[~in_loss].any()
+    assert found.threshold == pytest.approx(float(torch.stack(thresholds).mean()))
+    assert found.num_wanted == 12
+    assert found.num_kept == int(found.mask_T.sum())
 
 
 def test_random_selection_is_a_function_of_the_key():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megafork.config import ParallelConfig
-from megafork.ops.top_fraction import top_fraction_threshold
+from megafork.ops import top_fraction
+from megafork.ops.top_fraction import largest_keys, top_fraction_threshold
 from megafork.parallel.topology import initialize
 from tests.ranks import run_ranks
 
@@ -101,6 +102,40 @@ def test_segments_are_independent():
         expected = by_sorting(inside, 0.3) if len(inside) else (math.inf, 0, 0)
         got = (found.threshold[s].item(), found.num_kept[s].item(), found.num_total[s].item())
         assert got == expected
+
+
+@pytest.mark.parametrize("num_segments", [3, 100, 5000])
+def test_largest_keys_are_exactly_k(num_segments):
+    """64-bit keys; as many passes as keep the histograms small."""
+    generator = torch.Generator().manual_seed(num_segments)
+    keys = torch.randint(-(2**63), 2**63 - 1, (20_000,), generator=generator)
+    mask = torch.rand(20_000, generator=generator) < 0.9
+    segments = torch.randint(0, num_segments, (20_000,), generator=generator)
+    segments[segments == 1] = 0  # an empty one
+    sizes = torch.bincount(segments[mask], minlength=num_segments)
+    k = (sizes * torch.rand(num_segments, generator=generator)).long()
+    chosen = largest_keys(keys, mask, k, segments_T=segments)
+    assert not (chosen & ~mask).any()
+    for s in range(num_segments):
+        inside = mask & (segments == s)
+        expected = set(keys[inside].sort(descending=True).values[: k[s]].tolist())
+        assert set(keys[inside & chosen].tolist()) == expected
+
+
+def test_more_tokens_than_int32_can_count(monkeypatch):
+    """Every value stands for 2^25 equal ones: 33.5 billion tokens in all."""
+    repeats = 2**25
+    one_each = top_fraction._histogram
+    monkeypatch.setattr(top_fraction, "_histogram", lambda *a: one_each(*a) * repeats)
+    values, mask = randoms(1000, "ties", 2)
+    ordered = values[mask].sort(descending=True).values
+    for fraction in (0.2, 0.5, 0.999):
+        found = top_fraction_threshold(values, mask, fraction)
+        total = len(ordered) * repeats
+        assert found.num_total == total > 2**34
+        k = math.ceil(fraction * total - 1e-9)
+        assert found.threshold == ordered[(k - 1) // repeats]
+        assert found.num_kept == int((ordered >= found.threshold).sum()) * repeats
 
 
 def over_ranks(values, mask, segments, split_over):

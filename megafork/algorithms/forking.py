@@ -7,6 +7,7 @@ rho of all response tokens of the optimizer batch B. The threshold here is exact
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafork.config import ForkingConfig
-from megafork.ops.top_fraction import top_fraction_threshold
+from megafork.ops.top_fraction import largest_keys, top_fraction_threshold, top_k
 from megafork.types import hash64
+
+_TIES = torch.tensor(1)
+"""Sets the hash that breaks ties apart from the one that "random" selects by."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,11 @@ class Selection:
     mask_T: Tensor
     """bool: forking_mask, contained in the loss mask"""
     threshold: float
-    """tau in nats: the smallest entropy kept (top), the smallest one not kept (bottom)"""
+    """tau in nats, the smallest entropy in the top rho; the mean of the sequences' own for scope
+    "sequence" """
     num_kept: int
+    num_wanted: int
+    """what rho asks for; ties = "keep" keeps more when entropies are equal"""
     num_total: int
     num_boundary: int
     """tokens within `boundary_eps` of the threshold: another layout may decide them otherwise"""
@@ -45,51 +52,104 @@ def select_tokens(
     step: int,
     groups: Sequence[dist.ProcessGroup] = (),
     boundary_eps: float = 0.0,
+    sequence_T: Tensor | None = None,
+    num_sequences: int = 1,
 ) -> Selection:
     """Select among the tokens of one threshold scope; call it once for each scope.
 
     entropy_T: float32 nats; loss_mask_T: bool; key_T2: int64 (sample uid, position); each rank of
     `groups` passes its own tokens. "bottom" is the complement of "top" at the same rho; "random"
-    takes the top rho of a hash of (seed, step, key), so the same tokens at every layout.
+    takes the top rho of a hash of (seed, step, key), so the same tokens at every layout. Tokens
+    tied with the threshold are all in the top, or with ties = "hash" as many as are missing, by
+    another hash of (seed, step, key). sequence_T: int64, which of num_sequences sequences a token
+    belongs to; each has its own threshold when the scope is "sequence", and none else.
     """
-    by_entropy = config.select in ("top", "bottom")
+    if config.scope == "sequence":
+        assert sequence_T is not None, "scope = sequence asks which sequence a token is of"
+        segment_T, num_segments = sequence_T, num_sequences
+    else:
+        segment_T, num_segments = torch.zeros_like(loss_mask_T, dtype=torch.int64), 1
+
+    def count(mask_T: Tensor) -> Tensor:
+        counts = torch.bincount(segment_T[mask_T], minlength=num_segments)
+        for group in groups:
+            dist.all_reduce(counts, group=group)
+        return counts
+
     values_T = entropy_T
     if config.select == "random":
         values_T = random_scores(key_T2, seed=seed, step=step)
-    top = top_fraction_threshold(values_T, loss_mask_T, config.rho, groups=groups)
-    threshold, num_top, num_total = float(top.threshold), int(top.num_kept), int(top.num_total)
-    top_T = loss_mask_T & (values_T >= threshold)
-    boundary = (loss_mask_T & ((values_T - threshold).abs() <= boundary_eps)).sum()
-    mask_T = {"bottom": loss_mask_T & ~top_T, "all": loss_mask_T}.get(config.select, top_T)
-    for group in groups:
-        dist.all_reduce(boundary, group=group)
+    threshold_S, num_top_S, num_total_S = _thresholds(
+        values_T, loss_mask_T, config.rho, groups, segment_T, num_segments
+    )
+    threshold_T = threshold_S[segment_T]
+    top_T = loss_mask_T & (values_T >= threshold_T)
+    k_S = torch.where(num_total_S > 0, top_k(num_total_S, config.rho), 0)
+    if config.ties == "hash" and bool((num_top_S > k_S).any()):
+        tied_T = loss_mask_T & (values_T == threshold_T)
+        missing_S = k_S - (num_top_S - count(tied_T))
+        order_T = hash64(*_salted(key_T2, seed=seed, step=step), _TIES)
+        chosen_T = largest_keys(order_T, tied_T, missing_S, groups=groups, segments_T=segment_T)
+        top_T, num_top_S = (top_T & ~tied_T) | chosen_T, k_S
+    near_S = count(loss_mask_T & ((values_T - threshold_T).abs() <= boundary_eps))
+    num_top, wanted, num_total = int(num_top_S.sum()), int(k_S.sum()), int(num_total_S.sum())
+    kept, mask_T = num_top, top_T
+    if config.select == "bottom":
+        kept, wanted, mask_T = num_total - num_top, num_total - wanted, loss_mask_T & ~top_T
+    elif config.select == "all":
+        kept = wanted = num_total
+        mask_T = loss_mask_T
+    by_entropy = config.select in ("top", "bottom")
+    thresholds = threshold_S[num_total_S > 0]
     return Selection(
         mask_T=mask_T,
-        threshold=threshold,
-        num_kept={"bottom": num_total - num_top, "all": num_total}.get(config.select, num_top),
+        threshold=float(thresholds.mean()) if len(thresholds) else math.inf,
+        num_kept=kept,
+        num_wanted=wanted,
         num_total=num_total,
         # One token is always at the threshold; only company makes it a matter of rounding.
-        num_boundary=int(boundary) if by_entropy and boundary > 1 else 0,
+        num_boundary=int(near_S[near_S > 1].sum()) if by_entropy else 0,
     )
 
 
-def warn_of_ties(kept_fraction: float, config: ForkingConfig) -> str | None:
+def _thresholds(
+    values_T: Tensor,
+    mask_T: Tensor,
+    rho: float,
+    groups: Sequence[dist.ProcessGroup],
+    segment_T: Tensor,
+    num_segments: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(threshold, kept, total) of every segment; one segment needs no look at the ids."""
+    ids = segment_T if num_segments > 1 else None
+    found = top_fraction_threshold(
+        values_T, mask_T, rho, groups=groups, segments_T=ids, num_segments=num_segments
+    )
+    threshold, kept, total = (
+        torch.as_tensor(value, device=values_T.device).reshape(-1) for value in found
+    )
+    return threshold, kept, total
+
+
+def warn_of_ties(kept_fraction: float, wanted_fraction: float, rho: float) -> str | None:
     """A message when ties move the kept fraction by more than a tenth of rho; else None.
 
     A collapsed policy has many entropies of 0; when they reach the threshold all are kept.
     """
-    if config.select == "all":
-        return None
-    expected = 1.0 - config.rho if config.select == "bottom" else config.rho
-    if abs(kept_fraction - expected) <= 0.1 * config.rho:
+    if abs(kept_fraction - wanted_fraction) <= 0.1 * rho:
         return None
     return (
-        f"forking.select={config.select} kept {kept_fraction:.1%} of the tokens where "
-        f"forking.rho={config.rho:g} asks for {expected:.1%}: many entropies are equal"
+        f"forking.rho={rho:g} asks for {wanted_fraction:.1%} of the tokens, but "
+        f"{kept_fraction:.1%} were kept: many entropies are equal (forking.ties=hash keeps exactly "
+        "what rho asks for)"
     )
 
 
 def random_scores(key_T2: Tensor, *, seed: int, step: int) -> Tensor:
     """float32 in [0, 1), a function of (seed, step, key) alone."""
-    hashed_T = hash64(torch.tensor(seed), torch.tensor(step), key_T2[:, 0], key_T2[:, 1])
+    hashed_T = hash64(*_salted(key_T2, seed=seed, step=step))
     return ((hashed_T >> 40) & 0xFFFFFF).float() / float(1 << 24)
+
+
+def _salted(key_T2: Tensor, *, seed: int, step: int) -> tuple[Tensor, ...]:
+    return (*key_T2.new_tensor([seed, step]), key_T2[:, 0], key_T2[:, 1])

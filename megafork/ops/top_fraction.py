@@ -1,22 +1,24 @@
 """The exact k-th largest of values that are spread over ranks, by radix selection.
 
-float32 values map to 32-bit keys of the same order. Three passes count the keys' leading 11, next
-11 and last 10 bits in histograms, which are summed over the ranks; each pass narrows the k-th
-largest down to one bin, the last to one key. Communication does not depend on the number of
-values, counts are 64-bit integers, and nothing is ever gathered or sorted.
+float32 values map to 32-bit keys of the same order. Each pass counts some leading bits of the keys
+in histograms, which are summed over the ranks, and narrows the k-th largest down to one bin; the
+last pass leaves one key. Communication does not depend on the number of values, counts are 64-bit
+integers, and nothing is ever gathered or sorted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_PASSES = ((21, 11), (10, 11), (0, 10))  # (bits below, bits of this pass)
+_MAX_BITS = 11
+_MAX_BINS = 1 << 17
+"""Of one pass over all segments: 1 MiB of counts."""
 
 
 class TopFraction(NamedTuple):
@@ -39,10 +41,10 @@ def top_fraction_threshold(
     """Threshold of the top `fraction` of the masked values over all ranks.
 
     values_T: float32 (bfloat16 and float16 are exact too). mask_T: bool. The threshold is exactly
-    the k-th largest masked value, k = ceil(fraction * N - 1e-9), at least 1; all values tied with
-    it are kept.
+    the k-th largest masked value, k = top_k(N, fraction); all values tied with it are kept.
     groups: orthogonal process groups over which the tokens are split. segments_T: ids in
-    0..num_segments-1, one independent threshold each, with the same three collectives.
+    0..num_segments-1, one independent threshold each, with the same few collectives (three for up
+    to 64 segments, of at most 1 MiB each; more, for more segments).
 
     Returns Python numbers, or [num_segments] tensors (float32, int64, int64) when segments_T is
     given. Raises ValueError, on every rank, naming the ranks that hold NaN and how many.
@@ -51,32 +53,94 @@ def top_fraction_threshold(
     values = values_T.detach()[mask_T.bool()].float()
     segments = None if segments_T is None else segments_T[mask_T.bool()].long()
     _refuse_nan(values, groups)
-    keys = _ordered_keys(values)
+    found = _radix_select(
+        _ordered_keys(values), segments, num_segments, groups, lambda n: top_k(n, fraction)
+    )
+    threshold = torch.where(found.total > 0, _values_of_keys(found.key.int()), torch.inf)
+    num_kept = torch.where(found.total > 0, found.above + found.equal, 0)
+    if segments_T is None:
+        return TopFraction(threshold.item(), int(num_kept), int(found.total))
+    return TopFraction(threshold, num_kept, found.total)
 
+
+def top_k(num_values: Tensor, fraction: float) -> Tensor:
+    """int64: ceil(fraction * n - 1e-9), at least 1. 0.1 of 30 is 3, whatever 0.1 is in binary."""
+    ks = [max(1, math.ceil(fraction * n - 1e-9)) for n in num_values.tolist()]
+    return torch.tensor(ks, dtype=torch.int64, device=num_values.device)
+
+
+def largest_keys(
+    keys_T: Tensor,
+    mask_T: Tensor,
+    k_S: Tensor,
+    *,
+    groups: Sequence[dist.ProcessGroup] = (),
+    segments_T: Tensor,
+) -> Tensor:
+    """bool [T]: the k_S[s] largest masked keys of every segment s over all ranks.
+
+    keys_T: int64, all different, so exactly k are chosen. k_S: int64 [S], the same on all ranks, at
+    most the number of masked keys; 0 is legal. segments_T: int64 [T].
+    """
+    keys, segments = keys_T[mask_T], segments_T[mask_T]
+    found = _radix_select(keys, segments, len(k_S), groups, lambda _: k_S.clamp(min=1))
+    enough = (keys_T >= found.key[segments_T]) & (k_S > 0)[segments_T]
+    return mask_T & enough
+
+
+class _Found(NamedTuple):
+    """Of every segment, int64 [S]."""
+
+    key: Tensor
+    """the k-th largest"""
+    above: Tensor
+    """keys above it"""
+    equal: Tensor
+    """keys equal to it"""
+    total: Tensor
+
+
+def _radix_select(
+    keys: Tensor,
+    segments: Tensor | None,
+    num_segments: int,
+    groups: Sequence[dist.ProcessGroup],
+    k_of: Callable[[Tensor], Tensor],
+) -> _Found:
+    """The k-th largest of int32 or int64 keys, k = k_of(number of keys), in every segment."""
+    num_bits = torch.iinfo(keys.dtype).bits
     prefix = keys.new_zeros(num_segments, dtype=torch.int64)
-    above = torch.zeros_like(prefix)  # values in bins above the chosen one
+    above = torch.zeros_like(prefix)  # keys in bins above the chosen one
     remaining = total = in_bin = above
-    for index, (shift, bits) in enumerate(_PASSES):
+    for shift, bits in _passes(num_bits, num_segments):
+        first = shift + bits == num_bits
         histogram = _histogram(keys, segments, shift, bits, num_segments, groups)
-        if index == 0:
+        if first:
             total = histogram.sum(1)
-            remaining = _rank_from_top(total, fraction)
+            remaining = k_of(total)
         from_top = histogram.flip(1).cumsum(1)
         chosen = (from_top < remaining[:, None]).sum(1).clamp_(max=histogram.shape[1] - 1)
         in_bin = histogram.flip(1).gather(1, chosen[:, None])[:, 0]
         passed = from_top.gather(1, chosen[:, None])[:, 0] - in_bin
         above, remaining = above + passed, remaining - passed
-        # The keys' leading bits are signed: bin 0 of the first pass is -2^10.
-        first_bin = -(1 << (bits - 1)) if index == 0 else 0
+        # The keys' leading bits are signed: bin 0 of the first pass is the most negative.
+        first_bin = -(1 << (bits - 1)) if first else 0
         prefix = (prefix << bits) + (histogram.shape[1] - 1 - chosen) + first_bin
         # Only what shares the chosen bins can hold the k-th largest.
-        alive = (keys >> shift) == (prefix.int() if segments is None else prefix.int()[segments])
+        wanted = prefix.to(keys.dtype)
+        alive = (keys >> shift) == (wanted if segments is None else wanted[segments])
         keys, segments = keys[alive], None if segments is None else segments[alive]
-    threshold = torch.where(total > 0, _values_of_keys(prefix.int()), torch.inf)
-    num_kept = torch.where(total > 0, above + in_bin, 0)
-    if segments_T is None:
-        return TopFraction(threshold.item(), int(num_kept), int(total))
-    return TopFraction(threshold, num_kept, total)
+    return _Found(prefix, above, in_bin, total)
+
+
+def _passes(num_bits: int, num_segments: int) -> Iterator[tuple[int, int]]:
+    """(bits below, bits of this pass), from the leading bits down, within _MAX_BINS in all."""
+    width = max(1, min(_MAX_BITS, int(math.log2(_MAX_BINS / num_segments))))
+    shift = num_bits
+    while shift:
+        bits = min(width, shift)
+        shift -= bits
+        yield shift, bits
 
 
 def _histogram(
@@ -90,7 +154,8 @@ def _histogram(
     """int64 [num_segments, 2^bits] over all ranks: keys by `bits` bits above `shift`."""
     bins = 1 << bits
     # Flipping the sign bit turns signed order into unsigned order; it is in the first pass alone.
-    slots = ((keys >> shift) + (bins // 2 if shift + bits == 32 else 0)) & (bins - 1)
+    leading = shift + bits == torch.iinfo(keys.dtype).bits
+    slots = ((keys >> shift) + (bins // 2 if leading else 0)) & (bins - 1)
     if segments is not None:
         slots = slots + segments * bins
     histogram = torch.bincount(slots, minlength=num_segments * bins)
@@ -107,11 +172,6 @@ def _check_arguments(values_T: Tensor, mask_T: Tensor, fraction: float) -> None:
             f"values {list(values_T.shape)} ({values_T.dtype}) and mask {list(mask_T.shape)} must "
             "be of one shape, values at most float32"
         )
-
-
-def _rank_from_top(total: Tensor, fraction: float) -> Tensor:
-    ks = [max(1, math.ceil(fraction * n - 1e-9)) for n in total.tolist()]
-    return torch.tensor(ks, dtype=torch.int64, device=total.device)
 
 
 def _ordered_keys(values: Tensor) -> Tensor:

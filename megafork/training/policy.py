@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -76,6 +77,7 @@ class Policy(Scorer):
             return [torch.zeros(0, dtype=torch.bool) for _ in tables], None
         pairs = list(zip(tables, scores, strict=True))
         device = self.topology.device
+        starts = list(itertools.accumulate((t.num_samples for t in tables), initial=0))
         selection = forking.select_tokens(
             torch.cat([s.entropy_N for s in scores]).to(device),
             torch.cat([t.loss_mask_R[s.rows_N] for t, s in pairs]).to(device),
@@ -85,6 +87,10 @@ class Policy(Scorer):
             step=step,
             groups=(self.topology.groups.dp_cp,),
             boundary_eps=self.boundary_eps,
+            sequence_T=torch.cat(
+                [start + t.sample_R[s.rows_N] for start, (t, s) in zip(starts, pairs, strict=False)]
+            ).to(device),
+            num_sequences=starts[-1],
         )
         # Entropies are bit-identical over tp by construction; were they not, ranks would compute
         # different rows and hang, so the mask is rank 0's on all of them.

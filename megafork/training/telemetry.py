@@ -74,6 +74,7 @@ def token_metrics(
     num_total = sum(s.num_total for s in selections)
     metrics["entropy/threshold"] = sum(s.threshold for s in selections) / len(selections)
     metrics["forking/kept_fraction"] = sum(s.num_kept for s in selections) / max(num_total, 1)
+    metrics["forking/wanted_fraction"] = sum(s.num_wanted for s in selections) / max(num_total, 1)
     metrics["forking/boundary_fraction"] = sum(s.num_boundary for s in selections) / max(
         num_total, 1
     )

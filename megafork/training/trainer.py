@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from megafork.algorithms.advantages import group_relative_advantages
@@ -138,7 +139,11 @@ class Trainer:
             if self.front is not None:
                 times = {f"time/{phase}": value for phase, value in clock.seconds.items()}
                 self.front.log.write(step, metrics | times)
-                warning = warn_of_ties(metrics["forking/kept_fraction"], config.forking)
+                warning = warn_of_ties(
+                    metrics["forking/kept_fraction"],
+                    metrics["forking/wanted_fraction"],
+                    config.forking.rho,
+                )
                 if warning is not None:
                     self.front.log.note(f"warning: {warning}")
         target = Path(config.run.dir) / "checkpoints" / "final"
@@ -166,14 +171,10 @@ class Trainer:
         )
         table = table.with_columns(advantage_B=advantages)
         minibatches = self._minibatches(table, step)
-        with clock.measure("score"):
-            scores = [policy.score(minibatch) for minibatch in minibatches]
-            masks, selections = self._select(minibatches, scores, step)
-        with clock.measure("update"):
-            updates = [
-                policy.update(minibatch, score, mask)
-                for minibatch, score, mask in zip(minibatches, scores, masks, strict=True)
-            ]
+        if config.forking.entropy_of == "old":
+            scores, masks, selections, updates = self._score_then_update(minibatches, step, clock)
+        else:
+            scores, masks, selections, updates = self._score_and_update(minibatches, step, clock)
         with clock.measure("sync"):
             every = config.sync.check_every
             self._push(check=bool(every) and step % every == 0)
@@ -199,6 +200,47 @@ class Trainer:
             "policy_version": self.policy_version,
         }
         return metrics, clock
+
+    def _score_then_update(
+        self, minibatches: list[TokenTable], step: int, clock: Clock
+    ) -> tuple[list[Scores], list[Tensor], list[Selection], list[dict[str, float]]]:
+        """Entropies of all mini-batches are those before the first update."""
+        with clock.measure("score"):
+            scores = [self.policy.score(minibatch) for minibatch in minibatches]
+            masks, selections = self._select(minibatches, scores, step)
+        with clock.measure("update"):
+            updates = [
+                self.policy.update(minibatch, score, mask)
+                for minibatch, score, mask in zip(minibatches, scores, masks, strict=True)
+            ]
+        return scores, masks, selections, updates
+
+    def _score_and_update(
+        self, minibatches: list[TokenTable], step: int, clock: Clock
+    ) -> tuple[list[Scores], list[Tensor], list[Selection], list[dict[str, float]]]:
+        """Entropies of each mini-batch are those just before its own update.
+
+        The ratio's denominator stays the policy before the first update, so all but the first
+        mini-batch are scored twice.
+        """
+        policy = self.policy
+        with clock.measure("score"):
+            scores = [policy.score(minibatch) for minibatch in minibatches]
+        masks: list[Tensor] = []
+        selections: list[Selection] = []
+        updates = []
+        for index, minibatch in enumerate(minibatches):
+            with clock.measure("score"):
+                if index > 0:
+                    current = policy.score(minibatch)
+                    assert torch.equal(current.rows_N, scores[index].rows_N)
+                    scores[index] = replace(scores[index], entropy_N=current.entropy_N)
+                [mask], selection = policy.select([minibatch], [scores[index]], step=step)
+            with clock.measure("update"):
+                updates.append(policy.update(minibatch, scores[index], mask))
+            masks.append(mask)
+            selections += [selection] if selection is not None else []
+        return scores, masks, selections, updates
 
     def _minibatches(self, table: TokenTable, step: int) -> list[TokenTable]:
         """By whole groups; one that overlong filtering has emptied is left out."""
