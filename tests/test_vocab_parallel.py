@@ -147,6 +147,37 @@ def test_an_invalid_row_gives_nan_and_no_other_row_does(value):
     assert logits.grad[[0, 1, 3]].isfinite().all()
 
 
+def test_the_number_of_threads_moves_no_bit():
+    """Nor does the place of a logit in the buffers that it is worked on in."""
+    logits, targets = case(5, QWEN3_VOCAB)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(logprob_and_entropy(logits, targets))
+            narrow = logprob_and_entropy(logits[:, :997].contiguous(), targets % 997)
+            padded = logprob_and_entropy(logits[:, :1024], targets % 997, vocab_size=997)
+            assert all(map(torch.equal, narrow, padded))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("entropy_temperature", [None, 2.0])
+def test_a_certain_target_keeps_its_gradient_in_bfloat16(entropy_temperature):
+    """1 - p is taken before it is rounded."""
+    logits = torch.zeros(1, 100, dtype=torch.bfloat16)
+    logits[0, 3] = 12.0
+    logits.requires_grad_()
+    logprobs, _ = logprob_and_entropy(
+        logits, torch.tensor([3]), entropy_temperature=entropy_temperature
+    )
+    logprobs.sum().backward()
+    expected = 99 / (99 + torch.tensor(12.0).exp())
+    assert abs(logits.grad[0, 3] / expected - 1) <= 2**-8
+
+
 def test_no_tokens():
     logits = torch.zeros(0, 10, requires_grad=True)
     logprobs, entropy = logprob_and_entropy(logits, torch.zeros(0, dtype=torch.int64))
@@ -191,7 +222,7 @@ def sharded(logits_TV, targets_T, vocab, temperature, entropy_temperature):
     return logprobs.detach(), entropy.detach(), shard.grad
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
 @pytest.mark.parametrize("entropy_temperature", [None, 1.5])
 def test_shards_give_the_bits_of_the_whole(tp, entropy_temperature):
     """At Qwen3's vocabulary, padded as megatron pads it for tp=8; the last shard has padding."""

@@ -19,7 +19,6 @@ from megafork.ops.softmax_rows import (
     Rows,
     Shard,
     all_reduce,
-    pieces,
     product,
     slices,
     tiles,
@@ -126,13 +125,15 @@ class _LogprobAndEntropy(torch.autograd.Function):
     def backward(ctx, grad_logprobs_T, grad_entropy_T):
         logits_TV, *tensors = ctx.saved_tensors
         rows = Rows(ctx.shard, *tensors)
-        grad_TV = torch.zeros_like(logits_TV)
-        if grad_logprobs_T is not None or grad_entropy_T is not None:
-            for piece in pieces(len(logits_TV), ctx.shard.num_columns):
-                logits = logits_TV[piece, : ctx.shard.num_columns]
-                grad_TV[piece, : ctx.shard.num_columns] = rows.logits_gradient(
-                    logits, piece, grad_logprobs_T, grad_entropy_T
-                )
+        grad_TV, num_columns = torch.empty_like(logits_TV), ctx.shard.num_columns
+        grad_TV[:, num_columns:] = 0.0
+        rows.logits_gradient(
+            logits_TV[:, :num_columns],
+            slice(0, len(logits_TV)),
+            grad_logprobs_T,
+            grad_entropy_T,
+            out=grad_TV[:, :num_columns],
+        )
         return grad_TV, None, None, None, None, None
 
 
@@ -169,11 +170,7 @@ class _LinearLogprobAndEntropy(torch.autograd.Function):
         if grad_logprobs_T is not None or grad_entropy_T is not None:
             for chunk in slices(len(hidden_TH), ctx.chunk_tokens):
                 logits = product(hidden_TH[chunk], weight_VH[:num_columns])
-                for piece in pieces(len(logits), num_columns):
-                    of_all = slice(chunk.start + piece.start, chunk.start + piece.stop)
-                    logits[piece] = rows.logits_gradient(
-                        logits[piece], of_all, grad_logprobs_T, grad_entropy_T
-                    )
+                rows.logits_gradient(logits, chunk, grad_logprobs_T, grad_entropy_T, out=logits)
                 grad_weight_VH[:num_columns].addmm_(logits.T, hidden_TH[chunk].float())
                 for tile in tiles(weight_VH[:num_columns]):
                     grad_hidden_TH[chunk].addmm_(logits[:, tile], weight_VH[tile].float())
