@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megafork.config import ParallelConfig
+from megafork.ops.softmax_rows import Rows, Shard
 from megafork.ops.vocab_parallel import logprob_and_entropy
 from megafork.parallel.topology import initialize
 from tests.ranks import run_ranks
@@ -147,21 +148,31 @@ def test_an_invalid_row_gives_nan_and_no_other_row_does(value):
     assert logits.grad[[0, 1, 3]].isfinite().all()
 
 
-def test_the_number_of_threads_moves_no_bit():
-    """Nor does the place of a logit in the buffers that it is worked on in."""
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shards", [1, 2, 8, 61])
+def test_the_integer_sums_are_the_same_for_any_shards_and_threads(shards, threads):
+    """Before they become float32, which would hide most differences."""
     logits, targets = case(5, QWEN3_VOCAB)
-    before, results = torch.get_num_threads(), []
+    temperature, everything = torch.full((5, 1), 0.9), slice(0, 5)
+    maximum_T1 = logits.amax(1, keepdim=True)
+
+    def sums(x, first):
+        rows = Rows.empty(targets, Shard(first, x.shape[1]), temperature, None)
+        rows.max_T1[:] = maximum_T1
+        rows.add_up(x, everything)
+        return rows.sums
+
+    before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(logprob_and_entropy(logits, targets))
-            narrow = logprob_and_entropy(logits[:, :997].contiguous(), targets % 997)
-            padded = logprob_and_entropy(logits[:, :1024], targets % 997, vocab_size=997)
-            assert all(map(torch.equal, narrow, padded))
+        torch.set_num_threads(1)
+        expected = sums(logits, 0)
+        torch.set_num_threads(threads)
+        parts = logits.tensor_split(shards, 1)  # 61 does not divide the vocabulary
+        firsts = [sum(part.shape[1] for part in parts[:i]) for i in range(shards)]
+        total = torch.stack([sums(*shard) for shard in zip(parts, firsts, strict=True)]).sum(0)
     finally:
         torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(map(torch.equal, result, results[0]))
+    assert torch.equal(total, expected)
 
 
 @pytest.mark.parametrize("entropy_temperature", [None, 2.0])
