@@ -275,18 +275,15 @@ def _integers(terms: Tensor, wide: Tensor) -> Tensor:
     return wide.copy_(terms).add_(_MAGIC).view(torch.int64)
 
 
-def product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """float32 hidden @ weight.T; a row's bits do not depend on the number of rows."""
+def product(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """float32 hidden @ weight.T, in `buffer`; a row's bits do not depend on the number of rows."""
     num_rows = len(hidden)
     padded = hidden.float()
     if num_rows < MIN_ROWS:
         padded = torch.cat([padded, padded.new_zeros(MIN_ROWS - num_rows, padded.shape[1])])
-    if weight.dtype == torch.float32:
-        return (padded @ weight.T)[:num_rows]
-    logits = padded.new_empty(len(padded), len(weight))
     for tile in tiles(weight):
-        logits[:, tile] = padded @ weight[tile].float().T
-    return logits[:num_rows]
+        torch.mm(padded, weight[tile].float().T, out=buffer[: len(padded), tile])
+    return buffer[:num_rows]
 
 
 def tiles(weight: Tensor) -> list[slice]:
