@@ -3,7 +3,7 @@
 # it does nothing when the environment is current and repairs one that was interrupted.
 #
 #   tools/setup_cpu.sh [--test] [--mcore-0.19]
-#     --test         also requirements/test.txt (pytest, ruff, mypy)
+#     --test         also requirements/test.txt (pytest, ruff, mypy), and Triton in .venv/triton (requirements/triton.txt)
 #     --mcore-0.19   also megatron-core 0.19.2 in .venv/mcore-0.19 (see requirements/mcore-0.19.txt)
 #   PYTHON=/path/to/python3.11 picks the interpreter of a new .venv.
 set -euo pipefail
@@ -105,6 +105,11 @@ install_mcore() {
   pip_install --ignore-requires-python --target "$venv/mcore-0.19" -r requirements/mcore-0.19.txt
 }
 
+install_triton() {
+  rm -rf "$venv/triton"
+  pip_install --target "$venv/triton" -r requirements/triton.txt
+}
+
 exec 9<tools/setup_cpu.sh
 flock 9 # of two calls at once the second waits
 
@@ -117,6 +122,7 @@ fi
 phase "runtime packages (2.5 GB, minutes the first time)" cpu requirements/cpu.txt install_cpu
 if [[ $with_test == yes ]]; then
   phase "test and lint packages" test requirements/test.txt pip_install -r requirements/test.txt
+  phase "Triton, for tests of the kernels (640 MB)" triton requirements/triton.txt install_triton
 fi
 phase "megafork itself" package "setup.py pyproject.toml megafork/__init__.py" pip_install --no-build-isolation -e .
 if [[ $with_mcore == yes ]]; then

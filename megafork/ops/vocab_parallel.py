@@ -2,7 +2,7 @@
 
 `logprob_and_entropy` takes logits, `linear_logprob_and_entropy` hidden states and the head's
 weight: it computes logits a few tokens at a time, forward and again backward, and never holds
-[T, V].
+[T, V]. On CUDA the Triton version of kernels/linear_head.py does, where Triton is installed.
 
 Shapes: T tokens, V columns of this rank's vocabulary shard, C of them that are no padding, H
 hidden. The arithmetic of a row is in softmax_rows.py.
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megafork.ops import kernels
 from megafork.ops.softmax_rows import (
     MIN_ROWS,
     Rows,
@@ -78,7 +79,9 @@ def linear_logprob_and_entropy(
 
     hidden_TH: the same on all ranks of tp_group; weight_VH: this rank's rows of the head. Any float
     dtype; the product is float32. chunk_tokens: rows of a product (None: about 128 MiB of logits).
-    One MAX all-reduce for each chunk, one SUM for all.
+    One MAX all-reduce for each chunk, one SUM for all. In Triton: one MAX for all; backward, the
+    gradients of about chunk_tokens x V logits at once (None: 128 MiB), rounded to bfloat16 where
+    hidden_TH and weight_VH are bfloat16.
 
     The gradient of hidden_TH is returned already summed over tp_group: gather it without another
     reduction in backward (tensor_parallel_output_grad=False under sequence parallelism). The
@@ -102,7 +105,7 @@ def linear_logprob_and_entropy(
         _column(temperature, hidden_TH),
         None if entropy_temperature is None else _column(entropy_temperature, hidden_TH),
         check.vocab_size,
-        chunk_tokens or max(MIN_ROWS, _CHUNK_LOGITS // max(weight_VH.shape[0], 1)),
+        chunk_tokens,
     )
 
 
@@ -145,11 +148,17 @@ class _LinearLogprobAndEntropy(torch.autograd.Function):
     ):  # fmt: skip
         shard = Shard.of(weight_VH.shape[0], vocab, tp_group)
         rows = Rows.empty(targets_T, shard, temperature_T1, entropy_temperature_T1)
-        buffer = _logits_buffer(hidden_TH, shard.num_columns, chunk_tokens)
-        for chunk in slices(len(targets_T), chunk_tokens):
-            logits = product(hidden_TH[chunk], weight_VH[: shard.num_columns], buffer)
-            rows.find_max(logits, chunk, tp_group)
-            rows.add_up(logits, chunk)
+        ctx.in_triton = kernels.usable(hidden_TH)
+        if ctx.in_triton:
+            from megafork.ops.kernels import linear_head
+
+            linear_head.add_up(rows, hidden_TH, weight_VH, tp_group)
+        else:
+            buffer, chunks = _chunks(hidden_TH, weight_VH[: shard.num_columns], chunk_tokens)
+            for chunk in chunks:
+                logits = product(hidden_TH[chunk], weight_VH[: shard.num_columns], buffer)
+                rows.find_max(logits, chunk, tp_group)
+                rows.add_up(logits, chunk)
         outputs = rows.finish(tp_group)
         ctx.save_for_backward(hidden_TH, weight_VH, *rows.tensors())
         ctx.shard, ctx.tp_group, ctx.chunk_tokens = shard, tp_group, chunk_tokens
@@ -161,21 +170,20 @@ class _LinearLogprobAndEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs_T, grad_entropy_T):
         hidden_TH, weight_VH, *tensors = ctx.saved_tensors
-        num_columns = ctx.shard.num_columns
         rows = Rows(ctx.shard, *tensors)
         grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
         into_main_grad = ctx.main_grad_VH is not None and ctx.main_grad_VH.dtype == torch.float32
+        # Triton adds to a row of the weight's gradient once, so that may have the weight's dtype.
+        dtype = weight_VH.dtype if ctx.in_triton else torch.float32
         grad_weight_VH = (
-            ctx.main_grad_VH if into_main_grad else torch.zeros_like(weight_VH, dtype=torch.float32)
+            ctx.main_grad_VH if into_main_grad else torch.zeros_like(weight_VH, dtype=dtype)
         )
         if grad_logprobs_T is not None or grad_entropy_T is not None:
-            buffer = _logits_buffer(hidden_TH, num_columns, ctx.chunk_tokens)
-            for chunk in slices(len(hidden_TH), ctx.chunk_tokens):
-                logits = product(hidden_TH[chunk], weight_VH[:num_columns], buffer)
-                rows.logits_gradient(logits, chunk, grad_logprobs_T, grad_entropy_T, out=logits)
-                grad_weight_VH[:num_columns].addmm_(logits.T, hidden_TH[chunk].float())
-                for tile in tiles(weight_VH[:num_columns]):
-                    grad_hidden_TH[chunk].addmm_(logits[:, tile], weight_VH[tile].float())
+            add_gradients = _add_gradients
+            if ctx.in_triton:
+                from megafork.ops.kernels.linear_head import add_gradients
+            upstream, into = (grad_logprobs_T, grad_entropy_T), (grad_hidden_TH, grad_weight_VH)
+            add_gradients(rows, hidden_TH, weight_VH, upstream, into, ctx.chunk_tokens)
         all_reduce(grad_hidden_TH, dist.ReduceOp.SUM, ctx.tp_group)
         returned_VH = (
             # megatron adds this zero when the weight is also an embedding, and drops it otherwise.
@@ -186,10 +194,37 @@ class _LinearLogprobAndEntropy(torch.autograd.Function):
         return grad_hidden_TH.to(hidden_TH.dtype), returned_VH, *(None,) * 6
 
 
-def _logits_buffer(hidden_TH: Tensor, num_columns: int, chunk_tokens: int) -> Tensor:
-    """One for all chunks: memory that is new to a process costs more than a softmax."""
-    rows = max(MIN_ROWS, min(chunk_tokens, len(hidden_TH)))
-    return hidden_TH.new_empty(rows, num_columns, dtype=torch.float32)
+def _add_gradients(
+    rows: Rows,
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    upstream: tuple[Tensor | None, Tensor | None],
+    into: tuple[Tensor, Tensor],
+    chunk_tokens: int | None,
+) -> None:
+    """Add the gradients of hidden (this shard's part) and weight, both float32, to `into`."""
+    grad_hidden_TH, grad_weight_VH = into
+    num_columns = rows.shard.num_columns
+    buffer, chunks = _chunks(hidden_TH, weight_VH[:num_columns], chunk_tokens)
+    for chunk in chunks:
+        logits = product(hidden_TH[chunk], weight_VH[:num_columns], buffer)
+        rows.logits_gradient(logits, chunk, *upstream, out=logits)
+        grad_weight_VH[:num_columns].addmm_(logits.T, hidden_TH[chunk].float())
+        for tile in tiles(weight_VH[:num_columns]):
+            grad_hidden_TH[chunk].addmm_(logits[:, tile], weight_VH[tile].float())
+
+
+def _chunks(
+    hidden_TH: Tensor, weight_CH: Tensor, chunk_tokens: int | None
+) -> tuple[Tensor, list[slice]]:
+    """(a buffer for the logits of any chunk, the chunks of tokens).
+
+    One buffer for all: memory that is new to a process costs more than a softmax.
+    """
+    step = chunk_tokens or max(MIN_ROWS, _CHUNK_LOGITS // max(len(weight_CH), 1))
+    height = max(MIN_ROWS, min(step, len(hidden_TH)))
+    buffer = hidden_TH.new_empty(height, len(weight_CH), dtype=torch.float32)
+    return buffer, slices(len(hidden_TH), step)
 
 
 class _Arguments:

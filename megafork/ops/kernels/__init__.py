@@ -1,0 +1,31 @@
+"""The Triton version of the head, and when it runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether Triton works on this tensor here; MEGAFORK_TRITON=0 keeps everything on torch.
+
+    Triton runs on CUDA and, with TRITON_INTERPRET=1, step by step on the CPU: that is for tests.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return (
+        (tensor.is_cuda or interpreted)
+        and os.environ.get("MEGAFORK_TRITON") != "0"
+        and _is_installed()
+    )
+
+
+@functools.cache
+def _is_installed() -> bool:
+    """Triton, and a torch (2.8) whose products of bfloat16 can come out in float32."""
+    return (
+        importlib.util.find_spec("triton") is not None and "dtype" in torch.ops.aten.mm.overloads()
+    )
