@@ -39,6 +39,9 @@ class ModelConfig(Section):
     recompute: Literal["none", "full", "selective"] = Field(
         "none", description="activation recomputation: every layer, core attention only, or none"
     )
+    float32_head: bool = Field(
+        False, description="keep an untied head's weight in float32 where dtype is bfloat16"
+    )
     vocab_divisible_by: Positive = Field(
         128, description="the vocabulary is padded to a multiple of this times tp"
     )

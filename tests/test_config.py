@@ -93,6 +93,18 @@ def test_mistakes_are_named(override, message):
     assert message in str(caught.value)
 
 
+def test_a_batch_threshold_cannot_wait_for_current_entropies():
+    with pytest.raises(UserError, match="entropy_of=current has .*: use scope=minibatch or entropy_of=old"):
+        load("forking.scope=batch", "forking.entropy_of=current")
+
+
+def test_context_parallel_ranks_share_a_sequence():
+    """21,504 tokens in 4 chunks of 5,376, two on each rank."""
+    assert load("parallel.cp=2", "training.micro_batch_tokens=10752").parallel.cp == 2
+    with pytest.raises(UserError, match=r"on parallel.cp=2 ranks: raise it to at least 10752"):
+        load("parallel.cp=2", "training.micro_batch_tokens=10751")
+
+
 def test_a_missing_key_says_how_to_set_it():
     with pytest.raises(UserError, match="training is missing"):
         load_config(TrainConfig, None, REQUIRED[:-1])

@@ -38,7 +38,17 @@ def read_all(folder):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
-    "layout", [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}, {"dp": 2}], ids=str
+    "layout",
+    [
+        {},
+        {"tp": 2},
+        {"pp": 2},
+        {"tp": 2, "pp": 2},
+        {"dp": 2},
+        {"tp": 2, "cp": 2},
+        {"tp": 2, "pp": 2, "vpp": 2},
+    ],
+    ids=str,
 )
 def test_hf_to_megatron_to_hf_is_bitwise(tmp_path, dtype, tied, layout):
     source = reference.save_model(tmp_path / "m", tied=tied, dtype=getattr(torch, dtype))
@@ -144,6 +154,9 @@ def test_an_unsupported_config_is_named(tmp_path, changes, message):
         ({"tp": 3}, "parallel.tp=3 must divide model.num_kv_heads=2: use 1 or 2"),
         ({"pp": 3}, "parallel.pp=3 must divide model.num_layers=4"),
         ({"pp": 2, "pipeline_layers": [2, 1]}, "sum to model.num_layers=4"),
+        ({"pp": 2, "vpp": 2, "pipeline_layers": [2, 2]}, r"must have pp \* vpp=4 entries"),
+        ({"pp": 2, "vpp": 3}, r"parallel.pp=2 \* vpp=3 must divide model.num_layers=4"),
+        ({"vpp": 2}, "parallel.vpp=2 needs parallel.pp > 1"),
         ({"sequence_parallel": True}, "needs parallel.tp > 1"),
     ],
 )

@@ -12,7 +12,14 @@ from tests.commands import QUICKSTART, lines, megafork
 
 
 @pytest.mark.parametrize(
-    "layout", [["parallel.tp=1"], ["parallel.tp=2", "parallel.pp=2"], ["parallel.dp=2"]], ids=str
+    "layout",
+    [
+        ["parallel.tp=1"],
+        ["parallel.tp=2", "parallel.pp=2"],
+        ["parallel.dp=2"],
+        ["parallel.cp=2", "parallel.pp=2", "parallel.vpp=2"],
+    ],
+    ids=str,
 )
 def test_score_is_the_same_at_every_layout(tmp_path, layout):
     folder = reference.save_model(tmp_path / "model", tied=False)

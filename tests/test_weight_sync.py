@@ -61,7 +61,15 @@ def push_twice(url, api_key, folder, layout, version):
     return before, first, stale, second
 
 
-LAYOUTS = [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}, {"dp": 2}]
+LAYOUTS = [
+    {},
+    {"tp": 2},
+    {"pp": 2},
+    {"tp": 2, "pp": 2},
+    {"dp": 2},
+    {"cp": 2},
+    {"pp": 2, "vpp": 2},
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -66,44 +66,33 @@ def select_tokens(
     """
     if config.scope == "sequence":
         assert sequence_T is not None, "scope = sequence asks which sequence a token is of"
-        segment_T, num_segments = sequence_T, num_sequences
+        scope = _Segments(sequence_T, num_sequences, groups)
     else:
-        segment_T, num_segments = torch.zeros_like(loss_mask_T, dtype=torch.int64), 1
-
-    def count(mask_T: Tensor) -> Tensor:
-        counts = torch.bincount(segment_T[mask_T], minlength=num_segments)
-        for group in groups:
-            dist.all_reduce(counts, group=group)
-        return counts
-
+        scope = _Segments(torch.zeros_like(loss_mask_T, dtype=torch.int64), 1, groups)
     values_T = entropy_T
     if config.select == "random":
         values_T = random_scores(key_T2, seed=seed, step=step)
-    threshold_S, num_top_S, num_total_S = _thresholds(
-        values_T, loss_mask_T, config.rho, groups, segment_T, num_segments
-    )
-    threshold_T = threshold_S[segment_T]
+    threshold_S, num_top_S, num_total_S = scope.thresholds(values_T, loss_mask_T, config.rho)
+    threshold_T = threshold_S[scope.ids_T]
     top_T = loss_mask_T & (values_T >= threshold_T)
     k_S = torch.where(num_total_S > 0, top_k(num_total_S, config.rho), 0)
     if config.ties == "hash" and bool((num_top_S > k_S).any()):
         tied_T = loss_mask_T & (values_T == threshold_T)
-        missing_S = k_S - (num_top_S - count(tied_T))
-        order_T = hash64(*_salted(key_T2, seed=seed, step=step), _TIES)
-        chosen_T = largest_keys(order_T, tied_T, missing_S, groups=groups, segments_T=segment_T)
-        top_T, num_top_S = (top_T & ~tied_T) | chosen_T, k_S
-    near_S = count(loss_mask_T & ((values_T - threshold_T).abs() <= boundary_eps))
+        missing_S = k_S - (num_top_S - scope.count(tied_T))
+        order_T = hash64(*_salted(key_T2, seed=seed, step=step), _TIES.to(key_T2.device))
+        top_T = (top_T & ~tied_T) | scope.largest(order_T, tied_T, missing_S)
+        num_top_S = k_S
+    near_S = scope.count(loss_mask_T & ((values_T - threshold_T).abs() <= boundary_eps))
     num_top, wanted, num_total = int(num_top_S.sum()), int(k_S.sum()), int(num_total_S.sum())
     kept, mask_T = num_top, top_T
     if config.select == "bottom":
         kept, wanted, mask_T = num_total - num_top, num_total - wanted, loss_mask_T & ~top_T
     elif config.select == "all":
-        kept = wanted = num_total
-        mask_T = loss_mask_T
+        kept, wanted, mask_T = num_total, num_total, loss_mask_T
     by_entropy = config.select in ("top", "bottom")
-    thresholds = threshold_S[num_total_S > 0]
     return Selection(
         mask_T=mask_T,
-        threshold=float(thresholds.mean()) if len(thresholds) else math.inf,
+        threshold=float(threshold_S[num_total_S > 0].mean()) if num_total else math.inf,
         num_kept=kept,
         num_wanted=wanted,
         num_total=num_total,
@@ -112,23 +101,40 @@ def select_tokens(
     )
 
 
-def _thresholds(
-    values_T: Tensor,
-    mask_T: Tensor,
-    rho: float,
-    groups: Sequence[dist.ProcessGroup],
-    segment_T: Tensor,
-    num_segments: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(threshold, kept, total) of every segment; one segment needs no look at the ids."""
-    ids = segment_T if num_segments > 1 else None
-    found = top_fraction_threshold(
-        values_T, mask_T, rho, groups=groups, segments_T=ids, num_segments=num_segments
-    )
-    threshold, kept, total = (
-        torch.as_tensor(value, device=values_T.device).reshape(-1) for value in found
-    )
-    return threshold, kept, total
+@dataclass(frozen=True)
+class _Segments:
+    """The token sets that have a threshold each (S of them), over all ranks of `groups`."""
+
+    ids_T: Tensor
+    num: int
+    groups: Sequence[dist.ProcessGroup]
+
+    def count(self, mask_T: Tensor) -> Tensor:
+        """int64 [S]"""
+        counts = torch.bincount(self.ids_T[mask_T], minlength=self.num)
+        for group in self.groups:
+            dist.all_reduce(counts, group=group)
+        return counts
+
+    def thresholds(
+        self, values_T: Tensor, mask_T: Tensor, rho: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(threshold, kept, total), each [S]; a single segment needs no look at the ids."""
+        found = top_fraction_threshold(
+            values_T,
+            mask_T,
+            rho,
+            groups=self.groups,
+            segments_T=self.ids_T if self.num > 1 else None,
+            num_segments=self.num,
+        )
+        threshold, kept, total = (
+            torch.as_tensor(value, device=values_T.device).reshape(-1) for value in found
+        )
+        return threshold, kept, total
+
+    def largest(self, keys_T: Tensor, mask_T: Tensor, k_S: Tensor) -> Tensor:
+        return largest_keys(keys_T, mask_T, k_S, groups=self.groups, segments_T=self.ids_T)
 
 
 def warn_of_ties(kept_fraction: float, wanted_fraction: float, rho: float) -> str | None:

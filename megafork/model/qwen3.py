@@ -82,6 +82,8 @@ def _build_stage(
         # changes. Replacing the module would lose the attributes, copying _postprocess would
         # break with every release.
         gpt.output_layer.__class__ = HiddenStatesHead
+        if model.float32_head:
+            gpt.output_layer.float()
     return gpt.to(topology.device)
 
 
@@ -127,23 +129,6 @@ def transformer_config(
     """The HF shape and our settings in megatron-core's words."""
     dtype = DTYPES[model.dtype]
     on_gpu, te = backend.has_cuda(), backend.has_transformer_engine()
-    optional: dict[str, Any] = {}
-    if model.recompute != "none":
-        optional["recompute_granularity"] = model.recompute
-    if model.recompute == "full":
-        optional |= {"recompute_method": "uniform", "recompute_num_layers": 1}
-    if parallel.vpp > 1:
-        # With batched sends the interleaved schedule of 2 ranks mixes up neighbours, silently.
-        optional |= {
-            "virtual_pipeline_model_parallel_size": parallel.vpp,
-            "overlap_p2p_comm": True,
-            "batch_p2p_comm": False,
-        }
-    if parallel.pipeline_layers is not None:
-        layout = [["decoder"] * n for n in parallel.pipeline_layers]
-        layout[0].insert(0, "embedding")
-        layout[-1].append("loss")
-        optional["pipeline_model_parallel_layout"] = layout
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -182,8 +167,30 @@ def transformer_config(
         apply_rope_fusion=te,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=False,
-        **optional,
+        **_optional_settings(model, parallel),
     )
+
+
+def _optional_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """Of recomputation and of the pipeline, where they are asked for."""
+    optional: dict[str, Any] = {}
+    if model.recompute != "none":
+        optional["recompute_granularity"] = model.recompute
+    if model.recompute == "full":
+        optional |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    if parallel.vpp > 1:
+        # With batched sends the interleaved schedule of 2 ranks mixes up neighbours, silently.
+        optional |= {
+            "virtual_pipeline_model_parallel_size": parallel.vpp,
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+        }
+    if parallel.pipeline_layers is not None:
+        layout = [["decoder"] * n for n in parallel.pipeline_layers]
+        layout[0].insert(0, "embedding")
+        layout[-1].append("loss")
+        optional["pipeline_model_parallel_layout"] = layout
+    return optional
 
 
 def _block_spec(num_layers: int) -> TransformerBlockSubmodules:

@@ -60,7 +60,7 @@ class Scorer:
         entropy_temperature: float | None = None,
     ) -> None:
         self.shape = ModelShape.from_folder(model.path)
-        self.shape.check_layout(parallel)
+        self.shape.check(model, parallel)
         self.topology = topology
         self.micro_batch_tokens = micro_batch_tokens
         self.temperature = temperature
@@ -117,8 +117,11 @@ class Scorer:
         return self.stages[0].gpt.config.params_dtype
 
     def export_shards(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's weights by HF name, on its sender; its tp ranks iterate together."""
-        return export_weights(self.stages, self.topology)
+        """This rank's weights by HF name, on its sender; its tp ranks iterate together.
+
+        All in the model's dtype, a float32 head too: it is what the server generates with.
+        """
+        return export_weights(self.stages, self.topology, lambda p: p.detach().to(self.dtype))
 
     def shard_manifest(self) -> list[tuple[str, tuple[int, ...]]]:
         """Names and shapes that export_shards will give, in its order, without communication."""

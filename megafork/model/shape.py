@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megafork.config import ParallelConfig
+from megafork.config import ModelConfig, ParallelConfig
 from megafork.errors import UserError
 
 
@@ -64,6 +64,15 @@ class ModelShape:
             )
         except KeyError as error:
             raise UserError(f"{path} lacks the key {error}") from None
+
+    def check(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        """Raise UserError with key, value and fix when the model cannot be built this way."""
+        if model.float32_head and self.tied_embeddings:
+            raise UserError(
+                "model.float32_head=true, but this model's head is its embedding (tied): turn it "
+                "off; its product is float32 anyway"
+            )
+        self.check_layout(parallel)
 
     def check_layout(self, parallel: ParallelConfig) -> None:
         """Raise UserError with key, value and fix when the model cannot be split this way."""

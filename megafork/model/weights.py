@@ -85,12 +85,12 @@ def load_weights(stages: Sequence[Stage], folder: SafetensorsFolder, topology: T
 def export_weights(
     stages: Sequence[Stage],
     topology: Topology,
-    value_of: Callable[[Tensor], Tensor] = lambda parameter: parameter.detach(),
+    value_of: Callable[[Tensor], Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
     """This rank's tensors by HF name, one rule at a time, on tp rank 0.
 
     All tensor-parallel ranks must iterate together; the others get nothing. `value_of` picks what
-    to export of a parameter (its weight; a test exports gradients).
+    to export of a parameter (its weight, its gradient).
     """
     for rule, parameter in _parameters(stages):
         if not rule.exported:

@@ -40,7 +40,7 @@ def wrap_data_parallel(
         DistributedDataParallel(
             shared,
             config,
-            Float16Module(shared, gpt) if shared.bf16 else gpt,
+            _in_bfloat16(gpt) if shared.bf16 else gpt,
             # Later stages finish their backward first: nothing is left to overlap with.
             disable_bucketing=index > 0,
             pg_collection=topology.groups,
@@ -52,6 +52,15 @@ def wrap_data_parallel(
         shared.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     shared.finalize_model_grads_func = partial(_finalize, groups=topology.groups)
     return wrapped
+
+
+def _in_bfloat16(gpt: GPTModel) -> Float16Module:
+    """megatron's wrapper casts every parameter; one that was built in float32 stays it."""
+    float32 = {p: p.detach().clone() for p in gpt.parameters() if p.dtype == torch.float32}
+    module = Float16Module(gpt.config, gpt)
+    for parameter, value in float32.items():
+        parameter.data = value
+    return module
 
 
 def _finalize(model, num_tokens=None, pg_collection=None, force_all_reduce=False, *, groups):

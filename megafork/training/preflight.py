@@ -48,7 +48,7 @@ def check_train(config: TrainConfig) -> None:
 
 def check_score(config: ScoreConfig, input_path: Path, output_path: Path) -> None:
     """Raise UserError for a bad layout, a missing input, or an output that cannot be written."""
-    ModelShape.from_folder(config.model.path).check_layout(config.parallel)
+    ModelShape.from_folder(config.model.path).check(config.model, config.parallel)
     if not input_path.is_file():
         raise UserError(f"--input {input_path} does not exist")
     if not output_path.parent.is_dir():

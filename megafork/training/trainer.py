@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-
 from megafork.algorithms.advantages import group_relative_advantages
-from megafork.algorithms.forking import Selection, warn_of_ties
+from megafork.algorithms.forking import warn_of_ties
 from megafork.checkpoint.hf_export import export_hf
 from megafork.config import TrainConfig, save_config
 from megafork.data.prompts import Prompt, PromptStream, Tokenizer, read_prompts
@@ -26,7 +22,6 @@ from megafork.errors import UserError
 from megafork.evaluation.heldout import accuracy
 from megafork.logging.figure import draw_curves
 from megafork.logging.metrics import MetricsLog
-from megafork.model.scorer import Scores
 from megafork.parallel.topology import Topology, initialize, shutdown
 from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
@@ -35,24 +30,12 @@ from megafork.rollout.engine import host_of, rollout_server
 from megafork.rollout.sampling import Sampling
 from megafork.training import telemetry
 from megafork.training.policy import Policy
+from megafork.training.step import Clock, optimize
 from megafork.types import Group, TokenTable, token_table
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
 
 T = TypeVar("T")
-
-
-@dataclass
-class Clock:
-    """Seconds of each phase of a step."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def measure(self, phase: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
 
 
 class Front:
@@ -171,10 +154,7 @@ class Trainer:
         )
         table = table.with_columns(advantage_B=advantages)
         minibatches = self._minibatches(table, step)
-        if config.forking.entropy_of == "old":
-            scores, masks, selections, updates = self._score_then_update(minibatches, step, clock)
-        else:
-            scores, masks, selections, updates = self._score_and_update(minibatches, step, clock)
+        done = optimize(policy, minibatches, step=step, clock=clock)
         with clock.measure("sync"):
             every = config.sync.check_every
             self._push(check=bool(every) and step % every == 0)
@@ -182,12 +162,12 @@ class Trainer:
         if topology.is_last_stage:
             metrics = telemetry.token_metrics(
                 minibatches,
-                scores,
-                masks,
-                selections,
+                done.scores,
+                done.masks,
+                done.selections,
                 policy_version=sampled_by,
                 topology=topology,
-            ) | telemetry.update_metrics(updates)
+            ) | telemetry.update_metrics(done.updates)
         metrics = topology.broadcast_object(metrics, src=topology.last_stage_rank)
         if self.front is not None and self.front.batch is not None:
             metrics |= telemetry.rollout_metrics(self.front.batch, sampled_by)
@@ -201,47 +181,6 @@ class Trainer:
         }
         return metrics, clock
 
-    def _score_then_update(
-        self, minibatches: list[TokenTable], step: int, clock: Clock
-    ) -> tuple[list[Scores], list[Tensor], list[Selection], list[dict[str, float]]]:
-        """Entropies of all mini-batches are those before the first update."""
-        with clock.measure("score"):
-            scores = [self.policy.score(minibatch) for minibatch in minibatches]
-            masks, selections = self._select(minibatches, scores, step)
-        with clock.measure("update"):
-            updates = [
-                self.policy.update(minibatch, score, mask)
-                for minibatch, score, mask in zip(minibatches, scores, masks, strict=True)
-            ]
-        return scores, masks, selections, updates
-
-    def _score_and_update(
-        self, minibatches: list[TokenTable], step: int, clock: Clock
-    ) -> tuple[list[Scores], list[Tensor], list[Selection], list[dict[str, float]]]:
-        """Entropies of each mini-batch are those just before its own update.
-
-        The ratio's denominator stays the policy before the first update, so all but the first
-        mini-batch are scored twice.
-        """
-        policy = self.policy
-        with clock.measure("score"):
-            scores = [policy.score(minibatch) for minibatch in minibatches]
-        masks: list[Tensor] = []
-        selections: list[Selection] = []
-        updates = []
-        for index, minibatch in enumerate(minibatches):
-            with clock.measure("score"):
-                if index > 0:
-                    current = policy.score(minibatch)
-                    assert torch.equal(current.rows_N, scores[index].rows_N)
-                    scores[index] = replace(scores[index], entropy_N=current.entropy_N)
-                [mask], selection = policy.select([minibatch], [scores[index]], step=step)
-            with clock.measure("update"):
-                updates.append(policy.update(minibatch, scores[index], mask))
-            masks.append(mask)
-            selections += [selection] if selection is not None else []
-        return scores, masks, selections, updates
-
     def _minibatches(self, table: TokenTable, step: int) -> list[TokenTable]:
         """By whole groups; one that overlong filtering has emptied is left out."""
         training = self.config.training
@@ -254,21 +193,6 @@ class Trainer:
                 "nothing to train on: raise the one or turn off the other"
             )
         return minibatches
-
-    def _select(
-        self, minibatches: list[TokenTable], scores: list[Scores], step: int
-    ) -> tuple[list[Tensor], list[Selection]]:
-        """One threshold for the whole rollout batch, or one for each mini-batch."""
-        pairs = list(zip(minibatches, scores, strict=True))
-        scopes = [pairs] if self.config.forking.scope == "batch" else [[pair] for pair in pairs]
-        masks: list[Tensor] = []
-        selections: list[Selection] = []
-        for scope in scopes:
-            tables, of_scope = zip(*scope, strict=True)
-            scope_masks, selection = self.policy.select(tables, of_scope, step=step)
-            masks += scope_masks
-            selections += [selection] if selection is not None else []
-        return masks, selections
 
     def _push(self, *, check: bool) -> None:
         self.policy_version += 1
