@@ -1,0 +1,1 @@
+"""What `benchmark_ops.py` and `benchmark_step.py` are made of."""
