@@ -105,14 +105,15 @@ def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(interpreted):
 
 
 def same_bits_over_shards():
-    """1000 of 1024 columns, so that shards are of whole tiles."""
-    x, w, targets = linear.case(31, 1024)
-    targets %= 1000
-    of_tp = [run_ranks(tp, linear.sharded, x, w, targets, 1000, False) for tp in (1, 2, 4)]
-    for ranks in of_tp:
-        for logprobs, entropy, *_ in ranks:
-            assert torch.equal(logprobs, of_tp[0][0][0])
-            assert torch.equal(entropy, of_tp[0][0][1])
+    """Shards of whole tiles: 1024 columns, of which the last ones or all of a shard are padding."""
+    for vocab in (1000, 700):
+        x, w, targets = linear.case(31, 1024)
+        targets %= vocab
+        of_tp = [run_ranks(tp, linear.sharded, x, w, targets, vocab, False) for tp in (1, 2, 4)]
+        for ranks in of_tp:
+            for logprobs, entropy, *_ in ranks:
+                assert torch.equal(logprobs, of_tp[0][0][0])
+                assert torch.equal(entropy, of_tp[0][0][1])
 
 
 def test_the_number_of_shards_moves_no_bit(interpreted):
@@ -148,7 +149,7 @@ def test_sizes_off_the_tile_and_separate_temperatures(interpreted):
 
 
 def bfloat16_inputs():
-    x, w, targets = linear.case(30, 20_000, dtype=torch.bfloat16)
+    x, w, targets = linear.case(30, 5_000, dtype=torch.bfloat16)
     exact = linear.reference(x, w, targets)
     ours = linear.run(x, w, targets)
     assert (ours[0] - exact[0]).abs().max() <= 2e-5
@@ -283,8 +284,9 @@ def compile_for_hopper(name, dtype, *, separate_temperature):
     sizes |= {"FLOAT32": dtype == torch.float32, "hidden_stride_h": 1, "weight_stride_h": 1}
     fixed = {key: value for key, value in sizes.items() if key.isupper() or key.endswith("_h")}
     if not separate_temperature:
-        fixed["entropy_temperature"] = None
+        fixed |= {"entropy_temperature": None, "sum_exp_H": None}
     signature, aligned = {}, {}
+    fixed = {key: value for key, value in fixed.items() if key in kernel.arg_names}
     for index, argument in enumerate(kernel.arg_names):
         if argument in fixed:
             signature[argument] = "constexpr"

@@ -15,12 +15,11 @@ def usable(tensor: Tensor) -> bool:
 
     Triton runs on CUDA and, with TRITON_INTERPRET=1, step by step on the CPU: that is for tests.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return (
-        (tensor.is_cuda or interpreted)
-        and os.environ.get("MEGAFORK_TRITON") != "0"
-        and _is_installed()
-    )
+    if tensor.is_cuda:
+        works = torch.cuda.get_device_capability(tensor.device) >= (8, 0)  # bfloat16 products
+    else:
+        works = os.environ.get("TRITON_INTERPRET") == "1"
+    return works and os.environ.get("MEGAFORK_TRITON") != "0" and _is_installed()
 
 
 @functools.cache

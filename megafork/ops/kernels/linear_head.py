@@ -25,8 +25,8 @@ from megafork.ops.softmax_rows import _FIXED_POINT_ONE, Rows, all_reduce, slices
 
 BLOCK_V = 128
 """Columns of a tile. Shards of a multiple of it have their tiles at the same global columns."""
-_COMBINED_PARTIALS = 1 << 22
-"""Partials brought to float64 at once: 32 MiB."""
+_COMBINED_PARTIALS = 1 << 21
+"""Partials brought to float64 at once: 16 MiB."""
 _CHUNK_LOGITS = 1 << 26
 """Gradients of logits that exist at once: 128 MiB in bfloat16."""
 _FORWARD_WARPS, _GRADIENT_WARPS = 4, 8
@@ -44,13 +44,15 @@ def add_up(
     assert rows.sums is not None
     num_tokens, num_columns = len(hidden_TH), rows.shard.num_columns
     num_tiles = triton.cdiv(num_columns, BLOCK_V)
-    two = rows.entropy_temperature_T1 is not None
-    # P tiles; [0] the maxima, then s and u at each temperature that needs them.
-    partials_kPT = hidden_TH.new_empty(4 if two else 3, num_tiles, num_tokens, dtype=torch.float32)
+    k = 3 if rows.entropy_temperature_T1 is None else 4
+    # P tiles; m, s, u and, if the entropy has its own temperature and u with it, s there.
+    partials_kPT = hidden_TH.new_empty(k, num_tiles, num_tokens, dtype=torch.float32)
     target_T = torch.zeros_like(rows.max_T1[:, 0])
     if partials_kPT.numel():
-        _forward_kernel[_grid(num_tokens, num_tiles)](
-            *_operands(rows, hidden_TH, weight_VH), partials_kPT, target_T,
+        _launch(
+            _forward_kernel,
+            *_operands(rows, hidden_TH, weight_VH),
+            target_T, *partials_kPT, *(None,) * (4 - k),
             **_sizes(hidden_TH, weight_VH, num_columns, _FORWARD_WARPS),
         )  # fmt: skip
         # The bits of the owner's float32 travel as an integer; all others add zero.
@@ -69,15 +71,16 @@ def add_up(
 def _combine(rows: Rows, partials_kPT: Tensor) -> None:
     """Add tiles to the sums: exp((m - M) / T) takes a tile from its maximum m to the row's M."""
     assert rows.sums is not None
+    s_PT, u_PT = partials_kPT[1], partials_kPT[2]
     up_PT = partials_kPT[0].double() - rows.max_T1[:, 0].double()
     shift_PT = up_PT / rows.temperature_T1[:, 0].double()
-    s_PT = shift_PT.exp() * partials_kPT[1]
+    s_PT = shift_PT.exp() * s_PT
     rows.sums[0] += _fixed_point_sum(s_PT)
     if rows.entropy_temperature_T1 is not None:
         shift_PT = up_PT / rows.entropy_temperature_T1[:, 0].double()
-        s_PT = shift_PT.exp() * partials_kPT[2]
+        s_PT = shift_PT.exp() * partials_kPT[3]
         rows.sums[2] += _fixed_point_sum(s_PT)
-    u_PT = shift_PT.exp() * partials_kPT[-1] + s_PT * shift_PT
+    u_PT = shift_PT.exp() * u_PT + s_PT * shift_PT
     rows.sums[-3] += _fixed_point_sum(u_PT)
 
 
@@ -115,7 +118,8 @@ def add_gradients(
     for chunk in slices(num_columns, step):
         width = chunk.stop - chunk.start
         grad_TC, weight_CH = buffer[:, :width], weight_VH[chunk]
-        _gradient_kernel[_grid(num_tokens, triton.cdiv(width, BLOCK_V))](
+        _launch(
+            _gradient_kernel,
             *_operands(rows, hidden_TH, weight_CH, chunk.start),
             *(t.contiguous() for t in statistics), *factors, grad_TC, grad_TC.stride(0),
             **_sizes(hidden_TH, weight_CH, width, _GRADIENT_WARPS),
@@ -135,8 +139,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 # ------------------------------------------------------------------ launches
 
 
-def _grid(num_tokens: int, num_tiles: int) -> Any:
-    return lambda sizes: (triton.cdiv(num_tokens, sizes["BLOCK_T"]) * num_tiles,)
+def _launch(kernel: Any, *operands: Any, **sizes: Any) -> None:
+    """One program for every tile, on the device that holds the tensors."""
+    token_tiles = triton.cdiv(sizes["num_tokens"], sizes["BLOCK_T"])
+    tiles = triton.cdiv(sizes["num_columns"], sizes["BLOCK_V"])
+    with torch.cuda.device_of(operands[0]):
+        kernel[(token_tiles * tiles,)](*operands, **sizes)
 
 
 def _operands(rows: Rows, hidden_TH: Tensor, weight_VH: Tensor, start: int = 0) -> tuple[Any, ...]:
@@ -179,15 +187,14 @@ _kernel = triton.jit(do_not_specialize=["num_tokens", "first"])
 @_kernel
 def _forward_kernel(
     hidden, weight, targets, temperature, entropy_temperature, first,
-    partials, target_logits,
+    target_logits, maximum, sum_exp, sum_exp_z, sum_exp_H,
     num_tokens, num_columns, num_features,
     hidden_stride_t, hidden_stride_h, weight_stride_v, weight_stride_h,
     FLOAT32: tl.constexpr, EVEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """partials: [k, tiles, tokens]; a NaN maximum stands for a tile with a NaN."""
-    num_tiles = tl.cdiv(num_columns, BLOCK_V)
-    token_tile, tile = _tile_of(tl.cdiv(num_tokens, BLOCK_T), num_tiles, GROUP)
+    """Writes [tiles, tokens]; a NaN maximum stands for a tile with a NaN."""
+    token_tile, tile = _tile_of(num_tokens, num_columns, BLOCK_T, BLOCK_V, GROUP)
     rows = token_tile * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     x = _logits(
@@ -206,19 +213,15 @@ def _forward_kernel(
     ours = (column >= tile * BLOCK_V) & (column < tl.minimum((tile + 1) * BLOCK_V, num_columns))
     tl.store(target_logits + rows, target, mask=there & ours)
 
-    shift = tl.where(m == float("-inf"), 0.0, m)
-    t = tl.load(temperature + rows, mask=there, other=1.0)
-    s, u = _sums(x, shift, t)
-    quantity = num_tiles.to(tl.int64) * num_tokens
-    out = partials + tile.to(tl.int64) * num_tokens + rows
-    tl.store(out, tl.where(num_nan > 0, float("nan"), m), mask=there)
-    tl.store(out + quantity, s, mask=there)
+    to = tile.to(tl.int64) * num_tokens + rows
+    tl.store(maximum + to, tl.where(num_nan > 0, float("nan"), m), mask=there)
+    x -= tl.where(m == float("-inf"), 0.0, m)[:, None]
+    s, u = _sums(x, tl.load(temperature + rows, mask=there, other=1.0))
+    tl.store(sum_exp + to, s, mask=there)
     if entropy_temperature is not None:
-        t = tl.load(entropy_temperature + rows, mask=there, other=1.0)
-        s, u = _sums(x, shift, t)
-        tl.store(out + 2 * quantity, s, mask=there)
-        out += quantity
-    tl.store(out + 2 * quantity, u, mask=there)
+        s, u = _sums(x, tl.load(entropy_temperature + rows, mask=there, other=1.0))
+        tl.store(sum_exp_H + to, s, mask=there)
+    tl.store(sum_exp_z + to, u, mask=there)
 
 
 @_kernel
@@ -231,8 +234,7 @@ def _gradient_kernel(
     BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """d logp/dx_j = (1[j = target] - p_j) / T, d H/dx_j = -p_j (log p_j + H) / T, as in torch."""
-    num_tiles = tl.cdiv(num_columns, BLOCK_V)
-    token_tile, tile = _tile_of(tl.cdiv(num_tokens, BLOCK_T), num_tiles, GROUP)
+    token_tile, tile = _tile_of(num_tokens, num_columns, BLOCK_T, BLOCK_V, GROUP)
     rows = token_tile * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     x = _logits(
@@ -269,8 +271,9 @@ def _gradient_kernel(
 
 
 @triton.jit
-def _tile_of(num_token_tiles, num_tiles, GROUP: tl.constexpr):
+def _tile_of(num_tokens, num_columns, BLOCK_T, BLOCK_V, GROUP):
     """This program's tiles; GROUP token tiles take turns, so a tile of the weight stays in L2."""
+    num_token_tiles, num_tiles = tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(num_columns, BLOCK_V)
     program = tl.program_id(0)
     first = program // (GROUP * num_tiles) * GROUP
     in_group = tl.minimum(num_token_tiles - first, GROUP)
@@ -308,9 +311,9 @@ def _logits(
 
 
 @triton.jit
-def _sums(x, shift, temperature):
+def _sums(x, temperature):
     """sum exp z, sum exp(z) z of every row; a term of exp z = 0 is 0, whatever z."""
-    z = (x - shift[:, None]) * (1.0 / temperature)[:, None]
+    z = x * (1.0 / temperature)[:, None]
     e = tl.exp(z)
     return tl.sum(e, 1), tl.sum(tl.where(e > 0.0, e * z, 0.0), 1)
 
