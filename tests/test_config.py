@@ -95,7 +95,7 @@ def test_mistakes_are_named(override, message):
 
 def test_a_batch_threshold_cannot_wait_for_current_entropies():
     with pytest.raises(
-        UserError, match="entropy_of=current has .*: use scope=minibatch or entropy_of=old"
+        UserError, match=r"entropy_of=current has .*: use scope=minibatch or entropy_of=old"
     ):
         load("forking.scope=batch", "forking.entropy_of=current")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,7 +14,13 @@ from megafork.config import (
     ParallelConfig,
     TrainingConfig,
 )
-from megafork.model.qwen3 import head_input, head_weight
+from megafork.model.qwen3 import (
+    head_input,
+    head_weight,
+    refuse_unsafe_sends,
+    transformer_config,
+)
+from megafork.model.shape import ModelShape
 from megafork.model.weights import export_weights
 from megafork.parallel.topology import initialize
 from megafork.training.policy import Policy
@@ -119,3 +127,13 @@ def test_logits_and_gradients_match_transformers(model_folder, layout, model):
     for name, g in expected.items():
         error = (gradients[name] - g).abs().max() / g.abs().max()
         assert error <= 1e-5, f"{name}: {error:.2e}"
+
+
+def test_a_virtual_pipeline_is_built_with_safe_sends_only(tmp_path):
+    shape = ModelShape.from_folder(reference.save_model(tmp_path, tied=False))
+    model, parallel = ModelConfig(path=str(tmp_path)), ParallelConfig(pp=2, vpp=2)
+    safe = transformer_config(shape, model, parallel)
+    refuse_unsafe_sends(safe)
+    for change in ({"batch_p2p_comm": True}, {"overlap_p2p_comm": False}):
+        with pytest.raises(ValueError, match=r"a virtual pipeline with .* computes wrong values"):
+            refuse_unsafe_sends(replace(safe, **change))

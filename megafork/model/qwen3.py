@@ -46,6 +46,7 @@ def build_chunks(
 ) -> list[GPTModel]:
     """This rank's pipeline stages (vpp of them), on its device, parameters not yet loaded."""
     config = transformer_config(shape, model, parallel)
+    refuse_unsafe_sends(config)
     return [
         _build_stage(index, config, shape, model, parallel, topology)
         for index in range(parallel.vpp)
@@ -171,6 +172,19 @@ def transformer_config(
     )
 
 
+def refuse_unsafe_sends(config: TransformerConfig) -> None:
+    """Raise ValueError for a virtual pipeline with batched sends.
+
+    With them the interleaved schedule of two ranks mixes up neighbours, without an error.
+    """
+    virtual = (config.virtual_pipeline_model_parallel_size or 1) > 1
+    if virtual and (config.batch_p2p_comm or not config.overlap_p2p_comm):
+        raise ValueError(
+            f"a virtual pipeline with batch_p2p_comm={config.batch_p2p_comm} and overlap_p2p_comm="
+            f"{config.overlap_p2p_comm} computes wrong values: use False and True"
+        )
+
+
 def _optional_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
     """Of recomputation and of the pipeline, where they are asked for."""
     optional: dict[str, Any] = {}
@@ -179,7 +193,6 @@ def _optional_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str
     if model.recompute == "full":
         optional |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     if parallel.vpp > 1:
-        # With batched sends the interleaved schedule of 2 ranks mixes up neighbours, silently.
         optional |= {
             "virtual_pipeline_model_parallel_size": parallel.vpp,
             "overlap_p2p_comm": True,
