@@ -42,15 +42,11 @@ SIX = "3 + 3 all-reduces by autograd"
 # ----------------------------------------------------------------------------------- from logits
 
 
-MODES = ("forward, no gradient", "forward, kept for backward", "forward and backward")
-
-
-def make_logits(op: str, tokens: int, vocab: int, mode: str) -> Job:
+def make_logits(op: str, tokens: int, vocab: int, backward: bool) -> Job:
     generator = torch.Generator().manual_seed(0)
     world, rank = dist.get_world_size(), dist.get_rank()
     whole, targets = logits_and_targets(tokens, vocab, generator)
-    with_graph, backward = mode != MODES[0], mode == MODES[2]
-    shard = whole.chunk(world, 1)[rank].clone().requires_grad_(with_graph)
+    shard = whole.chunk(world, 1)[rank].clone().requires_grad_(backward)
     del whole
     group = dist.group.WORLD if world > 1 else None
     if op == FLOAT_SUMS:
@@ -64,7 +60,7 @@ def make_logits(op: str, tokens: int, vocab: int, mode: str) -> Job:
     }.get(op, lambda logits, targets: logprob_and_entropy(logits, targets, tp_group=group))
 
     def work() -> tuple[Tensor, Tensor]:
-        with torch.set_grad_enabled(with_graph):
+        with torch.set_grad_enabled(backward):
             logprobs, entropy = function(shard, targets)
         if backward:
             loss = logprobs.sum()
@@ -120,15 +116,17 @@ def compare_logits(args: argparse.Namespace) -> None:
     del logits
     compiler = shutil.which("g++") or shutil.which(os.environ.get("CXX", "clang++"))
     shape = f"{args.tokens} tokens, vocabulary {args.vocab:,}, float32"
-    for mode in MODES:
-        ours = [OURS, DETACHED] if mode == MODES[2] else [OURS, FLOAT_SUMS]
+    for backward in (False, True):
+        what = "forward and backward" if backward else "forward"
+        ours = [OURS, DETACHED] if backward else [OURS, FLOAT_SUMS]
         for tp, others in ((1, ["log_softmax", COMPILED]), (2, [SIX, TWO_OPS, ONE_OP])):
             names = [n for n in others + ours if n != COMPILED or compiler]
-            rows = {n: (make_logits, n, args.tokens, args.vocab, mode) for n in names}
-            costs: dict[str, Cost | str] = {**best(tp, rows, repeats=args.repeats, rounds=2)}
+            size = (args.tokens, args.vocab, backward)
+            rows = {n: (make_logits, n, *size) for n in names}
+            costs: dict[str, Cost | str] = {**best(tp, rows, repeats=args.repeats, rounds=3)}
             if COMPILED in others and not compiler:
                 costs[COMPILED] = "not measured: torch.compile found no C++ compiler"
-            title = f"Log-probability and entropy from logits, {mode}, TP{tp} ({shape})"
+            title = f"Log-probability and entropy from logits, {what}, TP{tp} ({shape})"
             local_mib = args.tokens * args.vocab / tp * 4 / 2**20
             table(title, costs, logits_mib=local_mib, error=error)
 

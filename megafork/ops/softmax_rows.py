@@ -10,8 +10,6 @@ a vocabulary of 151,936. The two sums are taken in 64-bit fixed point: every ter
 multiple of 2^-44 and integer addition is associative, so neither the number of shards nor the
 order of the all-reduce changes a bit. Terms are at most 1 (exp) and 1/e (exp * z) in size, so
 2^18 columns fit in 62 bits; rounding them moves a sum by at most 2^18 * 2^-45 = 7.5e-9.
-
-exp is taken as 2^(z log2 e), which torch computes four times faster on a CPU.
 """
 
 from __future__ import annotations
@@ -117,8 +115,8 @@ class Rows:
                 _shift(x, maximum, out=z)
                 if divide[index]:
                     z.div_(t[of_all])
-                torch.mul(z.clamp_(min=_SMALLEST_Z), _LOG2_E, out=e)
-                blocks.buffers[1].exp2_()  # all of `e`'s buffer: see Blocks
+                z.clamp_(min=_SMALLEST_Z)
+                _exp(*blocks.buffers)
                 sums[2 * index].add_(_integers(e, wide).sum(1))
                 sums[2 * index + 1].add_(_integers(e.mul_(z), wide).sum(1))
         exponents = logits.shape[1] * _MAGIC_BITS
@@ -265,6 +263,17 @@ def _shift(x: Tensor, maximum: Tensor, *, out: Tensor) -> None:
         torch.sub(x, maximum, out=out)
     else:
         out.copy_(x).sub_(maximum)
+
+
+def _exp(z: Tensor, e: Tensor, wide: Tensor) -> None:
+    """e = exp(z) by 2^(z log2 e), which torch computes four times faster on a CPU; whole buffers.
+
+    At z = -16 the product is rounded by up to 1e-6, and a thousand logits may share that error. A
+    fused multiply-add, which is what `alpha` gives, finds it; where it is not fused it finds zero.
+    """
+    torch.mul(z, _LOG2_E, out=e)
+    rounding = torch.sub(e, z, alpha=_LOG2_E, out=wide.view(torch.float32)[: len(z)])
+    e.exp2_().addcmul_(e, rounding, value=-math.log(2))
 
 
 def _integers(terms: Tensor, wide: Tensor) -> Tensor:
