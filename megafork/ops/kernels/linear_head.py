@@ -85,7 +85,7 @@ def _combine(rows: Rows, partials_kPT: Tensor) -> None:
 
 
 def _fixed_point_sum(terms_PT: Tensor) -> Tensor:
-    """In units of 2^-44. NaN is 0: exp(z) z at z = -inf, or of a row that is declared invalid."""
+    """In units of 2^-44. NaN is 0: that of a tile of -inf, or of a row that is declared invalid."""
     return (terms_PT * _FIXED_POINT_ONE).round_().nan_to_num_(nan=0.0).long().sum(0)
 
 
@@ -215,7 +215,7 @@ def _forward_kernel(
 
     to = tile.to(tl.int64) * num_tokens + rows
     tl.store(maximum + to, tl.where(num_nan > 0, float("nan"), m), mask=there)
-    x -= tl.where(m == float("-inf"), 0.0, m)[:, None]
+    x -= m[:, None]  # a tile of -inf gives NaN, which the fixed point takes for 0
     s, u = _sums(x, tl.load(temperature + rows, mask=there, other=1.0))
     tl.store(sum_exp + to, s, mask=there)
     if entropy_temperature is not None:
