@@ -60,6 +60,14 @@ def test_values_at_the_vocabulary_of_qwen3(shift):
     assert_close(logprobs, entropy, (expected_logprobs, expected_entropy))
 
 
+def test_many_equal_logits_share_no_rounding_error():
+    """One token has as much mass as all others together: where an error in exp counts most."""
+    logits = torch.zeros(21, QWEN3_VOCAB)
+    logits[:, 5] = torch.linspace(11, 13, 21)
+    targets = torch.zeros(21, dtype=torch.int64)
+    assert_close(*logprob_and_entropy(logits, targets), reference(logits, targets))
+
+
 @pytest.mark.parametrize("outputs", ["logprobs", "entropy", "both"])
 @pytest.mark.parametrize(
     ("temperature", "entropy_temperature"),
