@@ -220,6 +220,11 @@ def special_logits():
         linear_logprob_and_entropy(x, banned, torch.full_like(targets, 200))[0].eq(-torch.inf).all()
     )
 
+    weight = banned.clone().requires_grad_()
+    sum(out.sum() for out in linear_logprob_and_entropy(x, weight, targets)).backward()
+    assert weight.grad.isfinite().all()
+    assert (weight.grad[100:300] == 0).all()
+
     nothing = torch.full_like(w, 0.0)
     nothing[:, 0] = -torch.inf
     assert all(out.isnan().all() for out in linear_logprob_and_entropy(x, nothing, targets))

@@ -180,8 +180,12 @@ def _sizes(
 
 # ------------------------------------------------------------------ kernels
 
-# A token count that is 1 or a multiple of 16 must not make another kernel.
-_kernel = triton.jit(do_not_specialize=["num_tokens", "first"])
+# A token count that is 1 or a multiple of 16 must not make another kernel, nor must what follows
+# from it: where the partials of one kind end and those of the next begin.
+_kernel = triton.jit(
+    do_not_specialize=["num_tokens", "first"],
+    do_not_specialize_on_alignment=["maximum", "sum_exp", "sum_exp_z", "sum_exp_H"],
+)
 
 
 @_kernel
