@@ -169,7 +169,9 @@ class ForkingConfig(Section):
         "before each update (one more forward pass)",
     )
     ties: Literal["keep", "hash"] = Field(
-        "keep", description="tokens at the threshold: all kept, or exactly as many as rho asks for"
+        "keep",
+        description="tokens whose entropy has the threshold's bits: all kept, or exactly as many "
+        "as rho asks for",
     )
     entropy_temperature: PositiveFloat | None = Field(
         None, description="temperature of the entropy; unset: the sampling temperature"
@@ -241,6 +243,11 @@ class TrainConfig(Section):
             raise UserError(
                 f"training.prompts_per_minibatch={per_minibatch} must divide "
                 f"rollout.prompts_per_step={prompts}: use one of {_divisors(prompts)}"
+            )
+        if self.forking.select == "bottom" and self.forking.rho == 1.0:
+            raise UserError(
+                "forking.select=bottom takes what forking.rho=1 leaves out, which is nothing: "
+                "lower rho"
             )
         if self.forking.scope == "batch" and self.forking.entropy_of == "current":
             raise UserError(

@@ -100,6 +100,11 @@ def test_a_batch_threshold_cannot_wait_for_current_entropies():
         load("forking.scope=batch", "forking.entropy_of=current")
 
 
+def test_a_selection_of_nothing_is_refused():
+    with pytest.raises(UserError, match=r"forking\.rho=1 leaves out, which is nothing"):
+        load("forking.select=bottom", "forking.rho=1")
+
+
 def test_context_parallel_ranks_share_a_sequence():
     """21,504 tokens in 4 chunks of 5,376, two on each rank."""
     assert load("parallel.cp=2", "training.micro_batch_tokens=10752").parallel.cp == 2

@@ -23,6 +23,7 @@ def let_padding_columns_in():
 
 
 def take_the_threshold_over_tp_too():
+    """Every entropy counts tp times: the threshold may stay where it is, the counts do not."""
     from megatron.core import parallel_state
 
     exact = forking.select_tokens

@@ -9,7 +9,7 @@ import torch
 
 from megafork.config import ParallelConfig
 from megafork.ops import top_fraction
-from megafork.ops.top_fraction import largest_keys, top_fraction_threshold
+from megafork.ops.top_fraction import largest_keys, top_fraction_threshold, top_k
 from megafork.parallel.topology import initialize
 from tests.ranks import run_ranks
 
@@ -49,6 +49,20 @@ def test_k_is_not_a_victim_of_binary_fractions():
     values = torch.arange(30.0)
     found = top_fraction_threshold(values, torch.ones(30, dtype=torch.bool), 0.1)
     assert (found.threshold, found.num_kept, found.num_total) == (27.0, 3, 30)
+
+
+@pytest.mark.parametrize(
+    ("num_values", "fraction", "k"),
+    [
+        (164_000_000, 0.14, 22_960_000),
+        (10**10, 0.07, 700_000_000),
+        (10, 0.1 + 0.2, 3),
+        (7, 0.2, 2),
+        (0, 0.2, 1),
+    ],
+)
+def test_k_of_many_values(num_values, fraction, k):
+    assert top_k(torch.tensor([num_values]), fraction).tolist() == [k]
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 3.5, -(2.0**-149), torch.inf, -torch.inf])

@@ -9,6 +9,7 @@ import torch
 
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.errors import UserError
+from megafork.model import scorer
 from megafork.model.shape import ModelShape
 from megafork.training.policy import BOUNDARY_EPS
 from tests import reference
@@ -160,10 +161,13 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(model_folder):
     assert run_ranks(2, update_with_nan, model_folder, {"tp": 2}) == [True, True]
 
 
+LARGE_LR = 2.0**-10
+
+
 def many_small_updates(folder, layout, float32_head):
     policy = make_policy(
         folder, layout, dtype="bfloat16", model={"float32_head": float32_head},
-        lr=2.0**-10, weight_decay=0.0, grad_clip=1e9, micro_batch_tokens=40,
+        lr=LARGE_LR, weight_decay=0.0, grad_clip=1e9, micro_batch_tokens=40,
     )  # fmt: skip
     dtypes = {
         rule.megatron: (p.dtype, p.main_grad.dtype)
@@ -182,7 +186,9 @@ def many_small_updates(folder, layout, float32_head):
 
 
 @pytest.mark.parametrize("float32_head", [False, True])
-@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"dp": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{}, {"tp": 2}, {"dp": 2}, {**SP, "cp": 2}, {"pp": 2, "vpp": 2, "dp": 2}], ids=str
+)
 def test_bfloat16_weights_add_up_in_float32(tmp_path, layout, float32_head):
     """A weight of 1 to 2 is a multiple of 2^-7 in bfloat16: one step of 2^-10 rounds back to where
     it was, eight of them in float32 do not."""
@@ -197,6 +203,10 @@ def test_bfloat16_weights_add_up_in_float32(tmp_path, layout, float32_head):
             assert weight == (torch.float32 if in_float32 else torch.bfloat16), name
             assert gradient == torch.float32
         assert all(weight.dtype == torch.bfloat16 for weight in start.values())
+        for name, weight in start.items():
+            # Eight steps of AdamW and the rounding at their end.
+            bound = 1.5 * 8 * LARGE_LR + 2**-8 * weight.abs().float()
+            assert ((later[1][name].float() - weight.float()).abs() <= bound).all(), name
         for name in (name for name in start if "norm" in name):
             large = (start[name].abs() > 1) & (start[name].abs() < 2)
             total += int(large.sum())
@@ -205,6 +215,29 @@ def test_bfloat16_weights_add_up_in_float32(tmp_path, layout, float32_head):
     assert total > 200
     assert moved[0] == 0
     assert moved[1] > 0.1 * total
+
+
+def types_at_the_head(folder):
+    seen = set()
+    exact = scorer.linear_logprob_and_entropy
+
+    def recording(hidden, weight, *args, **options):
+        seen.add((hidden.dtype, weight.dtype))
+        return exact(hidden, weight, *args, **options)
+
+    scorer.linear_logprob_and_entropy = recording
+    policy = make_policy(folder, {}, dtype="bfloat16")
+    table = make_table()
+    scores = policy.score(table)
+    [mask], _ = policy.select([table], [scores], step=1)
+    policy.update(table, scores, mask)
+    return seen
+
+
+def test_the_head_gets_bfloat16_hidden_states(tmp_path):
+    """Cast to float32 by megatron's wrapper they would cost the tensor cores, for nothing."""
+    folder = reference.save_model(tmp_path, tied=False, seed=3)
+    assert run_ranks(1, types_at_the_head, folder) == [{(torch.bfloat16, torch.bfloat16)}]
 
 
 def score_with_head(folder, float32_head):

@@ -29,7 +29,7 @@ class Selection:
     """bool: forking_mask, contained in the loss mask"""
     threshold: float
     """tau in nats, the smallest entropy in the top rho; the mean of the sequences' own for scope
-    "sequence" """
+    "sequence"; NaN where entropy decides nothing ("random", "all")"""
     num_kept: int
     num_wanted: int
     """what rho asks for; ties = "keep" keeps more when entropies are equal"""
@@ -60,8 +60,10 @@ def select_tokens(
     entropy_T: float32 nats; loss_mask_T: bool; key_T2: int64 (sample uid, position); each rank of
     `groups` passes its own tokens. "bottom" is the complement of "top" at the same rho; "random"
     takes the top rho of a hash of (seed, step, key), so the same tokens at every layout. Tokens
-    tied with the threshold are all in the top, or with ties = "hash" as many as are missing, by
-    another hash of (seed, step, key). sequence_T: int64, which of num_sequences sequences a token
+    whose entropy has the threshold's bits are all in the top, or with ties = "hash" as many as are
+    missing, by another hash of (seed, step, key). (Entropies that are equal only on paper, as of a
+    prefix that two responses share, may differ in the last bit: num_boundary counts them.)
+    sequence_T: int64, which of num_sequences sequences a token
     belongs to; each has its own threshold when the scope is "sequence", and none else.
     """
     if config.scope == "sequence":
@@ -92,7 +94,7 @@ def select_tokens(
     by_entropy = config.select in ("top", "bottom")
     return Selection(
         mask_T=mask_T,
-        threshold=float(threshold_S[num_total_S > 0].mean()) if num_total else math.inf,
+        threshold=float(threshold_S[num_total_S > 0].mean()) if by_entropy else math.nan,
         num_kept=kept,
         num_wanted=wanted,
         num_total=num_total,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -43,8 +44,9 @@ def top_fraction_threshold(
     values_T: float32 (bfloat16 and float16 are exact too). mask_T: bool. The threshold is exactly
     the k-th largest masked value, k = top_k(N, fraction); all values tied with it are kept.
     groups: orthogonal process groups over which the tokens are split. segments_T: ids in
-    0..num_segments-1, one independent threshold each, with the same few collectives (three for up
-    to 64 segments, of at most 1 MiB each; more, for more segments).
+    0..num_segments-1, one independent threshold each, all with the same collectives: for each
+    group one small one that counts NaN and three histograms of together 40 KiB; with more than 64
+    segments more of them, each of 1 MiB at most up to 65,536 segments.
 
     Returns Python numbers, or [num_segments] tensors (float32, int64, int64) when segments_T is
     given. Raises ValueError, on every rank, naming the ranks that hold NaN and how many.
@@ -64,8 +66,13 @@ def top_fraction_threshold(
 
 
 def top_k(num_values: Tensor, fraction: float) -> Tensor:
-    """int64: ceil(fraction * n - 1e-9), at least 1. 0.1 of 30 is 3, whatever 0.1 is in binary."""
-    ks = [max(1, math.ceil(fraction * n - 1e-9)) for n in num_values.tolist()]
+    """int64: ceil(fraction * n - 1e-9), at least 1.
+
+    In rational numbers: 0.1 of 30 is 3 and 0.14 of 164,000,000 is 22,960,000, whatever 0.1 and 0.14
+    are in binary.
+    """
+    exact, slack = Fraction(str(fraction)), Fraction(1, 10**9)
+    ks = [max(1, math.ceil(exact * n - slack)) for n in num_values.tolist()]
     return torch.tensor(ks, dtype=torch.int64, device=num_values.device)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -40,12 +41,10 @@ def wrap_data_parallel(
         DistributedDataParallel(
             shared,
             config,
-            _in_bfloat16(gpt) if shared.bf16 else gpt,
-            # Later stages finish their backward first: nothing is left to overlap with.
-            disable_bucketing=index > 0,
+            _BFloat16Module(gpt) if shared.bf16 else gpt,
             pg_collection=topology.groups,
         )
-        for index, gpt in enumerate(stages)
+        for gpt in stages
     ]
     if overlap:
         no_sync = [ddp.no_sync for ddp in wrapped]
@@ -54,13 +53,21 @@ def wrap_data_parallel(
     return wrapped
 
 
-def _in_bfloat16(gpt: GPTModel) -> Float16Module:
-    """megatron's wrapper casts every parameter; one that was built in float32 stays it."""
-    float32 = {p: p.detach().clone() for p in gpt.parameters() if p.dtype == torch.float32}
-    module = Float16Module(gpt.config, gpt)
-    for parameter, value in float32.items():
-        parameter.data = value
-    return module
+class _BFloat16Module(Float16Module):
+    """megatron's wrapper, without two of its casts.
+
+    It casts every parameter; one that was built in float32 stays it. And it casts the output; the
+    head takes the hidden states as they are, for a product that is float32 anyway.
+    """
+
+    def __init__(self, gpt: GPTModel) -> None:
+        float32 = {p: p.detach().clone() for p in gpt.parameters() if p.dtype == torch.float32}
+        super().__init__(gpt.config, gpt)
+        for parameter, value in float32.items():
+            parameter.data = value
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        return super().forward(*inputs, fp32_output=False, **kwargs)
 
 
 def _finalize(model, num_tokens=None, pg_collection=None, force_all_reduce=False, *, groups):

@@ -20,7 +20,7 @@ _TRUNCATING = {"top_k": (None, 0, -1), "top_p": (None, 1, 1.0), "min_p": (None, 
 def check_train(config: TrainConfig) -> None:
     """Raise UserError for what can be known to fail before anything is started."""
     shape = ModelShape.from_folder(config.model.path)
-    shape.check_layout(config.parallel)
+    shape.check(config.model, config.parallel)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > shape.max_positions:
         raise UserError(
