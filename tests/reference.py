@@ -1,4 +1,4 @@
-"""Small random Qwen3 models and what plain transformers and torch say about them.
+"""Small random models and what plain transformers and torch say about them.
 
 Nothing here uses megafork's model, packing, selection or loss: one sequence at a time, full
 logits, autograd, sorting.
@@ -12,39 +12,72 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from megafork.types import Group, Sample
 
 VOCAB = 251  # not a multiple of anything: megatron pads it
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+ARCHITECTURES = {
+    "qwen3": (Qwen3Config, {"head_dim": 32, "rope_theta": 1e6}),  # not hidden / heads
+    "qwen2": (Qwen2Config, {"rope_theta": 1e6}),
+    # Of the 16 rotary frequencies some are stretched, one or two smoothed, some left alone.
+    "llama": (
+        LlamaConfig,
+        {
+            "head_dim": 32,
+            "max_position_embeddings": 16384,
+            "rope_parameters": LLAMA3_ROPE,
+        },
+    ),
+}
 
 
 def save_model(
-    folder: Path, *, tied: bool, seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 4
+    folder: Path,
+    *,
+    tied: bool,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    layers: int = 4,
+    architecture: str = "qwen3",
 ) -> Path:
-    """A random Qwen3 with GQA, QK-norm and head_dim != hidden / heads; weights big enough to
-    give uneven entropies."""
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        rope_theta=1e6,
-        initializer_range=0.1,
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
+    """A random model with GQA (and, as its architecture has it, QK-norm or biases of q, k and v);
+    weights big enough to give uneven entropies."""
+    config_class, settings = ARCHITECTURES[architecture]
+    common = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.1,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+    }
+    config = config_class(**(common | settings))
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(config).to(dtype)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
             elif name in ("model.embed_tokens.weight", "lm_head.weight"):
                 parameter.mul_(4.0)  # once for a tied pair: it is one parameter
@@ -52,11 +85,11 @@ def save_model(
     return folder
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
-    return Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
 
 
-def response_logits(model: Qwen3ForCausalLM, prompt: list[int], response: list[int]) -> Tensor:
+def response_logits(model: PreTrainedModel, prompt: list[int], response: list[int]) -> Tensor:
     """[len(response), V]: the logits that each response token was drawn from."""
     ids = torch.tensor([prompt + response])
     return model(ids).logits[0, len(prompt) - 1 : -1]

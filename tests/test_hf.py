@@ -65,6 +65,20 @@ def test_hf_to_megatron_to_hf_is_bitwise(tmp_path, dtype, tied, layout):
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize(("architecture", "tied"), [("qwen2", True), ("llama", False)])
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}], ids=str)
+def test_other_architectures_are_bitwise_too(tmp_path, architecture, tied, layout):
+    source = reference.save_model(
+        tmp_path / "m", tied=tied, dtype=torch.bfloat16, architecture=architecture
+    )
+    world = ParallelConfig(**layout).world_size
+    run_ranks(world, load_and_export, source, layout, "bfloat16", tmp_path / "out")
+    before, after = read_all(source), read_all(tmp_path / "out")
+    assert set(before) == set(after)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+
+
 def test_a_sharded_folder_reads_like_a_single_file(tmp_path):
     source = reference.save_model(tmp_path / "m", tied=True)
     whole = SafetensorsFolder(source)
@@ -132,13 +146,38 @@ def test_shape_reads_both_spellings_of_rope(tmp_path):
     assert ModelShape.from_folder(folder).rope_theta == 5e5
 
 
+def test_shape_takes_what_a_family_leaves_out(tmp_path):
+    """Published Qwen2.5 and Llama 3 configs have no head_dim, or none but null."""
+    folder = reference.save_model(tmp_path / "m", tied=True, architecture="qwen2")
+    shape = ModelShape.from_folder(folder)
+    assert (shape.head_dim, shape.qkv_bias, shape.qk_norm, shape.rope_factor) == (16, 1, 0, None)
+    folder = reference.save_model(tmp_path / "l", tied=True, architecture="llama")
+    shape = ModelShape.from_folder(folder)
+    assert (shape.head_dim, shape.qkv_bias, shape.qk_norm, shape.rope_factor) == (32, 0, 0, 8.0)
+    old = {key: value for key, value in reference.LLAMA3_ROPE.items() if key != "rope_theta"}
+    edit(folder, rope_parameters=None, rope_scaling=old, rope_theta=5e5, head_dim=None)
+    shape = ModelShape.from_folder(folder)
+    assert (shape.head_dim, shape.rope_theta, shape.rope_factor) == (16, 5e5, 8.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"model_type": "mistral"}, "model_type='mistral'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type='yarn'"),
         ({"head_dim": None}, "lacks the key 'head_dim'"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, r"\['sliding_attention'\]"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}},
+            "lacks the key 'low_freq_factor'",
+        ),
+        (
+            {"rope_parameters": reference.LLAMA3_ROPE | {"low_freq_factor": 2.0}},
+            "low_freq_factor=2.0; megatron-core .* with 1.0",
+        ),
     ],
 )
 def test_an_unsupported_config_is_named(tmp_path, changes, message):

@@ -1,4 +1,4 @@
-"""The model in every layout against transformers' Qwen3, one sequence at a time."""
+"""The model in every layout against transformers, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megafork.config import (
     ParallelConfig,
     TrainingConfig,
 )
-from megafork.model.qwen3 import (
+from megafork.model.gpt import (
     head_input,
     head_weight,
     refuse_unsafe_sends,
@@ -38,10 +38,19 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def model_folder(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    return reference.save_model(folder, tied=request.param)
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """(architecture, tied) -> a folder with such a model."""
+    made = {}
+
+    def make(architecture, tied):
+        key = architecture, tied
+        if key not in made:
+            folder = tmp_path_factory.mktemp(architecture)
+            made[key] = reference.save_model(folder, tied=tied, architecture=architecture)
+        return made[key]
+
+    return make
 
 
 def make_policy(folder, layout, **model):
@@ -103,13 +112,29 @@ def reference_logits_and_gradients(folder, table):
     return logits, {n: p.grad for n, p in model.named_parameters()}
 
 
-CASES = [(layout, {}) for layout in LAYOUTS] + [
-    (layout, {"recompute": kind}) for layout in ("tp1", "tp2-pp2") for kind in ("full", "selective")
+FAMILIES = [("qwen3", True), ("qwen3", False)]
+CASES = [(*family, layout, {}) for family in FAMILIES for layout in LAYOUTS]
+CASES += [
+    (*family, layout, {"recompute": kind})
+    for family in FAMILIES
+    for layout in ("tp1", "tp2-pp2")
+    for kind in ("full", "selective")
+]
+# The others differ in the attention only: the four layouts once, tied and untied in turn.
+CASES += [
+    (architecture, tied, layout, {})
+    for architecture, first in (("qwen2", True), ("llama", False))
+    for layout, tied in (("tp1", first), ("tp2", first), ("pp2", not first), ("tp2-pp2", first))
 ]
 
 
-@pytest.mark.parametrize(("layout", "model"), CASES, ids=lambda value: str(value))
-def test_logits_and_gradients_match_transformers(model_folder, layout, model):
+@pytest.mark.parametrize(
+    ("architecture", "tied", "layout", "model"),
+    CASES,
+    ids=[f"{a}-{'tied' if t else 'untied'}-{layout}-{m}" for a, t, layout, m in CASES],
+)
+def test_logits_and_gradients_match_transformers(model_folder, architecture, tied, layout, model):
+    model_folder = model_folder(architecture, tied)
     layout = LAYOUTS[layout]
     parallel = ParallelConfig(**layout)
     ranks = run_ranks(parallel.world_size, logits_and_gradients, model_folder, layout, model)

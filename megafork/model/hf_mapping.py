@@ -69,7 +69,10 @@ class VocabSplit:
 
 @dataclass(frozen=True)
 class QkvSplit:
-    """Query, key and value, interleaved by kv head: [q of its group, k, v] for each kv head."""
+    """Query, key and value, interleaved by kv head: [q of its group, k, v] for each kv head.
+
+    For the matrices [rows, hidden] and for the biases [rows].
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -83,17 +86,17 @@ class QkvSplit:
             read(name, 0, rank * rows, (rank + 1) * rows)
             for name, rows in zip(names, (q_rows, kv_rows, kv_rows), strict=True)
         )
-        hidden = q.shape[1]
-        by_kv_head = [x.reshape(kv_heads, -1, hidden) for x in (q, k, v)]
-        return torch.cat(by_kv_head, 1).reshape(q_rows + 2 * kv_rows, hidden)
+        hidden = q.shape[1:]
+        by_kv_head = [x.reshape(kv_heads, -1, *hidden) for x in (q, k, v)]
+        return torch.cat(by_kv_head, 1).reshape(q_rows + 2 * kv_rows, *hidden)
 
     def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
         full = torch.cat(list(shards))
-        hidden = full.shape[1]
-        per_kv_head = full.reshape(self.num_kv_heads, -1, hidden)
+        hidden = full.shape[1:]
+        per_kv_head = full.reshape(self.num_kv_heads, -1, *hidden)
         group = self.num_heads // self.num_kv_heads
         parts = per_kv_head.split((group * self.head_dim, self.head_dim, self.head_dim), 1)
-        return [part.reshape(-1, hidden) for part in parts]
+        return [part.reshape(-1, *hidden) for part in parts]
 
     def _rows(self, kv_heads: int) -> tuple[int, int]:
         group = self.num_heads // self.num_kv_heads
@@ -153,12 +156,14 @@ def _norm_rules(
         if transformer_engine
         else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
     )
-    for megatron, hf, size in (
-        (before_attention, "input_layernorm.weight", shape.hidden_size),
-        ("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", shape.head_dim),
-        ("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", shape.head_dim),
-        (before_mlp, "post_attention_layernorm.weight", shape.hidden_size),
-    ):
+    norms = [(before_attention, "input_layernorm.weight", shape.hidden_size)]
+    if shape.qk_norm:
+        norms += [
+            (f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight", shape.head_dim)
+            for x in "qk"
+        ]
+    norms.append((before_mlp, "post_attention_layernorm.weight", shape.hidden_size))
+    for megatron, hf, size in norms:
         names = (f"model.layers.{layer}.{hf}",)
         yield Rule(f"decoder.layers.{local}.{megatron}", names, Replicated(), ((size,),))
 
@@ -167,12 +172,20 @@ def _matrix_rules(shape: ModelShape, local: int, layer: int) -> Iterator[Rule]:
     hidden, inner, dim = shape.hidden_size, shape.intermediate_size, shape.head_dim
     q_rows, kv_rows = shape.num_heads * dim, shape.num_kv_heads * dim
     to, of = f"decoder.layers.{local}.", f"model.layers.{layer}."
+    qkv = QkvSplit(shape.num_heads, shape.num_kv_heads, dim)
     yield Rule(
         to + "self_attention.linear_qkv.weight",
         tuple(f"{of}self_attn.{x}_proj.weight" for x in "qkv"),
-        QkvSplit(shape.num_heads, shape.num_kv_heads, dim),
+        qkv,
         ((q_rows, hidden), (kv_rows, hidden), (kv_rows, hidden)),
     )
+    if shape.qkv_bias:
+        yield Rule(
+            to + "self_attention.linear_qkv.bias",
+            tuple(f"{of}self_attn.{x}_proj.bias" for x in "qkv"),
+            qkv,
+            ((q_rows,), (kv_rows,), (kv_rows,)),
+        )
     yield Rule(
         to + "self_attention.linear_proj.weight",
         (of + "self_attn.o_proj.weight",),

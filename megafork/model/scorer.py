@@ -18,8 +18,8 @@ from torch import Tensor
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.data.packing import Pack, build_pack, fed_lengths, plan_micro_batches
 from megafork.errors import UserError
+from megafork.model.gpt import head_input, head_weight
 from megafork.model.hf_folder import SafetensorsFolder
-from megafork.model.qwen3 import head_input, head_weight
 from megafork.model.shape import ModelShape
 from megafork.model.weights import (
     build_stages,

@@ -1,4 +1,4 @@
-"""The shape of a Qwen3 model, read from an HF folder's config.json. Imports no torch."""
+"""The shape of a dense model, read from an HF folder's config.json. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from typing import Any
 
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.errors import UserError
+
+FAMILIES = ("qwen3", "qwen2", "llama")
+"""model_type of config.json. Qwen2.5 is 'qwen2': biases of q, k and v, no norm of q and k; Llama 3
+is 'llama': neither; Qwen3 has the norms."""
+_LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""Constants in megatron-core's RotaryEmbedding, and those of every Llama 3 model."""
+_UNSUPPORTED = ("attention_bias", "mlp_bias", "use_sliding_window")
 
 
 @dataclass(frozen=True)
@@ -23,12 +34,16 @@ class ModelShape:
     max_positions: int
     rope_theta: float
     rms_norm_eps: float
+    rope_factor: float | None
+    """Llama 3's stretching of the low rotary frequencies; None: not stretched."""
     tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
     eos_token_ids: tuple[int, ...]
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelShape:
-        """Read `folder`/config.json (Qwen3ForCausalLM). Raises UserError for anything else."""
+        """Read `folder`/config.json. Raises UserError for what megafork does not train."""
         folder = Path(folder)
         path = folder / "config.json"
         if not folder.is_dir():
@@ -36,17 +51,18 @@ class ModelShape:
         if not path.is_file():
             raise UserError(f"model.path={folder} holds no config.json: give an HF model folder")
         raw = read_json(path)
-        if raw.get("model_type") != "qwen3":
+        family = raw.get("model_type")
+        if family not in FAMILIES:
             raise UserError(
-                f"{path} has model_type={raw.get('model_type')!r}; megafork trains 'qwen3' (dense)"
+                f"{path} has model_type={family!r}; megafork trains the dense models "
+                f"{', '.join(map(repr, FAMILIES))}"
             )
+        _refuse_unsupported(path, raw)
         # transformers 5 nests the rope settings, 4 kept them at the top level.
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise UserError(f"{path} has rope_type={kind!r}; only 'default' is supported")
-        if raw.get("attention_bias") or raw.get("use_sliding_window"):
-            raise UserError(f"{path} sets attention_bias or use_sliding_window: not supported")
+        head_dim = raw.get("head_dim")
+        if head_dim is None and family == "qwen3":
+            raise UserError(f"{path} lacks the key 'head_dim'")
         try:
             return cls(
                 num_layers=raw["num_hidden_layers"],
@@ -54,12 +70,15 @@ class ModelShape:
                 intermediate_size=raw["intermediate_size"],
                 num_heads=raw["num_attention_heads"],
                 num_kv_heads=raw["num_key_value_heads"],
-                head_dim=raw["head_dim"],
+                head_dim=head_dim or raw["hidden_size"] // raw["num_attention_heads"],
                 vocab_size=raw["vocab_size"],
                 max_positions=raw["max_position_embeddings"],
                 rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else raw["rope_theta"]),
+                rope_factor=_rope_factor(path, rope),
                 rms_norm_eps=raw["rms_norm_eps"],
                 tied_embeddings=raw["tie_word_embeddings"],
+                qkv_bias=family == "qwen2",
+                qk_norm=family == "qwen3",
                 eos_token_ids=_eos_token_ids(folder, raw),
             )
         except KeyError as error:
@@ -115,6 +134,32 @@ class ModelShape:
         sizes = parallel.pipeline_layers or (self.num_layers // stages,) * stages
         starts = [sum(sizes[:stage]) for stage in range(stages)]
         return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
+    for key in _UNSUPPORTED:
+        if raw.get(key):
+            raise UserError(f"{path} sets {key}: not supported")
+    kinds = set(raw.get("layer_types") or ()) - {"full_attention"}
+    if kinds:
+        raise UserError(f"{path} has layer_types {sorted(kinds)}: only full_attention is supported")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{path} has hidden_act={raw['hidden_act']!r}; only 'silu' is supported")
+
+
+def _rope_factor(path: Path, rope: dict[str, Any]) -> float | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise UserError(f"{path} has rope_type={kind!r}; 'default' and 'llama3' are supported")
+    for key, value in _LLAMA3_ROPE.items():
+        if rope[key] != value:
+            raise UserError(
+                f"{path} has {key}={rope[key]}; megatron-core computes Llama 3's rotary embedding "
+                f"with {value}"
+            )
+    return float(rope["factor"])
 
 
 def read_json(path: Path) -> dict[str, Any]:

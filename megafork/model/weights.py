@@ -13,9 +13,9 @@ from torch import Tensor
 
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.errors import UserError
+from megafork.model.gpt import build_chunks, padded_vocab_size
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.hf_mapping import Replicated, Rule, rules
-from megafork.model.qwen3 import build_chunks, padded_vocab_size
 from megafork.model.shape import ModelShape
 from megafork.parallel import backend
 from megafork.parallel.topology import Topology

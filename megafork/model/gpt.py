@@ -1,4 +1,4 @@
-"""Qwen3 (dense) as a megatron-core GPTModel that stops before the head.
+"""The policy as a megatron-core GPTModel that stops before the head.
 
 The last stage returns hidden states instead of logits: the loss decides which rows the head runs
 on, and takes log-probabilities and entropies from the vocabulary shards (ops/vocab_parallel.py).
@@ -66,7 +66,7 @@ def _build_stage(
     num_layers = len(shape.stage_layers(parallel)[stage])
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=_block_spec(num_layers),
+        transformer_layer_spec=_block_spec(num_layers, qk_norm=shape.qk_norm),
         vocab_size=padded_vocab_size(shape, model, parallel),
         max_sequence_length=shape.max_positions,
         pre_process=stage == 0,
@@ -75,6 +75,8 @@ def _build_stage(
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
+        rope_scaling=shape.rope_factor is not None,
+        rope_scaling_factor=shape.rope_factor or 1.0,
         pg_collection=topology.groups,
         vp_stage=chunk if parallel.vpp > 1 else None,
     )
@@ -137,13 +139,13 @@ def transformer_config(
         num_attention_heads=shape.num_heads,
         num_query_groups=shape.num_kv_heads,
         kv_channels=shape.head_dim,
-        qk_layernorm=True,
+        qk_layernorm=shape.qk_norm,
         normalization="RMSNorm",
         layernorm_epsilon=shape.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=False,
+        add_qkv_bias=shape.qkv_bias,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         params_dtype=dtype,
@@ -206,20 +208,21 @@ def _optional_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str
     return optional
 
 
-def _block_spec(num_layers: int) -> TransformerBlockSubmodules:
+def _block_spec(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:
     if backend.has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
         return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
-    _plug_in_own_layers(layer)
+    layer = get_gpt_layer_local_spec(qk_layernorm=qk_norm, normalization="RMSNorm")
+    _plug_in_own_layers(layer, qk_norm=qk_norm)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
-def _plug_in_own_layers(layer: ModuleSpec) -> None:
+def _plug_in_own_layers(layer: ModuleSpec, *, qk_norm: bool) -> None:
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = PackedAttention
