@@ -1,4 +1,4 @@
-"""The command line: `megafork train | score | doctor`.
+"""The command line: `megafork train | score | convert | doctor`.
 
 Every command is typed here and does its work elsewhere. Configs and files are checked before any
 rank is started, so a mistake costs a second and is told once.
@@ -83,6 +83,68 @@ def score(
         from megafork.scoring import score_file
 
         score_file(resolved, input, output)
+
+    _on_ranks(resolved.parallel, work)
+
+
+HfFolder = Annotated[Path, typer.Option(help="HF folder: config.json and safetensors")]
+MegatronFolder = Annotated[
+    Path, typer.Option(help="folder of a megatron-core checkpoint (dist_checkpointing, torch_dist)")
+]
+FileGb = Annotated[float, typer.Option(help="start another file at this size, GB", min=1e-6)]
+
+convert = typer.Typer(
+    help="HF folders to megatron-core checkpoints and back, tensor by tensor, bit by bit.",
+    no_args_is_help=True,
+)
+app.add_typer(convert, name="convert")
+
+
+@convert.command()
+def hf_to_megatron(hf: HfFolder, megatron: MegatronFolder, max_file_gb: FileGb = 5.0) -> None:
+    """Write --megatron from --hf; config and tokenizer go along in its hf/."""
+    from megafork.checkpoint import convert as conversion
+
+    conversion.hf_to_megatron(hf, megatron, max_file_bytes=int(max_file_gb * 1e9))
+
+
+@convert.command()
+def megatron_to_hf(
+    hf: HfFolder,
+    megatron: MegatronFolder,
+    like: Annotated[
+        Path | None, typer.Option(help="HF folder that lends config and tokenizer; unset: its hf/")
+    ] = None,
+    max_file_gb: FileGb = 5.0,
+) -> None:
+    """Write --hf from --megatron, whatever layout wrote it."""
+    from megafork.checkpoint import convert as conversion
+
+    conversion.megatron_to_hf(megatron, hf, like=like, max_file_bytes=int(max_file_gb * 1e9))
+
+
+@convert.command()
+def verify(
+    hf: HfFolder,
+    megatron: MegatronFolder,
+    overrides: Overrides = None,
+    logits: Annotated[
+        bool, typer.Option(help="also compare logits: loads both models, one after the other")
+    ] = True,
+) -> None:
+    """Bits of every tensor, then logits (transformers against the layout given); exit 0 or 1."""
+    resolved = load_config(
+        ScoreConfig, None, [f"model.path={json.dumps(str(hf))}", *(overrides or [])]
+    )
+    from megafork.model.shape import ModelShape
+
+    ModelShape.from_folder(hf).check(resolved.model, resolved.parallel)
+
+    def work() -> None:
+        from megafork.checkpoint.verify import verify as verify_on_this_rank
+
+        if not verify_on_this_rank(resolved, megatron, logits=logits):
+            raise typer.Exit(1)
 
     _on_ranks(resolved.parallel, work)
 

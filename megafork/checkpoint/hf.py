@@ -23,6 +23,7 @@ _CARRIED_OVER = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
 )
 
 
@@ -65,12 +66,16 @@ def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> N
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Config, generation config and tokenizer; config.json states the dtype that is written."""
+def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Config, generation config and tokenizer; config.json states `dtype` where one is given."""
     for name in _CARRIED_OVER:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if dtype is None:
+        return
     config = json.loads((target / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
+    if config.pop("torch_dtype", config.get("dtype")) == name:  # transformers 4 and 5
+        return
+    config["dtype"] = name
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -12,7 +12,6 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 from megafork.config import ModelConfig, ParallelConfig
-from megafork.errors import UserError
 from megafork.model.gpt import build_chunks, padded_vocab_size
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.hf_mapping import Replicated, Rule, rules
@@ -73,11 +72,8 @@ def load_weights(stages: Sequence[Stage], folder: SafetensorsFolder, topology: T
     """Fill every parameter of this rank from its slices. Raises UserError for a wrong shape."""
     for rule, parameter in _parameters(stages):
         for name, expected in zip(rule.hf, rule.hf_shapes, strict=True):
-            if name in folder.names and folder.shape(name) != expected:
-                raise UserError(
-                    f"{folder.folder}: {name} has shape {list(folder.shape(name))}, but its "
-                    f"config.json asks for {list(expected)}"
-                )
+            folder.check_holds(name)
+            folder.check_shape(name, expected)
         shard = rule.sharding.read(folder.slice, rule.hf, topology.tp_rank, topology.tp_size)
         parameter.copy_(shard)
 

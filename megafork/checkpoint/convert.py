@@ -1,0 +1,210 @@
+"""`megafork convert`: HF folders to megatron-core checkpoints and back, tensor by tensor.
+
+Values are moved and never changed: every tensor keeps its dtype and its bits. A megatron folder
+made here carries the HF folder's config and tokenizer in hf/, so the way back needs nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megafork.checkpoint.hf import copy_side_files
+from megafork.checkpoint.hf_stream import StreamingSafetensors, TensorInfo
+from megafork.checkpoint.layout import Block, blocks, extra_states, key_of, whole_model_rules
+from megafork.checkpoint.progress import progress
+from megafork.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
+from megafork.config import ModelConfig, ParallelConfig
+from megafork.errors import UserError
+from megafork.model.gpt import padded_vocab_size
+from megafork.model.hf_folder import SafetensorsFolder
+from megafork.model.shape import ModelShape, read_json
+
+HF = "hf"
+"""Of a megatron folder: the HF folder's config, generation config and tokenizer."""
+_COPIES = "copies.json"
+"""Of hf/: tensors that the HF folder held twice, as Qwen3-0.6B holds its tied head."""
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def hf_to_megatron(source: Path, target: Path, *, max_file_bytes: int) -> None:
+    """Write `target`, a megatron-core checkpoint of the weights in the HF folder `source`.
+
+    Raises UserError for a folder that cannot be converted, before anything is written.
+    """
+    shape = ModelShape.from_folder(source)
+    folder = SafetensorsFolder(source)
+    copies = check_tensors(folder, shape)
+    plan = model_blocks(shape, source)
+    total = sum(block.num_bytes(folder.dtype(block.rule.hf[0])) for block in plan)
+    with _new_folder(target, total) as partial, progress("HF to megatron", total) as advance:
+        writer = TorchDistWriter(partial, max_file_bytes)
+        for block in plan:
+            values = block.from_hf(folder.slice)
+            writer.add(block.key, block.size, block.offsets(), values)
+            advance(block.num_bytes(values.dtype))
+        for key, layer in extra_states(shape):
+            writer.add_object(key, layer, shape.num_layers)
+        writer.close()
+        (partial / HF).mkdir()
+        copy_side_files(source, partial / HF)
+        if copies:
+            (partial / HF / _COPIES).write_text(json.dumps(copies) + "\n")
+
+
+def megatron_to_hf(source: Path, target: Path, *, like: Path | None, max_file_bytes: int) -> None:
+    """Write `target`, an HF folder of the weights in the megatron-core checkpoint `source`.
+
+    like: the HF folder that lends config and tokenizer; None: source/hf, which `hf_to_megatron`
+    writes. Raises UserError for a checkpoint that is not of this model, before anything is written.
+    """
+    side = hf_side_of(source, like)
+    shape = ModelShape.from_folder(side)
+    plan = model_blocks(shape, side)
+    reader = TorchDistReader(source)
+    for block in plan:
+        check_stored(reader, block)
+    copies = read_json(side / _COPIES) if (side / _COPIES).is_file() else {}
+    infos = _tensor_infos(reader, shape, copies)
+    total = sum(info.num_bytes for info in infos)
+    with _new_folder(target, total) as partial, progress("megatron to HF", total) as advance:
+        output = StreamingSafetensors(partial, infos, max_file_bytes)
+        for block in plan:
+            for name, start, rows in read_block(reader, block):
+                for written in (name, *(copy for copy, of in copies.items() if of == name)):
+                    output.write(written, start, rows)
+                    advance(rows.nbytes)
+        copy_side_files(side, partial, _main_dtype(infos))
+
+
+def hf_side_of(megatron: Path, like: Path | None) -> Path:
+    """The folder with the HF config that belongs to a megatron folder."""
+    side = like or megatron / HF
+    if like is None and not side.is_dir():
+        raise UserError(
+            f"{megatron} has no {HF}/ with the model's config and tokenizer: name the HF folder "
+            "that it was trained from (--like DIR)"
+        )
+    return side
+
+
+def check_stored(reader: TorchDistReader, block: Block) -> None:
+    """Raise UserError when the checkpoint holds no such tensor or one of another shape."""
+    stored, expected = reader.size(block.key), block.size
+    if block.padded:
+        vocab = block.rule.hf_shapes[0][0]
+        fits = stored[0] >= vocab and stored[1:] == expected[1:]
+    else:
+        fits = stored == expected
+    if not fits:
+        raise UserError(
+            f"{reader.folder}: {block.key} has shape {list(stored)}, but the model's config.json "
+            f"asks for {list(expected)}"
+        )
+
+
+def read_block(reader: TorchDistReader, block: Block) -> Iterator[tuple[str, int, Tensor]]:
+    """(HF name, first row, rows) of a stored block; nothing where it is all padding."""
+    rows = block.hf_rows()
+    if rows > 0:
+        yield from block.to_hf(reader.read(block.key, block.offsets(), block.sizes(rows)))
+
+
+def _tensor_infos(
+    reader: TorchDistReader, shape: ModelShape, copies: dict[str, str]
+) -> list[TensorInfo]:
+    infos = [
+        TensorInfo(name, hf_shape, reader.dtype(key_of(rule)))
+        for rule in whole_model_rules(shape)
+        for name, hf_shape in zip(rule.hf, rule.hf_shapes, strict=True)
+    ]
+    by_name = {info.name: info for info in infos}
+    for copy, name in copies.items():
+        infos.append(TensorInfo(copy, by_name[name].shape, by_name[name].dtype))
+    return infos
+
+
+def check_tensors(folder: SafetensorsFolder, shape: ModelShape) -> dict[str, str]:
+    """Names, shapes and dtypes against the rules; returns {copy: tensor that it is a copy of}."""
+    known: set[str] = set()
+    dtypes: dict[str, torch.dtype] = {}
+    for rule in whole_model_rules(shape):
+        for name, expected in zip(rule.hf, rule.hf_shapes, strict=True):
+            folder.check_holds(name)
+            folder.check_shape(name, expected)
+            known.add(name)
+            key, dtype = key_of(rule), folder.dtype(name)
+            if dtypes.setdefault(key, dtype) != dtype:
+                raise UserError(
+                    f"{folder.folder}: {name} is {dtype}, others of its kind {dtypes[key]}, and "
+                    f"megatron stores them as one tensor: save the model in one dtype"
+                )
+    unknown = folder.names - known
+    copies = {_HEAD: _EMBEDDING} if shape.tied_embeddings and _HEAD in unknown else {}
+    if extra := sorted(unknown - set(copies)):
+        raise UserError(
+            f"{folder.folder} holds {len(extra)} tensors that this architecture does not have, "
+            f"{extra[0]} first: they would be lost"
+        )
+    for copy, name in copies.items():
+        _check_copy(folder, copy, name)
+    return copies
+
+
+def _check_copy(folder: SafetensorsFolder, copy: str, name: str) -> None:
+    same = folder.shape(copy) == folder.shape(name) and folder.dtype(copy) == folder.dtype(name)
+    step = max(1, (64 << 20) // folder.shape(name)[1])
+    for start in range(0, folder.shape(name)[0], step):
+        if not same:
+            break
+        same = same_bits(*(folder.slice(n, 0, start, start + step) for n in (copy, name)))
+    if not same:
+        raise UserError(
+            f"{folder.folder}: config.json ties the head to the embedding, but {copy} and {name} "
+            "differ: set tie_word_embeddings to false if the head is one of its own"
+        )
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Also for NaN, and telling 0 from -0."""
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )
+
+
+def _main_dtype(infos: list[TensorInfo]) -> torch.dtype:
+    """Of the layers' matrices: norms and a head may be kept in another."""
+    return next(info.dtype for info in infos if info.name.endswith("down_proj.weight"))
+
+
+def model_blocks(shape: ModelShape, folder: Path) -> list[Block]:
+    """Of a checkpoint as one rank would write it."""
+    padded = padded_vocab_size(shape, ModelConfig(path=str(folder)), ParallelConfig())
+    return list(blocks(shape, padded))
+
+
+@contextlib.contextmanager
+def _new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
+    """A folder to fill; it gets the name `target` when the block ends, and goes if it fails."""
+    if target.exists():
+        raise UserError(f"{target} exists: remove it or name another folder")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        free = shutil.disk_usage(partial).free
+        if free < num_bytes:
+            raise UserError(
+                f"{target} needs {num_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB "
+                "left: make room or name a folder on another disk"
+            )
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
