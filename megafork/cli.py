@@ -45,11 +45,25 @@ Overrides = Annotated[
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="TOML file; `megafork keys` lists its keys")],
+    config: Annotated[
+        str | None, typer.Argument(help="TOML file; `megafork keys` lists its keys")
+    ] = None,
     overrides: Overrides = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="folder of a run to go on with, at any layout")
+    ] = None,
 ) -> None:
     """Train a policy by reinforcement from verifiable rewards."""
-    resolved = load_config(TrainConfig, config, overrides or [])
+    settings = overrides or []
+    if resume is not None:
+        # The run has its own config: all arguments are overrides of it.
+        settings = [f"run.dir={json.dumps(str(resume))}", *([config] if config else []), *settings]
+        config = str(resume / "config.toml")
+        if not Path(config).is_file():
+            raise UserError(f"--resume {resume}: there is no run in this folder (no config.toml)")
+    elif config is None:
+        raise UserError("give a config file, or --resume with a run's folder")
+    resolved = load_config(TrainConfig, config, settings)
     from megafork.training.preflight import check_train
 
     check_train(resolved)
@@ -57,7 +71,7 @@ def train(
     def work() -> None:
         from megafork.training.trainer import train as train_on_this_rank
 
-        train_on_this_rank(resolved)
+        train_on_this_rank(resolved, resume=resume is not None)
 
     _on_ranks(resolved.parallel, work)
 
@@ -211,7 +225,8 @@ def _on_ranks(parallel: ParallelConfig, work: Callable[[], None]) -> None:
     # megatron-core warns of every fused package that is absent; `megafork doctor` says it once.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     # It also calls collectives by names that torch is about to rename.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    for module in (r"torch\.distributed", r"megatron\."):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     if launch.under_torchrun():
         launch.end_with_launcher()
         launch.check_world(parallel)

@@ -216,6 +216,19 @@ class EvalConfig(Section):
     temperature: PositiveFloat = Field(1.0, description="sampling temperature of the evaluation")
 
 
+class CheckpointConfig(Section):
+    every: NonNegative = Field(
+        10, description="steps between checkpoints that a run resumes from (0: after the last only)"
+    )
+    keep_last: Positive = Field(2, description="newest checkpoints that are kept")
+    keep_every: Positive | None = Field(
+        None, description="checkpoints of steps that are a multiple of this are kept too"
+    )
+    asynchronous: bool = Field(
+        True, description="write while the next steps are computed, from a forked copy"
+    )
+
+
 class RunConfig(Section):
     dir: str = Field(description="folder of the run's outputs; must not hold another run")
     tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
@@ -235,6 +248,7 @@ class TrainConfig(Section):
     training: TrainingConfig
     sync: SyncConfig = SyncConfig()
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     def check(self) -> None:
         """Cross-field rules that need no file of the model's. Raises UserError."""

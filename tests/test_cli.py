@@ -152,3 +152,16 @@ def test_keys_lists_every_setting():
     done = megafork("keys")
     assert done.returncode == 0
     assert "forking.rho" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give a config file, or --resume with a run's folder"),
+        (("--resume", "/nowhere"), "--resume /nowhere: there is no run in this folder"),
+    ],
+)
+def test_train_wants_a_config_or_a_run(arguments, message):
+    done = megafork("train", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr

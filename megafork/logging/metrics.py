@@ -25,14 +25,21 @@ _LINE = (
 class MetricsLog:
     """Appends one object per step. Values that are not finite are written as null."""
 
-    def __init__(self, run_dir: Path, num_steps: int, *, tensorboard: bool) -> None:
+    def __init__(
+        self, run_dir: Path, num_steps: int, *, tensorboard: bool, steps_done: int = 0
+    ) -> None:
+        """steps_done: rows of later steps are removed; a resumed run writes them again."""
         self._run_dir = run_dir
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            _forget_after(run_dir / name, steps_done)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+            self._writer = SummaryWriter(
+                str(run_dir / "tensorboard"), purge_step=steps_done + 1 if steps_done else None
+            )
         self._console = Console(stderr=True, soft_wrap=True)
         self._progress = Progress(
             TextColumn("step"),
@@ -42,7 +49,7 @@ class MetricsLog:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._progress.add_task("train", total=num_steps)
+        self._task = self._progress.add_task("train", total=num_steps, completed=steps_done)
         self._progress.start()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -84,8 +91,22 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl or eval.jsonl; none when there is no such file."""
+    """The objects of metrics.jsonl or eval.jsonl; none when there is no such file.
+
+    A last line without its end, left by a crash, is no row.
+    """
     if not path.exists():
         return []
     with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Keep the rows up to `step`, none for 0 (step 0 is evaluated again); in one go."""
+    rows = read_rows(path)
+    kept = [row for row in rows if 0 < step >= row["step"]]
+    if not path.exists() or (len(kept) == len(rows) and path.read_bytes().endswith(b"\n")):
+        return
+    shorter = path.with_suffix(".partial")
+    shorter.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    shorter.replace(path)

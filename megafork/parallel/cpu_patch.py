@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 _CPU = torch.device("cpu")
-_FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
+_FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "tensor", "zeros")
 
 
 class _NoStream:

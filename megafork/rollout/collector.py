@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megafork.config import RolloutConfig
 from megafork.data.prompts import Prompt, PromptStream, Tokenizer
 from megafork.errors import UserError
 from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
-from megafork.rollout.journal import Journal
+from megafork.rollout.journal import Journal, group_of
 from megafork.rollout.sampling import Sampling
 from megafork.types import Group, Sample
 
@@ -30,6 +31,8 @@ class RolloutBatch:
     generated: list[Group]
     """All groups generated for this batch, dropped ones included: the policy as it is."""
     num_dropped: int = 0
+    num_replayed: int = 0
+    """Generated groups that were in the journal already, from before an interruption."""
     reward_seconds: float = 0.0
     """Verifier time; it overlaps with generation."""
 
@@ -46,6 +49,19 @@ class Collector:
     carried: list[Group] = field(default_factory=list)
     _signal_rate: float = 1.0
 
+    def state(self) -> dict[str, Any]:
+        """What the next step's batch depends on, for a checkpoint; JSON can hold it."""
+        return {
+            "position": self.prompts.position,
+            "signal_rate": self._signal_rate,
+            "carried": [asdict(group) for group in self.carried],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.prompts.position = state["position"]
+        self._signal_rate = state["signal_rate"]
+        self.carried = [group_of(fields) for fields in state["carried"]]
+
     def collect(self, step: int, policy_version: int) -> RolloutBatch:
         """The batch of a step. Raises UserError when too few groups carry a signal."""
         return asyncio.run(self._collect(step, policy_version))
@@ -55,16 +71,26 @@ class Collector:
         batch = RolloutBatch(groups=[], generated=[])
         oldest = policy_version - self.rollout.max_staleness
         admitted = [group for group in self.carried if group.policy_version >= oldest]
-        with Journal(self.journal_dir / f"step_{step:06d}.jsonl") as journal:
+        path = self.journal_dir / f"step_{step:06d}.jsonl"
+        finished = {group.prompt_index: group for group in Journal.read(path)}
+        with Journal(path) as journal:
             async with self.client:
                 for _ in range(self.rollout.max_sampling_rounds):
                     missing = wanted - len(admitted)
                     if missing <= 0:
                         break
                     prompts = self.prompts.take(math.ceil(missing / self._signal_rate))
-                    groups = await asyncio.gather(
-                        *(self._generate(p, policy_version, journal, batch) for p in prompts)
+                    replayed = [self._replay(finished, prompt, path) for prompt in prompts]
+                    batch.num_replayed += sum(group is not None for group in replayed)
+                    generated = await asyncio.gather(
+                        *(
+                            self._generate(prompt, policy_version, journal, batch)
+                            for prompt, group in zip(prompts, replayed, strict=True)
+                            if group is None
+                        )
                     )
+                    new = iter(generated)
+                    groups = [group or next(new) for group in replayed]
                     admitted = admitted + self._admissible(groups, batch)
         if len(admitted) < wanted:
             raise UserError(
@@ -87,6 +113,19 @@ class Collector:
         # the share of a last, small round alone would be noise, and its surplus stale.
         self._signal_rate = max(0.1, 1.0 - batch.num_dropped / len(batch.generated))
         return admissible
+
+    def _replay(self, finished: dict[int, Group], prompt: Prompt, path: Path) -> Group | None:
+        """The prompt's group of an interrupted attempt at this step, if it was finished."""
+        group = finished.get(prompt.index)
+        if group is None:
+            return None
+        if group.prompt_ids != prompt.ids or len(group.samples) != self.rollout.group_size:
+            raise UserError(
+                f"{path}: the group of prompt {prompt.index} was generated from another prompt or "
+                "with another rollout.group_size: resume with the run's own data and group size, "
+                "or delete the file to generate the step's groups again"
+            )
+        return group
 
     async def _generate(
         self, prompt: Prompt, policy_version: int, journal: Journal, batch: RolloutBatch

@@ -11,7 +11,7 @@ import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from megafork.errors import UserError
 from megafork.types import Group, Sample
@@ -69,10 +69,14 @@ class Journal:
         return groups
 
 
+def group_of(fields: dict[str, Any]) -> Group:
+    """The inverse of dataclasses.asdict."""
+    return Group(**fields | {"samples": [Sample(**sample) for sample in fields["samples"]]})
+
+
 def _parse(line: bytes, path: Path, number: int) -> Group:
     try:
-        fields = json.loads(line)
-        return Group(**fields | {"samples": [Sample(**sample) for sample in fields["samples"]]})
+        return group_of(json.loads(line))
     except (ValueError, TypeError, KeyError) as error:
         raise _damage(path, number, f"{type(error).__name__}: {error}") from error
 

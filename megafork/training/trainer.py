@@ -11,17 +11,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megafork.algorithms.advantages import group_relative_advantages
 from megafork.algorithms.forking import warn_of_ties
 from megafork.checkpoint.hf_export import export_hf
+from megafork.checkpoint.store import CheckpointStore
 from megafork.config import TrainConfig, save_config
 from megafork.data.prompts import Prompt, PromptStream, Tokenizer, read_prompts
 from megafork.errors import UserError
 from megafork.evaluation.heldout import accuracy
 from megafork.logging.figure import draw_curves
-from megafork.logging.metrics import MetricsLog
+from megafork.logging.metrics import MetricsLog, read_rows
 from megafork.parallel.topology import Topology, initialize, shutdown
 from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
@@ -41,7 +42,14 @@ T = TypeVar("T")
 class Front:
     """What only rank 0 has: the server's client, the data, the verifier, the run's files."""
 
-    def __init__(self, config: TrainConfig, client: RolloutClient, eos: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        client: RolloutClient,
+        eos: tuple[int, ...],
+        *,
+        steps_done: int = 0,
+    ) -> None:
         self.config, self.client = config, client
         self.run_dir = Path(config.run.dir)
         self.sampling = Sampling(
@@ -66,7 +74,10 @@ class Front:
             self.heldout = heldout[: config.eval.prompts]
         self.probe_prompts = prompts[: config.sync.check_prompts]
         self.log = MetricsLog(
-            self.run_dir, config.training.steps, tensorboard=config.run.tensorboard
+            self.run_dir,
+            config.training.steps,
+            tensorboard=config.run.tensorboard,
+            steps_done=steps_done,
         )
         self.batch: RolloutBatch | None = None
 
@@ -103,23 +114,36 @@ class Trainer:
         policy: Policy,
         sync: WeightSync,
         front: Front | None,
+        store: CheckpointStore,
     ) -> None:
         self.config, self.topology, self.policy = config, topology, policy
-        self.sync, self.front = sync, front
+        self.sync, self.front, self.store = sync, front, store
+        self.steps_done = 0
         self.policy_version = 0
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on after a checkpoint, whose weights and optimizer the policy already has."""
+        self.steps_done = state["step"]
+        self.policy.num_updates = state["num_updates"]
+        self.policy_version = state["policy_version"] - 1  # the first push gives it again
+        if self.front is not None:
+            self.front.collector.restore(state["collector"])
 
     def run(self) -> None:
         config, last = self.config, self.config.training.steps
         self._push(check=True)
-        before = self._evaluate(0)
-        metrics: dict[str, float] = {}
-        for step in range(1, last + 1):
+        if self.steps_done == 0:
+            self._evaluate(0)
+        for step in range(self.steps_done + 1, last + 1):
             metrics, clock = self.train_step(step)
             every = config.eval.every
             if step == last or (every and step % every == 0):
                 with clock.measure("eval"):
                     metrics |= self._evaluate(step)
             if self.front is not None:
+                assert self.front.batch is not None
+                if replayed := self.front.batch.num_replayed:
+                    self.front.log.note(f"step {step:>4}  {replayed} groups were in the journal")
                 times = {f"time/{phase}": value for phase, value in clock.seconds.items()}
                 self.front.log.write(step, metrics | times)
                 warning = warn_of_ties(
@@ -129,15 +153,32 @@ class Trainer:
                 )
                 if warning is not None:
                     self.front.log.note(f"warning: {warning}")
+            self._checkpoint(step)
+        self.store.finish()
         target = Path(config.run.dir) / "checkpoints" / "final"
         export_hf(self.policy, self.topology, Path(config.model.path), target)
         if self.front is not None:
             self.front.log.note(f"checkpoint  {target}")
             self.front.log.note(f"curves      {draw_curves(Path(config.run.dir))}")
-            for name, value in before.items():
-                self.front.log.note(
-                    f"held-out accuracy  {value:.1%} before, {metrics[name]:.1%} after"
-                )
+            evaluations = read_rows(Path(config.run.dir) / "eval.jsonl")
+            if evaluations:
+                first, final = (evaluations[i]["eval/accuracy"] for i in (0, -1))
+                self.front.log.note(f"held-out accuracy  {first:.1%} before, {final:.1%} after")
+
+    def _checkpoint(self, step: int) -> None:
+        every, last = self.config.checkpoint.every, self.config.training.steps
+        if step != last and not (every and step % every == 0):
+            self.store.poll()
+            return
+        state = None
+        if self.front is not None:
+            state = {
+                "step": step,
+                "num_updates": self.policy.num_updates,
+                "policy_version": self.policy_version,
+                "collector": self.front.collector.state(),
+            }
+        self.store.save(step, self.policy.stages, self.policy.optimizer, state)
 
     def train_step(self, step: int) -> tuple[dict[str, float], Clock]:
         """One rollout batch: the paper's algorithm box."""
@@ -217,11 +258,16 @@ class Trainer:
         return self.topology.on_rank_zero(call)
 
 
-def train(config: TrainConfig) -> None:
-    """`megafork train` on this rank, from joining the world to the final checkpoint."""
+def train(config: TrainConfig, *, resume: bool = False) -> None:
+    """`megafork train` on this rank, from joining the world to the final checkpoint.
+
+    resume: go on after the newest whole checkpoint in run.dir, or from the start where there is
+    none; groups that the journal holds are not generated again.
+    """
     topology = initialize(config.parallel, seed=config.training.seed)
     run_dir = Path(config.run.dir)
-    topology.on_rank_zero(lambda: make_run_dir(config, run_dir))
+    topology.on_rank_zero(lambda: (reopen_run_dir if resume else make_run_dir)(config, run_dir))
+    store = CheckpointStore(run_dir / "checkpoints", topology, config.checkpoint)
     with contextlib.ExitStack() as stack:
         wait_for_server = None
         if topology.rank == 0:  # the server loads while the policy does
@@ -238,12 +284,18 @@ def train(config: TrainConfig) -> None:
             forking=config.forking,
             temperature=config.rollout.temperature,
         )
+        state = _load_newest(store, policy) if resume else None
         front = None
 
         def open_front() -> None:
             nonlocal front
             assert wait_for_server is not None
-            front = Front(config, wait_for_server(), policy.shape.eos_token_ids)
+            front = Front(
+                config,
+                wait_for_server(),
+                policy.shape.eos_token_ids,
+                steps_done=state["step"] if state is not None else 0,
+            )
             stack.callback(front.log.close)
 
         topology.on_rank_zero(open_front)
@@ -256,8 +308,20 @@ def train(config: TrainConfig) -> None:
             server_host=host_of(config.rollout),
         )
         stack.callback(sync.close)
-        Trainer(config, topology, policy, sync, front).run()
+        trainer = Trainer(config, topology, policy, sync, front, store)
+        if state is not None:
+            trainer.restore(state)
+        trainer.run()
     shutdown()
+
+
+def _load_newest(store: CheckpointStore, policy: Policy) -> dict[str, Any] | None:
+    path = store.newest()
+    if path is None:
+        return None
+    if policy.topology.rank == 0:
+        print(f"resuming from {path}", flush=True)
+    return store.load(path, policy.stages, policy.optimizer)
 
 
 def make_run_dir(config: TrainConfig, run_dir: Path) -> None:
@@ -268,11 +332,24 @@ def make_run_dir(config: TrainConfig, run_dir: Path) -> None:
     """
     if any((run_dir / "rollouts").glob("*.jsonl")):
         raise UserError(
-            f"run.dir={run_dir} holds another run (rollouts): choose another folder or remove it"
+            f"run.dir={run_dir} holds another run (rollouts): go on with it (megafork train "
+            f"--resume {run_dir}), choose another folder or remove it"
         )
     try:
         for folder in ("rollouts", "checkpoints"):
             (run_dir / folder).mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.toml")
+    except OSError as error:
+        raise UserError(f"run.dir={run_dir} cannot be written: {error}") from None
+
+
+def reopen_run_dir(config: TrainConfig, run_dir: Path) -> None:
+    """Keep the resumed run's resolved config; the one before it, if it differs, as .old.toml."""
+    path = run_dir / "config.toml"
+    try:
+        before = path.read_text()
+        save_config(config, path)
+        if path.read_text() != before:
+            path.with_suffix(".old.toml").write_text(before)
     except OSError as error:
         raise UserError(f"run.dir={run_dir} cannot be written: {error}") from None

@@ -1,0 +1,136 @@
+"""Sharded checkpoints in megatron-core's dist_checkpointing format: any layout loads any other's.
+
+Weights are stored under their global names and shapes, the distributed optimizer's state beside
+them ("fully_reshardable"). Everything else that a run needs to go on is a JSON object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from megafork.model.weights import Stage
+from megafork.parallel.topology import Topology
+
+
+def state_dict(
+    stages: Sequence[Stage],
+    optimizer: MegatronOptimizer | None,
+    topology: Topology,
+    *,
+    loading: bool = False,
+) -> dict[str, Any]:
+    """What dist_checkpointing saves or fills: weights by stage, and the optimizer's state."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": topology.groups.dp_cp,
+    }
+    sharded: dict[str, Any] = {
+        f"model{index}": stage.gpt.sharded_state_dict(metadata=metadata)
+        for index, stage in enumerate(stages)
+    }
+    if optimizer is not None:
+        _make_adam_state(optimizer)
+        weights = {f"model{i}": sharded[f"model{i}"] for i in range(len(stages))}
+        sharded["optimizer"] = optimizer.sharded_state_dict(
+            weights, is_loading=loading, metadata=metadata
+        )
+    return sharded
+
+
+def save(folder: Path, contents: dict[str, Any], topology: Topology) -> AsyncRequest:
+    """Begin to write; the request, which writes and then finishes, is the caller's to run.
+
+    Replicas share the writing of what they hold alike.
+    """
+    strategy = FullyParallelSaveStrategyWrapper(
+        dist_checkpointing.serialization.get_default_save_sharded_strategy(),
+        topology.groups.dp_cp,
+    )
+    request = dist_checkpointing.save(
+        contents, str(folder), sharded_strategy=strategy, async_sharded_save=True
+    )
+    assert request is not None
+    return request
+
+
+def load(
+    folder: Path,
+    stages: Sequence[Stage],
+    optimizer: MegatronOptimizer | None,
+    topology: Topology,
+) -> None:
+    """Fill weights and optimizer state from `folder`, whatever layout wrote it. Collective."""
+    strategy = FullyParallelLoadStrategyWrapper(
+        dist_checkpointing.serialization.get_default_load_sharded_strategy(str(folder)),
+        topology.groups.dp_cp,
+    )
+    contents = state_dict(stages, optimizer, topology, loading=True)
+    loaded = dist_checkpointing.load(contents, str(folder), sharded_strategy=strategy)
+    for index, stage in enumerate(stages):
+        stage.gpt.load_state_dict(loaded[f"model{index}"])
+    if optimizer is not None:
+        _without_step(optimizer)
+        optimizer.load_state_dict(loaded["optimizer"])
+        _separate_steps(optimizer)
+
+
+def _adams(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
+    yield from getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _make_adam_state(optimizer: MegatronOptimizer) -> None:
+    """torch's Adam makes its state in its first step; megatron asks for it before."""
+    for distributed in _adams(optimizer):
+        adam = distributed.optimizer
+        if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+            continue
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if not adam.state[parameter]:
+                    adam.state[parameter].update(
+                        step=torch.tensor(0.0),
+                        exp_avg=torch.zeros_like(parameter),
+                        exp_avg_sq=torch.zeros_like(parameter),
+                    )
+
+
+def _without_step(optimizer: MegatronOptimizer) -> None:
+    """megatron copies every tensor of a parameter's state, and has no `step` to copy."""
+    for distributed in _adams(optimizer):
+        distributed._set_main_param_and_optimizer_states = partial(_copy_state, distributed)
+
+
+def _copy_state(
+    distributed: DistributedOptimizer, model_param: Tensor, tensors: dict[str, Tensor]
+) -> None:
+    group, index = distributed.model_param_group_index_map[model_param]
+    main = distributed.optimizer.param_groups[group]["params"][index]
+    state = distributed.optimizer.state[main]
+    own = {"step": state["step"]} if "step" in state else {}
+    DistributedOptimizer._set_main_param_and_optimizer_states(
+        distributed, model_param, own | tensors
+    )
+
+
+def _separate_steps(optimizer: MegatronOptimizer) -> None:
+    """megatron gives all parameters one `step` tensor: each update would count for all of them."""
+    for distributed in _adams(optimizer):
+        for state in distributed.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()

@@ -1,0 +1,268 @@
+"""Sharded checkpoints: any layout loads any other's, bit for bit; damaged ones are passed over."""
+
+from __future__ import annotations
+
+import random
+import resource
+
+import numpy
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+
+from megafork.checkpoint.store import MANIFEST, STATE, CheckpointStore
+from megafork.config import CheckpointConfig, ParallelConfig
+from megafork.errors import UserError
+from megafork.parallel.topology import initialize
+from tests import reference
+from tests.ranks import run_ranks
+from tests.step import make_policy, make_table
+
+LAYOUTS = {
+    "tp1": {},
+    "tp2": {"tp": 2},
+    "pp2": {"pp": 2},
+    "dp2": {"dp": 2},
+    "tp2-pp2": {"tp": 2, "pp": 2},
+    "pp2-vpp2": {"pp": 2, "vpp": 2},
+    "tp2-cp2": {"tp": 2, "cp": 2},
+}
+
+
+def make_trained(folder, layout, updates=0, dtype="float32"):
+    policy = make_policy(
+        folder, layout, dtype=dtype, lr=1e-4, weight_decay=0.1, forking={"select": "all"}
+    )
+    update(policy, updates)
+    return policy
+
+
+def update(policy, count):
+    """`count` updates on one table, each with its own scores."""
+    norms = []
+    for _ in range(count):
+        table = make_table()
+        scores = policy.score(table)
+        [mask], _ = policy.select([table], [scores], step=1)
+        norms.append(policy.update(table, scores, mask)["grad_norm"])
+    return norms
+
+
+def store_of(policy, folder, **config):
+    return CheckpointStore(folder, policy.topology, CheckpointConfig(**config))
+
+
+def save(policy, store, step, state=None):
+    store.save(step, policy.stages, policy.optimizer, state or {"step": step})
+
+
+def load(policy, store):
+    return store.load(store.newest(), policy.stages, policy.optimizer)
+
+
+def weights(policy):
+    return {name: weight.clone() for name, weight in policy.export_shards()}
+
+
+def train_and_save(folder, layout, target, dtype):
+    policy = make_trained(folder, layout, updates=2, dtype=dtype)
+    store = store_of(policy, target)
+    save(policy, store, 2)
+    store.finish()
+    return weights(policy), update(policy, 2), weights(policy)
+
+
+def load_and_save(folder, layout, source, target, dtype):
+    policy = make_trained(folder, layout, dtype=dtype)
+    load(policy, store_of(policy, source))
+    loaded = weights(policy)
+    store = store_of(policy, target)
+    save(policy, store, 2)
+    store.finish()
+    policy.num_updates = 2
+    return loaded, update(policy, 2), weights(policy)
+
+
+def everything(folder):
+    """Every tensor of a checkpoint by its global name: weights, main parameters, Adam's moments."""
+    with_metadata = dist_checkpointing.load_plain_tensors(str(folder))
+    return {name: tensor for name, tensor in with_metadata.items() if torch.is_tensor(tensor)}
+
+
+def read_checkpoint(folder):
+    initialize(ParallelConfig())
+    return everything(folder)
+
+
+def run(layout, function, *arguments):
+    ranks = run_ranks(ParallelConfig(**LAYOUTS[layout]).world_size, function, *arguments)
+    merged = [{}, ranks[0][1], {}]
+    for first, norms, last in ranks:
+        assert norms == merged[1]
+        merged[0] |= first
+        merged[2] |= last
+    return merged
+
+
+@pytest.mark.parametrize(
+    ("source", "targets", "tied", "dtype"),
+    [
+        ("tp2-pp2", [*LAYOUTS], False, "float32"),
+        ("pp2-vpp2", ["tp1", "tp2-pp2", "pp2-vpp2"], True, "float32"),
+        ("dp2", ["tp2-cp2", "pp2", "dp2"], False, "bfloat16"),
+        ("tp1", ["tp2-pp2"], True, "bfloat16"),
+    ],
+)
+def test_a_layout_loads_what_another_saved(tmp_path, source, targets, tied, dtype):
+    model_folder = reference.save_model(tmp_path / "model", tied=tied, seed=3)
+    saved, norms, after = run(
+        source, train_and_save, model_folder, LAYOUTS[source], tmp_path / source, dtype
+    )
+    [original] = run_ranks(1, read_checkpoint, tmp_path / source / "step_000002")
+    kinds = {name.split(".")[2] for name in original if name.startswith("optimizer.state.")}
+    assert kinds == {"exp_avg", "exp_avg_sq", "param"}
+    for layout in targets:
+        target = tmp_path / f"{source}-{layout}"
+        loaded, their_norms, later = run(
+            layout, load_and_save, model_folder, LAYOUTS[layout], tmp_path / source, target, dtype
+        )
+        assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+        [again] = run_ranks(1, read_checkpoint, target / "step_000002")
+        assert set(again) == set(original)
+        for name, tensor in original.items():
+            assert torch.equal(tensor, again[name]), f"{layout}: {name}"
+        # Training goes on as it would have: Adam's count of steps has come along too.
+        tolerance = 1e-4 if dtype == "float32" else 2e-2
+        assert their_norms == pytest.approx(norms, rel=tolerance)
+        if layout == source:
+            assert their_norms == norms
+            assert all(torch.equal(after[name], later[name]) for name in after)
+
+
+def save_several(folder, target, steps, config):
+    policy = make_trained(folder, {"dp": 2})
+    store = store_of(policy, target, **config)
+    for step in steps:
+        with torch.no_grad():
+            policy.stages[0].gpt.decoder.final_layernorm.weight.fill_(step)
+        save(policy, store, step)
+        store.poll()
+    store.finish()
+    return sorted(path.name for path in target.iterdir())
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_old_checkpoints_go_and_multiples_stay(tmp_path, asynchronous):
+    folder = reference.save_model(tmp_path / "model", tied=False)
+    config = {"keep_last": 2, "keep_every": 4, "asynchronous": asynchronous}
+    for names in run_ranks(2, save_several, folder, tmp_path / "out", range(1, 8), config):
+        assert names == ["step_000004", "step_000006", "step_000007"]
+
+
+def find_newest(folder, target):
+    policy = make_trained(folder, {"dp": 2})
+    store = store_of(policy, target)
+    path = store.newest()
+    if path is None:
+        return None
+    state = store.load(path, policy.stages, policy.optimizer)
+    weight = policy.stages[0].gpt.decoder.final_layernorm.weight
+    assert (weight == state["step"]).all()
+    return path.name
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a tensor file is cut": lambda folder: cut(next(folder.glob("__0_*.distcp"))),
+    "one bit of it is flipped": lambda folder: flip(next(folder.glob("__1_*.distcp"))),
+    "the state is gone": lambda folder: (folder / STATE).unlink(),
+    "there is no manifest": lambda folder: (folder / MANIFEST).unlink(),
+    "the manifest is cut": lambda folder: cut(folder / MANIFEST),
+    "it was not written to its end": lambda folder: folder.rename(f"{folder}.partial"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capfd, damage):
+    folder = reference.save_model(tmp_path / "model", tied=False)
+    run_ranks(2, save_several, folder, tmp_path / "out", [1, 2], {})
+    assert run_ranks(2, find_newest, folder, tmp_path / "out") == ["step_000002"] * 2
+    DAMAGE[damage](tmp_path / "out" / "step_000002")
+    assert run_ranks(2, find_newest, folder, tmp_path / "out") == ["step_000001"] * 2
+    if "not written" not in damage:
+        told = capfd.readouterr().err
+        assert f"{tmp_path}/out/step_000002 is damaged (" in told
+        assert told.count("passed over") == 1
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    folder = reference.save_model(tmp_path / "model", tied=False)
+    assert run_ranks(2, find_newest, folder, tmp_path / "out") == [None, None]
+
+
+def save_without_room(folder, target, asynchronous):
+    """The second save may write files of 100 kB at most, as on a disk that is full."""
+    policy = make_trained(folder, {"tp": 2})
+    store = store_of(policy, target, asynchronous=asynchronous)
+    with torch.no_grad():
+        policy.stages[0].gpt.decoder.final_layernorm.weight.fill_(1)
+    save(policy, store, 1)
+    store.finish()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    try:
+        save(policy, store, 2)
+        store.finish()
+    except UserError as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, asynchronous):
+    folder = reference.save_model(tmp_path / "model", tied=False)
+    target = tmp_path / "out"
+    outcomes = run_ranks(2, save_without_room, folder, target, asynchronous)
+    assert [name for name, _ in outcomes] == ["UserError", "PeerError"]
+    message = outcomes[0][1]
+    assert "the checkpoint of step 2 could not be written" in message
+    assert f"{target / 'step_000001'} is untouched" in message
+    assert "File too large" in message
+    assert [path.name for path in target.iterdir()] == ["step_000001"]
+    assert run_ranks(2, find_newest, folder, target) == ["step_000001"] * 2
+
+
+def draw():
+    return random.random(), float(numpy.random.rand()), float(torch.rand(()))
+
+
+def save_generators(folder, target):
+    policy = make_trained(folder, {"dp": 2})
+    for generator in (random.seed, numpy.random.seed, torch.manual_seed):
+        generator(7 + policy.topology.rank)
+    draw()
+    store = store_of(policy, target)
+    save(policy, store, 1)
+    store.finish()
+    return draw()
+
+
+def draw_after_load(folder, target):
+    policy = make_trained(folder, {"dp": 2})
+    load(policy, store_of(policy, target))
+    return draw()
+
+
+def test_random_generators_go_on(tmp_path):
+    folder = reference.save_model(tmp_path / "model", tied=False)
+    before = run_ranks(2, save_generators, folder, tmp_path / "out")
+    assert before[0] != before[1]
+    assert run_ranks(2, draw_after_load, folder, tmp_path / "out") == before

@@ -1,0 +1,143 @@
+"""A run that is killed goes on: nothing in the journal is generated again, nothing else differs."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.commands import ROOT, environment, left_over, lines, megafork, small_run
+
+SETTINGS = (
+    "training.steps=4",
+    "checkpoint.every=2",
+    "parallel.tp=1",
+    "eval.prompts=8",
+    "sync.check_prompts=2",
+)
+# Where to kill, as a pattern in what a run's folder holds.
+MOMENTS = {
+    "while the first step is generated": ("rollouts/step_000001.jsonl", 0.2),
+    "while a checkpoint is written": ("checkpoints/step_000002.partial", 0.0),
+    "after a checkpoint": ("rollouts/step_000003.jsonl", 0.5),
+}
+
+
+def start(arguments, mark):
+    return subprocess.Popen(
+        [sys.executable, "-m", "megafork", *arguments],
+        cwd=ROOT,
+        env=environment(mark),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        text=True,
+    )
+
+
+def kill_when(process, path, delay):
+    """kill -9 of the trainer and all it started in its session, `delay` after `path` appears."""
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline, process.stdout.read()
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.005)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def journalled(run_dir):
+    return {path.name: path.read_bytes() for path in (run_dir / "rollouts").glob("*.jsonl")}
+
+
+def comparable(run_dir):
+    """The metrics that do not tell the time, and the final weights."""
+    rows = [
+        {k: v for k, v in row.items() if not re.match("time/|throughput/|eval/", k)}
+        for row in lines(run_dir / "metrics.jsonl")
+    ]
+    final = run_dir / "checkpoints" / "final"
+    weights = {}
+    for path in sorted(final.glob("*.safetensors")):
+        weights |= load_file(path)
+    return rows, {name: weight.numpy().tobytes() for name, weight in weights.items()}
+
+
+def resume(run_dir, *overrides):
+    done = megafork("train", "--resume", run_dir, *overrides, mark=run_dir)
+    assert done.returncode == 0, done.stderr
+    assert left_over(run_dir) == []
+    return done
+
+
+def replayed_in_one_go(run_dir, folder):
+    """An uninterrupted run from the same journal."""
+    (folder / "rollouts").mkdir(parents=True)
+    (folder / "checkpoints").mkdir()
+    shutil.copy(run_dir / "config.toml", folder)
+    for path in (run_dir / "rollouts").iterdir():
+        shutil.copy(path, folder / "rollouts")
+    before = journalled(folder)
+    resume(folder)
+    assert journalled(folder) == before  # nothing was generated
+    return comparable(folder)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, moment):
+    name, delay = MOMENTS[moment]
+    run_dir = tmp_path / "run"
+    process = start(small_run(run_dir, *SETTINGS), run_dir)
+    kill_when(process, run_dir / name, delay)
+    assert left_over(run_dir, seconds=10) == []
+    before = journalled(run_dir)
+    resume(run_dir)
+    for name, content in before.items():
+        whole = content[: content.rfind(b"\n") + 1]
+        assert (run_dir / "rollouts" / name).read_bytes().startswith(whole)
+    rows, weights = comparable(run_dir)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in lines(run_dir / "eval.jsonl")] == [0, 4]
+    other_rows, other_weights = replayed_in_one_go(run_dir, tmp_path / "replayed")
+    assert rows == other_rows
+    assert weights == other_weights
+
+
+@pytest.mark.skipif("MEGAFORK_KILLS" not in os.environ, reason="set MEGAFORK_KILLS to a number")
+def test_random_moments(tmp_path):
+    """MEGAFORK_KILLS=20 takes some minutes; MEGAFORK_SEED repeats a sequence of moments."""
+    seed = int(os.environ.get("MEGAFORK_SEED", random.randrange(10**6)))
+    print(f"MEGAFORK_SEED={seed}")
+    moments = random.Random(seed)
+    run_dir = tmp_path / "run"
+    settings = ("training.steps=1000", *SETTINGS[1:])
+    process = start(small_run(run_dir, *settings), run_dir)
+    kill_when(process, run_dir / "rollouts" / "step_000001.jsonl", moments.uniform(0, 8))
+    for kill in range(1, int(os.environ["MEGAFORK_KILLS"])):
+        assert left_over(run_dir, seconds=10) == []
+        before = journalled(run_dir)
+        process = start(["train", "--resume", str(run_dir)], run_dir)
+        time.sleep(moments.uniform(8, 25))
+        assert process.poll() is None, f"kill {kill}: {process.stdout.read()}"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for name, content in before.items():
+            whole = content[: content.rfind(b"\n") + 1]
+            assert (run_dir / "rollouts" / name).read_bytes().startswith(whole), f"kill {kill}"
+        print(f"kill {kill}: {len(journalled(run_dir))} steps in the journal", flush=True)
+    last = max(int(name[5:11]) for name in journalled(run_dir))
+    resume(run_dir, f"training.steps={last}")
+    rows, weights = comparable(run_dir)
+    assert [row["step"] for row in rows] == list(range(1, last + 1))
+    other_rows, other_weights = replayed_in_one_go(run_dir, tmp_path / "replayed")
+    assert rows == other_rows
+    assert weights == other_weights
