@@ -3,7 +3,8 @@
 # it does nothing when the environment is current and repairs one that was interrupted.
 #
 #   tools/setup_cpu.sh [--test] [--mcore-0.19]
-#     --test         also requirements/test.txt (pytest, ruff, mypy), and Triton in .venv/triton (requirements/triton.txt)
+#     --test         also requirements/test.txt (pytest, ruff, mypy), and Triton in .venv/triton (requirements/triton.txt),
+#                    and mbridge in .venv/mbridge (requirements/mbridge.txt)
 #     --mcore-0.19   also megatron-core 0.19.2 in .venv/mcore-0.19 (see requirements/mcore-0.19.txt)
 #   PYTHON=/path/to/python3.11 picks the interpreter of a new .venv.
 set -euo pipefail
@@ -19,7 +20,7 @@ fail() {
   exit 1
 }
 
-usage() { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 with_test=no
 with_mcore=no
@@ -110,6 +111,11 @@ install_triton() {
   pip_install --target "$venv/triton" -r requirements/triton.txt
 }
 
+install_mbridge() {
+  rm -rf "$venv/mbridge"
+  pip_install --target "$venv/mbridge" -r requirements/mbridge.txt
+}
+
 exec 9<tools/setup_cpu.sh
 flock 9 # of two calls at once the second waits
 
@@ -123,6 +129,7 @@ phase "runtime packages (2.5 GB, minutes the first time)" cpu requirements/cpu.t
 if [[ $with_test == yes ]]; then
   phase "test and lint packages" test requirements/test.txt pip_install -r requirements/test.txt
   phase "Triton, for tests of the kernels (640 MB)" triton requirements/triton.txt install_triton
+  phase "mbridge, another converter to compare ours with" mbridge requirements/mbridge.txt install_mbridge
 fi
 phase "megafork itself" package "setup.py pyproject.toml megafork/__init__.py" pip_install --no-build-isolation -e .
 if [[ $with_mcore == yes ]]; then
