@@ -17,8 +17,10 @@ from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
 from megafork.checkpoint import layout as checkpoint_layout
 from megafork.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megafork.checkpoint.hf_export import export_hf
+from megafork.checkpoint.store import CheckpointStore
 from megafork.checkpoint.verify import compare_logits, first_difference
-from megafork.config import ModelConfig, ParallelConfig
+from megafork.config import CheckpointConfig, ModelConfig, ParallelConfig
 from megafork.errors import UserError
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.scorer import Scorer
@@ -26,6 +28,8 @@ from megafork.parallel.topology import initialize
 from tests import reference
 from tests.commands import ROOT, environment, megafork
 from tests.ranks import run_ranks
+from tests.step import make_policy, make_table
+from tools.benchmark_convert import measure, write_model
 
 FILE_BYTES = 100_000  # four or five files for each of these models
 FAMILIES = [(architecture, tied) for architecture in reference.ARCHITECTURES for tied in (1, 0)]
@@ -124,6 +128,50 @@ def test_megatron_reads_ours_and_we_read_its_own(tmp_path, architecture, layout)
         assert not differ
     assert_same(read_all(source), read_all(to_hf(theirs, tmp_path / "back", like=source)))
     assert first_difference(source, theirs) is None
+
+
+def train_save_and_export(folder, layout, checkpoints, exported):
+    policy = make_policy(
+        folder, layout, dtype="bfloat16", lr=1e-3, weight_decay=0.1, forking={"select": "all"}
+    )
+    table = make_table()
+    scores = policy.score(table)
+    [mask], _ = policy.select([table], [scores], step=1)
+    policy.update(table, scores, mask)
+    store = CheckpointStore(checkpoints, policy.topology, CheckpointConfig())
+    store.save(1, policy.stages, policy.optimizer, {})
+    store.finish()
+    export_hf(policy, policy.topology, folder, exported)
+
+
+def test_a_run_s_checkpoint_becomes_an_hf_folder(tmp_path):
+    """Beside an optimizer's state, and the same bits as the run's own export."""
+    source = make(tmp_path / "m", dtype=torch.bfloat16)
+    checkpoints, exported = tmp_path / "checkpoints", tmp_path / "exported"
+    checkpoints.mkdir()
+    layout = {"tp": 2, "pp": 2}
+    run_ranks(4, train_save_and_export, source, layout, checkpoints, exported)
+    back = to_hf(checkpoints / "step_000001", tmp_path / "back", like=source)
+    assert_same(read_all(exported), read_all(back))
+    before = read_all(source)
+    assert not torch.equal(before["lm_head.weight"], read_all(back)["lm_head.weight"])
+
+
+@pytest.mark.parametrize("task", ["HF to megatron", "megatron to HF"])
+def test_memory_does_not_grow_with_the_model(many_layers, tmp_path, task):
+    """Half of its 0.66 GB would already be too much: blocks are of 0.13 GB."""
+    size, hf, megatron = many_layers
+    source = hf if task == "HF to megatron" else megatron
+    took = measure(task, source, tmp_path / "out")
+    assert took["peak"] - took["before"] < size / 2
+
+
+@pytest.fixture(scope="module")
+def many_layers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("many-layers")
+    size = write_model(folder / "hf", "many-layers")
+    hf_to_megatron(folder / "hf", folder / "megatron", max_file_bytes=100_000_000)
+    return size, folder / "hf", folder / "megatron"
 
 
 def stored_in(folder):

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from torch import Tensor
 
+from megafork.checkpoint import sharded
 from megafork.checkpoint.convert import (
     check_stored,
     check_tensors,
@@ -159,7 +159,11 @@ def _megatron_logits(
     scorer = Scorer(
         config.model, config.parallel, topology, micro_batch_tokens=config.micro_batch_tokens
     )
-    _load(scorer, megatron, topology)
+    with torch.no_grad():
+        for stage in scorer.stages:
+            for parameter in stage.gpt.parameters():
+                parameter.fill_(torch.nan)  # what the checkpoint does not replace will be seen
+    sharded.load(megatron, scorer.stages, None, topology)
     found: list[tuple[Tensor, Tensor]] = []
     if topology.is_last_stage:
         gpt, packs_left = scorer.stages[-1].gpt, iter(scorer.packs(table))
@@ -178,19 +182,3 @@ def _megatron_logits(
             start = tp_rank * values.shape[1]
             logits[rows, start : start + values.shape[1]] = values
     return logits
-
-
-@torch.no_grad()
-def _load(scorer: Scorer, megatron: Path, topology: Topology) -> None:
-    """Replace every weight by the checkpoint's, with megatron-core's own reader."""
-    metadata = {"dp_cp_group": topology.groups.dp_cp}
-    for stage in scorer.stages:
-        for parameter in stage.gpt.parameters():
-            parameter.fill_(torch.nan)  # what is not replaced will be seen
-    wanted = {
-        f"model{index}": stage.gpt.sharded_state_dict(metadata=metadata)
-        for index, stage in enumerate(scorer.stages)
-    }
-    loaded = dist_checkpointing.load(wanted, str(megatron))
-    for index, stage in enumerate(scorer.stages):
-        stage.gpt.load_state_dict(loaded[f"model{index}"])
