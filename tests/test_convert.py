@@ -190,7 +190,8 @@ def test_a_checkpoint_is_what_megatron_would_have_saved(tmp_path):
     run_ranks(1, load_compare_and_save, source, ours, {}, theirs)
     of_ours, of_theirs = (stored_in(folder) for folder in (ours, theirs))
     vocabulary = {"embedding.word_embeddings.weight", "output_layer.weight"}
-    assert set(of_ours) == set(of_theirs)
+    # What 0.16 keeps in common.pt, as we do, 0.19 keeps in an object; it reads either.
+    assert set(of_ours) == set(of_theirs) - {"common_state/shard_0_1"}
     for key in set(of_ours) - vocabulary:  # padded otherwise
         assert of_ours[key] == of_theirs[key], key
 

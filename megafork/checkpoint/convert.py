@@ -22,9 +22,8 @@ from megafork.checkpoint.progress import progress
 from megafork.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.errors import UserError
-from megafork.model.gpt import padded_vocab_size
 from megafork.model.hf_folder import SafetensorsFolder
-from megafork.model.shape import ModelShape, read_json
+from megafork.model.shape import ModelShape, padded_vocab_size, read_json
 
 HF = "hf"
 """Of a megatron folder: the HF folder's config, generation config and tokenizer."""

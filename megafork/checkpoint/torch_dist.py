@@ -8,13 +8,13 @@ the whole model in memory, or keep those of a file until it is full; these hold 
 from __future__ import annotations
 
 import io
+import json
 import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
@@ -30,7 +30,13 @@ from torch.distributed.checkpoint.metadata import (
 from megafork.errors import UserError
 
 METADATA = ".metadata"
-_COMMON = "common.pt"  # what megatron-core keeps beside the tensors
+_COMMON, _FORMAT = "common.pt", "metadata.json"  # what megatron-core keeps beside the tensors
+_FORMAT_IS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 
 class TorchDistWriter:
@@ -76,7 +82,7 @@ class TorchDistWriter:
         with (self._folder / METADATA).open("wb") as file:
             pickle.dump(metadata, file)
         torch.save({}, self._folder / _COMMON)
-        save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
+        (self._folder / _FORMAT).write_text(json.dumps(_FORMAT_IS))
 
     def _next_file(self, number: int) -> io.BufferedWriter:
         return (self._folder / f"__0_{number}.distcp").open("wb")

@@ -28,10 +28,10 @@ from megafork.checkpoint.progress import progress
 from megafork.checkpoint.torch_dist import TorchDistReader
 from megafork.config import ScoreConfig
 from megafork.errors import UserError
-from megafork.model.gpt import head_input, head_weight, padded_vocab_size
+from megafork.model.gpt import head_input, head_weight
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.scorer import Scorer
-from megafork.model.shape import ModelShape
+from megafork.model.shape import ModelShape, padded_vocab_size
 from megafork.parallel.topology import Topology, initialize, shutdown
 from megafork.types import Group, Sample, TokenTable, token_table
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.model.layers import PackedAttention, RMSNorm
-from megafork.model.shape import ModelShape
+from megafork.model.shape import ModelShape, padded_vocab_size
 from megafork.parallel import backend
 from megafork.parallel.topology import Topology
 
@@ -118,12 +118,6 @@ def head_input(gpt: GPTModel, hidden_1TH: Tensor, slots_N: Tensor) -> Tensor:
     )
     first = holder_N * longest - (counts.cumsum(0) - counts)[holder_N]
     return gathered[first + torch.arange(len(slots_N), device=slots_N.device)]
-
-
-def padded_vocab_size(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Megatron's rule: a multiple of vocab_divisible_by * tp, so that every shard is equal."""
-    multiple = model.vocab_divisible_by * parallel.tp
-    return -(-shape.vocab_size // multiple) * multiple
 
 
 def transformer_config(

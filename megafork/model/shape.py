@@ -136,6 +136,12 @@ class ModelShape:
         return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
+def padded_vocab_size(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Megatron's rule: a multiple of vocab_divisible_by * tp, so that every shard is equal."""
+    multiple = model.vocab_divisible_by * parallel.tp
+    return -(-shape.vocab_size // multiple) * multiple
+
+
 def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
     for key in _UNSUPPORTED:
         if raw.get(key):

@@ -12,10 +12,10 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 from megafork.config import ModelConfig, ParallelConfig
-from megafork.model.gpt import build_chunks, padded_vocab_size
+from megafork.model.gpt import build_chunks
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.hf_mapping import Replicated, Rule, rules
-from megafork.model.shape import ModelShape
+from megafork.model.shape import ModelShape, padded_vocab_size
 from megafork.parallel import backend
 from megafork.parallel.topology import Topology
 
