@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 import megafork.training.policy  # noqa: F401
-from megafork.parallel.topology import free_port, shutdown
+from megafork.parallel.ports import free_port
+from megafork.parallel.topology import shutdown
 
 _CONTEXT = multiprocessing.get_context("fork")
 

@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from megafork.parallel.topology import free_port
+from megafork.parallel.ports import free_port
 from tests.commands import (
     QUICKSTART,
     ROOT,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -162,3 +164,13 @@ def test_a_virtual_pipeline_is_built_with_safe_sends_only(tmp_path):
     for change in ({"batch_p2p_comm": True}, {"overlap_p2p_comm": False}):
         with pytest.raises(ValueError, match=r"a virtual pipeline with .* computes wrong values"):
             refuse_unsafe_sends(replace(safe, **change))
+
+
+def test_the_cpu_patch_leaves_device_contexts_alone():
+    """transformers builds its models under `with torch.device("meta")`."""
+    code = (
+        "import torch; from megafork.parallel import cpu_patch; cpu_patch.apply()\n"
+        "with torch.device('meta'): made = [torch.arange(3), torch.empty(2), torch.zeros(1)]\n"
+        "assert all(t.device.type == 'meta' for t in made), made"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

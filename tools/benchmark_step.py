@@ -30,7 +30,8 @@ from megafork.config import (
     TrainingConfig,
 )
 from megafork.ops.vocab_parallel import linear_logprob_and_entropy
-from megafork.parallel.topology import free_port, initialize
+from megafork.parallel.ports import free_port
+from megafork.parallel.topology import initialize
 from megafork.training.policy import Policy
 from megafork.types import Group, Sample, TokenTable, token_table
 

@@ -6,6 +6,7 @@ them ("fully_reshardable"). Everything else that a run needs to go on is a JSON 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -62,9 +63,10 @@ def save(folder: Path, contents: dict[str, Any], topology: Topology) -> AsyncReq
         dist_checkpointing.serialization.get_default_save_sharded_strategy(),
         topology.groups.dp_cp,
     )
-    request = dist_checkpointing.save(
-        contents, str(folder), sharded_strategy=strategy, async_sharded_save=True
-    )
+    options: dict[str, Any] = {"sharded_strategy": strategy, "async_sharded_save": True}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        options["async_strategy"] = "mcore"  # later versions default to a package of its own
+    request = dist_checkpointing.save(contents, str(folder), **options)
     assert request is not None
     return request
 

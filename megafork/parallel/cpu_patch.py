@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "tensor", "zeros")
@@ -65,6 +66,9 @@ def apply() -> None:
     """Redirect megatron-core's CUDA assumptions to the CPU, once for this process."""
     import megatron.core.tensor_parallel.random as rng
 
+    # torch remembers on first use which functions a `with torch.device(...)` is about: it must see
+    # the factories before they are wrapped, or models built under one get wrong buffers, silently.
+    _device_constructors()
     # Buffers and activations are allocated on torch.cuda.current_device().
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     # Flags and counters are made with device="cuda".

@@ -19,6 +19,7 @@ from typing import Self
 
 import megafork
 from megafork.errors import UserError
+from megafork.parallel.ports import free_port
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.supervisor import GRACE_S
 
@@ -104,7 +105,7 @@ class VllmServer:
         `stop` was called meanwhile.
         """
         _check_model_folder(self.model_path)
-        self.port = _free_port(self.host, self.port)
+        self.port = _check_port(self.host, self.port) if self.port else free_port(self.host)
         try:
             self._wait_until_ready(self._launch())
         except BaseException:
@@ -247,17 +248,17 @@ def _kill_group(process_group: int, patience_s: float = 3.0) -> None:
             time.sleep(0.02)
 
 
-def _free_port(host: str, port: int | None) -> int:
+def _check_port(host: str, port: int) -> int:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port or 0))
+            probe.bind((host, port))
         except OSError as error:
             raise UserError(
                 f"the vLLM server cannot listen on {host}:{port} ({error.strerror}); "
                 "choose another port or leave it out"
             ) from error
-        return probe.getsockname()[1]
+    return port
 
 
 def _last_error(log_path: Path, num_lines: int = 12) -> str:
