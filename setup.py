@@ -13,7 +13,7 @@ if match is None:
 setup(
     name="megafork",
     version=match[1],
-    description="RLVR training of Qwen3 policies on their forking tokens, at any parallel layout",
+    description="RLVR training of language models on their forking tokens, at any parallel layout",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megafork", "megafork.*"]),
