@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that has to pass: environment, lint, format, types, tests. Arguments go to pytest.
+# What has to pass: environment, lint, format, types, tests. Arguments go to pytest; without any,
+# the slow tests (checkpoints, conversion and resume at every layout) are left to `-m slow`.
 #
 #   tests/run.sh [--mcore-0.19] [pytest arguments]
 #     --mcore-0.19   run the tests against megatron-core 0.19.2 instead of 0.16.1
@@ -18,6 +19,10 @@ tools/setup_cpu.sh "${setup_args[@]}"
 bin=$PWD/.venv/bin
 export PATH=$bin:$PATH
 export OMP_NUM_THREADS=1
+
+if [[ $# -eq 0 ]]; then
+  set -- -m "not slow"
+fi
 
 "$bin/ruff" check .
 "$bin/ruff" format --check .

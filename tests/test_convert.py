@@ -31,6 +31,8 @@ from tests.ranks import run_ranks
 from tests.step import make_policy, make_table
 from tools.benchmark_convert import measure, write_model
 
+pytestmark = pytest.mark.slow
+
 FILE_BYTES = 100_000  # four or five files for each of these models
 FAMILIES = [(architecture, tied) for architecture in reference.ARCHITECTURES for tied in (1, 0)]
 LAYOUTS = {"tp1": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "tp2-pp2": {"tp": 2, "pp": 2}}

@@ -22,10 +22,13 @@ from tests.test_convert import LAYOUTS, assert_same, read_all
 
 INSTALLED = Path(__file__).parent.parent / ".venv" / "mbridge"
 
-pytestmark = pytest.mark.skipif(
-    not (INSTALLED / "mbridge").is_dir(),
-    reason="mbridge is not in .venv/mbridge: run tools/setup_cpu.sh --test",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (INSTALLED / "mbridge").is_dir(),
+        reason="mbridge is not in .venv/mbridge: run tools/setup_cpu.sh --test",
+    ),
+]
 # mbridge pads the vocabulary where the ranks' shards are equal already, to a multiple of this.
 DIVISIBLE_BY = 128
 # Of a tied Llama mbridge looks for a head on the last of several stages.

@@ -55,8 +55,13 @@ STEP_METRICS = {
 RUNS = {
     "tp1-truncating-generation-config": ["parallel.tp=1", "forking.scope=batch"],
     "pp2-vpp2": ["parallel.tp=1", "parallel.pp=2", "parallel.vpp=2", "forking.select=random"],
-    "cp2": ["parallel.tp=1", "parallel.cp=2", "forking.entropy_of=current", "forking.ties=hash"],
-    "tp2-pp2": ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"],
+    "tp2-sp-cp2": [
+        "parallel.tp=2",
+        "parallel.sequence_parallel=true",
+        "parallel.cp=2",
+        "forking.entropy_of=current",
+        "forking.ties=hash",
+    ],
 }
 
 
