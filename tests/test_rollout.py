@@ -37,7 +37,6 @@ from tests.reference import (
     save_model,
 )
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 LOGPROB_TOL = 1e-4  # float32 kernels of vLLM against transformers; 4e-6 is usual
 OTHER_POLICY = 0.5  # log-probabilities of two random models differ by nats

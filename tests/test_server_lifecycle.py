@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
 from megafork.errors import UserError
 from megafork.rollout import client as client_module
@@ -26,14 +25,8 @@ from megafork.rollout.sampling import (
     encode_completions,
 )
 from megafork.rollout.vllm_server import VllmServer
-from tests.commands import gone_within, members
-from tests.reference import (
-    save_model,
-)
-
-ROOT = Path(__file__).parent.parent
-CPU = torch.device("cpu")
-
+from tests.commands import ROOT, gone_within, members
+from tests.reference import save_model
 
 # ------------------------------------------------------------------- start, end, errors
 

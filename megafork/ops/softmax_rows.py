@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_FIXED_POINT_ONE = float(2**44)
+FIXED_POINT_ONE = float(2**44)
 _MAGIC = 1.5 * 2**8
 """Added to a term in float64 it leaves the term's fixed-point integer in the low bits: a float64
 between 2^8 and 2^9 is a multiple of 2^-44."""
@@ -133,7 +133,7 @@ class Rows:
         all_reduce(self.sums, dist.ReduceOp.SUM, tp_group)
         target_T1 = self.sums[-2].int().view(torch.float32).double()[:, None]
         z_target_T1 = (target_T1 - self.max_T1.double()) / self.temperature_T1.double()
-        scaled = self.sums[:-2].double() / _FIXED_POINT_ONE
+        scaled = self.sums[:-2].double() / FIXED_POINT_ONE
         # A row with a NaN, with +inf or with nothing but -inf has no distribution.
         scaled[:, (self.sums[-1] > 0) | self.max_T1[:, 0].isinf()] = torch.nan
         log_s_T1, log_s_H_T1 = scaled[0].log()[:, None], scaled[-2].log()[:, None]
@@ -303,15 +303,6 @@ def tiles(weight: Tensor) -> list[slice]:
 
 def slices(length: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
-
-
-def _fixed_point_sum(terms: Tensor) -> Tensor:
-    """Row sums in units of 2^-44. Exact in float32: scaling by a power of two and rounding are.
-
-    NaN counts as 0: it is the product of a probability 0 and its logarithm, or of a row that the
-    caller declares invalid.
-    """
-    return (terms * _FIXED_POINT_ONE).round_().nan_to_num_(nan=0.0).long().sum(1)
 
 
 def all_reduce(

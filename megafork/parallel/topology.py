@@ -42,10 +42,6 @@ class Topology:
     """Global rank of the last pipeline stage's first rank: where the losses and metrics are."""
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 

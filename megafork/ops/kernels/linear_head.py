@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megafork.ops.softmax_rows import _FIXED_POINT_ONE, Rows, all_reduce, slices
+from megafork.ops.softmax_rows import FIXED_POINT_ONE, Rows, all_reduce, slices
 
 BLOCK_V = 128
 """Columns of a tile. Shards of a multiple of it have their tiles at the same global columns."""
@@ -86,7 +86,7 @@ def _combine(rows: Rows, partials_kPT: Tensor) -> None:
 
 def _fixed_point_sum(terms_PT: Tensor) -> Tensor:
     """In units of 2^-44. NaN is 0: that of a tile of -inf, or of a row that is declared invalid."""
-    return (terms_PT * _FIXED_POINT_ONE).round_().nan_to_num_(nan=0.0).long().sum(0)
+    return (terms_PT * FIXED_POINT_ONE).round_().nan_to_num_(nan=0.0).long().sum(0)
 
 
 def add_gradients(
