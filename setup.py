@@ -23,6 +23,7 @@ setup(
         "matplotlib",
         "megatron-core>=0.16.1",
         "numpy",
+        "psutil",
         "pydantic>=2",
         "requests",
         "rich",

@@ -26,7 +26,7 @@ from megafork.config import (
     known_keys,
     load_config,
 )
-from megafork.errors import PeerError, UserError
+from megafork.errors import Interrupted, PeerError, UserError
 
 _PATIENCE_S = 5.0
 
@@ -207,9 +207,13 @@ def keys(
 
 
 def main() -> None:
-    """Entry point: a UserError is one message on stderr and exit status 2."""
+    """Entry point: a UserError is one message on stderr and exit status 2, a signal's end 75."""
     try:
         app()
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr, flush=True)
+        sys.exit(launch.INTERRUPTED)
     except UserError as error:
         if not isinstance(error, PeerError):
             rank = os.environ.get("RANK", "0")

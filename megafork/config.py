@@ -133,6 +133,9 @@ class RolloutConfig(Section):
     cpu_kv_cache_gib: Positive = Field(1, description="KV cache of a CPU server, GiB")
     startup_timeout_s: PositiveFloat = Field(600.0, description="seconds for the server to come up")
     request_timeout_s: PositiveFloat = Field(3600.0, description="seconds for one request")
+    max_restarts: NonNegative = Field(
+        3, description="how often a server that died is replaced before a step goes on"
+    )
 
 
 class RewardConfig(Section):
@@ -193,6 +196,14 @@ class TrainingConfig(Section):
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.999, description="Adam beta 2")
     adam_eps: PositiveFloat = Field(1e-8, description="Adam epsilon")
     grad_clip: PositiveFloat = Field(1.0, description="bound of the global gradient norm")
+    spike_factor: Annotated[float, Field(gt=1.0)] | None = Field(
+        10.0,
+        description="an update whose |loss| or gradient norm is this many times the largest of the "
+        "last 64 is skipped; 16 updates have to come first",
+    )
+    max_skipped: Positive = Field(
+        3, description="updates skipped in a row (NaN, infinity, spike) that end the run"
+    )
     seed: int = Field(0, description="seed of mini-batches and of random selection")
 
 

@@ -12,3 +12,7 @@ class UserError(ValueError):
 
 class PeerError(UserError):
     """Rank 0 failed and tells why; the other ranks end with this and stay silent."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end; raised on every rank. The message is rank 0's to tell."""

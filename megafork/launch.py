@@ -7,12 +7,18 @@ import logging
 import os
 import signal
 import sys
+from types import FrameType
+
+import psutil
 
 from megafork.config import ParallelConfig
 from megafork.errors import UserError
+from megafork.interruption import SIGNALS
 
 USER_ERROR = 2
 """Exit status after a UserError, which the rank has told."""
+INTERRUPTED = 75
+"""Exit status of a run that a signal ended and that can go on (EX_TEMPFAIL of sysexits.h)."""
 _LAUNCHER = "MEGAFORK_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1
 
@@ -25,7 +31,7 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str]) -> int:
     """Run `python -m megafork ARGUMENTS` on parallel.world_size ranks of this machine.
 
     Returns the exit status of the first rank that failed, 0 when none did. What the ranks print
-    goes through; they end with this process.
+    goes through, and so do SIGTERM and SIGUSR1 to them; they end with this process.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -42,16 +48,29 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str]) -> int:
         rdzv_endpoint="127.0.0.1:0",
         run_id=f"megafork-{os.getpid()}",
         max_restarts=0,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # its grace of 30 s is too short for the others
     )
+    for number in SIGNALS:
+        signal.signal(number, _pass_to_ranks)
     try:
         elastic_launch(config, sys.executable)("-m", "megafork", *arguments)
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
-        if first.exitcode != USER_ERROR:
+        if -first.exitcode in SIGNALS:  # before the first step
+            return INTERRUPTED
+        if first.exitcode not in (USER_ERROR, INTERRUPTED):
             how = f"by signal {-first.exitcode}" if first.exitcode < 0 else f"{first.exitcode}"
             print(f"error: rank {rank} was the first to end, with status {how}", file=sys.stderr)
         return first.exitcode if first.exitcode > 0 else 1
     return 0
+
+
+def _pass_to_ranks(number: int, frame: FrameType | None) -> None:
+    ranks = [child for child in psutil.Process().children() if "megafork" in child.cmdline()]
+    for rank in ranks:
+        rank.send_signal(number)
+    if not ranks:
+        sys.exit(INTERRUPTED)
 
 
 def end_with_launcher() -> None:
@@ -59,7 +78,7 @@ def end_with_launcher() -> None:
     launcher = os.environ.get(_LAUNCHER)
     if launcher is None or not sys.platform.startswith("linux"):
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(launcher):  # killed before the line above
         sys.exit(1)
 

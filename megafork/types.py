@@ -9,6 +9,7 @@ Shapes: B samples (responses), R rows (response tokens of all samples, in order)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -42,6 +43,13 @@ class Group:
     def has_signal(self) -> bool:
         """Neither all right nor all wrong, by the verifier's accuracy (DAPO dynamic sampling)."""
         return len({sample.accuracy for sample in self.samples}) > 1
+
+    @property
+    def is_finite(self) -> bool:
+        """Rewards and log-probabilities are numbers that can be trained on."""
+        return all(
+            math.isfinite(s.reward) and all(map(math.isfinite, s.logprobs)) for s in self.samples
+        )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from megafork.config import DataConfig, RewardConfig, RolloutConfig
@@ -59,13 +61,17 @@ def make_collector(server, folder, verifier, **rollout):
     )
 
 
+def collect(collector, step, policy_version):
+    return asyncio.run(collector.collect(step, policy_version))
+
+
 def indices(groups):
     return [group.prompt_index for group in groups]
 
 
 def test_groups_are_admitted_in_prompt_order_and_the_surplus_is_carried(server, tmp_path):
     collector = make_collector(server, tmp_path, "some_prompts_only")
-    first = collector.collect(step=1, policy_version=5)
+    first = collect(collector, step=1, policy_version=5)
     assert len(first.groups) == 12
     assert all(group.has_signal for group in first.groups)
     mixed = [group for group in first.generated if group.has_signal]
@@ -75,7 +81,7 @@ def test_groups_are_admitted_in_prompt_order_and_the_surplus_is_carried(server, 
     carried = indices(mixed)[12:]
     assert indices(collector.carried) == carried
 
-    second = collector.collect(step=2, policy_version=6)
+    second = collect(collector, step=2, policy_version=6)
     assert indices(second.groups)[: len(carried)] == carried[:12]
     assert min(indices(second.generated), default=10**9) > max(indices(first.generated))
     uids = [s.uid for batch in (first, second) for g in batch.generated for s in g.samples]
@@ -86,21 +92,21 @@ def test_groups_are_admitted_in_prompt_order_and_the_surplus_is_carried(server, 
 
 def test_a_carried_group_that_is_too_old_is_dropped(server, tmp_path):
     collector = make_collector(server, tmp_path, "some_prompts_only", max_staleness=1)
-    first = collector.collect(step=1, policy_version=5)
+    first = collect(collector, step=1, policy_version=5)
     collector.carried = first.groups[:2]  # whether any were left over is chance
-    batch = collector.collect(step=2, policy_version=7)
+    batch = collect(collector, step=2, policy_version=7)
     assert {group.policy_version for group in batch.groups} == {7}
 
 
 def test_the_surplus_can_be_dropped(server, tmp_path):
     collector = make_collector(server, tmp_path, "some_prompts_only", surplus="drop")
-    collector.collect(step=1, policy_version=1)
+    collect(collector, step=1, policy_version=1)
     assert collector.carried == []
 
 
 def test_without_dynamic_sampling_every_group_is_used(server, tmp_path):
     collector = make_collector(server, tmp_path, "never", dynamic_sampling=False)
-    batch = collector.collect(step=1, policy_version=1)
+    batch = collect(collector, step=1, policy_version=1)
     assert indices(batch.groups) == list(range(12))
     assert batch.num_dropped == 0
 
@@ -108,19 +114,19 @@ def test_without_dynamic_sampling_every_group_is_used(server, tmp_path):
 def test_prompts_without_signal_end_in_a_message(server, tmp_path):
     collector = make_collector(server, tmp_path, "never", max_sampling_rounds=2)
     with pytest.raises(UserError, match=r"only 0 of rollout.prompts_per_step=12 groups had both"):
-        collector.collect(step=1, policy_version=1)
+        collect(collector, step=1, policy_version=1)
 
 
 def test_a_verifier_that_fails_is_named_with_the_prompt(server, tmp_path):
     collector = make_collector(server, tmp_path, "broken")
     message = r"reward.verifier=tests.test_collector:broken failed on the prompt '\d+ .*ValueError"
     with pytest.raises(UserError, match=message):
-        collector.collect(step=1, policy_version=1)
+        collect(collector, step=1, policy_version=1)
 
 
 def test_seeded_rollouts_repeat(server, tmp_path):
     batches = [
-        make_collector(server, tmp_path / name, "by_spelling", seeded=True).collect(1, 1)
+        collect(make_collector(server, tmp_path / name, "by_spelling", seeded=True), 1, 1)
         for name in ("a", "b")
     ]
     first, second = (
@@ -132,4 +138,4 @@ def test_seeded_rollouts_repeat(server, tmp_path):
 def test_a_request_that_takes_too_long_names_the_setting(server, tmp_path):
     collector = make_collector(server, tmp_path, "by_spelling", request_timeout_s=0.001)
     with pytest.raises(UserError, match=r"request_timeout_s=0.001"):
-        collector.collect(step=1, policy_version=1)
+        collect(collector, step=1, policy_version=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,42 +57,107 @@ def test_train_against_a_server_that_runs_already(tmp_path):
         server.kill()
 
 
-@pytest.fixture
-def long_run(tmp_path):
-    """A run at TP=2 in the middle of its steps, with the server's process group."""
-    command = [sys.executable, "-m", "megafork", *small_run(tmp_path / "run", "training.steps=500")]
-    with (tmp_path / "stderr").open("w") as stderr:
-        launcher = subprocess.Popen(command, cwd=ROOT, env=environment(tmp_path), stderr=stderr)
-    try:
-        deadline = time.monotonic() + 150
-        while not (tmp_path / "run" / "rollouts" / "step_000002.jsonl").exists():
-            assert launcher.poll() is None, (tmp_path / "stderr").read_text()
+class Run:
+    """A run at TP=2, until it is in the middle of its second step."""
+
+    def __init__(self, folder, *overrides):
+        self.folder = folder
+        command = [sys.executable, "-m", "megafork", *small_run(folder / "run", *overrides)]
+        with (folder / "stderr").open("w") as stderr:
+            self.launcher = subprocess.Popen(
+                command, cwd=ROOT, env=environment(folder), stderr=stderr
+            )
+        self.wait_for("rollouts/step_000002.jsonl")
+        assert len(processes_of(folder)) >= 5  # launcher, two ranks, supervisor, server
+
+    def wait_for(self, name, seconds=150):
+        deadline = time.monotonic() + seconds
+        while not (self.folder / "run" / name).exists():
+            assert self.launcher.poll() is None, self.stderr
             assert time.monotonic() < deadline
-            time.sleep(0.2)
-        assert len(processes_of(tmp_path)) >= 5  # launcher, two ranks, supervisor, server
-        yield launcher
-    finally:
-        launcher.kill()
+            time.sleep(0.1)
+
+    def find(self, word):
+        """Processes of the run with `word` in their command line."""
+        children = psutil.Process(self.launcher.pid).children(recursive=True)
+        return [process for process in children if word in process.cmdline()]
+
+    def kill_server(self):
+        [supervisor] = self.find("megafork.rollout.supervisor")
+        os.killpg(supervisor.pid, signal.SIGKILL)
+
+    @property
+    def stderr(self):
+        return (self.folder / "stderr").read_text()
 
 
-def test_nothing_outlives_a_killed_launcher(tmp_path, long_run):
-    long_run.send_signal(signal.SIGKILL)
-    assert long_run.wait(30) != 0
+@pytest.fixture
+def start_run(tmp_path):
+    runs = []
+
+    def start(*overrides):
+        runs.append(Run(tmp_path, *overrides))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.launcher.kill()
+
+
+def test_nothing_outlives_a_killed_launcher(tmp_path, start_run):
+    run = start_run("training.steps=500")
+    run.launcher.send_signal(signal.SIGKILL)
+    assert run.launcher.wait(30) != 0
     assert left_over(tmp_path, seconds=20) == []
 
 
-def test_a_server_that_dies_ends_the_run_with_its_cause(tmp_path, long_run):
-    [supervisor] = [
-        process
-        for process in psutil.Process(long_run.pid).children(recursive=True)
-        if "megafork.rollout.supervisor" in process.cmdline()
-    ]
-    os.killpg(supervisor.pid, signal.SIGKILL)
-    assert long_run.wait(100) == 2
-    stderr = (tmp_path / "stderr").read_text()
-    assert stderr.count("error:") == 1
-    assert "does not answer" in stderr
-    assert "Traceback" not in stderr
+def test_a_server_that_dies_is_replaced_and_nothing_is_generated_twice(tmp_path, start_run):
+    run = start_run("training.steps=3", "sync.check_every=1", "sync.check_prompts=4")
+    before = (tmp_path / "run" / "rollouts" / "step_000002.jsonl").read_bytes()
+    run.kill_server()
+    assert run.launcher.wait(200) == 0, run.stderr
+    assert run.stderr.count("the rollout server died and is replaced") == 1
+    assert "does not answer" in run.stderr  # the cause
+    assert "supervisor" not in (tmp_path / "run" / "vllm.log").read_text().split("\n")[0]
+    assert (tmp_path / "run" / "vllm.1.log").exists()
+    after = tmp_path / "run" / "rollouts" / "step_000002.jsonl"
+    assert after.read_bytes().startswith(before)
+    prompts = [group["prompt_index"] for group in lines(after)]
+    assert len(set(prompts)) == len(prompts)
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["policy_version"] for row in rows] == [2, 3, 4]
+    assert max(row["mismatch/kl"] for row in rows) < 1e-6  # it has the current weights
+    assert left_over(tmp_path) == []
+
+
+def test_a_server_that_dies_once_too_often_ends_the_run_with_its_cause(tmp_path, start_run):
+    run = start_run("training.steps=500", "rollout.max_restarts=0")
+    run.kill_server()
+    assert run.launcher.wait(100) == 2
+    assert run.stderr.count("error:") == 1
+    assert "does not answer" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert left_over(tmp_path, seconds=20) == []
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named(tmp_path, start_run):
+    """Stopped, it answers nothing and keeps its connections: the others' time-out has to end it."""
+    run = start_run("training.steps=500", "parallel.timeout_minutes=0.5")
+    [hung] = [rank for rank in run.find("megafork") if rank.environ().get("RANK") == "1"]
+    hung.suspend()
+    assert run.launcher.wait(150) == 2
+    assert run.stderr.count("error:") == 1
+    found = re.search(
+        r"error: in \w+ of step \d+ a collective failed that ends after "
+        r"parallel\.timeout_minutes=0\.5\. Rank 1 did not come; it has been in \w+ of step \d+ for "
+        r"(\d+) s",
+        run.stderr,
+    )
+    assert found is not None, run.stderr
+    assert 30 <= int(found[1]) <= 90
+    assert "Traceback" not in run.stderr
     assert left_over(tmp_path, seconds=20) == []
 
 

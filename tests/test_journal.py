@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -74,11 +75,14 @@ def test_damage_before_the_end_names_file_and_line(tmp_path, damaged):
         Journal.read(path)
 
 
-def test_nan_is_refused(tmp_path):
-    bad = replace(group(0).samples[0], logprobs=[float("nan")])
-    with Journal(tmp_path / "step.jsonl") as journal, pytest.raises(ValueError):
-        journal.append(replace(group(0), samples=[bad]))
-    assert Journal.read(tmp_path / "step.jsonl") == []
+def test_a_reward_that_is_no_number_survives(tmp_path):
+    for reward in (math.nan, math.inf, -math.inf):
+        bad = replace(group(0), samples=[replace(group(0).samples[0], reward=reward)])
+        with Journal(tmp_path / f"{reward}.jsonl") as journal:
+            journal.append(bad)
+        [read] = Journal.read(tmp_path / f"{reward}.jsonl")
+        assert repr(read) == repr(bad)
+        assert group(0).is_finite and not read.is_finite
 
 
 def test_kill_after_append_loses_nothing(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 
@@ -45,7 +46,9 @@ def push_twice(url, api_key, folder, layout, version):
     prompts = [Prompt(i, "", "", g.prompt_ids) for i, g in enumerate(reference.make_groups(12, 1))]
 
     def measure():
-        groups = topology.on_rank_zero(lambda: agreement.probe(client, prompts, SAMPLING))
+        groups = topology.on_rank_zero(
+            lambda: asyncio.run(agreement.probe(client, prompts, SAMPLING))
+        )
         return agreement.measure(groups, scorer, topology)
 
     before = measure()

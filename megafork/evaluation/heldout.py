@@ -10,7 +10,7 @@ from megafork.rollout.client import RolloutClient
 from megafork.rollout.sampling import Sampling
 
 
-def accuracy(
+async def accuracy(
     client: RolloutClient,
     prompts: list[Prompt],
     tokenizer: Tokenizer,
@@ -27,9 +27,6 @@ def accuracy(
         ]
         return sum(right) / len(right)
 
-    async def of_all() -> list[float]:
-        async with client:
-            return await asyncio.gather(*map(of_prompt, prompts))
-
-    values = asyncio.run(of_all())
+    async with client:
+        values = await asyncio.gather(*map(of_prompt, prompts))
     return sum(values) / len(values)

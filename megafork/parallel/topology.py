@@ -15,9 +15,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megafork.config import ParallelConfig
-from megafork.errors import PeerError, UserError
+from megafork.errors import Interrupted, PeerError, UserError
 from megafork.parallel import backend
 from megafork.parallel.ports import free_port
+from megafork.parallel.whereabouts import Whereabouts
 
 T = TypeVar("T")
 
@@ -40,6 +41,7 @@ class Topology:
     dp_size: int
     last_stage_rank: int
     """Global rank of the last pipeline stage's first rank: where the losses and metrics are."""
+    whereabouts: Whereabouts
 
     @property
     def is_last_stage(self) -> bool:
@@ -70,7 +72,8 @@ class Topology:
     def on_rank_zero(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0; its value reaches every rank.
 
-        Its exception is raised on rank 0 and ends the others silently, as a PeerError.
+        Its exception is raised on rank 0 and ends the others silently, as a PeerError; an
+        Interrupted is raised on all.
         """
         value: T | None = None
         error: Exception | None = None
@@ -79,12 +82,21 @@ class Topology:
                 value = function()
             except Exception as caught:  # told to the others first, then raised
                 error = caught
-        value, failed = self.broadcast_object((value, error is not None))
+        theirs: type[Exception] | None = None
+        if error is not None:
+            theirs = Interrupted if isinstance(error, Interrupted) else PeerError
+        value, theirs = self.broadcast_object((value, theirs))
         if error is not None:
             raise error
-        if failed:
-            raise PeerError("rank 0 failed")
+        if theirs is not None:
+            raise theirs("rank 0 failed")
         return value  # type: ignore[return-value]
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank."""
+        found = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found)
 
 
 def initialize(parallel: ParallelConfig, *, seed: int = 0) -> Topology:
@@ -131,6 +143,7 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0) -> Topology:
         dp_rank=dist.get_rank(groups.dp),
         dp_size=dp_size,
         last_stage_rank=world_size - dp_size * parallel.tp * parallel.cp,
+        whereabouts=Whereabouts(dist.get_rank(), world_size, parallel.timeout_minutes),
     )
 
 

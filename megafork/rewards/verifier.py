@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -38,7 +37,10 @@ class Judge:
         self.verify = load_verifier(config.verifier)
 
     def __call__(self, prompt: str, response: str, answer: str) -> tuple[float, float]:
-        """(reward, accuracy 0 or 1). Raises UserError when the verifier gives no finite number."""
+        """(reward, accuracy 0 or 1). Raises UserError when the verifier fails or gives no number.
+
+        A reward that is not finite goes through: the update that it would spoil is skipped.
+        """
         try:
             reward = float(self.verify(prompt, response, answer))
         except UserError:
@@ -48,9 +50,4 @@ class Judge:
                 f"reward.verifier={self.config.verifier} failed on the prompt {prompt[:60]!r}, "
                 f"response {response[:60]!r}: {type(error).__name__}: {error}"
             ) from error
-        if not math.isfinite(reward):
-            raise UserError(
-                f"reward.verifier={self.config.verifier} gave {reward} for the prompt "
-                f"{prompt[:60]!r}: rewards must be finite"
-            )
         return reward, float(reward >= self.config.accuracy_at)

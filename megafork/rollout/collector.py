@@ -62,9 +62,17 @@ class Collector:
         self._signal_rate = state["signal_rate"]
         self.carried = [group_of(fields) for fields in state["carried"]]
 
-    def collect(self, step: int, policy_version: int) -> RolloutBatch:
-        """The batch of a step. Raises UserError when too few groups carry a signal."""
-        return asyncio.run(self._collect(step, policy_version))
+    async def collect(self, step: int, policy_version: int) -> RolloutBatch:
+        """The batch of a step. Raises UserError when too few groups carry a signal.
+
+        Given up at any moment, it can be called again: what is in the journal is not lost.
+        """
+        before = self.prompts.position, self._signal_rate
+        try:
+            return await self._collect(step, policy_version)
+        except BaseException:
+            self.prompts.position, self._signal_rate = before
+            raise
 
     async def _collect(self, step: int, policy_version: int) -> RolloutBatch:
         wanted = self.rollout.prompts_per_step
@@ -107,7 +115,7 @@ class Collector:
         batch.generated += groups
         if not self.rollout.dynamic_sampling:
             return groups
-        admissible = [group for group in groups if group.has_signal]
+        admissible = [group for group in groups if group.has_signal or not group.is_finite]
         batch.num_dropped += len(groups) - len(admissible)
         # The next round asks for as many prompts as this step's share makes likely to be enough;
         # the share of a last, small round alone would be noise, and its surplus stale.

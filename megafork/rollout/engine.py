@@ -6,10 +6,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 from urllib.parse import urlsplit
 
 from megafork.config import RolloutConfig, TrainConfig
@@ -18,30 +18,62 @@ from megafork.rollout.client import RolloutClient
 from megafork.rollout.vllm_server import VllmServer
 
 
-@contextmanager
-def rollout_server(
-    config: TrainConfig, device: str, log_path: Path
-) -> Iterator[Callable[[], RolloutClient]]:
-    """Gives a function that waits until the server answers and returns its client.
+class RolloutServer:
+    """One of our own, started in the background and ended with the context; or rollout.url's.
 
-    Without rollout.url a server is started in the background and ends with the context. Waiting
-    raises UserError when it does not come up.
+    A server that died is replaced by `restart`, as often as the caller likes. Its log stays beside
+    the new one's.
     """
-    if config.rollout.url is not None:
-        yield lambda: _connect(config.rollout)
-        return
-    server = build_server(config, device, log_path)
-    with ThreadPoolExecutor(1) as background:
-        started = background.submit(server.start)
 
-        def wait() -> RolloutClient:
-            started.result()
-            return server.client(timeout_s=config.rollout.request_timeout_s)
+    def __init__(self, config: TrainConfig, device: str, log_path: Path) -> None:
+        self.config, self.device, self.log_path = config, device, log_path
+        self._server: VllmServer | None = None
+        self._started: Future[None] | None = None
+        self._background = ThreadPoolExecutor(1)
+        self._num_starts = 0
 
-        try:
-            yield wait
-        finally:
-            server.stop()
+    def __enter__(self) -> Self:
+        if self.config.rollout.url is None:
+            self._start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._server is not None:
+            self._server.stop()
+        self._background.shutdown()
+
+    def _start(self) -> None:
+        if self.log_path.exists() and self._num_starts:
+            self.log_path.rename(self.log_path.with_suffix(f".{self._num_starts}.log"))
+        self._num_starts += 1
+        self._server = build_server(self.config, self.device, self.log_path)
+        self._started = self._background.submit(self._server.start)
+
+    def connect(self) -> RolloutClient:
+        """Wait until the server answers. Raises UserError when it does not come up."""
+        rollout = self.config.rollout
+        if self._server is None or self._started is None:
+            return _connect(rollout)
+        self._started.result()
+        return self._server.client(timeout_s=rollout.request_timeout_s)
+
+    def restart(self) -> RolloutClient:
+        """The client of a new server; of rollout.url's when it answers again.
+
+        Raises UserError when none comes up within rollout.startup_timeout_s.
+        """
+        if self._server is not None:
+            self._server.stop()
+            self._start()
+            return self.connect()
+        deadline = time.monotonic() + self.config.rollout.startup_timeout_s
+        while True:
+            try:
+                return self.connect()
+            except UserError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(1.0)
 
 
 def build_server(

@@ -1,7 +1,8 @@
 """The finished groups of a step, on disk before they are used: a resumed step replays them.
 
 One JSON object per line, a `types.Group` with its samples. Python writes a float's shortest exact
-form, so log-probabilities come back bit for bit.
+form, so log-probabilities come back bit for bit (and a verifier's NaN as NaN, which strict JSON
+does not have).
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Journal:
         _sync_folder(self.path.parent)  # the file's name must survive too
 
     def append(self, group: Group) -> None:
-        """Write one finished group and wait for the disk. Raises ValueError for a NaN."""
-        line = json.dumps(asdict(group), separators=(",", ":"), allow_nan=False)
+        """Write one finished group and wait for the disk."""
+        line = json.dumps(asdict(group), separators=(",", ":"))
         self._file.write(line.encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -19,9 +19,9 @@ from megafork.config import (
     TrainingConfig,
 )
 from megafork.data.packing import Pack
-from megafork.errors import UserError
 from megafork.model.scorer import Scorer, Scores
 from megafork.parallel.topology import Topology
+from megafork.training.guard import UpdateGuard, UpdateRefused
 from megafork.training.optimizer import (
     build_optimizer,
     learning_rate,
@@ -61,6 +61,7 @@ class Policy(Scorer):
         self.forking = forking
         self.boundary_eps = BOUNDARY_EPS[model.dtype]
         self.num_updates = 0
+        self.guard = UpdateGuard(training)
         self.ddp = wrap_data_parallel([stage.gpt for stage in self.stages], topology)
         self.modules = list(self.ddp)
         self.optimizer = build_optimizer(self.ddp, training)
@@ -104,16 +105,24 @@ class Policy(Scorer):
 
         Returns the global gradient norm before clipping and, on the last stage, sums over all
         ranks: loss, clip counts, rows that the head ran on, and the largest |ratio - 1| among them.
+        Raises UpdateRefused, on all ranks, for a NaN, an infinity or a spike (see `UpdateGuard`).
         """
         reports = self.accumulate_gradients(table, scores, mask_N)
-        self._refuse_nonfinite_gradients()
+        metrics = self._reduce(reports) if self.topology.is_last_stage else {}
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        # One rank judges: another might see the norm with another last bit.
+        loss = metrics.get("loss", math.nan)
+        fault, loss, norm = self.topology.broadcast_object(
+            (self.guard.fault(loss, norm), loss, norm), src=self.topology.last_stage_rank
+        )
+        if fault is not None:
+            raise UpdateRefused(fault)
         set_hyperparameters(self.optimizer, self.training, self.num_updates)
         _, grad_norm, _ = self.optimizer.step()
         self.num_updates += 1
-        metrics = {"grad_norm": float(grad_norm)}
-        if self.topology.is_last_stage:
-            metrics |= self._reduce(reports)
-        return metrics
+        self.guard.made(loss, norm)
+        return metrics | {"grad_norm": float(grad_norm)}
 
     def accumulate_gradients(
         self, table: TokenTable, scores: Scores, mask_N: Tensor
@@ -166,16 +175,6 @@ class Policy(Scorer):
             packs.append(pack.keep(needed))
             columns_of[id(packs[-1])] = tuple(value[needed] for value in values)
         return packs, columns_of
-
-    def _refuse_nonfinite_gradients(self) -> None:
-        """Before the update: a NaN would be in every weight after it. All ranks know the norm."""
-        self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        if not math.isfinite(norm):
-            raise UserError(
-                f"the gradient norm of update {self.num_updates + 1} is {norm}: the weights are as "
-                "they were. Look at the rewards, at training.lr and at ratio/* of the last steps"
-            )
 
     @property
     def learning_rate(self) -> float:

@@ -7,9 +7,9 @@ from then on every rank computes from the same token table.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,91 +17,24 @@ from megafork.algorithms.advantages import group_relative_advantages
 from megafork.algorithms.forking import warn_of_ties
 from megafork.checkpoint.hf_export import export_hf
 from megafork.checkpoint.store import CheckpointStore
-from megafork.config import TrainConfig, save_config
-from megafork.data.prompts import Prompt, PromptStream, Tokenizer, read_prompts
-from megafork.errors import UserError
-from megafork.evaluation.heldout import accuracy
+from megafork.config import TrainConfig
+from megafork.errors import Interrupted, UserError
+from megafork.interruption import Interruption
 from megafork.logging.figure import draw_curves
-from megafork.logging.metrics import MetricsLog, read_rows
+from megafork.logging.metrics import read_rows
 from megafork.parallel.topology import Topology, initialize, shutdown
-from megafork.rewards.verifier import Judge
-from megafork.rollout.client import RolloutClient
-from megafork.rollout.collector import Collector, RolloutBatch
-from megafork.rollout.engine import host_of, rollout_server
-from megafork.rollout.sampling import Sampling
+from megafork.rollout.client import ServerError
+from megafork.rollout.engine import RolloutServer, host_of
 from megafork.training import telemetry
+from megafork.training.front import Front
 from megafork.training.policy import Policy
-from megafork.training.step import Clock, optimize
+from megafork.training.run_dir import make_run_dir, reopen_run_dir
+from megafork.training.step import Clock, Skipped, optimize
 from megafork.types import Group, TokenTable, token_table
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
 
 T = TypeVar("T")
-
-
-class Front:
-    """What only rank 0 has: the server's client, the data, the verifier, the run's files."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        client: RolloutClient,
-        eos: tuple[int, ...],
-        *,
-        steps_done: int = 0,
-    ) -> None:
-        self.config, self.client = config, client
-        self.run_dir = Path(config.run.dir)
-        self.sampling = Sampling(
-            temperature=config.rollout.temperature,
-            max_tokens=config.rollout.max_response_tokens,
-            stop_token_ids=eos,
-        )
-        tokenizer = Tokenizer(config.model.path, chat_template=config.data.chat_template)
-        prompts = read_prompts(config.data.train, config.data, tokenizer.encode)
-        self.collector = Collector(
-            client=client,
-            prompts=PromptStream(prompts, config.data.seed),
-            tokenizer=tokenizer,
-            judge=Judge(config.reward),
-            rollout=config.rollout,
-            sampling=self.sampling,
-            journal_dir=self.run_dir / "rollouts",
-        )
-        self.heldout: list[Prompt] = []
-        if config.data.eval is not None:
-            heldout = read_prompts(config.data.eval, config.data, tokenizer.encode)
-            self.heldout = heldout[: config.eval.prompts]
-        self.probe_prompts = prompts[: config.sync.check_prompts]
-        self.log = MetricsLog(
-            self.run_dir,
-            config.training.steps,
-            tensorboard=config.run.tensorboard,
-            steps_done=steps_done,
-        )
-        self.batch: RolloutBatch | None = None
-
-    def collect(self, step: int, policy_version: int) -> list[Group]:
-        self.batch = self.collector.collect(step, policy_version)
-        return self.batch.groups
-
-    def probe(self) -> list[Group]:
-        return agreement.probe(self.client, self.probe_prompts, self.sampling)
-
-    def evaluate(self, step: int) -> float:
-        """Held-out accuracy, also written to eval.jsonl."""
-        collector, config = self.collector, self.config.eval
-        sampling = replace(self.sampling, temperature=config.temperature)
-        value = accuracy(
-            self.client,
-            self.heldout,
-            collector.tokenizer,
-            collector.judge,
-            sampling,
-            config.samples,
-        )
-        self.log.evaluation(step, value, len(self.heldout) * config.samples)
-        return value
 
 
 class Trainer:
@@ -115,94 +48,128 @@ class Trainer:
         sync: WeightSync,
         front: Front | None,
         store: CheckpointStore,
+        interruption: Interruption,
     ) -> None:
         self.config, self.topology, self.policy = config, topology, policy
         self.sync, self.front, self.store = sync, front, store
-        self.steps_done = 0
+        self.interruption = interruption
+        self.steps_done = self._saved_step = 0
         self.policy_version = 0
+        self._stopping = False
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on after a checkpoint, whose weights and optimizer the policy already has."""
-        self.steps_done = state["step"]
+        self.steps_done = self._saved_step = state["step"]
         self.policy.num_updates = state["num_updates"]
+        self.policy.guard.restore(state["guard"])
         self.policy_version = state["policy_version"] - 1  # the first push gives it again
         if self.front is not None:
             self.front.collector.restore(state["collector"])
 
     def run(self) -> None:
-        config, last = self.config, self.config.training.steps
+        """All steps that are left, and the HF folder of the last policy.
+
+        Raises Interrupted after a signal, when the checkpoint is written.
+        """
+        with self.interruption:
+            try:
+                self._steps()
+            except Interrupted:
+                raise Interrupted(self._leave()) from None
+            self.store.finish()
+            self._export()
+
+    def _steps(self) -> None:
+        last = self.config.training.steps
         self._push(check=True)
-        if self.steps_done == 0:
-            self._evaluate(0)
+        self._stop_if_asked()
+        if self._evaluation_is_due(self.steps_done) and not self._on_front(
+            lambda front: front.has_evaluated(self.steps_done)
+        ):
+            self._evaluate(self.steps_done)
         for step in range(self.steps_done + 1, last + 1):
             metrics, clock = self.train_step(step)
-            every = config.eval.every
+            self.steps_done = step
+            if self._evaluation_is_due(step) and not self._stopping:
+                try:
+                    with clock.measure("eval"):
+                        metrics |= self._evaluate(step)
+                except Interrupted:  # when the step is in the log
+                    self._stopping = True
+            self._log(step, metrics, clock)
+            every = self.config.checkpoint.every
             if step == last or (every and step % every == 0):
-                with clock.measure("eval"):
-                    metrics |= self._evaluate(step)
-            if self.front is not None:
-                assert self.front.batch is not None
-                if replayed := self.front.batch.num_replayed:
-                    self.front.log.note(f"step {step:>4}  {replayed} groups were in the journal")
-                times = {f"time/{phase}": value for phase, value in clock.seconds.items()}
-                self.front.log.write(step, metrics | times)
-                warning = warn_of_ties(
-                    metrics["forking/kept_fraction"],
-                    metrics["forking/wanted_fraction"],
-                    config.forking.rho,
-                )
-                if warning is not None:
-                    self.front.log.note(f"warning: {warning}")
-            self._checkpoint(step)
-        self.store.finish()
-        target = Path(config.run.dir) / "checkpoints" / "final"
-        export_hf(self.policy, self.topology, Path(config.model.path), target)
-        if self.front is not None:
-            self.front.log.note(f"checkpoint  {target}")
-            self.front.log.note(f"curves      {draw_curves(Path(config.run.dir))}")
-            evaluations = read_rows(Path(config.run.dir) / "eval.jsonl")
-            if evaluations:
-                first, final = (evaluations[i]["eval/accuracy"] for i in (0, -1))
-                self.front.log.note(f"held-out accuracy  {first:.1%} before, {final:.1%} after")
+                self._save(step)
+            else:
+                self.store.poll()
+            self._stop_if_asked()
 
-    def _checkpoint(self, step: int) -> None:
-        every, last = self.config.checkpoint.every, self.config.training.steps
-        if step != last and not (every and step % every == 0):
-            self.store.poll()
-            return
+    def _stop_if_asked(self) -> None:
+        if self._stopping:
+            raise Interrupted
+
+    def _leave(self) -> str:
+        """Save what was learnt since the last checkpoint; says what to do next."""
+        self.topology.whereabouts.enter(f"the checkpoint of step {self.steps_done}")
+        if self._saved_step != self.steps_done:
+            self._save(self.steps_done)
+        self.store.finish()
+        saved = ", which is saved" if self.steps_done else ""
+        return (
+            f"stopped by {self.interruption.received or 'a signal'} after step {self.steps_done}"
+            f"{saved}: go on with megafork train --resume {self.config.run.dir}"
+        )
+
+    def _save(self, step: int) -> None:
         state = None
         if self.front is not None:
             state = {
                 "step": step,
                 "num_updates": self.policy.num_updates,
+                "guard": self.policy.guard.state(),
                 "policy_version": self.policy_version,
                 "collector": self.front.collector.state(),
             }
         self.store.save(step, self.policy.stages, self.policy.optimizer, state)
+        self._saved_step = step
+
+    def _export(self) -> None:
+        run_dir = Path(self.config.run.dir)
+        target = run_dir / "checkpoints" / "final"
+        export_hf(self.policy, self.topology, Path(self.config.model.path), target)
+        if self.front is None:
+            return
+        self.front.log.note(f"checkpoint  {target}")
+        self.front.log.note(f"curves      {draw_curves(run_dir)}")
+        if evaluations := read_rows(run_dir / "eval.jsonl"):
+            first, final = (evaluations[i]["eval/accuracy"] for i in (0, -1))
+            self.front.log.note(f"held-out accuracy  {first:.1%} before, {final:.1%} after")
 
     def train_step(self, step: int) -> tuple[dict[str, float], Clock]:
         """One rollout batch: the paper's algorithm box."""
         config, policy, topology = self.config, self.policy, self.topology
         started = time.monotonic()
-        clock = Clock()
+        clock = Clock(lambda phase: topology.whereabouts.enter(f"{phase} of step {step}"))
         sampled_by = self.policy_version
         lr = policy.learning_rate
         with clock.measure("generate"):
-            groups = self._on_front(lambda front: front.collect(step, sampled_by))
+            groups = self._with_server(
+                lambda: self._on_front(lambda front: front.collect(step, sampled_by))
+            )
         table = token_table(groups, overlong_filtering=config.algorithm.overlong_filtering)
         advantages = group_relative_advantages(
             table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage
         )
         table = table.with_columns(advantage_B=advantages)
-        minibatches = self._minibatches(table, step)
-        done = optimize(policy, minibatches, step=step, clock=clock)
+        done = optimize(policy, self._minibatches(table, step), step=step, clock=clock)
+        self._tell_skipped(step, done.skipped)
         with clock.measure("sync"):
             every = config.sync.check_every
             self._push(check=bool(every) and step % every == 0)
         metrics: dict[str, float] = {}
         if topology.is_last_stage:
             metrics = telemetry.token_metrics(
-                minibatches,
+                done.tables,
                 done.scores,
                 done.masks,
                 done.selections,
@@ -219,6 +186,7 @@ class Trainer:
             "tokens": table.num_rows,
             "throughput/tokens_per_second": table.num_rows / clock.seconds["total"],
             "policy_version": self.policy_version,
+            "update/skipped": len(done.skipped),
         }
         return metrics, clock
 
@@ -235,18 +203,88 @@ class Trainer:
             )
         return minibatches
 
+    def _tell_skipped(self, step: int, skipped: list[Skipped]) -> None:
+        """Keep what was skipped. Raises UserError where too many were in a row."""
+        if not skipped:
+            return
+        paths = self._on_front(lambda front: front.save_skipped(step, skipped))
+        in_a_row, limit = self.policy.guard.num_skipped_in_a_row, self.config.training.max_skipped
+        if in_a_row >= limit:
+            raise UserError(
+                f"step {step}: {in_a_row} updates in a row were skipped (training.max_skipped="
+                f"{limit}), the last for {skipped[-1].reason}. Its groups are in {paths[-1]}. The "
+                "weights are as they were before: mend the cause (the verifier, training.lr, "
+                "training.spike_factor) and go on with megafork train --resume "
+                f"{self.config.run.dir}"
+            )
+
+    def _log(self, step: int, metrics: dict[str, float], clock: Clock) -> None:
+        if self.front is None or self.front.batch is None:
+            return
+        log = self.front.log
+        if replayed := self.front.batch.num_replayed:
+            log.note(f"step {step:>4}  {replayed} groups were in the journal")
+        log.write(step, metrics | {f"time/{name}": value for name, value in clock.seconds.items()})
+        warning = warn_of_ties(
+            metrics["forking/kept_fraction"],
+            metrics["forking/wanted_fraction"],
+            self.config.forking.rho,
+        )
+        if warning is not None:
+            log.note(f"warning: {warning}")
+
     def _push(self, *, check: bool) -> None:
+        """Give the server the policy's weights as the next version, unless the run is to end."""
         self.policy_version += 1
-        self.sync.push(self.policy_version)
-        if check:
-            groups = self._on_front(lambda front: front.probe())
+        self._stopping = self.topology.any_rank(self.interruption.received is not None)
+        if self._stopping:
+            return
+        groups: list[Group] = []
+        try:
+            if check:
+                groups = self._with_server(lambda: self._on_front(lambda front: front.probe()))
+            else:
+                self._with_server(lambda: None)
+        except Interrupted:  # when the step is in the log
+            self._stopping = True
+        if groups:
             found = agreement.measure(groups, self.policy, self.topology)
             agreement.require(found, self.config.sync, self.config.model.dtype)
 
+    def _with_server(self, work: Callable[[], T]) -> T:
+        """`work`, which all ranks do together, with a server that has the policy's weights.
+
+        Where the server died, a new one gets the weights, and the work is done again.
+        """
+        died_of: Exception | None = None
+        for attempt in itertools.count():
+            try:
+                if died_of is not None:
+                    self._replace_server(died_of)
+                if self.sync.version != self.policy_version:
+                    self.sync.push(self.policy_version)
+                return work()
+            except (UserError, ServerError) as error:
+                if attempt == self.config.rollout.max_restarts:
+                    raise
+                if not self._on_front(lambda front: front.server_died()):
+                    raise
+                died_of = error
+        raise AssertionError("unreachable")
+
+    def _replace_server(self, cause: Exception) -> None:
+        self._on_front(lambda front: front.restart_server(cause))
+        self.sync.connect(self.front.client if self.front is not None else None)
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        every, last = self.config.eval.every, self.config.training.steps
+        is_due = step in (0, last) or bool(every and step % every == 0)
+        return is_due and self.config.data.eval is not None
+
     def _evaluate(self, step: int) -> dict[str, float]:
-        if self.config.data.eval is None:
-            return {}
-        return {"eval/accuracy": self._on_front(lambda front: front.evaluate(step))}
+        self.topology.whereabouts.enter(f"the evaluation of step {step}")
+        value = self._with_server(lambda: self._on_front(lambda front: front.evaluate(step)))
+        return {"eval/accuracy": value}
 
     def _on_front(self, function: Callable[[Front], T]) -> T:
         """`function(front)` on rank 0; its value on every rank."""
@@ -262,19 +300,26 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
     """`megafork train` on this rank, from joining the world to the final checkpoint.
 
     resume: go on after the newest whole checkpoint in run.dir, or from the start where there is
-    none; groups that the journal holds are not generated again.
+    none; groups that the journal holds are not generated again. Raises Interrupted when a signal
+    ended it early.
     """
     topology = initialize(config.parallel, seed=config.training.seed)
+    with topology.whereabouts.told():
+        _train(config, topology, resume)
+    shutdown()
+
+
+def _train(config: TrainConfig, topology: Topology, resume: bool) -> None:
     run_dir = Path(config.run.dir)
     topology.on_rank_zero(lambda: (reopen_run_dir if resume else make_run_dir)(config, run_dir))
     store = CheckpointStore(run_dir / "checkpoints", topology, config.checkpoint)
+    interruption = Interruption()
     with contextlib.ExitStack() as stack:
-        wait_for_server = None
-        if topology.rank == 0:  # the server loads while the policy does
+        server = None
+        if topology.rank == 0:  # it loads while the policy does
             device = topology.device.type
-            wait_for_server = stack.enter_context(
-                rollout_server(config, device, run_dir / "vllm.log")
-            )
+            server = stack.enter_context(RolloutServer(config, device, run_dir / "vllm.log"))
+        topology.whereabouts.enter("the loading of the model")
         policy = Policy(
             config.model,
             config.parallel,
@@ -289,15 +334,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
 
         def open_front() -> None:
             nonlocal front
-            assert wait_for_server is not None
-            front = Front(
-                config,
-                wait_for_server(),
-                policy.shape.eos_token_ids,
-                steps_done=state["step"] if state is not None else 0,
-            )
+            assert server is not None
+            steps_done = state["step"] if state is not None else 0
+            eos = policy.shape.eos_token_ids
+            front = Front(config, server, interruption, eos, steps_done=steps_done)
             stack.callback(front.log.close)
 
+        topology.whereabouts.enter("the start of the rollout server")
         topology.on_rank_zero(open_front)
         sync = WeightSync(
             policy,
@@ -308,11 +351,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
             server_host=host_of(config.rollout),
         )
         stack.callback(sync.close)
-        trainer = Trainer(config, topology, policy, sync, front, store)
+        trainer = Trainer(config, topology, policy, sync, front, store, interruption)
         if state is not None:
             trainer.restore(state)
         trainer.run()
-    shutdown()
 
 
 def _load_newest(store: CheckpointStore, policy: Policy) -> dict[str, Any] | None:
@@ -322,34 +364,3 @@ def _load_newest(store: CheckpointStore, policy: Policy) -> dict[str, Any] | Non
     if policy.topology.rank == 0:
         print(f"resuming from {path}", flush=True)
     return store.load(path, policy.stages, policy.optimizer)
-
-
-def make_run_dir(config: TrainConfig, run_dir: Path) -> None:
-    """Create the run's folder with its resolved config.
-
-    Raises UserError when it holds another run's groups or metrics, or cannot be written. A start
-    that failed before the first group left nothing that matters.
-    """
-    if any((run_dir / "rollouts").glob("*.jsonl")):
-        raise UserError(
-            f"run.dir={run_dir} holds another run (rollouts): go on with it (megafork train "
-            f"--resume {run_dir}), choose another folder or remove it"
-        )
-    try:
-        for folder in ("rollouts", "checkpoints"):
-            (run_dir / folder).mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.toml")
-    except OSError as error:
-        raise UserError(f"run.dir={run_dir} cannot be written: {error}") from None
-
-
-def reopen_run_dir(config: TrainConfig, run_dir: Path) -> None:
-    """Keep the resumed run's resolved config; the one before it, if it differs, as .old.toml."""
-    path = run_dir / "config.toml"
-    try:
-        before = path.read_text()
-        save_config(config, path)
-        if path.read_text() != before:
-            path.with_suffix(".old.toml").write_text(before)
-    except OSError as error:
-        raise UserError(f"run.dir={run_dir} cannot be written: {error}") from None

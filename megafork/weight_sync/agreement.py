@@ -34,18 +34,14 @@ class Agreement:
     num_tokens: int
 
 
-def probe(client: RolloutClient, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+async def probe(client: RolloutClient, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
     """One response to each prompt."""
-
-    async def generate() -> list[Group]:
-        async with client:
-            answers = await asyncio.gather(*(client.generate(p.ids, 1, sampling) for p in prompts))
-        return [
-            Group(p.index, p.ids, 0, [Sample(i, c.token_ids, c.logprobs, c.truncated)])
-            for i, (p, [c]) in enumerate(zip(prompts, answers, strict=True))
-        ]
-
-    return asyncio.run(generate())
+    async with client:
+        answers = await asyncio.gather(*(client.generate(p.ids, 1, sampling) for p in prompts))
+    return [
+        Group(p.index, p.ids, 0, [Sample(i, c.token_ids, c.logprobs, c.truncated)])
+        for i, (p, [c]) in enumerate(zip(prompts, answers, strict=True))
+    ]
 
 
 def measure(groups: list[Group], policy: Scorer, topology: Topology) -> Agreement:

@@ -40,26 +40,38 @@ class WeightSync:
         server_host: str = "127.0.0.1",
     ) -> None:
         """server_host: where the server runs, to find the address that its workers reach us by."""
-        self.policy, self.topology, self.client = policy, topology, client
-        self.timeout_s = sync.timeout_s
+        self.policy, self.topology = policy, topology
+        self.timeout_s, self.num_workers = sync.timeout_s, num_workers
+        self.server_host = server_host
+        self.version = 0
+        """What the server has: the last push that succeeded"""
         manifest = [(name, shape, policy.dtype) for name, shape in policy.shard_manifest()]
         self.own_buckets = plan_buckets(topology.pp_rank, manifest, sync.bucket_mib << 20)
         self.sender: WeightSender | None = None
+        self.connect(client)
+
+    def connect(self, client: RolloutClient | None) -> None:
+        """Build the transfer groups, anew where there are some: to the first server or another.
+
+        Raises UserError, on every rank, when the server's workers do not join.
+        """
+        self.close()
+        self.client, self.version = client, 0
         offer = None
-        if topology.is_sender:
+        if self.topology.is_sender:
             self.sender = WeightSender(
-                topology.pp_rank,
-                _own_address(server_host),
-                num_workers,
-                topology.device,
-                sync.timeout_s,
+                self.topology.pp_rank,
+                _own_address(self.server_host),
+                self.num_workers,
+                self.topology.device,
+                self.timeout_s,
             )
             offer = (self.sender.address, self.own_buckets)
         # Global ranks grow with the stage, so this is the order of the stages.
-        offers = [o for o in topology.all_gather_object(offer) if o is not None]
+        offers = [o for o in self.topology.all_gather_object(offer) if o is not None]
         self.addresses = [address for address, _ in offers]
         self.buckets = [bucket for _, buckets in offers for bucket in buckets]
-        self._together(lambda: self._connect(num_workers))
+        self._together(self._join)
 
     def push(self, version: int) -> None:
         """Give the server the policy's weights as `version`; nothing cached survives.
@@ -71,12 +83,14 @@ class WeightSync:
         self._together(self._pause)
         self._together(self._send)
         self._together(lambda: self._finish(version))
+        self.version = version
 
     def close(self) -> None:
         if self.sender is not None:
             self.sender.close()
+            self.sender = None
 
-    def _connect(self, num_workers: int) -> None:
+    def _join(self) -> None:
         if self.sender is None:
             return
         if self.client is None:
@@ -85,7 +99,7 @@ class WeightSync:
         # A daemon: when the server refuses, nobody waits for workers that never join.
         connecting = threading.Thread(target=self.sender.connect, daemon=True)
         connecting.start()
-        self.client.init_transfer(self.addresses, num_workers, self.timeout_s)
+        self.client.init_transfer(self.addresses, self.num_workers, self.timeout_s)
         connecting.join()
 
     def _pause(self) -> None:

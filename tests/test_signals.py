@@ -1,0 +1,133 @@
+"""SIGTERM and SIGUSR1: the run saves, ends with status 75, and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from megafork.errors import Interrupted
+from megafork.interruption import Interruption
+from megafork.launch import INTERRUPTED
+from tests.commands import ROOT, environment, left_over, lines, megafork, small_run
+from tests.test_resume import comparable, journalled, replayed_in_one_go, resume
+
+SETTINGS = ("training.steps=4", "checkpoint.every=0", "eval.prompts=8", "sync.check_prompts=2")
+
+
+def start(run_dir, *overrides):
+    with (run_dir.parent / "stderr").open("w") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megafork", *small_run(run_dir, *SETTINGS, *overrides)],
+            cwd=ROOT,
+            env=environment(run_dir),
+            stderr=stderr,
+            start_new_session=True,
+        )
+
+
+def wait_for(process, path, whole_lines=0):
+    deadline = time.monotonic() + 150
+    while not path.exists() or path.read_bytes().count(b"\n") < whole_lines:
+        assert process.poll() is None, (path.parent.parent.parent / "stderr").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("number", "tp", "moment"),
+    [
+        (signal.SIGTERM, 2, ("rollouts/step_000002.jsonl", 1)),  # it generates step 2
+        (signal.SIGUSR1, 1, ("metrics.jsonl", 1)),  # it has just finished step 1
+    ],
+    ids=["SIGTERM", "SIGUSR1"],
+)
+def test_a_signal_saves_and_the_run_goes_on(tmp_path, number, tp, moment):
+    run_dir = tmp_path / "run"
+    process = start(run_dir, f"parallel.tp={tp}")
+    wait_for(process, run_dir / moment[0], moment[1])
+    process.send_signal(number)
+    process.send_signal(number)  # the second says nothing new
+    assert process.wait(60) == INTERRUPTED == 75
+    assert left_over(run_dir) == []
+    told = (tmp_path / "stderr").read_text()
+    [step] = re.findall(rf"stopped by {number.name} after step (\d), which is saved", told)
+    assert f"megafork train --resume {run_dir}" in told
+    assert "Traceback" not in told and "error" not in told
+    assert (run_dir / "checkpoints" / f"step_00000{step}" / "manifest.json").exists()
+    assert [row["step"] for row in lines(run_dir / "metrics.jsonl")] == [*range(1, int(step) + 1)]
+    before = journalled(run_dir)
+    resume(run_dir)
+    for name, content in before.items():
+        assert (run_dir / "rollouts" / name).read_bytes().startswith(content)
+    assert [row["step"] for row in lines(run_dir / "eval.jsonl")] == [0, 4]
+    rows, weights = comparable(run_dir)
+    other_rows, other_weights = replayed_in_one_go(run_dir, tmp_path / "replayed")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows == other_rows
+    assert weights == other_weights
+
+
+def test_a_signal_to_every_process_at_once(tmp_path):
+    """As Slurm does: the server and its supervisor get it too, in the middle of a generation."""
+    run_dir = tmp_path / "run"
+    process = start(run_dir, "parallel.tp=2")
+    wait_for(process, run_dir / "rollouts" / "step_000002.jsonl", 1)
+    for member in [process, *psutil.Process(process.pid).children(recursive=True)]:
+        os.kill(member.pid, signal.SIGTERM)
+    assert process.wait(60) == INTERRUPTED
+    assert left_over(run_dir) == []
+    told = (tmp_path / "stderr").read_text()
+    assert "stopped by SIGTERM after step 1, which is saved" in told
+    assert "Traceback" not in told and "error" not in told
+
+
+def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(run_dir, "parallel.tp=2")
+    wait_for(process, run_dir / "config.toml")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == INTERRUPTED
+    assert left_over(run_dir, seconds=20) == []
+    done = megafork("train", "--resume", run_dir, "training.steps=1", mark=run_dir)
+    assert done.returncode == 0, done.stderr
+
+
+def signal_soon(number, seconds):
+    threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
+
+
+def test_waiting_is_given_up_and_cleaned_up_after():
+    cleaned = []
+
+    async def work():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cleaned.append(True)
+
+    async def at_once():
+        return 1
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    with Interruption() as interruption:
+        assert interruption.run(at_once()) == 1
+        signal_soon(signal.SIGUSR1, 0.2)
+        started = time.monotonic()
+        with pytest.raises(Interrupted, match="SIGUSR1"):
+            interruption.run(work())
+        assert time.monotonic() - started < 30
+        assert cleaned == [True]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.received == "SIGUSR1"
+        with pytest.raises(Interrupted, match="SIGUSR1"):
+            interruption.run(work())
+    assert {number: signal.getsignal(number) for number in before} == before
