@@ -18,7 +18,8 @@ from megafork.algorithms.forking import warn_of_ties
 from megafork.checkpoint.hf_export import export_hf
 from megafork.checkpoint.store import CheckpointStore
 from megafork.config import TrainConfig, save_config
-from megafork.data.prompts import Prompt, PromptStream, Tokenizer, read_prompts
+from megafork.data.prompts import Prompt, PromptStream, read_prompts
+from megafork.data.tokenizer import load_tokenizer
 from megafork.errors import UserError
 from megafork.evaluation.heldout import accuracy
 from megafork.logging.figure import draw_curves
@@ -57,7 +58,7 @@ class Front:
             max_tokens=config.rollout.max_response_tokens,
             stop_token_ids=eos,
         )
-        tokenizer = Tokenizer(config.model.path, chat_template=config.data.chat_template)
+        tokenizer = load_tokenizer(config, chat_template=config.data.chat_template)
         prompts = read_prompts(config.data.train, config.data, tokenizer.encode)
         self.collector = Collector(
             client=client,
@@ -156,7 +157,8 @@ class Trainer:
             self._checkpoint(step)
         self.store.finish()
         target = Path(config.run.dir) / "checkpoints" / "final"
-        export_hf(self.policy, self.topology, Path(config.model.path), target)
+        source, tokenizer = config.model.path, config.tokenizer.path
+        export_hf(self.policy, self.topology, Path(source), target, tokenizer)
         if self.front is not None:
             self.front.log.note(f"checkpoint  {target}")
             self.front.log.note(f"curves      {draw_curves(Path(config.run.dir))}")
