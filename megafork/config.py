@@ -47,6 +47,12 @@ class ModelConfig(Section):
     )
 
 
+class TokenizerConfig(Section):
+    path: str | None = Field(
+        None, description="HF folder or SentencePiece .model file; unset: model.path's tokenizer"
+    )
+
+
 class ParallelConfig(Section):
     tp: Positive = Field(1, description="tensor-parallel size")
     pp: Positive = Field(1, description="pipeline-parallel size")
@@ -250,6 +256,7 @@ class TrainConfig(Section):
 
     run: RunConfig
     model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -301,6 +308,7 @@ class ScoreConfig(Section):
     """The overrides that `megafork score` takes."""
 
     model: ScoredModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     temperature: PositiveFloat = Field(1.0, description="temperature of both columns")
     micro_batch_tokens: Positive = Field(

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import torch
 
 from megafork.config import ScoreConfig
-from megafork.data.prompts import Tokenizer
+from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
 from megafork.parallel.topology import Topology, initialize, shutdown
@@ -99,7 +99,7 @@ def _parse(
             for key in ("prompt_ids", "response_ids"):
                 _check_ids(row[key], f"{where}: {key}", vocab_size)
         elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
-            tokenizer = tokenizer or Tokenizer(config.model.path, chat_template=False)
+            tokenizer = tokenizer or load_tokenizer(config, chat_template=False)
             prompt, response = tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"])
         else:
             raise UserError(

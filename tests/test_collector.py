@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from megafork.config import DataConfig, RewardConfig, RolloutConfig
-from megafork.data.prompts import PromptStream, Tokenizer, read_prompts
+from megafork.data.prompts import PromptStream, read_prompts
+from megafork.data.tokenizer import HfTokenizer
 from megafork.errors import UserError
 from megafork.rewards.verifier import Judge
 from megafork.rollout.collector import Collector
@@ -47,7 +48,7 @@ def server(tmp_path_factory):
 
 def make_collector(server, folder, verifier, **rollout):
     data = DataConfig(train=str(QUICKSTART / "data" / "train.jsonl"))
-    tokenizer = Tokenizer(QUICKSTART / "model", chat_template=False)
+    tokenizer = HfTokenizer(QUICKSTART / "model")
     settings = {"prompts_per_step": 12, "group_size": 4, "max_response_tokens": 32} | rollout
     config = RolloutConfig(**settings)
     return Collector(

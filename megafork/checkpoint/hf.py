@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megafork.data.tokenizer import SENTENCEPIECE_FILE
 from megafork.model.hf_folder import INDEX
 
-_CARRIED_OVER = (
-    "config.json",
-    "generation_config.json",
+_CONFIG_FILES = ("config.json", "generation_config.json")
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "tokenizer.model",
+    SENTENCEPIECE_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -66,11 +66,22 @@ def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> N
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Config, generation config and tokenizer; config.json states `dtype` where one is given."""
-    for name in _CARRIED_OVER:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def copy_side_files(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+) -> None:
+    """Config, generation config and tokenizer; config.json states `dtype` where one is given.
+
+    tokenizer: an HF folder or a SentencePiece file to take in place of the source's tokenizer, of
+    which nothing is copied then: two would contradict each other.
+    """
+    _copy(_CONFIG_FILES, source, target)
+    if tokenizer is not None and Path(tokenizer).is_file():
+        shutil.copyfile(tokenizer, target / SENTENCEPIECE_FILE)
+    else:
+        _copy(_TOKENIZER_FILES, source if tokenizer is None else Path(tokenizer), target)
     if dtype is None:
         return
     config = json.loads((target / "config.json").read_text())
@@ -79,3 +90,9 @@ def copy_side_files(source: Path, target: Path, dtype: torch.dtype | None = None
         return
     config["dtype"] = name
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _copy(names: tuple[str, ...], source: Path, target: Path) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -12,9 +12,16 @@ from megafork.model.scorer import Scorer
 from megafork.parallel.topology import Topology
 
 
-def export_hf(policy: Scorer, topology: Topology, source: Path, target: Path) -> None:
+def export_hf(
+    policy: Scorer,
+    topology: Topology,
+    source: Path,
+    target: Path,
+    tokenizer: str | Path | None = None,
+) -> None:
     """Write weights, config and tokenizer of `source`'s model to `target`. Collective.
 
+    tokenizer: the HF folder or .model file whose tokenizer goes along; None: `source`'s.
     `target` exists under its name only when it is whole; an older one is replaced.
     """
     partial = target.with_name(target.name + ".partial")
@@ -34,7 +41,7 @@ def export_hf(policy: Scorer, topology: Topology, source: Path, target: Path) ->
     if topology.rank == 0:
         weight_map = {name: file for files, _ in parts for name, file in files.items()}
         write_index(partial, weight_map, sum(size for _, size in parts))
-        copy_side_files(source, partial, policy.dtype)
+        copy_side_files(source, partial, policy.dtype, tokenizer)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     torch.distributed.barrier()

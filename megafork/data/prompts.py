@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from megafork.config import DataConfig
 from megafork.errors import UserError
@@ -95,48 +94,3 @@ class PromptStream:
             random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
             self._epoch = epoch
         return replace(self.prompts[self._order[offset]], index=index)
-
-
-def check_tokenizer(folder: str | Path) -> None:
-    """Raise UserError when the folder has no tokenizer: transformers would make an empty one."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((Path(folder) / name).is_file() for name in names):
-        raise UserError(
-            f"model.path={folder} holds no tokenizer ({', '.join(names)}): copy the model's "
-            "tokenizer files into the folder"
-        )
-
-
-class Tokenizer:
-    """The model folder's HF tokenizer, with the run's rule for turning a prompt into token ids."""
-
-    def __init__(self, folder: str | Path, *, chat_template: bool) -> None:
-        from transformers import AutoTokenizer
-
-        check_tokenizer(folder)
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"model.path={folder}: its tokenizer cannot be loaded ({error}): copy the model's "
-                "tokenizer files again"
-            ) from None
-        if chat_template and not self._tokenizer.chat_template:
-            raise UserError(
-                f"data.chat_template=true, but the tokenizer of {folder} has no chat template"
-            )
-        self._chat_template = chat_template
-
-    def encode(self, text: str) -> list[int]:
-        if self._chat_template:
-            return self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
-        return self._tokenizer.encode(text, add_special_tokens=False)
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of a response, special tokens left out."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)

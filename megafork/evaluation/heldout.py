@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from megafork.data.prompts import Prompt, Tokenizer
+from megafork.data.prompts import Prompt
+from megafork.data.tokenizer import Tokenizer
 from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.sampling import Sampling

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megafork.config import RolloutConfig
-from megafork.data.prompts import Prompt, PromptStream, Tokenizer
+from megafork.data.prompts import Prompt, PromptStream
+from megafork.data.tokenizer import Tokenizer
 from megafork.errors import UserError
 from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megafork.config import TrainConfig
-from megafork.data.prompts import Prompt, PromptStream, Tokenizer, read_prompts
+from megafork.data.prompts import Prompt, PromptStream, read_prompts
+from megafork.data.tokenizer import load_tokenizer
 from megafork.errors import Interrupted
 from megafork.evaluation.heldout import accuracy
 from megafork.interruption import Interruption
@@ -48,7 +49,7 @@ class Front:
             max_tokens=config.rollout.max_response_tokens,
             stop_token_ids=eos,
         )
-        tokenizer = Tokenizer(config.model.path, chat_template=config.data.chat_template)
+        tokenizer = load_tokenizer(config, chat_template=config.data.chat_template)
         prompts = read_prompts(config.data.train, config.data, tokenizer.encode)
         self.client = server.connect()
         self.collector = Collector(

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from megafork.config import ScoreConfig, TrainConfig
-from megafork.data.prompts import check_tokenizer, read_rows
+from megafork.data.prompts import read_rows
+from megafork.data.tokenizer import SentencePieceTokenizer, check_tokenizer, find_tokenizer
 from megafork.errors import UserError
 from megafork.launch import under_torchrun
 from megafork.model.shape import ModelShape, read_json
@@ -32,7 +33,7 @@ def check_train(config: TrainConfig) -> None:
             f"model.path={config.model.path}: neither generation_config.json nor config.json names "
             "an eos_token_id, so no response could end: add it"
         )
-    check_tokenizer(config.model.path)
+    check_tokenizer(config, shape.vocab_size, chat_template=config.data.chat_template)
     read_rows(config.data.train, config.data)
     if config.data.eval is not None:
         read_rows(config.data.eval, config.data)
@@ -44,11 +45,15 @@ def check_train(config: TrainConfig) -> None:
         raise UserError(f"rollout.python={python} is not an executable: give a Python with vLLM")
     if not under_torchrun():
         _tell_ignored_sampling(Path(config.model.path))
+        _tell_other_eos(config, shape)
 
 
 def check_score(config: ScoreConfig, input_path: Path, output_path: Path) -> None:
     """Raise UserError for a bad layout, a missing input, or an output that cannot be written."""
-    ModelShape.from_folder(config.model.path).check(config.model, config.parallel)
+    shape = ModelShape.from_folder(config.model.path)
+    shape.check(config.model, config.parallel)
+    if config.tokenizer.path is not None:  # rows of token ids need none
+        check_tokenizer(config, shape.vocab_size, chat_template=False)
     if not input_path.is_file():
         raise UserError(f"--input {input_path} does not exist")
     if not output_path.parent.is_dir():
@@ -66,5 +71,20 @@ def _tell_ignored_sampling(folder: Path) -> None:
         print(
             f"note: {path} sets {', '.join(found)}; rollouts ignore it and sample the whole "
             "distribution at rollout.temperature",
+            file=sys.stderr,
+        )
+
+
+def _tell_other_eos(config: TrainConfig, shape: ModelShape) -> None:
+    """Responses end where the model's folder says, whatever a SentencePiece file calls its end."""
+    source = find_tokenizer(config)
+    if source.sentencepiece_file is None:
+        return
+    eos = SentencePieceTokenizer(source.sentencepiece_file).eos_id
+    if eos is not None and eos not in shape.eos_token_ids:
+        print(
+            f"note: {source.setting} ends a text with id {eos}, which is not among the "
+            f"eos_token_id of model.path={config.model.path}: responses end at "
+            f"{' or '.join(map(str, shape.eos_token_ids))}",
             file=sys.stderr,
         )

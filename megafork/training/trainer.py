@@ -136,7 +136,8 @@ class Trainer:
     def _export(self) -> None:
         run_dir = Path(self.config.run.dir)
         target = run_dir / "checkpoints" / "final"
-        export_hf(self.policy, self.topology, Path(self.config.model.path), target)
+        source, tokenizer = self.config.model.path, self.config.tokenizer.path
+        export_hf(self.policy, self.topology, Path(source), target, tokenizer)
         if self.front is None:
             return
         self.front.log.note(f"checkpoint  {target}")

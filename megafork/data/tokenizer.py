@@ -1,0 +1,204 @@
+"""Text to token ids and back: an HF folder's tokenizer or a SentencePiece file, one interface.
+
+Finding and checking a tokenizer imports neither transformers nor torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megafork.config import ScoreConfig, TrainConfig
+from megafork.errors import UserError
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+_VOCABULARIES = ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json")
+_HF_CONFIG = "tokenizer_config.json"
+_READ_BY_TRANSFORMERS = ("tokenizer.json", "vocab.json", _HF_CONFIG)
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no bos, no eos. With a chat template, of it as a user's turn."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a response, without special tokens and without ids that no token has.
+
+        Models pad their vocabulary, so a policy can sample an id that its tokenizer lacks.
+        """
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """Where a run's tokenizer is and what reads it."""
+
+    setting: str
+    """key=value, for messages."""
+    path: Path
+    sentencepiece_file: Path | None
+    """None: transformers reads the folder `path`."""
+
+
+def find_tokenizer(config: TrainConfig | ScoreConfig) -> TokenizerSource:
+    """tokenizer.path, or model.path where it is unset. Raises UserError when nothing reads it.
+
+    A folder with tokenizer.model and no file of transformers' own is read by sentencepiece:
+    transformers would take the class from config.json and give other ids without a word.
+    """
+    is_own = config.tokenizer.path is None
+    path = Path(config.model.path if config.tokenizer.path is None else config.tokenizer.path)
+    setting = f"{'model' if is_own else 'tokenizer'}.path={path}"
+    if path.is_file() and path.suffix == ".model":
+        return TokenizerSource(setting, path, path)
+    if not path.is_dir():
+        fault = "is neither a folder nor a .model file" if path.exists() else "does not exist"
+        raise UserError(
+            f"{setting} {fault}: give the HF folder that holds the tokenizer, or a SentencePiece "
+            ".model file"
+        )
+    if not any((path / name).is_file() for name in _VOCABULARIES):
+        raise UserError(
+            f"{setting} holds no tokenizer ({', '.join(_VOCABULARIES)}): copy the model's "
+            "tokenizer files into the folder, or set tokenizer.path to a folder or .model file"
+        )
+    if not any((path / name).is_file() for name in _READ_BY_TRANSFORMERS):
+        return TokenizerSource(setting, path, path / SENTENCEPIECE_FILE)
+    if not is_own and not (path / _HF_CONFIG).is_file():
+        raise UserError(
+            f"{setting} holds no {_HF_CONFIG}, so transformers would choose the tokenizer's class "
+            "by the config.json beside it, which is another one in the final checkpoint: add one "
+            'that names the class, {"tokenizer_class": "PreTrainedTokenizerFast"} for a '
+            "tokenizer.json"
+        )
+    return TokenizerSource(setting, path, None)
+
+
+def load_tokenizer(config: TrainConfig | ScoreConfig, *, chat_template: bool) -> Tokenizer:
+    """The run's tokenizer. Raises UserError that names the setting, the cause and the fix."""
+    source = find_tokenizer(config)
+    if source.sentencepiece_file is None:
+        return HfTokenizer(source.path, setting=source.setting, chat_template=chat_template)
+    _refuse_chat_template(source, chat_template)
+    return SentencePieceTokenizer(source.sentencepiece_file, setting=source.setting)
+
+
+def check_tokenizer(
+    config: TrainConfig | ScoreConfig, vocab_size: int, *, chat_template: bool
+) -> None:
+    """Raise UserError for a tokenizer that cannot be read or has ids that the model has not."""
+    source = find_tokenizer(config)
+    if source.sentencepiece_file is not None:
+        _refuse_chat_template(source, chat_template)
+        tokenizer = SentencePieceTokenizer(source.sentencepiece_file, setting=source.setting)
+        largest = tokenizer.num_pieces - 1
+    elif (source.path / "tokenizer.json").is_file():
+        largest = _largest_id(source)
+    else:
+        return  # only transformers knows what it adds to a vocab.json; the scorer checks the ids
+    if largest >= vocab_size:
+        raise UserError(
+            f"{source.setting}: the tokenizer has ids up to {largest}, but the model in model.path="
+            f"{config.model.path} has vocab_size={vocab_size}, so ids 0 to {vocab_size - 1}: give "
+            "the tokenizer that the model was made with"
+        )
+
+
+class HfTokenizer:
+    """A folder's tokenizer, read by transformers."""
+
+    def __init__(
+        self, folder: str | Path, *, chat_template: bool = False, setting: str = ""
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{setting or folder}: its tokenizer cannot be loaded ({error}): copy the model's "
+                "tokenizer files again"
+            ) from None
+        if chat_template and not self._tokenizer.chat_template:
+            raise UserError(
+                f"data.chat_template=true, but the tokenizer of {folder} has no chat template"
+            )
+        self._chat_template = chat_template
+
+    def encode(self, text: str) -> list[int]:
+        if self._chat_template:
+            return self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece .model file: byte fallback and whitespace are the file's own."""
+
+    def __init__(self, file: str | Path, *, setting: str = "") -> None:
+        where = setting or str(file)
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise UserError(
+                f"{where} is read by sentencepiece, which cannot be imported ({error}): "
+                "pip install sentencepiece"
+            ) from None
+        try:
+            self._processor: Any = SentencePieceProcessor(model_file=str(file))
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{where}: sentencepiece cannot read {Path(file).name} ({error}): copy it again; "
+                "if it is of another kind, as Llama 3's is tiktoken's, give the HF folder "
+                "with the tokenizer.json"
+            ) from None
+
+    @property
+    def num_pieces(self) -> int:
+        return self._processor.get_piece_size()
+
+    @property
+    def eos_id(self) -> int | None:
+        """The piece that ends a text; None where the file was made without one."""
+        found = self._processor.eos_id()
+        return found if found >= 0 else None
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text, add_bos=False, add_eos=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        # Control pieces have no text for sentencepiece; beyond the last piece it would raise.
+        known = self.num_pieces
+        return self._processor.decode([i for i in ids if i < known])
+
+
+def _refuse_chat_template(source: TokenizerSource, chat_template: bool) -> None:
+    if chat_template:
+        raise UserError(
+            f"data.chat_template=true, but {source.setting} is a SentencePiece file, which has no "
+            "chat template: write the turns into the prompts and set data.chat_template=false, or "
+            "give an HF folder whose tokenizer has one"
+        )
+
+
+def _largest_id(source: TokenizerSource) -> int:
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(source.path / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(
+            f"{source.setting}: tokenizer.json cannot be read ({error}): copy the model's "
+            "tokenizer files again"
+        ) from None
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
