@@ -19,13 +19,8 @@ from typing import Annotated
 import typer
 
 from megafork import launch
-from megafork.config import (
-    ParallelConfig,
-    ScoreConfig,
-    TrainConfig,
-    known_keys,
-    load_config,
-)
+from megafork.config import ParallelConfig, ScoreConfig, TrainConfig
+from megafork.config_file import known_keys, load_config
 from megafork.errors import Interrupted, PeerError, UserError
 
 _PATIENCE_S = 5.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from megafork.parallel.ports import free_port
+from megafork.rollout.journal import Journal
 from tests.commands import (
     QUICKSTART,
     ROOT,
@@ -55,6 +57,52 @@ def test_train_against_a_server_that_runs_already(tmp_path):
         assert left_over(tmp_path) == []
     finally:
         server.kill()
+
+
+FIRST_PROMPT = "12 13 15>10:"
+"""Of the quickstart's stream."""
+
+
+def fails_at_the_first(prompt: str, response: str, answer: str) -> float:
+    """NaN for one prompt; a signal in most other groups."""
+    return math.nan if prompt == FIRST_PROMPT else float(len(response) % 2 == 0)
+
+
+def always_fails(prompt: str, response: str, answer: str) -> float:
+    return -math.inf
+
+
+def test_a_reward_that_is_no_number_costs_one_update(tmp_path):
+    verifier = "reward.verifier=tests.test_faults:fails_at_the_first"
+    done = megafork(*small_run(tmp_path / "run", "parallel.tp=1", verifier), mark=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [row["update/skipped"] for row in rows] == [1, 0]
+    assert [row["reward/nonfinite"] for row in rows] == [8, 0]
+    assert all(row["grad_norm"] > 0 and 0 < row["reward/mean"] < 1 for row in rows)
+    [path] = (tmp_path / "run" / "skipped").iterdir()
+    assert str(path) in done.stderr
+    assert "no update, for a reward of response" in done.stderr
+    groups = Journal.read(path)
+    assert len(groups) == 4  # the mini-batch
+    assert sum(not group.is_finite for group in groups) == 1
+
+
+def test_nothing_but_such_rewards_ends_the_run(tmp_path):
+    arguments = ["parallel.tp=2", "training.max_skipped=4"]
+    verifier = "reward.verifier=tests.test_faults:always_fails"
+    run_dir = tmp_path / "run"
+    done = megafork(*small_run(run_dir, verifier, *arguments), mark=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+    assert "error: step 2: 4 updates in a row were skipped (training.max_skipped=4), the last" in (
+        done.stderr
+    )
+    assert len(list((run_dir / "skipped").iterdir())) == 4
+    [row] = lines(run_dir / "metrics.jsonl")
+    assert row["update/skipped"] == 2
+    assert row["entropy/mean"] is None and row["grad_norm"] is None and row["reward/mean"] is None
+    assert left_over(tmp_path) == []
 
 
 class Run:

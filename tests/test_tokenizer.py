@@ -13,7 +13,8 @@ from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
 from megafork.checkpoint.hf_export import export_hf
-from megafork.config import ModelConfig, ParallelConfig, ScoreConfig, TrainConfig, load_config
+from megafork.config import ModelConfig, ParallelConfig, ScoreConfig, TrainConfig
+from megafork.config_file import load_config
 from megafork.data.tokenizer import check_tokenizer, find_tokenizer, load_tokenizer
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
@@ -231,7 +232,8 @@ def test_the_model_s_own_tokenizer_is_checked_too(tmp_path):
 def test_checking_loads_nothing_heavy(files):
     model = QUICKSTART / "model"
     code = (
-        "import sys; from megafork.config import ScoreConfig, load_config;"
+        "import sys; from megafork.config import ScoreConfig;"
+        "from megafork.config_file import load_config;"
         "from megafork.data.tokenizer import check_tokenizer;"
         "config = load_config(ScoreConfig, None, sys.argv[1:]);"
         f"check_tokenizer(config, vocab_size={PIECES}, chat_template=False);"
