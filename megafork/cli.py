@@ -6,8 +6,10 @@ rank is started, so a mistake costs a second and is told once.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import sys
 import time
 import warnings
@@ -24,6 +26,7 @@ from megafork.config_file import known_keys, load_config
 from megafork.errors import Interrupted, PeerError, UserError
 
 _PATIENCE_S = 5.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     name="megafork",
@@ -209,11 +212,17 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(stop, file=sys.stderr, flush=True)
         sys.exit(launch.INTERRUPTED)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        print(f"error: {error}: make room. A run goes on with --resume", file=sys.stderr)
+        sys.exit(launch.USER_ERROR)
     except UserError as error:
         if not isinstance(error, PeerError):
             rank = os.environ.get("RANK", "0")
             where = "" if rank == "0" else f" (rank {rank})"
             if where:  # what all ranks find, rank 0 tells; then we are ended before we speak
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(_PATIENCE_S)
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(launch.USER_ERROR)

@@ -17,7 +17,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class Interruption:
     """Inside its `with` the signals end nothing: the first one is noted, and generation given up.
 
-    For the main thread. Outside, they have the meaning that they had before.
+    For the main thread. Afterwards they have the meaning that they had before; if one came they
+    are ignored, so that a second does not cut the process's end short.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class Interruption:
 
     def __exit__(self, *exc_info: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if self.received is None else signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -50,13 +51,20 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str]) -> int:
         max_restarts=0,
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # its grace of 30 s is too short for the others
     )
+    passed_on: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        passed_on.append(number)
+        _signal_ranks(number)
+
     for number in SIGNALS:
-        signal.signal(number, _pass_to_ranks)
+        signal.signal(number, pass_on)
     try:
         elastic_launch(config, sys.executable)("-m", "megafork", *arguments)
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
-        if -first.exitcode in SIGNALS:  # before the first step
+        if -first.exitcode in passed_on:
+            print("stopped by a signal before the first step", file=sys.stderr)
             return INTERRUPTED
         if first.exitcode not in (USER_ERROR, INTERRUPTED):
             how = f"by signal {-first.exitcode}" if first.exitcode < 0 else f"{first.exitcode}"
@@ -65,11 +73,14 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str]) -> int:
     return 0
 
 
-def _pass_to_ranks(number: int, frame: FrameType | None) -> None:
-    ranks = [child for child in psutil.Process().children() if "megafork" in child.cmdline()]
-    for rank in ranks:
-        rank.send_signal(number)
-    if not ranks:
+def _signal_ranks(number: int) -> None:
+    found = False
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "megafork" in child.cmdline():
+                child.send_signal(number)
+                found = True
+    if not found:
         sys.exit(INTERRUPTED)
 
 

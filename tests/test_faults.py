@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -27,36 +28,56 @@ from tests.commands import (
 )
 
 
-def test_train_against_a_server_that_runs_already(tmp_path):
-    port = free_port()
-    config, url = str(QUICKSTART / "config.toml"), f"http://127.0.0.1:{port}"
-    environ = environment(tmp_path) | {"MEGAFORK_API_KEY": "shared"}
-    command = [sys.executable, "-m", "megafork", "serve", config, "run.dir=unused"]
-    options = ["--port", str(port), "--log", str(tmp_path / "vllm.log")]
+@contextlib.contextmanager
+def serving(folder, port):
+    """`megafork serve` with the key "shared"."""
+    command = [sys.executable, "-m", "megafork", "serve", str(QUICKSTART / "config.toml")]
+    options = ["run.dir=unused", "--port", str(port), "--log", str(folder / "vllm.log")]
     server = subprocess.Popen(
-        [*command, *options], cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True
+        [*command, *options],
+        cwd=ROOT,
+        env=environment(folder) | {"MEGAFORK_API_KEY": "shared"},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
-        assert url in server.stdout.readline()
-        arguments = ["parallel.tp=1", "training.steps=1", f"rollout.url={url}"]
-        for key, status in (("wrong", 2), ("shared", 0)):
-            done = subprocess.run(
-                [sys.executable, "-m", "megafork", *small_run(tmp_path / key, *arguments)],
-                cwd=ROOT,
-                env=environ | {"MEGAFORK_API_KEY": key},
-                capture_output=True,
-                text=True,
-                timeout=200,
-            )
-            assert done.returncode == status, done.stderr
-            refused = f"no rollout server answers at rollout.url={url}" in done.stderr
-            assert refused == (status == 2)
-        assert len(lines(tmp_path / "shared" / "metrics.jsonl")) == 1
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
-        assert left_over(tmp_path) == []
+        assert f"http://127.0.0.1:{port}" in server.stdout.readline()
+        yield server
     finally:
         server.kill()
+        server.wait()
+
+
+def start_against(url, key, run_dir):
+    arguments = small_run(run_dir, "parallel.tp=1", "training.steps=3", f"rollout.url={url}")
+    return subprocess.Popen(
+        [sys.executable, "-m", "megafork", *arguments],
+        cwd=ROOT,
+        env=environment(run_dir.parent) | {"MEGAFORK_API_KEY": key},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_train_against_a_server_that_runs_already_and_dies_and_comes_back(tmp_path):
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with serving(tmp_path, port):
+        refused = start_against(url, "wrong", tmp_path / "wrong")
+        assert f"no rollout server answers at rollout.url={url}" in refused.communicate()[1]
+        assert refused.returncode == 2
+        run = start_against(url, "shared", tmp_path / "run")
+        while not (tmp_path / "run" / "rollouts" / "step_000002.jsonl").exists():
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.1)
+    with serving(tmp_path, port) as server:
+        told = run.communicate(timeout=200)[1]
+        assert run.returncode == 0, told
+        assert told.count("the rollout server died and is replaced") == 1
+        assert [row["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+    assert left_over(tmp_path) == []
 
 
 FIRST_PROMPT = "12 13 15>10:"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from tests import reference
-from tests.commands import QUICKSTART, lines, megafork
+from tests.commands import QUICKSTART, ROOT, environment, lines, megafork
 
 
 @pytest.mark.parametrize(
@@ -60,3 +62,26 @@ def test_score_takes_text(tmp_path):
     [row] = lines(tmp_path / "out.jsonl")
     assert len(row["entropies"]) == len("6*4=24;2*24=48.")
     assert row["response"] == "6*4=24;2*24=48."
+
+
+def test_a_full_disk_is_told_and_leaves_the_former_output(tmp_path):
+    """A limit on the size of files stands for the disk."""
+    folder = reference.save_model(tmp_path / "model", tied=False)
+    row = json.dumps({"prompt_ids": [4, 5], "response_ids": [6, 7, 8, 9]}) + "\n"
+    (tmp_path / "in.jsonl").write_text(row * 300)
+    (tmp_path / "out.jsonl").write_text("former")
+    command = [sys.executable, "-m", "megafork", "score", "--model", str(folder)]
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash", *command, *files],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "error: [Errno 27] File too large: make room" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out.jsonl").read_text() == "former"
+    assert not list(tmp_path.glob("*.partial"))

@@ -55,6 +55,7 @@ def main(command: list[str]) -> None:
     trainer_pid = os.getppid()
     if os.getpgrp() != os.getpid():
         os.setpgrp()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the server's too: the trainer decides
     signals: list[int] = []
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda received, frame: signals.append(received))
