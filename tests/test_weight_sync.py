@@ -23,6 +23,7 @@ from tests import reference
 from tests.ranks import run_ranks
 
 SAMPLING = Sampling(temperature=0.8, max_tokens=40)
+PROMPTS = [Prompt(i, "", "", g.prompt_ids) for i, g in enumerate(reference.make_groups(12, 1))]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -43,11 +44,10 @@ def push_twice(url, api_key, folder, layout, version):
     scorer = Scorer(model, parallel, topology, micro_batch_tokens=256, temperature=0.8)
     client = RolloutClient(url, api_key) if topology.rank == 0 else None
     sync = WeightSync(scorer, topology, client, SyncConfig(bucket_mib=1), num_workers=1)
-    prompts = [Prompt(i, "", "", g.prompt_ids) for i, g in enumerate(reference.make_groups(12, 1))]
 
     def measure():
         groups = topology.on_rank_zero(
-            lambda: asyncio.run(agreement.probe(client, prompts, SAMPLING))
+            lambda: asyncio.run(agreement.probe(client, PROMPTS, SAMPLING))
         )
         return agreement.measure(groups, scorer, topology)
 
@@ -92,32 +92,81 @@ def test_log_probabilities_agree_after_every_push(server, layout):
     assert running.client().weight_version() == version + 1
 
 
-def failing_push(url, api_key, folder, kill_group):
-    """The error of a push on this rank: (its type, its text)."""
-    parallel = ParallelConfig(tp=2, timeout_minutes=1.0)
+def make_sync(url, api_key, folder, layout):
+    parallel = ParallelConfig(**layout, timeout_minutes=1.0)
     topology = initialize(parallel)
     model = ModelConfig(path=str(folder), dtype="float32")
-    scorer = Scorer(model, parallel, topology, micro_batch_tokens=256)
+    scorer = Scorer(model, parallel, topology, micro_batch_tokens=256, temperature=0.8)
     client = RolloutClient(url, api_key) if topology.rank == 0 else None
-    sync = WeightSync(scorer, topology, client, SyncConfig(timeout_s=20), num_workers=1)
-    if kill_group is not None and topology.rank == 0:
-        os.killpg(kill_group, signal.SIGKILL)
+    return WeightSync(scorer, topology, client, SyncConfig(timeout_s=20), num_workers=1)
+
+
+def push_of_another_shape(url, api_key, folder):
+    """The error of a push on this rank: (its type, its text)."""
+    sync = make_sync(url, api_key, folder, {"tp": 2})
     with pytest.raises(UserError) as caught:
         sync.push(99)
     return caught.type, str(caught.value)
 
 
-@pytest.mark.parametrize("fault", ["another shape", "dead server"])
-def test_a_push_that_fails_is_told_by_rank_zero_and_hangs_nobody(tmp_path, fault):
+OPTIONS = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 32}
+
+
+def test_a_push_that_fails_is_told_by_rank_zero_and_hangs_nobody(tmp_path):
     served = reference.save_model(tmp_path / "served", tied=True, layers=2)
     other = reference.save_model(tmp_path / "other", tied=True, layers=4)
-    options = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 32}
-    with VllmServer(served, log_path=tmp_path / "vllm.log", **options) as running:
-        dead = fault == "dead server"
-        folder, group = (served, running.process_group) if dead else (other, None)
-        arguments = (running.url, running.api_key, folder, group)
-        first, second = run_ranks(2, failing_push, *arguments, timeout=100)
+    with VllmServer(served, log_path=tmp_path / "vllm.log", **OPTIONS) as running:
+        arguments = (running.url, running.api_key, other)
+        first, second = run_ranks(2, push_of_another_shape, *arguments, timeout=100)
     assert first[0] is UserError
     assert "the weight transfer to the rollout server failed" in first[1]
-    assert ("does not answer" in first[1]) == dead
+    assert "does not answer" not in first[1]
     assert second[0] is PeerError
+
+
+def push_to_a_server_that_dies(dying, process_group, other, folder, layout):
+    """Its errors, and the agreement with another server after a push to that one."""
+    sync = make_sync(*dying, folder, layout)
+    topology = sync.topology
+    if topology.rank == 0:
+        send = sync.sender.send
+
+        def kill_and_send(bucket):
+            os.killpg(process_group, signal.SIGKILL)
+            send(bucket)
+
+        sync.sender.send = kill_and_send
+    with pytest.raises(UserError) as caught:
+        sync.push(5)
+    assert sync.version == 0
+    client = RolloutClient(*other) if topology.rank == 0 else None
+    sync.connect(client)
+    sync.push(6)
+    assert sync.version == 6
+    groups = topology.on_rank_zero(lambda: asyncio.run(agreement.probe(client, PROMPTS, SAMPLING)))
+    found = agreement.measure(groups, sync.policy, topology)
+    return caught.type, str(caught.value), found.max_difference
+
+
+def test_a_server_that_dies_of_a_push_and_another_that_takes_it(tmp_path):
+    served = reference.save_model(tmp_path / "served", tied=True, seed=1)
+    trained = reference.save_model(tmp_path / "trained", tied=True, seed=2)
+    with (
+        VllmServer(served, log_path=tmp_path / "dying.log", **OPTIONS) as dying,
+        VllmServer(served, log_path=tmp_path / "other.log", **OPTIONS) as other,
+    ):
+        first, second = run_ranks(
+            2,
+            push_to_a_server_that_dies,
+            (dying.url, dying.api_key),
+            dying.process_group,
+            (other.url, other.api_key),
+            trained,
+            {"pp": 2},  # two senders
+            timeout=150,
+        )
+        assert other.client().weight_version() == 6
+    assert first[0] is UserError
+    assert "the weight transfer to the rollout server failed" in first[1]
+    assert second[0] is PeerError
+    assert max(first[2], second[2]) <= 1e-4
