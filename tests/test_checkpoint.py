@@ -1,4 +1,4 @@
-"""Sharded checkpoints: any layout loads any other's, bit for bit; damaged ones are passed over."""
+"""A run's folder of checkpoints: which stay, which are damaged, what a failed save leaves."""
 
 from __future__ import annotations
 
@@ -9,136 +9,14 @@ import shutil
 import numpy
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 
-from megafork.checkpoint.store import MANIFEST, STATE, CheckpointStore
-from megafork.config import CheckpointConfig, ParallelConfig
+from megafork.checkpoint.store import MANIFEST, STATE
 from megafork.errors import UserError
-from megafork.parallel.topology import initialize
 from tests import reference
 from tests.ranks import run_ranks
-from tests.step import make_policy, make_table
+from tests.trained import load, make_trained, save, store_of
 
 pytestmark = pytest.mark.slow
-
-LAYOUTS = {
-    "tp1": {},
-    "tp2": {"tp": 2},
-    "pp2": {"pp": 2},
-    "dp2": {"dp": 2},
-    "tp2-pp2": {"tp": 2, "pp": 2},
-    "pp2-vpp2": {"pp": 2, "vpp": 2},
-    "tp2-cp2": {"tp": 2, "cp": 2},
-}
-
-
-def make_trained(folder, layout, updates=0, dtype="float32"):
-    policy = make_policy(
-        folder, layout, dtype=dtype, lr=1e-4, weight_decay=0.1, forking={"select": "all"}
-    )
-    update(policy, updates)
-    return policy
-
-
-def update(policy, count):
-    """`count` updates on one table, each with its own scores."""
-    norms = []
-    for _ in range(count):
-        table = make_table()
-        scores = policy.score(table)
-        [mask], _ = policy.select([table], [scores], step=1)
-        norms.append(policy.update(table, scores, mask)["grad_norm"])
-    return norms
-
-
-def store_of(policy, folder, **config):
-    return CheckpointStore(folder, policy.topology, CheckpointConfig(**config))
-
-
-def save(policy, store, step, state=None):
-    store.save(step, policy.stages, policy.optimizer, state or {"step": step})
-
-
-def load(policy, store):
-    return store.load(store.newest(), policy.stages, policy.optimizer)
-
-
-def weights(policy):
-    return {name: weight.clone() for name, weight in policy.export_shards()}
-
-
-def train_and_save(folder, layout, target, dtype):
-    policy = make_trained(folder, layout, updates=2, dtype=dtype)
-    store = store_of(policy, target)
-    save(policy, store, 2)
-    store.finish()
-    return weights(policy), update(policy, 2), weights(policy)
-
-
-def load_and_save(folder, layout, source, target, dtype):
-    policy = make_trained(folder, layout, dtype=dtype)
-    load(policy, store_of(policy, source))
-    loaded = weights(policy)
-    store = store_of(policy, target)
-    save(policy, store, 2)
-    store.finish()
-    policy.num_updates = 2
-    return loaded, update(policy, 2), weights(policy)
-
-
-def everything(folder):
-    """Every tensor of a checkpoint by its global name: weights, main parameters, Adam's moments."""
-    with_metadata = dist_checkpointing.load_plain_tensors(str(folder))
-    return {name: tensor for name, tensor in with_metadata.items() if torch.is_tensor(tensor)}
-
-
-def read_checkpoint(folder):
-    initialize(ParallelConfig())
-    return everything(folder)
-
-
-def run(layout, function, *arguments):
-    ranks = run_ranks(ParallelConfig(**LAYOUTS[layout]).world_size, function, *arguments)
-    merged = [{}, ranks[0][1], {}]
-    for first, norms, last in ranks:
-        assert norms == merged[1]
-        merged[0] |= first
-        merged[2] |= last
-    return merged
-
-
-@pytest.mark.parametrize(
-    ("source", "targets", "tied", "dtype"),
-    [
-        ("tp2-pp2", ["tp1", "pp2", "dp2", "tp2-pp2"], False, "float32"),
-        ("pp2-vpp2", ["tp2", "pp2-vpp2"], True, "float32"),
-        ("dp2", ["tp2-cp2", "dp2"], False, "bfloat16"),
-    ],
-)
-def test_a_layout_loads_what_another_saved(tmp_path, source, targets, tied, dtype):
-    model_folder = reference.save_model(tmp_path / "model", tied=tied, seed=3)
-    saved, norms, after = run(
-        source, train_and_save, model_folder, LAYOUTS[source], tmp_path / source, dtype
-    )
-    [original] = run_ranks(1, read_checkpoint, tmp_path / source / "step_000002")
-    kinds = {name.split(".")[2] for name in original if name.startswith("optimizer.state.")}
-    assert kinds == {"exp_avg", "exp_avg_sq", "param"}
-    for layout in targets:
-        target = tmp_path / f"{source}-{layout}"
-        loaded, their_norms, later = run(
-            layout, load_and_save, model_folder, LAYOUTS[layout], tmp_path / source, target, dtype
-        )
-        assert all(torch.equal(saved[name], loaded[name]) for name in saved)
-        [again] = run_ranks(1, read_checkpoint, target / "step_000002")
-        assert set(again) == set(original)
-        for name, tensor in original.items():
-            assert torch.equal(tensor, again[name]), f"{layout}: {name}"
-        # Training goes on as it would have: Adam's count of steps has come along too.
-        tolerance = 1e-4 if dtype == "float32" else 2e-2
-        assert their_norms == pytest.approx(norms, rel=tolerance)
-        if layout == source:
-            assert their_norms == norms
-            assert all(torch.equal(after[name], later[name]) for name in after)
 
 
 def save_several(folder, target, steps, config):
