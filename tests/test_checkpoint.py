@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 
+from megafork.checkpoint.hf import HF
 from megafork.checkpoint.store import MANIFEST, STATE
 from megafork.errors import UserError
 from tests import reference
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 def save_several(folder, target, steps, config):
     policy = make_trained(folder, {"dp": 2})
-    store = store_of(policy, target, **config)
+    store = store_of(policy, target, model=folder, **config)
     for step in steps:
         with torch.no_grad():
             policy.stages[0].gpt.decoder.final_layernorm.weight.fill_(step)
@@ -29,6 +30,36 @@ def save_several(folder, target, steps, config):
         store.poll()
     store.finish()
     return sorted(path.name for path in target.iterdir())
+
+
+def test_names(tmp_path):
+    """A million steps sort after all before them; other names are left alone and not looked at."""
+    folder = reference.save_model(tmp_path / "model", tied=False)
+    target = tmp_path / "out"
+    for name in ("step_000001.partial", "step_backup", "step_000007x", "final"):
+        (target / name).mkdir(parents=True)
+    config = {"keep_last": 2}
+    [left, _] = run_ranks(2, save_several, folder, target, [999_999, 1_000_000, 1_000_001], config)
+    users = ["final", "step_000007x", "step_backup"]
+    assert left == sorted(["step_1000000", "step_1000001", *users])
+    assert run_ranks(2, find_newest, folder, target) == ["step_1000001"] * 2
+
+
+def save_after_damage(folder, target):
+    policy = make_trained(folder, {})
+    store = store_of(policy, target, keep_last=2)
+    found = store.newest().name
+    save(policy, store, 3)
+    store.finish()
+    return found, sorted(path.name for path in target.iterdir())
+
+
+def test_a_damaged_checkpoint_is_not_one_of_those_that_are_kept(tmp_path, two_checkpoints):
+    shutil.copytree(two_checkpoints / "out", tmp_path / "out")
+    cut(tmp_path / "out" / "step_000002" / STATE)
+    [(found, left)] = run_ranks(1, save_after_damage, two_checkpoints / "model", tmp_path / "out")
+    assert found == "step_000001"
+    assert left == ["step_000001", "step_000002", "step_000003"]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -61,12 +92,21 @@ def flip(path):
     path.write_bytes(content)
 
 
+def make_unreadable(path):
+    """Whoever reads it, root too."""
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGE = {
     "a tensor file is cut": lambda folder: cut(next(folder.glob("__0_*.distcp"))),
     "one bit of it is flipped": lambda folder: flip(next(folder.glob("__1_*.distcp"))),
     "the state is gone": lambda folder: (folder / STATE).unlink(),
+    "a file cannot be read": lambda folder: make_unreadable(next(folder.glob("__1_*.distcp"))),
+    "the config is changed": lambda folder: flip(folder / HF / "config.json"),
     "there is no manifest": lambda folder: (folder / MANIFEST).unlink(),
     "the manifest is cut": lambda folder: cut(folder / MANIFEST),
+    "the manifest is of another kind": lambda folder: (folder / MANIFEST).write_text("[1]"),
     "it was not written to its end": lambda folder: folder.rename(f"{folder}.partial"),
 }
 
@@ -128,14 +168,18 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, asynchronous):
     assert run_ranks(2, find_newest, folder, target) == ["step_000001"] * 2
 
 
+def seed(value):
+    for generator in (random.seed, numpy.random.seed, torch.manual_seed):
+        generator(value)
+
+
 def draw():
     return random.random(), float(numpy.random.rand()), float(torch.rand(()))
 
 
 def save_generators(folder, target):
     policy = make_trained(folder, {"dp": 2})
-    for generator in (random.seed, numpy.random.seed, torch.manual_seed):
-        generator(7 + policy.topology.rank)
+    seed(7 + policy.topology.rank)
     draw()
     store = store_of(policy, target)
     save(policy, store, 1)
@@ -143,14 +187,18 @@ def save_generators(folder, target):
     return draw()
 
 
-def draw_after_load(folder, target):
-    policy = make_trained(folder, {"dp": 2})
+def draw_after_load(folder, target, layout):
+    policy = make_trained(folder, layout)
+    seed(99)
     load(policy, store_of(policy, target))
     return draw()
 
 
 def test_random_generators_go_on(tmp_path):
+    """At their own layout; at another there is none that they would belong to."""
     folder = reference.save_model(tmp_path / "model", tied=False)
     before = run_ranks(2, save_generators, folder, tmp_path / "out")
     assert before[0] != before[1]
-    assert run_ranks(2, draw_after_load, folder, tmp_path / "out") == before
+    assert run_ranks(2, draw_after_load, folder, tmp_path / "out", {"dp": 2}) == before
+    seed(99)
+    assert run_ranks(2, draw_after_load, folder, tmp_path / "out", {"tp": 2}) == [draw()] * 2

@@ -37,8 +37,8 @@ def update(policy, count):
     return norms
 
 
-def store_of(policy, folder, **config):
-    return CheckpointStore(folder, policy.topology, CheckpointConfig(**config))
+def store_of(policy, folder, *, model=None, **config):
+    return CheckpointStore(folder, policy.topology, CheckpointConfig(**config), model=model)
 
 
 def save(policy, store, step, state=None):
