@@ -55,7 +55,7 @@ def die_at(event, name):
 
     def hook(happened, arguments):
         path = arguments[happened == "os.rename"] if happened == event else None
-        if not isinstance(path, str | os.PathLike) or (event == "open" and arguments[1] != "wb"):
+        if not isinstance(path, str | os.PathLike) or (event == "open" and arguments[1] != "w"):
             return
         if re.search(name, os.fspath(path)):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -111,19 +111,23 @@ def power_cut(folder, target):
     policy = make_trained(folder, {})
     store = store_of(policy, target, keep_last=1)
     save_marked(policy, store, 1)
-    synced, lost, exact = set(), {}, os.fsync
+    record, lost, exact = target.parent / "synced", {}, os.fsync
 
     def fsync(descriptor):
         exact(descriptor)
-        synced.add(os.fstat(descriptor).st_ino)
+        with record.open("a") as file:  # also from the process that writes the tensors
+            file.write(f"{os.fstat(descriptor).st_ino}\n")
+
+    def synced(path):
+        return str(path.stat().st_ino) in record.read_text().split()
 
     def look(happened, arguments):
         if happened == "os.rename" and str(arguments[1]).endswith("step_000002"):
-            inside = [target / "step_000002.partial", *Path(arguments[0]).rglob("*")]
-            lost["renamed"] = [p.name for p in inside if p.stat().st_ino not in synced]
-            synced.discard(target.stat().st_ino)
+            folder = Path(arguments[0])
+            lost["renamed"] = [p.name for p in (folder, *folder.rglob("*")) if not synced(p)]
+            record.write_text("")
         if happened == "shutil.rmtree" and str(arguments[0]).endswith("step_000001"):
-            lost["removed"] = [] if target.stat().st_ino in synced else ["the new name"]
+            lost["removed"] = [] if synced(target) else ["the new name"]
 
     os.fsync = fsync
     sys.addaudithook(look)

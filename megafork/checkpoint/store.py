@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megafork.checkpoint import sharded
 from megafork.checkpoint.files import checksum, files_of, rename_synced, sync, write_and_sync
 from megafork.checkpoint.hf import HF, copy_side_files
-from megafork.checkpoint.writer import Writer
+from megafork.checkpoint.writer import Writer, take_checksums
 from megafork.config import CheckpointConfig
 from megafork.errors import PeerError, UserError
 from megafork.model.weights import Stage
@@ -159,11 +159,7 @@ class CheckpointStore:
             for finalize in pending.writer.finalize:
                 finalize()  # the first raises on every rank when one could not write
             self.topology.on_rank_zero(lambda: write_and_sync(partial / STATE, pending.state))
-            names = self.topology.on_rank_zero(
-                lambda: [str(path.relative_to(partial)) for path in files_of(partial)]
-            )
-            files = self._checksums(partial, names, synced=True)
-            self.topology.on_rank_zero(lambda: self._give_name(step, files))
+            self.topology.on_rank_zero(lambda: self._give_name(step))
         except CheckpointException as error:
             statuses = self.topology.all_gather_object(pending.writer.exit_status)
             if self.topology.rank != 0:
@@ -178,11 +174,16 @@ class CheckpointStore:
         except OSError as error:
             raise self._failed(step, error) from error
 
-    def _give_name(self, step: int, files: dict[str, tuple[int, int] | str]) -> None:
-        for name, found in files.items():
-            if isinstance(found, str):
-                raise OSError(f"{name}: {found}")
+    def _give_name(self, step: int) -> None:
         partial = self._partial(step)
+        files = take_checksums(partial)
+        for name, (size, _) in files.items():
+            if (partial / name).stat().st_size != size:
+                raise OSError(f"{name} is not as it was written")
+        for path in files_of(partial):
+            if (name := str(path.relative_to(partial))) not in files:
+                sync(path)
+                files[name] = checksum(path)
         write_and_sync(partial / MANIFEST, json.dumps(files, indent=1).encode())
         final = partial.with_suffix("")
         shutil.rmtree(final, ignore_errors=True)
@@ -209,15 +210,11 @@ class CheckpointStore:
             if path != newest and not (every and step % every == 0):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _checksums(
-        self, folder: Path, names: Sequence[str], *, synced: bool = False
-    ) -> dict[str, tuple[int, int] | str]:
+    def _checksums(self, folder: Path, names: Sequence[str]) -> dict[str, tuple[int, int] | str]:
         """{file: (size, CRC-32), or why it cannot be read}; every rank reads its share."""
         own: dict[str, tuple[int, int] | str] = {}
         for name in names[self.topology.rank :: self.topology.world_size]:
             try:
-                if synced:
-                    sync(folder / name)
                 own[name] = checksum(folder / name)
             except OSError as error:
                 own[name] = error.strerror or str(error)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import queue
 import signal
 import sys
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import (
@@ -16,7 +19,10 @@ from megatron.core.dist_checkpointing.strategies.async_utils import (
 )
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+from megafork.checkpoint.files import checksum, write_and_sync
+
 _PR_SET_PDEATHSIG = 1
+_CHECKSUMS = "checksums"
 
 
 class Writer:
@@ -62,4 +68,25 @@ def _write(
         )
     outcomes = dict(written.get() for _ in buckets)
     failures = [outcome for outcome in outcomes.values() if isinstance(outcome, Exception)]
+    if not failures:
+        try:
+            _leave_checksums(rank, [Path(bucket[0]) for bucket in buckets])
+        except OSError as error:
+            failures.append(error)
     results.put(failures[0] if failures else outcomes)
+
+
+def _leave_checksums(rank: int, files: Sequence[Path]) -> None:
+    """Taken here, for reading all of a checkpoint again would keep the trainer waiting."""
+    sums = {path.name: checksum(path) for path in files}
+    path = files[0].with_name(f"{_CHECKSUMS}_{rank:05d}.json")
+    write_and_sync(path, json.dumps(sums).encode())
+
+
+def take_checksums(folder: Path) -> dict[str, tuple[int, int]]:
+    """{file: (size, CRC-32)} of all that the ranks' processes have written to `folder`."""
+    sums: dict[str, tuple[int, int]] = {}
+    for path in folder.glob(f"{_CHECKSUMS}_*.json"):
+        sums |= {name: (size, crc) for name, (size, crc) in json.loads(path.read_text()).items()}
+        path.unlink()
+    return sums
