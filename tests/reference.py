@@ -53,10 +53,11 @@ def save_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     layers: int = 4,
+    kv_heads: int = 2,
     architecture: str = "qwen3",
 ) -> Path:
     """A random model with GQA (and, as its architecture has it, QK-norm or biases of q, k and v);
-    weights big enough to give uneven entropies."""
+    weights big enough to give uneven entropies. kv_heads: TP divides them, 4 is no GQA."""
     config_class, settings = ARCHITECTURES[architecture]
     common = {
         "vocab_size": VOCAB,
@@ -64,7 +65,7 @@ def save_model(
         "intermediate_size": 96,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": kv_heads,
         "max_position_embeddings": 256,
         "tie_word_embeddings": tied,
         "initializer_range": 0.1,

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: any layout loads any other's, bit for bit; damaged ones are passed over."""
+"""A run's folder of checkpoints: which stay, which are damaged, what a failed save leaves."""
 
 from __future__ import annotations
 
@@ -9,141 +9,20 @@ import shutil
 import numpy
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 
-from megafork.checkpoint.store import MANIFEST, STATE, CheckpointStore
-from megafork.config import CheckpointConfig, ParallelConfig
+from megafork.checkpoint.hf import HF
+from megafork.checkpoint.store import MANIFEST, STATE
 from megafork.errors import UserError
-from megafork.parallel.topology import initialize
 from tests import reference
 from tests.ranks import run_ranks
-from tests.step import make_policy, make_table
+from tests.trained import load, make_trained, save, store_of
 
 pytestmark = pytest.mark.slow
-
-LAYOUTS = {
-    "tp1": {},
-    "tp2": {"tp": 2},
-    "pp2": {"pp": 2},
-    "dp2": {"dp": 2},
-    "tp2-pp2": {"tp": 2, "pp": 2},
-    "pp2-vpp2": {"pp": 2, "vpp": 2},
-    "tp2-cp2": {"tp": 2, "cp": 2},
-}
-
-
-def make_trained(folder, layout, updates=0, dtype="float32"):
-    policy = make_policy(
-        folder, layout, dtype=dtype, lr=1e-4, weight_decay=0.1, forking={"select": "all"}
-    )
-    update(policy, updates)
-    return policy
-
-
-def update(policy, count):
-    """`count` updates on one table, each with its own scores."""
-    norms = []
-    for _ in range(count):
-        table = make_table()
-        scores = policy.score(table)
-        [mask], _ = policy.select([table], [scores], step=1)
-        norms.append(policy.update(table, scores, mask)["grad_norm"])
-    return norms
-
-
-def store_of(policy, folder, **config):
-    return CheckpointStore(folder, policy.topology, CheckpointConfig(**config))
-
-
-def save(policy, store, step, state=None):
-    store.save(step, policy.stages, policy.optimizer, state or {"step": step})
-
-
-def load(policy, store):
-    return store.load(store.newest(), policy.stages, policy.optimizer)
-
-
-def weights(policy):
-    return {name: weight.clone() for name, weight in policy.export_shards()}
-
-
-def train_and_save(folder, layout, target, dtype):
-    policy = make_trained(folder, layout, updates=2, dtype=dtype)
-    store = store_of(policy, target)
-    save(policy, store, 2)
-    store.finish()
-    return weights(policy), update(policy, 2), weights(policy)
-
-
-def load_and_save(folder, layout, source, target, dtype):
-    policy = make_trained(folder, layout, dtype=dtype)
-    load(policy, store_of(policy, source))
-    loaded = weights(policy)
-    store = store_of(policy, target)
-    save(policy, store, 2)
-    store.finish()
-    policy.num_updates = 2
-    return loaded, update(policy, 2), weights(policy)
-
-
-def everything(folder):
-    """Every tensor of a checkpoint by its global name: weights, main parameters, Adam's moments."""
-    with_metadata = dist_checkpointing.load_plain_tensors(str(folder))
-    return {name: tensor for name, tensor in with_metadata.items() if torch.is_tensor(tensor)}
-
-
-def read_checkpoint(folder):
-    initialize(ParallelConfig())
-    return everything(folder)
-
-
-def run(layout, function, *arguments):
-    ranks = run_ranks(ParallelConfig(**LAYOUTS[layout]).world_size, function, *arguments)
-    merged = [{}, ranks[0][1], {}]
-    for first, norms, last in ranks:
-        assert norms == merged[1]
-        merged[0] |= first
-        merged[2] |= last
-    return merged
-
-
-@pytest.mark.parametrize(
-    ("source", "targets", "tied", "dtype"),
-    [
-        ("tp2-pp2", ["tp1", "pp2", "dp2", "tp2-pp2"], False, "float32"),
-        ("pp2-vpp2", ["tp2", "pp2-vpp2"], True, "float32"),
-        ("dp2", ["tp2-cp2", "dp2"], False, "bfloat16"),
-    ],
-)
-def test_a_layout_loads_what_another_saved(tmp_path, source, targets, tied, dtype):
-    model_folder = reference.save_model(tmp_path / "model", tied=tied, seed=3)
-    saved, norms, after = run(
-        source, train_and_save, model_folder, LAYOUTS[source], tmp_path / source, dtype
-    )
-    [original] = run_ranks(1, read_checkpoint, tmp_path / source / "step_000002")
-    kinds = {name.split(".")[2] for name in original if name.startswith("optimizer.state.")}
-    assert kinds == {"exp_avg", "exp_avg_sq", "param"}
-    for layout in targets:
-        target = tmp_path / f"{source}-{layout}"
-        loaded, their_norms, later = run(
-            layout, load_and_save, model_folder, LAYOUTS[layout], tmp_path / source, target, dtype
-        )
-        assert all(torch.equal(saved[name], loaded[name]) for name in saved)
-        [again] = run_ranks(1, read_checkpoint, target / "step_000002")
-        assert set(again) == set(original)
-        for name, tensor in original.items():
-            assert torch.equal(tensor, again[name]), f"{layout}: {name}"
-        # Training goes on as it would have: Adam's count of steps has come along too.
-        tolerance = 1e-4 if dtype == "float32" else 2e-2
-        assert their_norms == pytest.approx(norms, rel=tolerance)
-        if layout == source:
-            assert their_norms == norms
-            assert all(torch.equal(after[name], later[name]) for name in after)
 
 
 def save_several(folder, target, steps, config):
     policy = make_trained(folder, {"dp": 2})
-    store = store_of(policy, target, **config)
+    store = store_of(policy, target, model=folder, **config)
     for step in steps:
         with torch.no_grad():
             policy.stages[0].gpt.decoder.final_layernorm.weight.fill_(step)
@@ -151,6 +30,36 @@ def save_several(folder, target, steps, config):
         store.poll()
     store.finish()
     return sorted(path.name for path in target.iterdir())
+
+
+def test_names(tmp_path):
+    """A million steps sort after all before them; other names are left alone and not looked at."""
+    folder = reference.save_model(tmp_path / "model", tied=False)
+    target = tmp_path / "out"
+    for name in ("step_000001.partial", "step_backup", "step_000007x", "final"):
+        (target / name).mkdir(parents=True)
+    config = {"keep_last": 2}
+    [left, _] = run_ranks(2, save_several, folder, target, [999_999, 1_000_000, 1_000_001], config)
+    users = ["final", "step_000007x", "step_backup"]
+    assert left == sorted(["step_1000000", "step_1000001", *users])
+    assert run_ranks(2, find_newest, folder, target) == ["step_1000001"] * 2
+
+
+def save_after_damage(folder, target):
+    policy = make_trained(folder, {})
+    store = store_of(policy, target, keep_last=2)
+    found = store.newest().name
+    save(policy, store, 3)
+    store.finish()
+    return found, sorted(path.name for path in target.iterdir())
+
+
+def test_a_damaged_checkpoint_is_not_one_of_those_that_are_kept(tmp_path, two_checkpoints):
+    shutil.copytree(two_checkpoints / "out", tmp_path / "out")
+    cut(tmp_path / "out" / "step_000002" / STATE)
+    [(found, left)] = run_ranks(1, save_after_damage, two_checkpoints / "model", tmp_path / "out")
+    assert found == "step_000001"
+    assert left == ["step_000001", "step_000002", "step_000003"]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -183,12 +92,21 @@ def flip(path):
     path.write_bytes(content)
 
 
+def make_unreadable(path):
+    """Whoever reads it, root too."""
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGE = {
     "a tensor file is cut": lambda folder: cut(next(folder.glob("__0_*.distcp"))),
     "one bit of it is flipped": lambda folder: flip(next(folder.glob("__1_*.distcp"))),
     "the state is gone": lambda folder: (folder / STATE).unlink(),
+    "a file cannot be read": lambda folder: make_unreadable(next(folder.glob("__1_*.distcp"))),
+    "the config is changed": lambda folder: flip(folder / HF / "config.json"),
     "there is no manifest": lambda folder: (folder / MANIFEST).unlink(),
     "the manifest is cut": lambda folder: cut(folder / MANIFEST),
+    "the manifest is of another kind": lambda folder: (folder / MANIFEST).write_text("[1]"),
     "it was not written to its end": lambda folder: folder.rename(f"{folder}.partial"),
 }
 
@@ -250,14 +168,18 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, asynchronous):
     assert run_ranks(2, find_newest, folder, target) == ["step_000001"] * 2
 
 
+def seed(value):
+    for generator in (random.seed, numpy.random.seed, torch.manual_seed):
+        generator(value)
+
+
 def draw():
     return random.random(), float(numpy.random.rand()), float(torch.rand(()))
 
 
 def save_generators(folder, target):
     policy = make_trained(folder, {"dp": 2})
-    for generator in (random.seed, numpy.random.seed, torch.manual_seed):
-        generator(7 + policy.topology.rank)
+    seed(7 + policy.topology.rank)
     draw()
     store = store_of(policy, target)
     save(policy, store, 1)
@@ -265,14 +187,18 @@ def save_generators(folder, target):
     return draw()
 
 
-def draw_after_load(folder, target):
-    policy = make_trained(folder, {"dp": 2})
+def draw_after_load(folder, target, layout):
+    policy = make_trained(folder, layout)
+    seed(99)
     load(policy, store_of(policy, target))
     return draw()
 
 
 def test_random_generators_go_on(tmp_path):
+    """At their own layout; at another there is none that they would belong to."""
     folder = reference.save_model(tmp_path / "model", tied=False)
     before = run_ranks(2, save_generators, folder, tmp_path / "out")
     assert before[0] != before[1]
-    assert run_ranks(2, draw_after_load, folder, tmp_path / "out") == before
+    assert run_ranks(2, draw_after_load, folder, tmp_path / "out", {"dp": 2}) == before
+    seed(99)
+    assert run_ranks(2, draw_after_load, folder, tmp_path / "out", {"tp": 2}) == [draw()] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,38 @@ def load_and_export(folder, layout, dtype, target):
 def read_all(folder):
     files = sorted(Path(folder).glob("*.safetensors"))
     return {name: t for file in files for name, t in load_file(file).items()}
+
+
+def export_without_room(folder, layout, target, rank):
+    """On one rank alone the disk is full."""
+    parallel = ParallelConfig(**layout)
+    topology = initialize(parallel)
+    scorer = Scorer(ModelConfig(path=str(folder)), parallel, topology, micro_batch_tokens=64)
+    if topology.rank == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    try:
+        export_hf(scorer, topology, Path(folder), Path(target))
+    except UserError as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=str)
+def test_a_full_disk_leaves_the_export_before_it(tmp_path, layout, rank):
+    source = reference.save_model(tmp_path / "m", tied=False)
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "older").write_text("")
+    outcomes = run_ranks(2, export_without_room, source, layout, target, rank, timeout=60)
+    if layout == {"tp": 2} and rank == 1:  # which writes nothing
+        assert outcomes == [None, None]
+        return
+    [(kind, message), (other, _)] = outcomes
+    assert (kind, other) == ("UserError", "PeerError")
+    assert f"{target} could not be written" in message and "File too large" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "out"]
+    assert [path.name for path in target.iterdir()] == ["older"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -55,17 +55,20 @@ def journalled(run_dir):
     return {path.name: path.read_bytes() for path in (run_dir / "rollouts").glob("*.jsonl")}
 
 
+def final_weights(run_dir):
+    weights = {}
+    for path in sorted((run_dir / "checkpoints" / "final").glob("*.safetensors")):
+        weights |= load_file(path)
+    return weights
+
+
 def comparable(run_dir):
-    """The metrics that do not tell the time, and the final weights."""
+    """The metrics that do not tell the time, and the bytes of the final weights."""
     rows = [
         {k: v for k, v in row.items() if not re.match("time/|throughput/|eval/", k)}
         for row in lines(run_dir / "metrics.jsonl")
     ]
-    final = run_dir / "checkpoints" / "final"
-    weights = {}
-    for path in sorted(final.glob("*.safetensors")):
-        weights |= load_file(path)
-    return rows, {name: weight.numpy().tobytes() for name, weight in weights.items()}
+    return rows, {name: weight.numpy().tobytes() for name, weight in final_weights(run_dir).items()}
 
 
 def resume(run_dir, *overrides):

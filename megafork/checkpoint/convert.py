@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megafork.checkpoint.hf import copy_side_files
+from megafork.checkpoint.files import files_of, rename_synced, sync, torch_save_raises_os_error
+from megafork.checkpoint.hf import HF, copy_side_files
 from megafork.checkpoint.hf_stream import StreamingSafetensors, TensorInfo
 from megafork.checkpoint.layout import Block, blocks, extra_states, key_of, whole_model_rules
 from megafork.checkpoint.progress import progress
@@ -25,8 +27,6 @@ from megafork.errors import UserError
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.shape import ModelShape, padded_vocab_size, read_json
 
-HF = "hf"
-"""Of a megatron folder: the HF folder's config, generation config and tokenizer."""
 _COPIES = "copies.json"
 """Of hf/: tensors that the HF folder held twice, as Qwen3-0.6B holds its tied head."""
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -191,19 +191,26 @@ def model_blocks(shape: ModelShape, folder: Path) -> list[Block]:
 @contextlib.contextmanager
 def _new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
     """A folder to fill; it gets the name `target` when the block ends, and goes if it fails."""
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"{target} exists: remove it or name another folder")
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
         if free < num_bytes:
             raise UserError(
                 f"{target} needs {num_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB "
                 "left: make room or name a folder on another disk"
             )
-        yield partial
-        partial.rename(target)
+        with torch_save_raises_os_error():
+            yield partial
+        for path in files_of(partial):
+            sync(path)
+        rename_synced(partial, target)
+    except OSError as error:
+        raise UserError(
+            f"{target} could not be written ({error}): make room or name another folder"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megafork.data.tokenizer import SENTENCEPIECE_FILE
 from megafork.model.hf_folder import INDEX
 
+HF = "hf"
+"""Of a megatron folder: the HF folder's config, generation config and tokenizer."""
 _CONFIG_FILES = ("config.json", "generation_config.json")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,7 +31,7 @@ _TOKENIZER_FILES = (
 
 
 class SafetensorsWriter:
-    """Writes tensors, as they come, to numbered safetensors files of one folder.
+    """Writes tensors, as they come, to numbered safetensors files of one folder. Raises OSError.
 
     Several writers (one for each pipeline stage) may share a folder: `prefix` keeps their file
     names apart and `write_index` joins what they wrote.
@@ -52,7 +55,10 @@ class SafetensorsWriter:
             return
         number = len(set(self.weight_map.values())) + 1
         file_name = f"{self.prefix}-{number:05d}.safetensors"
-        save_file(self._pending, self.folder / file_name, metadata={"format": "pt"})
+        try:
+            save_file(self._pending, self.folder / file_name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         self.weight_map |= dict.fromkeys(self._pending, file_name)
         self.total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0

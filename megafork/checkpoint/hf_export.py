@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
-
+from megafork.checkpoint.files import files_of, rename_synced, sync
 from megafork.checkpoint.hf import SafetensorsWriter, copy_side_files, write_index
+from megafork.errors import UserError
 from megafork.model.scorer import Scorer
 from megafork.parallel.topology import Topology
 
@@ -22,26 +22,58 @@ def export_hf(
     """Write weights, config and tokenizer of `source`'s model to `target`. Collective.
 
     tokenizer: the HF folder or .model file whose tokenizer goes along; None: `source`'s.
-    `target` exists under its name only when it is whole; an older one is replaced.
+    `target` exists under its name only when it is whole; an older one is replaced. Raises UserError
+    when it cannot be written; an older one is then untouched.
     """
     partial = target.with_name(target.name + ".partial")
-    if topology.rank == 0:
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    torch.distributed.barrier()
-    written: tuple[dict[str, str], int] | None = None
-    if topology.is_first_replica:
-        writer = SafetensorsWriter(partial, prefix=f"model-stage{topology.pp_rank:02d}")
-        for name, tensor in policy.export_shards():
-            writer.add(name, tensor)
-        writer.flush()
-        if topology.is_sender:
-            written = (writer.weight_map, writer.total_bytes)
-    parts = [part for part in topology.all_gather_object(written) if part is not None]
-    if topology.rank == 0:
-        weight_map = {name: file for files, _ in parts for name, file in files.items()}
-        write_index(partial, weight_map, sum(size for _, size in parts))
+
+    def end() -> None:
+        for _, _, problem in parts:
+            if problem is not None:
+                raise problem
+        weight_map = {name: file for files, _, _ in parts for name, file in files.items()}
+        write_index(partial, weight_map, sum(size for _, size, _ in parts))
         copy_side_files(source, partial, policy.dtype, tokenizer)
+        for path in files_of(partial):
+            sync(path)
         shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    torch.distributed.barrier()
+        rename_synced(partial, target)
+
+    try:
+        topology.on_rank_zero(begin)
+        parts = topology.all_gather_object(_write_own(policy, topology, partial))
+        topology.on_rank_zero(end)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"{target} could not be written ({error}): make room and go on with megafork train "
+            "--resume"
+        ) from error
+
+
+def _write_own(
+    policy: Scorer, topology: Topology, partial: Path
+) -> tuple[dict[str, str], int, OSError | None]:
+    """({tensor: file}, bytes, what went wrong) of this rank.
+
+    It takes part in collecting the weights to their end, whatever went wrong.
+    """
+    writer = SafetensorsWriter(partial, prefix=f"model-stage{topology.pp_rank:02d}")
+    problem: OSError | None = None
+    if topology.is_first_replica:
+        for name, tensor in policy.export_shards():
+            try:
+                if problem is None:
+                    writer.add(name, tensor)
+            except OSError as error:
+                problem = error
+    try:
+        if problem is None:
+            writer.flush()
+    except OSError as error:
+        problem = error
+    return writer.weight_map, writer.total_bytes, problem

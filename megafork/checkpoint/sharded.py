@@ -23,6 +23,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megafork.checkpoint.files import torch_save_raises_os_error
 from megafork.model.weights import Stage
 from megafork.parallel.topology import Topology
 
@@ -57,7 +58,8 @@ def state_dict(
 def save(folder: Path, contents: dict[str, Any], topology: Topology) -> AsyncRequest:
     """Begin to write; the request, which writes and then finishes, is the caller's to run.
 
-    Replicas share the writing of what they hold alike.
+    Replicas share the writing of what they hold alike. Raises OSError on rank 0, which writes what
+    is no tensor at once, when it cannot.
     """
     strategy = FullyParallelSaveStrategyWrapper(
         dist_checkpointing.serialization.get_default_save_sharded_strategy(),
@@ -66,7 +68,8 @@ def save(folder: Path, contents: dict[str, Any], topology: Topology) -> AsyncReq
     options: dict[str, Any] = {"sharded_strategy": strategy, "async_sharded_save": True}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         options["async_strategy"] = "mcore"  # later versions default to a package of its own
-    request = dist_checkpointing.save(contents, str(folder), **options)
+    with torch_save_raises_os_error():
+        request = dist_checkpointing.save(contents, str(folder), **options)
     assert request is not None
     return request
 

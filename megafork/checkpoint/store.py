@@ -7,12 +7,12 @@ fit their manifest is named and passed over for the one before it.
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import random
+import re
 import shutil
 import sys
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,40 +20,53 @@ from typing import Any
 
 import numpy
 import torch
-from megatron.core.dist_checkpointing.strategies.async_utils import (
-    AsyncRequest,
-    TemporalAsyncCaller,
-)
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megafork.checkpoint import sharded
+from megafork.checkpoint.files import checksum, files_of, rename_synced, sync, write_and_sync
+from megafork.checkpoint.hf import HF, copy_side_files
+from megafork.checkpoint.writer import Writer, take_checksums
 from megafork.config import CheckpointConfig
 from megafork.errors import PeerError, UserError
 from megafork.model.weights import Stage
 from megafork.parallel.topology import Topology
 
-MANIFEST, STATE = "manifest.json", "state.json"
-_BLOCK = 1 << 24
+MANIFEST, STATE, GENERATORS = "manifest.json", "state.json", "generators.pt"
+_NAME = re.compile(r"step_(\d{6,})")
 
 
 @dataclass
 class _Pending:
-    """An asynchronous save: what writes it, and where to."""
+    """A save that is being written."""
 
-    request: AsyncRequest
-    caller: TemporalAsyncCaller
+    writer: Writer
     step: int
-    state: dict[str, Any] | None
+    state: bytes
 
 
 class CheckpointStore:
-    """All ranks make one and call its methods together. `folder` must be shared by all nodes."""
+    """All ranks make one and call its methods together. `folder` must be shared by all nodes.
 
-    def __init__(self, folder: Path, topology: Topology, config: CheckpointConfig) -> None:
+    model: the HF folder that lends every checkpoint its config and tokenizer (in hf/), so that
+    `megafork convert megatron-to-hf` needs nothing else; None: there is no hf/. tokenizer: as in
+    the config, in place of the model's own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        topology: Topology,
+        config: CheckpointConfig,
+        *,
+        model: Path | None = None,
+        tokenizer: str | None = None,
+    ) -> None:
         self.folder, self.topology, self.config = folder, topology, config
+        self.model, self.tokenizer = model, tokenizer
         self._pending: _Pending | None = None
+        self._damaged: set[Path] = set()
 
     def save(
         self,
@@ -69,42 +82,38 @@ class CheckpointStore:
         """
         self.finish()
         partial = self._partial(step)
-
-        def begin() -> None:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-
         try:
-            self.topology.on_rank_zero(begin)
+            self.topology.on_rank_zero(lambda: self._begin(partial))
             contents = sharded.state_dict(stages, optimizer, self.topology)
             request = sharded.save(partial, contents, self.topology)
-            _save_generators(self._generators(partial))
+            states = self.topology.all_gather_object((self._coordinates, _generators()))
+            self.topology.on_rank_zero(
+                lambda: write_and_sync(partial / GENERATORS, _as_bytes(dict(states)))
+            )
         except OSError as error:
             raise self._failed(step, error) from error
-        caller = TemporalAsyncCaller()
-        caller.schedule_async_call(request)
-        self._pending = _Pending(request, caller, step, state)
+        self._pending = _Pending(Writer(request), step, json.dumps(state).encode())
         if not self.config.asynchronous:
             self.finish()
 
     def poll(self) -> None:
         """Publish what has been written to its end meanwhile. Collective, cheap."""
-        if self._pending is not None and self._pending.caller.is_current_async_call_done():
+        if self._pending is not None and self._pending.writer.is_done(wait=False):
             self._publish(self._pending)
 
     def finish(self) -> None:
         """Wait for what is being written, and publish it."""
         if self._pending is not None:
-            self._pending.caller.is_current_async_call_done(blocking=True)
+            self._pending.writer.is_done(wait=True)
             self._publish(self._pending)
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is whole; damaged ones are named on rank 0's stderr."""
-        paths = self.topology.on_rank_zero(lambda: sorted(self.folder.glob("step_??????"))[::-1])
-        for path in paths:
+        for path in self.topology.on_rank_zero(self._named)[::-1]:
             problem = self._problem(path)
             if problem is None:
                 return path
+            self._damaged.add(path)
             if self.topology.rank == 0:
                 print(f"warning: {path} is damaged ({problem}): passed over", file=sys.stderr)
         return None
@@ -114,112 +123,137 @@ class CheckpointStore:
     ) -> dict[str, Any]:
         """Fill weights and optimizer, whatever layout wrote them; returns the saved state."""
         sharded.load(path, stages, optimizer, self.topology)
-        _restore_generators(self._generators(path))
+        states = torch.load(path / GENERATORS, weights_only=True)
+        if self._coordinates in states:  # else another layout wrote it, and the run's seed decides
+            _restore_generators(states[self._coordinates])
         return self.topology.on_rank_zero(lambda: json.loads((path / STATE).read_text()))
+
+    def _named(self) -> list[Path]:
+        """What has a checkpoint's name, the oldest first. Other names are the user's own."""
+        found = ((_NAME.fullmatch(path.name), path) for path in self.folder.glob("step_*"))
+        return [path for _, path in sorted((int(m[1]), path) for m, path in found if m)]
 
     def _partial(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}.partial"
 
-    def _generators(self, folder: Path) -> Path:
-        rank, world_size = self.topology.rank, self.topology.world_size
-        return folder / f"generators_{rank:05d}_of_{world_size:05d}.pt"
+    @property
+    def _coordinates(self) -> str:
+        """Of this rank in its layout."""
+        at = self.topology
+        return (
+            f"tp {at.tp_rank}/{at.tp_size} pp {at.pp_rank}/{at.pp_size} "
+            f"cp {at.cp_rank}/{at.cp_size} dp {at.dp_rank}/{at.dp_size}"
+        )
+
+    def _begin(self, partial: Path) -> None:
+        """An empty folder; what a killed run left half-written goes."""
+        for left in self.folder.glob("step_*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if self.model is not None:
+            (partial / HF).mkdir()
+            copy_side_files(self.model, partial / HF, tokenizer=self.tokenizer)
 
     def _publish(self, pending: _Pending) -> None:
         """megatron's own metadata, the manifest, the name; then older checkpoints may go."""
         self._pending = None
-        first, *rest = pending.request.finalize_fns
+        step, partial = pending.step, self._partial(pending.step)
         try:
-            first()  # raises on every rank when one could not write; the causes are told on rank 0
+            for finalize in pending.writer.finalize:
+                finalize()  # the first raises on every rank when one could not write
+            self.topology.on_rank_zero(lambda: write_and_sync(partial / STATE, pending.state))
+            self.topology.on_rank_zero(lambda: self._give_name(step))
         except CheckpointException as error:
+            statuses = self.topology.all_gather_object(pending.writer.exit_status)
             if self.topology.rank != 0:
                 raise PeerError("the checkpoint could not be written") from None
-            shutil.rmtree(self._partial(pending.step), ignore_errors=True)
-            causes = {str(cause) for cause, _ in error.failures.values()}
-            raise self._failed(pending.step, OSError("; ".join(sorted(causes)))) from None
-        for finalize in rest:
-            finalize()
-        partial = self._partial(pending.step)
-        try:
-            self.topology.on_rank_zero(
-                lambda: _write_and_sync(partial / STATE, json.dumps(pending.state))
-            )
+            causes = {
+                f"rank {rank}'s writer ended with status {statuses[rank]}"
+                if statuses[rank]
+                else str(cause)
+                for rank, (cause, _) in error.failures.items()
+            }
+            raise self._failed(step, OSError("; ".join(sorted(causes)))) from None
         except OSError as error:
-            raise self._failed(pending.step, error) from error
-        files = {name: found for part in self._checksums(partial) for name, found in part.items()}
+            raise self._failed(step, error) from error
 
-        def rename() -> None:
-            _write_and_sync(partial / MANIFEST, json.dumps(files, indent=1))
-            final = partial.with_suffix("")
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            self._remove_old(pending.step)
-
-        try:
-            self.topology.on_rank_zero(rename)
-        except OSError as error:
-            raise self._failed(pending.step, error) from error
+    def _give_name(self, step: int) -> None:
+        partial = self._partial(step)
+        files = take_checksums(partial)
+        for name, (size, _) in files.items():
+            if (partial / name).stat().st_size != size:
+                raise OSError(f"{name} is not as it was written")
+        for path in files_of(partial):
+            if (name := str(path.relative_to(partial))) not in files:
+                sync(path)
+                files[name] = checksum(path)
+        write_and_sync(partial / MANIFEST, json.dumps(files, indent=1).encode())
+        final = partial.with_suffix("")
+        shutil.rmtree(final, ignore_errors=True)
+        rename_synced(partial, final)
+        self._damaged.discard(final)
+        self._remove_old(final)
 
     def _failed(self, step: int, error: Exception) -> UserError:
-        whole = sorted(self.folder.glob("step_??????"))
+        if self.topology.rank == 0:
+            shutil.rmtree(self._partial(step), ignore_errors=True)
+        whole = [path for path in self._named() if path not in self._damaged]
         last = f"{whole[-1]} is untouched" if whole else "there is none before it"
         return UserError(
             f"the checkpoint of step {step} could not be written to {self.folder} ({error}); "
             f"{last}. Make room and go on with megafork train --resume"
         )
 
-    def _remove_old(self, newest: int) -> None:
-        paths = sorted(self.folder.glob("step_??????"))
-        for path in paths[: -self.config.keep_last]:
-            step, every = int(path.name.removeprefix("step_")), self.config.keep_every
-            if step != newest and not (every and step % every == 0):
+    def _remove_old(self, newest: Path) -> None:
+        """Those that were found damaged do not count among the ones that are kept."""
+        named, every = self._named(), self.config.keep_every
+        kept = [path for path in named if path not in self._damaged][-self.config.keep_last :]
+        for path in named[: named.index(kept[0])]:
+            step = int(path.name.removeprefix("step_"))
+            if path != newest and not (every and step % every == 0):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _checksums(self, folder: Path) -> list[dict[str, tuple[int, int]]]:
-        """{file: (size, CRC-32)}; every rank reads its share of the files."""
-        names = self.topology.on_rank_zero(
-            lambda: sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
-        )
-        own = names[self.topology.rank :: self.topology.world_size]
-        return self.topology.all_gather_object({name: _checksum(folder / name) for name in own})
+    def _checksums(self, folder: Path, names: Sequence[str]) -> dict[str, tuple[int, int] | str]:
+        """{file: (size, CRC-32), or why it cannot be read}; every rank reads its share."""
+        own: dict[str, tuple[int, int] | str] = {}
+        for name in names[self.topology.rank :: self.topology.world_size]:
+            try:
+                own[name] = checksum(folder / name)
+            except OSError as error:
+                own[name] = error.strerror or str(error)
+        parts = self.topology.all_gather_object(own)
+        return {name: found for part in parts for name, found in part.items()}
 
     def _problem(self, path: Path) -> str | None:
         """What is wrong with a checkpoint, on every rank."""
 
-        def read() -> dict[str, list[int]] | str:
+        def read() -> dict[str, tuple[int, int]] | str:
             try:
-                return json.loads((path / MANIFEST).read_text())
-            except (OSError, ValueError) as error:
+                files = json.loads((path / MANIFEST).read_text())
+                return {name: (size, crc) for name, (size, crc) in files.items()}
+            except (OSError, ValueError, TypeError, AttributeError) as error:
                 return f"no readable {MANIFEST}: {error}"
 
         expected = self.topology.on_rank_zero(read)
         if isinstance(expected, str):
             return expected
-        found = {name: pair for part in self._checksums(path) for name, pair in part.items()}
+        found = self._checksums(path, list(expected))
         for name, pair in expected.items():
-            if name not in found:
-                return f"{name} is missing"
-            if found[name] != tuple(pair):
+            if isinstance(found[name], str):
+                return f"{name}: {found[name]}"
+            if found[name] != pair:
                 return f"{name} has {found[name][0]} bytes and another content than was written"
         return None
 
 
-def _checksum(path: Path) -> tuple[int, int]:
-    size = crc = 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            crc = zlib.crc32(block, crc)
-            size += len(block)
-    return size, crc
+def _as_bytes(value: Any) -> bytes:
+    """As torch.save writes it; to a full disk it would raise no OSError."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
-def _write_and_sync(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _save_generators(path: Path) -> None:
+def _generators() -> dict[str, Any]:
     """The state of every random generator of this rank."""
     version, words, gauss = random.getstate()
     kind, keys, *rest = numpy.random.get_state()
@@ -231,14 +265,10 @@ def _save_generators(path: Path) -> None:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    torch.save(state, path)
+    return state
 
 
-def _restore_generators(path: Path) -> None:
-    """Another layout has no such file: its generators stay as the run's seed made them."""
-    if not path.exists():
-        return
-    state = torch.load(path, weights_only=True)
+def _restore_generators(state: dict[str, Any]) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = state["numpy"]

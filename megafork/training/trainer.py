@@ -313,7 +313,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
 def _train(config: TrainConfig, topology: Topology, resume: bool) -> None:
     run_dir = Path(config.run.dir)
     topology.on_rank_zero(lambda: (reopen_run_dir if resume else make_run_dir)(config, run_dir))
-    store = CheckpointStore(run_dir / "checkpoints", topology, config.checkpoint)
+    store = CheckpointStore(
+        run_dir / "checkpoints",
+        topology,
+        config.checkpoint,
+        model=Path(config.model.path),
+        tokenizer=config.tokenizer.path,
+    )
     interruption = Interruption()
     with contextlib.ExitStack() as stack:
         server = None

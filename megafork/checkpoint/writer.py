@@ -1,0 +1,92 @@
+"""The forked process that writes a rank's part of a checkpoint while the rank goes on."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import queue
+import signal
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies.async_utils import (
+    AsyncRequest,
+    TemporalAsyncCaller,
+)
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+from megafork.checkpoint.files import checksum, write_and_sync
+
+_PR_SET_PDEATHSIG = 1
+_CHECKSUMS = "checksums"
+
+
+class Writer:
+    """Runs the writing half of a request; all ranks make one and call its methods together."""
+
+    def __init__(self, request: AsyncRequest) -> None:
+        self.finalize = request.finalize_fns
+        if request.async_fn is not None:  # this rank has something to write
+            transforms = request.async_fn.args[0]
+            request = request._replace(async_fn=partial(_write, os.getpid(), transforms))
+        self._caller = TemporalAsyncCaller()
+        self._caller.schedule_async_call(request)
+        self._process = self._caller.process
+
+    def is_done(self, *, wait: bool) -> bool:
+        """Whether every rank's process has ended."""
+        return self._caller.is_current_async_call_done(blocking=wait)
+
+    @property
+    def exit_status(self) -> int:
+        """Of this rank's process, once it has ended: -9 after kill -9."""
+        return self._process.exitcode if self._process is not None else 0
+
+
+def _write(
+    trainer: int, transforms: list[Any], rank: int, buckets: list[Any], results: Any
+) -> None:
+    """One file after the other, in this process.
+
+    megatron-core 0.16 forks once more for each file, and waits for ever for one that was killed.
+    A process that outlived its trainer could write into the folder of the resumed run.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != trainer:  # ended before the line above
+            os._exit(1)
+    written: queue.Queue = queue.Queue()
+    begun: queue.Queue = queue.Queue()
+    for index, bucket in enumerate(buckets):
+        begun.put(index)
+        FileSystemWriterAsync.write_preloaded_data(
+            transforms, index, bucket, written, begun, use_fsync=True
+        )
+    outcomes = dict(written.get() for _ in buckets)
+    failures = [outcome for outcome in outcomes.values() if isinstance(outcome, Exception)]
+    if not failures:
+        try:
+            _leave_checksums(rank, [Path(bucket[0]) for bucket in buckets])
+        except OSError as error:
+            failures.append(error)
+    results.put(failures[0] if failures else outcomes)
+
+
+def _leave_checksums(rank: int, files: Sequence[Path]) -> None:
+    """Taken here, for reading all of a checkpoint again would keep the trainer waiting."""
+    sums = {path.name: checksum(path) for path in files}
+    path = files[0].with_name(f"{_CHECKSUMS}_{rank:05d}.json")
+    write_and_sync(path, json.dumps(sums).encode())
+
+
+def take_checksums(folder: Path) -> dict[str, tuple[int, int]]:
+    """{file: (size, CRC-32)} of all that the ranks' processes have written to `folder`."""
+    sums: dict[str, tuple[int, int]] = {}
+    for path in folder.glob(f"{_CHECKSUMS}_*.json"):
+        sums |= {name: (size, crc) for name, (size, crc) in json.loads(path.read_text()).items()}
+        path.unlink()
+    return sums
