@@ -17,13 +17,13 @@ ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart"
 
 
-_MARK = "MEGAFORK_TEST_MARK"
+MARK = "MEGAFORK_TEST_MARK"
 
 
 def environment(mark: object = "") -> dict[str, str]:
     """A plain start's environment; all that is started from it carries `mark`."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return inherited | {"OMP_NUM_THREADS": "1", _MARK: str(mark)}
+    return inherited | {"OMP_NUM_THREADS": "1", MARK: str(mark)}
 
 
 def megafork(
@@ -46,7 +46,7 @@ def processes_of(mark: object) -> list[str]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.status() != psutil.STATUS_ZOMBIE and (
-                process.environ().get(_MARK) == str(mark)
+                process.environ().get(MARK) == str(mark)
             ):
                 found.append(" ".join(process.cmdline()) or process.name())
     return found

@@ -16,6 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from tests import reference
+from tests.commands import MARK, left_over
 from tests.ranks import run_ranks
 from tests.trained import load, make_trained, save, store_of
 
@@ -177,6 +178,7 @@ def test_a_killed_writer_is_no_checkpoint(tmp_path, model, victim):
 
 
 def die_while_writing(folder, target):
+    os.environ[MARK] = str(target)  # for what is started, not forked, from here on
     policy = make_trained(folder, {})
 
     def write(*_, **__):
@@ -191,13 +193,14 @@ def die_while_writing(folder, target):
 
 
 def test_a_writer_ends_with_its_trainer(tmp_path, model):
-    """It could else write into the folder that the resumed run has begun."""
+    """It could else write into the folder that the resumed run has begun. Nor does another stay."""
     with pytest.raises(AssertionError, match="rank 0 died"):
         run_ranks(1, die_while_writing, model, tmp_path / "out")
     writer = int((tmp_path / "out" / "writer").read_text())
     deadline = time.monotonic() + 10
     while psutil.pid_exists(writer) and psutil.Process(writer).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
+    assert left_over(tmp_path / "out") == []
 
 
 def save_without_room(folder, target, room, begun):

@@ -24,6 +24,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megafork.checkpoint.files import torch_save_raises_os_error
+from megafork.checkpoint.writer import renew_results
 from megafork.model.weights import Stage
 from megafork.parallel.topology import Topology
 
@@ -68,6 +69,7 @@ def save(folder: Path, contents: dict[str, Any], topology: Topology) -> AsyncReq
     options: dict[str, Any] = {"sharded_strategy": strategy, "async_sharded_save": True}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         options["async_strategy"] = "mcore"  # later versions default to a package of its own
+    renew_results()
     with torch_save_raises_os_error():
         request = dist_checkpointing.save(contents, str(folder), **options)
     assert request is not None

@@ -5,24 +5,53 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import pickle
 import queue
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import (
     AsyncRequest,
     TemporalAsyncCaller,
 )
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from megafork.checkpoint.files import checksum, write_and_sync
 
 _PR_SET_PDEATHSIG = 1
 _CHECKSUMS = "checksums"
+
+
+class _Results:
+    """What a forked process has to tell, in a file that both have open.
+
+    megatron's queue is a server process of its own, which outlives a rank that is killed.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115, it stays open for both
+
+    def put(self, value: Any) -> None:
+        pickle.dump(value, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """Raises queue.Empty when nothing was told to its end."""
+        self._file.seek(0)
+        try:
+            return pickle.load(self._file)
+        except (EOFError, pickle.UnpicklingError):
+            raise queue.Empty from None
+
+
+def renew_results() -> None:
+    """Before a save is begun: megatron takes the queue that is there."""
+    filesystem_async._results_queue = _Results()
 
 
 class Writer:
@@ -63,7 +92,7 @@ def _write(
     begun: queue.Queue = queue.Queue()
     for index, bucket in enumerate(buckets):
         begun.put(index)
-        FileSystemWriterAsync.write_preloaded_data(
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
             transforms, index, bucket, written, begun, use_fsync=True
         )
     outcomes = dict(written.get() for _ in buckets)
