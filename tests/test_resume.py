@@ -14,6 +14,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+from megafork.logging.metrics import read_rows
 from tests.commands import ROOT, environment, left_over, lines, megafork, small_run
 
 pytestmark = pytest.mark.slow
@@ -110,28 +111,65 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     assert weights == other_weights
 
 
+def wait_until(process, condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+
+
+def wait_for_moment(kind, process, run_dir, moments):
+    """Until the run, just started, is in the middle of what `kind` says."""
+    known = set(run_dir.glob("rollouts/*")) | set(run_dir.glob("checkpoints/*"))
+
+    def new(pattern):
+        return [path for path in sorted(run_dir.glob(pattern)) if path not in known]
+
+    if kind == "start":
+        time.sleep(moments.uniform(0, 12))
+    elif kind == "generation":  # of a step that is new
+        wait_until(process, lambda: any(p.read_bytes().count(b"\n") for p in new("rollouts/*")))
+        time.sleep(moments.uniform(0, 0.2))
+    elif kind == "save":
+        wait_until(process, lambda: new("checkpoints/*.partial"))
+        time.sleep(moments.uniform(0, 0.5))
+    else:  # a new step is generated: it scores, updates and pushes the weights
+        wait_until(process, lambda: any(p.read_bytes().count(b"\n") > 7 for p in new("rollouts/*")))
+        time.sleep(moments.uniform(0, 1))
+
+
+KINDS = ("start", "generation", "update", "save")
+
+
 @pytest.mark.skipif("MEGAFORK_KILLS" not in os.environ, reason="set MEGAFORK_KILLS to a number")
+@pytest.mark.timeout(3000)
 def test_random_moments(tmp_path):
     """MEGAFORK_KILLS=20 takes some minutes; MEGAFORK_SEED repeats a sequence of moments."""
     seed = int(os.environ.get("MEGAFORK_SEED", random.randrange(10**6)))
     print(f"MEGAFORK_SEED={seed}")
     moments = random.Random(seed)
     run_dir = tmp_path / "run"
-    settings = ("training.steps=1000", *SETTINGS[1:])
-    process = start(small_run(run_dir, *settings), run_dir)
-    kill_when(process, run_dir / "rollouts" / "step_000001.jsonl", moments.uniform(0, 8))
-    for kill in range(1, int(os.environ["MEGAFORK_KILLS"])):
-        assert left_over(run_dir, seconds=10) == []
+    arguments = small_run(run_dir, "training.steps=1000", *SETTINGS[1:])
+    for kill in range(int(os.environ["MEGAFORK_KILLS"])):
         before = journalled(run_dir)
-        process = start(["train", "--resume", str(run_dir)], run_dir)
-        time.sleep(moments.uniform(8, 25))
+        process = start(arguments, run_dir)
+        kind = KINDS[kill % len(KINDS)] if kill else "generation"
+        wait_for_moment(kind, process, run_dir, moments)
         assert process.poll() is None, f"kill {kill}: {process.stdout.read()}"
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        assert left_over(run_dir, seconds=10) == []
         for name, content in before.items():
             whole = content[: content.rfind(b"\n") + 1]
             assert (run_dir / "rollouts" / name).read_bytes().startswith(whole), f"kill {kill}"
-        print(f"kill {kill}: {len(journalled(run_dir))} steps in the journal", flush=True)
+        rows, partial = read_rows(run_dir / "metrics.jsonl"), list(run_dir.glob("*/*.partial"))
+        print(
+            f"kill {kill}, in {kind}: {len(journalled(run_dir))} steps in the journal, {len(rows)} "
+            f"in the metrics, half-written: {[path.name for path in partial]}",
+            flush=True,
+        )
+        arguments = ["train", "--resume", str(run_dir)]
     last = max(int(name[5:11]) for name in journalled(run_dir))
     resume(run_dir, f"training.steps={last}")
     rows, weights = comparable(run_dir)
