@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -11,8 +12,10 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from megafork.logging.metrics import read_rows
 from tests.commands import ROOT, environment, left_over, lines, megafork, small_run
@@ -111,35 +114,55 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     assert weights == other_weights
 
 
-def wait_until(process, condition):
+def wait_until(process, found):
     deadline = time.monotonic() + 120
-    while not condition():
+    while not found():
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.002)
 
 
+class Board:
+    """What the ranks write down of their whereabouts, read from outside."""
+
+    def __init__(self, process):
+        self.process = process
+        self.store = self.key = None
+
+    def says(self, phase, after_step):
+        """Whether rank 0 is in this phase of a step later than `after_step`."""
+        with contextlib.suppress(psutil.Error, RuntimeError, StopIteration):
+            if self.store is None:
+                ranks = psutil.Process(self.process.pid).children()
+                environ = next(e for r in ranks if "MASTER_PORT" in (e := r.environ()))
+                host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+                self.store = TCPStore(host, port, is_master=False, wait_for_workers=False)
+            if self.key is None:
+                self.key = next(k for k in self.store.list_keys() if k.endswith("whereabouts/at/0"))
+            found = re.fullmatch(r"\S+ (\w+) of step (\d+)", self.store.get(self.key).decode())
+            return found is not None and found[1] == phase and int(found[2]) > after_step
+        return False
+
+
 def wait_for_moment(kind, process, run_dir, moments):
-    """Until the run, just started, is in the middle of what `kind` says."""
-    known = set(run_dir.glob("rollouts/*")) | set(run_dir.glob("checkpoints/*"))
-
-    def new(pattern):
-        return [path for path in sorted(run_dir.glob(pattern)) if path not in known]
-
+    """Until the run, just started, is in the middle of what `kind` says, of a step that is new."""
+    before = {path.name for path in run_dir.glob("checkpoints/*")}
+    last = max((row["step"] for row in read_rows(run_dir / "metrics.jsonl")), default=0)
     if kind == "start":
         time.sleep(moments.uniform(0, 12))
-    elif kind == "generation":  # of a step that is new
-        wait_until(process, lambda: any(p.read_bytes().count(b"\n") for p in new("rollouts/*")))
-        time.sleep(moments.uniform(0, 0.2))
     elif kind == "save":
-        wait_until(process, lambda: new("checkpoints/*.partial"))
+        partial = run_dir / "checkpoints"
+        wait_until(process, lambda: {p.name for p in partial.glob("*.partial")} - before)
         time.sleep(moments.uniform(0, 0.5))
-    else:  # a new step is generated: it scores, updates and pushes the weights
-        wait_until(process, lambda: any(p.read_bytes().count(b"\n") > 7 for p in new("rollouts/*")))
-        time.sleep(moments.uniform(0, 1))
+    else:
+        board = Board(process)
+        wait_until(process, lambda: board.says(kind, last))
+        time.sleep(moments.uniform(0, 0.1))
+        if not board.says(kind, last):
+            print(f"({kind} was over already)")
 
 
-KINDS = ("start", "generation", "update", "save")
+KINDS = ("generate", "update", "sync", "save", "start", "score")
 
 
 @pytest.mark.skipif("MEGAFORK_KILLS" not in os.environ, reason="set MEGAFORK_KILLS to a number")
@@ -150,11 +173,11 @@ def test_random_moments(tmp_path):
     print(f"MEGAFORK_SEED={seed}")
     moments = random.Random(seed)
     run_dir = tmp_path / "run"
-    arguments = small_run(run_dir, "training.steps=1000", *SETTINGS[1:])
+    arguments = small_run(run_dir, "training.steps=1000", *SETTINGS[1:], "parallel.tp=2")
     for kill in range(int(os.environ["MEGAFORK_KILLS"])):
         before = journalled(run_dir)
         process = start(arguments, run_dir)
-        kind = KINDS[kill % len(KINDS)] if kill else "generation"
+        kind = KINDS[kill % len(KINDS)]
         wait_for_moment(kind, process, run_dir, moments)
         assert process.poll() is None, f"kill {kill}: {process.stdout.read()}"
         os.killpg(process.pid, signal.SIGKILL)
