@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -24,6 +24,7 @@ from megafork import launch
 from megafork.config import ParallelConfig, ScoreConfig, TrainConfig
 from megafork.config_file import known_keys, load_config
 from megafork.errors import Interrupted, PeerError, UserError
+from megafork.interruption import INTERRUPTED
 
 _PATIENCE_S = 5.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -205,27 +206,34 @@ def keys(
 
 
 def main() -> None:
-    """Entry point: a UserError is one message on stderr and exit status 2, a signal's end 75."""
+    """Entry point: a UserError or a full disk is one message on stderr and exit status 2.
+
+    A run that a signal ended exits with 75.
+    """
     try:
         app()
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":
             print(stop, file=sys.stderr, flush=True)
-        sys.exit(launch.INTERRUPTED)
+        sys.exit(INTERRUPTED)
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        print(f"error: {error}: make room. A run goes on with --resume", file=sys.stderr)
+        _end_with(f"{error}: make room and start it again")
+    except PeerError:
         sys.exit(launch.USER_ERROR)
     except UserError as error:
-        if not isinstance(error, PeerError):
-            rank = os.environ.get("RANK", "0")
-            where = "" if rank == "0" else f" (rank {rank})"
-            if where:  # what all ranks find, rank 0 tells; then we are ended before we speak
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                time.sleep(_PATIENCE_S)
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        sys.exit(launch.USER_ERROR)
+        _end_with(str(error))
+
+
+def _end_with(message: str) -> NoReturn:
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" (rank {rank})"
+    if where:  # what all ranks find, rank 0 tells; then we are ended before we speak
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_PATIENCE_S)
+    print(f"error{where}: {message}", file=sys.stderr, flush=True)
+    sys.exit(launch.USER_ERROR)
 
 
 def _on_ranks(parallel: ParallelConfig, work: Callable[[], None]) -> None:

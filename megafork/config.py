@@ -199,8 +199,8 @@ class TrainingConfig(Section):
     grad_clip: PositiveFloat = Field(1.0, description="bound of the global gradient norm")
     spike_factor: Annotated[float, Field(gt=1.0)] | None = Field(
         10.0,
-        description="an update whose |loss| or gradient norm is this many times the largest of the "
-        "last 64 is skipped; 16 updates have to come first",
+        description="an update whose |loss| (of 1 at least) or gradient norm is this many times "
+        "the largest of the last 64 is skipped; 16 updates have to come first",
     )
     max_skipped: Positive = Field(
         3, description="updates skipped in a row (NaN, infinity, spike) that end the run"

@@ -14,5 +14,13 @@ class PeerError(UserError):
     """Rank 0 failed and tells why; the other ranks end with this and stay silent."""
 
 
-class Interrupted(Exception):
-    """A signal asked the run to end; raised on every rank. The message is rank 0's to tell."""
+class OnEveryRank(Exception):
+    """Raised by rank 0's part of the work, and then on all ranks: all have to act on it."""
+
+
+class Interrupted(OnEveryRank):
+    """A signal asked the run to end. The message is rank 0's to tell."""
+
+
+class ServerDied(OnEveryRank):
+    """The rollout server is gone, or is not the one that has the policy's weights."""

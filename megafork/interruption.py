@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import signal
+import sys
 from collections.abc import Callable, Coroutine
 from types import FrameType
 from typing import Any, Self, TypeVar
@@ -12,18 +15,22 @@ from megafork.errors import Interrupted
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+INTERRUPTED = 75
+"""Exit status of a run that a signal ended and that can go on (EX_TEMPFAIL of sysexits.h)."""
 
 
 class Interruption:
-    """Inside its `with` the signals end nothing: the first one is noted, and generation given up.
+    """Inside its `with` the first signal ends the process, wherever the main thread is.
 
-    For the main thread. Afterwards they have the meaning that they had before; if one came they
-    are ignored, so that a second does not cut the process's end short.
+    After `defer` it is only noted, and generation given up. Outside, the signals have the meaning
+    that they had before; once a run was interrupted they are ignored, so that a second one does not
+    cut the process's end short.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         """Name of the first signal"""
+        self._deferred = False
         self._give_up: Callable[[], object] | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -31,14 +38,30 @@ class Interruption:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        interrupted = self.received is not None or kind is Interrupted  # by another rank's signal
         for number, handler in self._before.items():
-            signal.signal(number, handler if self.received is None else signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN if interrupted else handler)
+
+    def defer(self) -> None:
+        """From here on there is something to save first."""
+        self._deferred = True
+
+    def check(self) -> None:
+        """Raises Interrupted if a signal came."""
+        if self.received is not None:
+            raise Interrupted(self.received)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = signal.Signals(number).name
-            if self._give_up is not None:
+        if self.received is not None:
+            return
+        self.received = signal.Signals(number).name
+        if not self._deferred:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"stopped by {self.received} while it started", file=sys.stderr, flush=True)
+            sys.exit(INTERRUPTED)  # no `except Exception` on the way may take it for a fault
+        if self._give_up is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has just been closed
                 self._give_up()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -48,8 +71,11 @@ class Interruption:
             loop, task = asyncio.get_running_loop(), asyncio.current_task()
             assert task is not None
             self._give_up = lambda: loop.call_soon_threadsafe(task.cancel)
-            if self.received is not None:  # before the line above, or long ago
-                task.cancel()
+            try:
+                self.check()  # it came before the line above, or long ago
+            except Interrupted:
+                work.close()
+                raise
             return await work
 
         try:

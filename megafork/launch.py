@@ -14,12 +14,10 @@ import psutil
 
 from megafork.config import ParallelConfig
 from megafork.errors import UserError
-from megafork.interruption import SIGNALS
+from megafork.interruption import INTERRUPTED, SIGNALS
 
 USER_ERROR = 2
 """Exit status after a UserError, which the rank has told."""
-INTERRUPTED = 75
-"""Exit status of a run that a signal ended and that can go on (EX_TEMPFAIL of sysexits.h)."""
 _LAUNCHER = "MEGAFORK_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1
 
@@ -64,7 +62,7 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str]) -> int:
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
         if -first.exitcode in passed_on:
-            print("stopped by a signal before the first step", file=sys.stderr)
+            print("stopped by a signal", file=sys.stderr)
             return INTERRUPTED
         if first.exitcode not in (USER_ERROR, INTERRUPTED):
             how = f"by signal {-first.exitcode}" if first.exitcode < 0 else f"{first.exitcode}"

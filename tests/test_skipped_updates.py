@@ -119,13 +119,24 @@ def test_the_guard_needs_experience_and_forgets():
     for _ in range(15):
         guard.made(0.1, 1.0)
     assert guard.fault(100.0, 100.0) is None
-    guard.made(-0.2, 2.0)
-    assert guard.fault(0.9, 9.9) is None  # five times 0.2 and 2.0
-    assert "its loss of 1.1 is more" in guard.fault(-1.1, 1.0)
+    guard.made(0.0, 0.0)  # no advantage: it teaches nothing
+    assert guard.fault(100.0, 100.0) is None
+    guard.made(-2.0, 2.0)
+    assert guard.fault(9.9, 9.9) is None  # five times 2.0 and 2.0
+    assert "its loss of 10.1 is more" in guard.fault(-10.1, 1.0)
     assert "its gradient norm of 10.1 is more" in guard.fault(0.1, 10.1)
     for _ in range(64):
-        guard.made(0.1, 1.0)
+        guard.made(0.001, 1.0)
+    assert guard.fault(4.9, 1.0) is None  # a loss is compared with 1 at least
+    assert "its loss" in guard.fault(5.1, 1.0)
     assert "gradient norm" in guard.fault(0.1, 5.1)
+
+
+def test_updates_without_an_advantage_do_not_lock_the_guard():
+    guard = make_guard()
+    for _ in range(100):
+        guard.made(0.0, 0.0)
+    assert guard.fault(0.01, 0.3) is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

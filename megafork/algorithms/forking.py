@@ -144,7 +144,7 @@ def warn_of_ties(kept_fraction: float, wanted_fraction: float, rho: float) -> st
 
     A collapsed policy has many entropies of 0; when they reach the threshold all are kept.
     """
-    if abs(kept_fraction - wanted_fraction) <= 0.1 * rho:
+    if not abs(kept_fraction - wanted_fraction) > 0.1 * rho:  # NaN where nothing was selected
         return None
     return (
         f"forking.rho={rho:g} asks for {wanted_fraction:.1%} of the tokens, but "

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megafork.config import ParallelConfig
-from megafork.errors import Interrupted, PeerError, UserError
+from megafork.errors import OnEveryRank, PeerError, UserError
 from megafork.parallel import backend
 from megafork.parallel.ports import free_port
 from megafork.parallel.whereabouts import Whereabouts
@@ -73,7 +73,7 @@ class Topology:
         """Run `function` on rank 0; its value reaches every rank.
 
         Its exception is raised on rank 0 and ends the others silently, as a PeerError; an
-        Interrupted is raised on all.
+        OnEveryRank is raised on all.
         """
         value: T | None = None
         error: Exception | None = None
@@ -84,7 +84,7 @@ class Topology:
                 error = caught
         theirs: type[Exception] | None = None
         if error is not None:
-            theirs = Interrupted if isinstance(error, Interrupted) else PeerError
+            theirs = type(error) if isinstance(error, OnEveryRank) else PeerError
         value, theirs = self.broadcast_object((value, theirs))
         if error is not None:
             raise error

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from megafork.errors import PeerError, UserError
+from megafork.errors import PeerError
 
-_FAILED = re.compile("timed? ?out|closed by peer|connection reset|communicator was aborted", re.I)
-_GRACE_S = 3.0
+_TIMED_OUT = re.compile("timed? ?out", re.IGNORECASE)
+_BROKEN = re.compile("closed by peer|connection reset|broken pipe|aborted", re.IGNORECASE)
+_GRACE_S = 5.0
 """One rank's failure closes its connections, so the others that wait fail within moments."""
 
 
@@ -38,31 +40,36 @@ class Whereabouts:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """A collective that failed inside becomes a UserError naming the ranks it waited for.
+        """What a collective's time-out inside it means is told once, with the ranks it waited for.
 
-        One rank tells; the others that waited raise a PeerError.
+        Raises PeerError then, on all ranks that waited, and where another rank's end broke a
+        connection: that rank, or what started it, tells.
         """
         try:
             yield
         except RuntimeError as error:
-            if self.world_size == 1 or not _FAILED.search(str(error)):
+            timed_out = _TIMED_OUT.search(str(error))
+            if self.world_size == 1 or not (timed_out or _BROKEN.search(str(error))):
                 raise
-            raise self._verdict(error) from error
+            self._tell(error, timed_out=timed_out is not None)
+            raise PeerError("a collective failed") from error
 
-    def _verdict(self, error: RuntimeError) -> UserError:
+    def _tell(self, error: RuntimeError, *, timed_out: bool) -> None:
         now = time.time()
-        self._store.set(f"waits/{self.rank}", "")
+        self._store.set(f"waits/{self.rank}", "timed out" if timed_out else "broken")
         time.sleep(_GRACE_S)
-        waiting = [r for r in range(self.world_size) if self._store.check([f"waits/{r}"])]
-        if waiting[0] != self.rank or self._store.check(["told"]):
-            return PeerError("another rank tells")
-        self._store.set("told", "")
-        missing = [self._last_seen(r, now) for r in range(self.world_size) if r not in waiting]
-        return UserError(
-            f"in {self._where} a collective failed that ends after parallel.timeout_minutes="
-            f"{self.timeout_minutes:g}. "
-            + ("; ".join(missing) or "Every rank waits for another: is the network whole?")
-            + f"\n  Look at these processes (py-spy dump --pid), or allow more time. {error}"
+        waits = {r: f"waits/{r}" for r in range(self.world_size)}
+        waiting = {r: self._store.get(k) for r, k in waits.items() if self._store.check([k])}
+        if b"timed out" not in waiting.values() or self._store.add("told", 1) > 1:
+            return
+        absent = [self._last_seen(r, now) for r in waits if r not in waiting]
+        print(
+            f"error (rank {self.rank}): in {self._where} a collective was not done within "
+            f"parallel.timeout_minutes={self.timeout_minutes:g}. "
+            + ("; ".join(absent) or "Every rank waits for another: is the network whole?")
+            + f"\n  Look at these processes (py-spy dump --pid), or allow more time. {error}",
+            file=sys.stderr,
+            flush=True,
         )
 
     def _last_seen(self, rank: int, now: float) -> str:

@@ -24,9 +24,11 @@ from megafork.rollout.sampling import (
 
 _ATTEMPTS = 5  # the first one included; waits of 0.5, 1, 2 and 4 s in between
 _LOG_LINES = 8
+_ANSWER_S = 30.0
+"""What the server answers from memory, it answers within this."""
 
 
-class ServerError(RuntimeError):
+class ServerError(Exception):
     """The server answered with an error: its message and the HTTP status."""
 
     def __init__(self, path: str, status: int, message: str) -> None:
@@ -41,7 +43,8 @@ class RolloutClient:
     log_path: the server's log, quoted when the server cannot be reached.
 
     `generate` is idempotent and retried on connection errors; requests that change the server are
-    not. Errors: UserError when the server cannot be reached, ServerError when it says no.
+    not. Errors: UserError when the server cannot be reached or takes longer than timeout_s,
+    ServerError when it says no.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class RolloutClient:
         self.timeout_s = timeout_s
         self.log_path = log_path
         self._headers = {"Authorization": f"Bearer {api_key}"}
+        self._version: int | None = None
+        """Of the weights that this client gave to the server."""
         self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
 
     # ------------------------------------------------------------------ generation
@@ -72,7 +77,13 @@ class RolloutClient:
                     raise self._refused(GENERATE_PATH, response.status, payload)
                 return payload
 
-        return decode_completions(await self._retried(attempt))
+        try:
+            return decode_completions(await self._retried(attempt))
+        except TimeoutError:
+            raise UserError(
+                f"a group of {n} responses took longer than rollout.request_timeout_s="
+                f"{self.timeout_s:g}: raise it or lower rollout.max_response_tokens"
+            ) from None
 
     async def _retried(self, attempt: Callable[[], Awaitable[bytes]]) -> bytes:
         for number in range(_ATTEMPTS):
@@ -82,6 +93,7 @@ class RolloutClient:
                 cause = error
             if number + 1 < _ATTEMPTS:
                 await asyncio.sleep(0.5 * 2**number * random.uniform(0.8, 1.2))
+                await asyncio.to_thread(self._refuse_another_server)
         raise self._unreachable(cause) from cause
 
     def _session(self) -> aiohttp.ClientSession:
@@ -109,13 +121,26 @@ class RolloutClient:
     # -------------------------------------------------------------- administration
 
     def health(self) -> bool:
-        """Whether the server answers to this API key and its engine lives."""
+        """Whether the server answers to this API key, its engine lives and has our weights."""
         try:
             self._request("GET", "/health", timeout_s=5.0)
-            self._request("GET", "/weight_info", timeout_s=5.0)
+            return self._version in (None, self.weight_version())
         except (UserError, ServerError):
             return False
-        return True
+
+    def _refuse_another_server(self) -> None:
+        """One that someone has started again must not answer what was asked of the former."""
+        if self._version is None:
+            return
+        try:
+            version = self.weight_version()
+        except UserError:  # does not answer: the next attempt will tell
+            return
+        if version != self._version:
+            raise UserError(
+                f"the rollout server at {self.url} was started again: it has weights {version}, "
+                f"not {self._version}"
+            )
 
     def pause(self, mode: str = "wait") -> None:
         """Stop scheduling and drop the prefix cache; the weights may then change.
@@ -160,10 +185,11 @@ class RolloutClient:
     def finish_weight_update(self, weight_version: int) -> None:
         """Name the version of the weights that were loaded."""
         self._request("POST", "/update_weight_version", {"new_version": str(weight_version)})
+        self._version = weight_version
 
     def weight_version(self) -> int:
         """Version of the last finished update; 0 before the first."""
-        version = self._request("GET", "/weight_info")["weight_version"]
+        version = self._request("GET", "/weight_info", timeout_s=_ANSWER_S)["weight_version"]
         return 0 if version == "default" else int(version)
 
     def _request(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,11 @@ class Collector:
 
         Given up at any moment, it can be called again: what is in the journal is not lost.
         """
-        before = self.prompts.position, self._signal_rate
+        before = self.prompts.position, self._signal_rate, self.carried
         try:
             return await self._collect(step, policy_version)
         except BaseException:
-            self.prompts.position, self._signal_rate = before
+            self.prompts.position, self._signal_rate, self.carried = before
             raise
 
     async def _collect(self, step: int, policy_version: int) -> RolloutBatch:
@@ -109,7 +109,8 @@ class Collector:
                 "difficulty, a larger rollout.group_size, or rollout.dynamic_sampling=false"
             )
         batch.groups = admitted[:wanted]
-        self.carried = admitted[wanted:] if self.rollout.surplus == "carry" else []
+        surplus = admitted[wanted:] if self.rollout.surplus == "carry" else []
+        self.carried = [group for group in surplus if group.is_finite]
         return batch
 
     def _admissible(self, groups: list[Group], batch: RolloutBatch) -> list[Group]:
@@ -134,36 +135,29 @@ class Collector:
                 "with another rollout.group_size: resume with the run's own data and group size, "
                 "or delete the file to generate the step's groups again"
             )
+        if not group.is_finite:  # the verifier may have been mended meanwhile
+            group = replace(group, samples=[self._judged(prompt, s) for s in group.samples])
         return group
+
+    def _judged(self, prompt: Prompt, sample: Sample) -> Sample:
+        text = self.tokenizer.decode(sample.token_ids)
+        reward, accuracy = self.judge(prompt.text, text, prompt.answer)
+        return replace(sample, reward=reward, accuracy=accuracy)
 
     async def _generate(
         self, prompt: Prompt, policy_version: int, journal: Journal, batch: RolloutBatch
     ) -> Group:
         size = self.rollout.group_size
-        try:
-            completions = await self.client.generate(
-                prompt.ids, size, self.sampling, seed=self._seed(prompt)
-            )
-        except TimeoutError:
-            raise UserError(
-                f"a group of {size} responses took longer than rollout.request_timeout_s="
-                f"{self.rollout.request_timeout_s:g}: raise it or lower rollout.max_response_tokens"
-            ) from None
+        completions = await self.client.generate(
+            prompt.ids, size, self.sampling, seed=self._seed(prompt)
+        )
         started = time.monotonic()
-        samples = []
-        for i, completion in enumerate(completions):
-            text = self.tokenizer.decode(completion.token_ids)
-            reward, accuracy = self.judge(prompt.text, text, prompt.answer)
-            samples.append(
-                Sample(
-                    uid=prompt.index * size + i,
-                    token_ids=completion.token_ids,
-                    logprobs=completion.logprobs,
-                    truncated=completion.truncated,
-                    reward=reward,
-                    accuracy=accuracy,
-                )
+        samples = [
+            self._judged(
+                prompt, Sample(prompt.index * size + i, c.token_ids, c.logprobs, c.truncated)
             )
+            for i, c in enumerate(completions)
+        ]
         batch.reward_seconds += time.monotonic() - started
         group = Group(prompt.index, prompt.ids, policy_version, samples)
         journal.append(group)

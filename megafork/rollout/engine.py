@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
@@ -49,15 +50,21 @@ class RolloutServer:
         self._server = build_server(self.config, self.device, self.log_path)
         self._started = self._background.submit(self._server.start)
 
-    def connect(self) -> RolloutClient:
-        """Wait until the server answers. Raises UserError when it does not come up."""
+    def connect(self, check: Callable[[], None] = lambda: None) -> RolloutClient:
+        """Wait until the server answers. Raises UserError when it does not come up.
+
+        check: called every second; what it raises ends the waiting.
+        """
         rollout = self.config.rollout
         if self._server is None or self._started is None:
             return _connect(rollout)
+        while not self._started.done():
+            check()
+            wait([self._started], timeout=1.0)
         self._started.result()
         return self._server.client(timeout_s=rollout.request_timeout_s)
 
-    def restart(self) -> RolloutClient:
+    def restart(self, check: Callable[[], None] = lambda: None) -> RolloutClient:
         """The client of a new server; of rollout.url's when it answers again.
 
         Raises UserError when none comes up within rollout.startup_timeout_s.
@@ -65,9 +72,10 @@ class RolloutServer:
         if self._server is not None:
             self._server.stop()
             self._start()
-            return self.connect()
+            return self.connect(check)
         deadline = time.monotonic() + self.config.rollout.startup_timeout_s
         while True:
+            check()
             try:
                 return self.connect()
             except UserError:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from megafork.config import TrainConfig
 from megafork.data.prompts import Prompt, PromptStream, read_prompts
 from megafork.data.tokenizer import load_tokenizer
-from megafork.errors import Interrupted
+from megafork.errors import OnEveryRank, ServerDied, UserError
 from megafork.evaluation.heldout import accuracy
 from megafork.interruption import Interruption
 from megafork.logging.metrics import MetricsLog, read_rows
@@ -23,14 +24,15 @@ from megafork.training.step import Skipped
 from megafork.types import Group
 from megafork.weight_sync import agreement
 
+T = TypeVar("T")
 _HEALTH_CHECKS = 3
 
 
 class Front:
     """Waits for the server, reads the prompts, opens the logs.
 
-    What generates raises Interrupted when a signal comes, and UserError or ServerError when the
-    server fails; all of it can be asked for again.
+    What generates raises Interrupted when a signal comes and ServerDied when a new server is
+    needed; all of it can be asked for again.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Front:
         )
         tokenizer = load_tokenizer(config, chat_template=config.data.chat_template)
         prompts = read_prompts(config.data.train, config.data, tokenizer.encode)
-        self.client = server.connect()
+        self.client = server.connect(interruption.check)
         self.collector = Collector(
             client=self.client,
             prompts=PromptStream(prompts, config.data.seed),
@@ -73,14 +75,21 @@ class Front:
             steps_done=steps_done,
         )
         self.batch: RolloutBatch | None = None
+        for path in self._skipped_dir.glob("step_*.jsonl"):  # steps that will be done again
+            if int(path.name[5:11]) > steps_done:
+                path.unlink()
+
+    @property
+    def _skipped_dir(self) -> Path:
+        return self.run_dir / "skipped"
 
     def collect(self, step: int, policy_version: int) -> list[Group]:
-        self.batch = self.interruption.run(self.collector.collect(step, policy_version))
+        self.batch = self._generated(self.collector.collect(step, policy_version))
         return self.batch.groups
 
     def probe(self) -> list[Group]:
         probing = agreement.probe(self.client, self.probe_prompts, self.sampling)
-        return self.interruption.run(probing)
+        return self._generated(probing)
 
     def evaluate(self, step: int) -> float:
         """Held-out accuracy, also written to eval.jsonl."""
@@ -93,37 +102,47 @@ class Front:
             replace(self.sampling, temperature=config.temperature),
             config.samples,
         )
-        value = self.interruption.run(evaluating)
+        value = self._generated(evaluating)
         self.log.evaluation(step, value, len(self.heldout) * config.samples)
         return value
 
     def has_evaluated(self, step: int) -> bool:
         return any(row["step"] == step for row in read_rows(self.run_dir / "eval.jsonl"))
 
-    def server_died(self) -> bool:
-        """After a failure: whether a new server is needed. A signal may have ended it: Interrupted.
+    def _generated(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            return self.interruption.run(work)
+        except OnEveryRank:
+            raise
+        except Exception as error:
+            self.check_server(error)
+            raise
 
-        One that does not answer is as good as dead.
+    def check_server(self, cause: Exception) -> None:
+        """After a failure. Raises ServerDied when a new server is needed.
+
+        One that does not answer is as good as dead. Raises Interrupted when a signal came: it may
+        have ended the server too.
         """
         for _ in range(_HEALTH_CHECKS):
-            if self.interruption.received is not None:
-                raise Interrupted(self.interruption.received)
+            self.interruption.check()
             if self.client.health():
-                return False
+                return
             time.sleep(1.0)
-        return True
+        raise ServerDied(str(cause)) from cause
 
-    def restart_server(self, cause: Exception) -> None:
-        self.log.note(f"warning: the rollout server died and is replaced. {cause}")
-        self.client = self.collector.client = self.server.restart()
+    def replace_server(self, death: ServerDied) -> None:
+        self.log.note(f"warning: the rollout server died and is replaced. {death}")
+        self.client = self.collector.client = self.server.restart(self.interruption.check)
 
-    def save_skipped(self, step: int, skipped: Sequence[Skipped]) -> list[Path]:
-        """The groups of mini-batches without an update, for a look at them."""
+    def keep_skipped(self, step: int, skipped: Sequence[Skipped], *, is_last: bool) -> None:
+        """The groups of mini-batches without an update, for a look at them.
+
+        Raises UserError, when they are kept, if the run `is_last` of all.
+        """
         assert self.batch is not None
-        paths = []
         for part in skipped:
-            path = self.run_dir / "skipped" / f"step_{step:06d}_minibatch_{part.number:03d}.jsonl"
-            path.unlink(missing_ok=True)  # of the step before the run was resumed
+            path = self._skipped_dir / f"step_{step:06d}_minibatch_{part.number:03d}.jsonl"
             members = set(part.table.group_B.tolist())
             with Journal(path) as journal:
                 for group in self.batch.groups:
@@ -133,5 +152,11 @@ class Front:
                 f"warning: step {step}, mini-batch {part.number}: no update, for {part.reason}; "
                 f"its groups are in {path}"
             )
-            paths.append(path)
-        return paths
+        if is_last:
+            raise UserError(
+                f"step {step}: training.max_skipped={self.config.training.max_skipped} updates in "
+                f"a row were skipped, the last for {skipped[-1].reason}. The groups are in "
+                f"{self._skipped_dir}, the weights as they were before: mend the cause (the "
+                "verifier, training.lr, training.spike_factor) and go on with megafork train "
+                f"--resume {self.config.run.dir}"
+            )

@@ -17,14 +17,16 @@ class UpdateRefused(Exception):
 
 
 class UpdateGuard:
-    """Judges updates by those made before: losses and gradient norms of the last 64.
+    """Judges updates by the last 64 that were made and had a gradient.
 
-    A spike is a value more than `training.spike_factor` times the largest of them (as in
-    megatron-core's rerun machine), looked for once there are 16.
+    A spike is a loss or gradient norm of more than `training.spike_factor` times the largest of
+    them (as in megatron-core's rerun machine), looked for once there are 16. Losses are compared
+    with 1 at least: that of advantages of order 1 cancels to anything below it, and only ratios
+    that explode take it far beyond.
     """
 
     def __init__(self, training: TrainingConfig) -> None:
-        self.factor = training.spike_factor
+        self.factor, self.max_skipped = training.spike_factor, training.max_skipped
         self.num_skipped_in_a_row = 0
         self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._grad_norms: deque[float] = deque(maxlen=_WINDOW)
@@ -32,24 +34,29 @@ class UpdateGuard:
     def fault(self, loss: float, grad_norm: float) -> str | None:
         """Why an update must not be made; None where it may."""
         for name, value, before in (
-            ("loss", abs(loss), self._losses),
+            ("loss", abs(loss), [1.0, *self._losses]),
             ("gradient norm", grad_norm, self._grad_norms),
         ):
             if not math.isfinite(value):
                 return f"its {name} is {value}"
-            if self.factor is None or len(before) < _EXPERIENCE:
+            if self.factor is None or len(self._losses) < _EXPERIENCE:
                 continue
             if value > self.factor * max(before):
                 return (
                     f"its {name} of {value:.3g} is more than training.spike_factor={self.factor:g} "
-                    f"times the largest of the last {len(before)} updates, {max(before):.3g}"
+                    f"times {max(before):.3g}, the largest of the last {len(self._losses)} updates"
                 )
         return None
 
+    @property
+    def is_exhausted(self) -> bool:
+        return self.num_skipped_in_a_row >= self.max_skipped
+
     def made(self, loss: float, grad_norm: float) -> None:
-        self._losses.append(abs(loss))
-        self._grad_norms.append(grad_norm)
         self.num_skipped_in_a_row = 0
+        if grad_norm > 0:  # without an advantage an update says nothing of the scale
+            self._losses.append(abs(loss))
+            self._grad_norms.append(grad_norm)
 
     def skipped(self) -> None:
         self.num_skipped_in_a_row += 1

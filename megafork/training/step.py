@@ -46,7 +46,7 @@ class Optimized:
     """What came out of a rollout batch, mini-batch by mini-batch."""
 
     tables: list[TokenTable] = field(default_factory=list)
-    """the mini-batches that could be scored"""
+    """the mini-batches that could be scored and selected from"""
     scores: list[Scores] = field(default_factory=list)
     """of these, with the entropies that were selected by"""
     masks: list[Tensor] = field(default_factory=list)
@@ -66,34 +66,28 @@ def optimize(
     before its own update, for the entropies. A mini-batch that cannot be trained on is skipped.
     """
     done = Optimized()
-    numbers = []
     with clock.measure("score"):
-        for number, table in enumerate(minibatches):
-            scores = _score(policy, table)
-            if isinstance(scores, str):
-                policy.guard.skipped()
-                done.skipped.append(Skipped(number, table, scores))
-            else:
-                numbers.append(number)
-                done.tables.append(table)
-                done.scores.append(scores)
-    current = policy.forking.entropy_of == "current"
-    if not current and done.tables:
+        scored = [_score(policy, table) for table in minibatches]
+    if policy.forking.entropy_of == "old":
         with clock.measure("score"):
-            _select(policy, done, step)
-    for index, table in enumerate(done.tables):
-        if current:
+            _select(policy, minibatches, scored, done, step)
+    index = 0
+    for number, (table, scores) in enumerate(zip(minibatches, scored, strict=True)):
+        fault: str | None = None
+        if isinstance(scores, str):
+            fault = scores
+        elif policy.forking.entropy_of == "current":
             with clock.measure("score"):
-                if index > 0:
-                    _score_again(policy, table, done, index)
-                masks, selection = policy.select([table], [done.scores[index]], step=step)
-                _add(done, masks, selection)
-        with clock.measure("update"):
-            try:
-                done.updates.append(policy.update(table, done.scores[index], done.masks[index]))
-            except UpdateRefused as refusal:
-                policy.guard.skipped()
-                done.skipped.append(Skipped(numbers[index], table, str(refusal)))
+                fault = _select_now(policy, table, scores, done, step, again=number > 0)
+        if fault is None:
+            with clock.measure("update"):
+                fault = _update(policy, done, index)
+            index += 1
+        if fault is not None:
+            policy.guard.skipped()
+            done.skipped.append(Skipped(number, table, fault))
+            if policy.guard.is_exhausted:
+                break
     return done
 
 
@@ -121,20 +115,58 @@ def _score(policy: Policy, table: TokenTable) -> Scores | str:
     return scores
 
 
-def _select(policy: Policy, done: Optimized, step: int) -> None:
+def _select(
+    policy: Policy,
+    minibatches: Sequence[TokenTable],
+    scored: Sequence[Scores | str],
+    done: Optimized,
+    step: int,
+) -> None:
     """One threshold for the whole rollout batch, or each mini-batch by itself."""
-    pairs = list(zip(done.tables, done.scores, strict=True))
-    for scope in [pairs] if policy.forking.scope == "batch" else [[pair] for pair in pairs]:
+    pairs = [
+        (table, scores)
+        for table, scores in zip(minibatches, scored, strict=True)
+        if isinstance(scores, Scores)
+    ]
+    whole = [pairs] if pairs else []
+    for scope in whole if policy.forking.scope == "batch" else [[pair] for pair in pairs]:
         tables, scores = zip(*scope, strict=True)
-        _add(done, *policy.select(tables, scores, step=step))
+        _add(done, tables, scores, *policy.select(tables, scores, step=step))
 
 
-def _score_again(policy: Policy, minibatch: TokenTable, done: Optimized, index: int) -> None:
-    now = policy.score(minibatch)
-    assert torch.equal(now.rows_N, done.scores[index].rows_N), "another packing"
-    done.scores[index] = replace(done.scores[index], entropy_N=now.entropy_N)
+def _select_now(
+    policy: Policy, table: TokenTable, scores: Scores, done: Optimized, step: int, *, again: bool
+) -> str | None:
+    """By the entropies of the policy as it is; those of the first mini-batch are that already."""
+    if again:
+        now = _score(policy, table)
+        if isinstance(now, str):
+            return now
+        assert torch.equal(now.rows_N, scores.rows_N), "another packing"
+        scores = replace(scores, entropy_N=now.entropy_N)
+    _add(done, [table], [scores], *policy.select([table], [scores], step=step))
+    return None
 
 
-def _add(done: Optimized, masks: list[Tensor], selection: Selection | None) -> None:
+def _update(policy: Policy, done: Optimized, index: int) -> str | None:
+    """The update on the index-th of the selected mini-batches; says why there was none."""
+    try:
+        done.updates.append(
+            policy.update(done.tables[index], done.scores[index], done.masks[index])
+        )
+    except UpdateRefused as refusal:
+        return str(refusal)
+    return None
+
+
+def _add(
+    done: Optimized,
+    tables: Sequence[TokenTable],
+    scores: Sequence[Scores],
+    masks: Sequence[Tensor],
+    selection: Selection | None,
+) -> None:
+    done.tables += tables
+    done.scores += scores
     done.masks += masks
     done.selections += [selection] if selection is not None else []

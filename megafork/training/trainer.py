@@ -7,29 +7,28 @@ from then on every rank computes from the same token table.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from megafork.algorithms.advantages import group_relative_advantages
 from megafork.algorithms.forking import warn_of_ties
 from megafork.checkpoint.hf_export import export_hf
 from megafork.checkpoint.store import CheckpointStore
 from megafork.config import TrainConfig
-from megafork.errors import Interrupted, UserError
+from megafork.errors import Interrupted, ServerDied, UserError
 from megafork.interruption import Interruption
 from megafork.logging.figure import draw_curves
 from megafork.logging.metrics import read_rows
 from megafork.parallel.topology import Topology, initialize, shutdown
-from megafork.rollout.client import ServerError
 from megafork.rollout.engine import RolloutServer, host_of
 from megafork.training import telemetry
 from megafork.training.front import Front
 from megafork.training.policy import Policy
 from megafork.training.run_dir import make_run_dir, reopen_run_dir
-from megafork.training.step import Clock, Skipped, optimize
+from megafork.training.step import Clock, optimize
 from megafork.types import Group, TokenTable, token_table
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
@@ -71,13 +70,13 @@ class Trainer:
 
         Raises Interrupted after a signal, when the checkpoint is written.
         """
-        with self.interruption:
-            try:
-                self._steps()
-            except Interrupted:
-                raise Interrupted(self._leave()) from None
-            self.store.finish()
-            self._export()
+        self.interruption.defer()
+        try:
+            self._steps()
+        except Interrupted:
+            raise Interrupted(self._leave()) from None
+        self.store.finish()
+        self._export()
 
     def _steps(self) -> None:
         last = self.config.training.steps
@@ -110,7 +109,6 @@ class Trainer:
 
     def _leave(self) -> str:
         """Save what was learnt since the last checkpoint; says what to do next."""
-        self.topology.whereabouts.enter(f"the checkpoint of step {self.steps_done}")
         if self._saved_step != self.steps_done:
             self._save(self.steps_done)
         self.store.finish()
@@ -121,6 +119,7 @@ class Trainer:
         )
 
     def _save(self, step: int) -> None:
+        self.topology.whereabouts.enter(f"checkpoint of step {step}")
         state = None
         if self.front is not None:
             state = {
@@ -134,6 +133,7 @@ class Trainer:
         self._saved_step = step
 
     def _export(self) -> None:
+        self.topology.whereabouts.enter("the export of the last policy")
         run_dir = Path(self.config.run.dir)
         target = run_dir / "checkpoints" / "final"
         source, tokenizer = self.config.model.path, self.config.tokenizer.path
@@ -163,7 +163,9 @@ class Trainer:
         )
         table = table.with_columns(advantage_B=advantages)
         done = optimize(policy, self._minibatches(table, step), step=step, clock=clock)
-        self._tell_skipped(step, done.skipped)
+        if done.skipped:
+            is_last = policy.guard.is_exhausted
+            self._on_front(lambda front: front.keep_skipped(step, done.skipped, is_last=is_last))
         with clock.measure("sync"):
             every = config.sync.check_every
             self._push(check=bool(every) and step % every == 0)
@@ -204,21 +206,6 @@ class Trainer:
             )
         return minibatches
 
-    def _tell_skipped(self, step: int, skipped: list[Skipped]) -> None:
-        """Keep what was skipped. Raises UserError where too many were in a row."""
-        if not skipped:
-            return
-        paths = self._on_front(lambda front: front.save_skipped(step, skipped))
-        in_a_row, limit = self.policy.guard.num_skipped_in_a_row, self.config.training.max_skipped
-        if in_a_row >= limit:
-            raise UserError(
-                f"step {step}: {in_a_row} updates in a row were skipped (training.max_skipped="
-                f"{limit}), the last for {skipped[-1].reason}. Its groups are in {paths[-1]}. The "
-                "weights are as they were before: mend the cause (the verifier, training.lr, "
-                "training.spike_factor) and go on with megafork train --resume "
-                f"{self.config.run.dir}"
-            )
-
     def _log(self, step: int, metrics: dict[str, float], clock: Clock) -> None:
         if self.front is None or self.front.batch is None:
             return
@@ -257,25 +244,34 @@ class Trainer:
 
         Where the server died, a new one gets the weights, and the work is done again.
         """
-        died_of: Exception | None = None
-        for attempt in itertools.count():
+        death: ServerDied | None = None
+        for _ in range(1 + self.config.rollout.max_restarts):
             try:
-                if died_of is not None:
-                    self._replace_server(died_of)
+                if death is not None:
+                    self._replace_server(death)
                 if self.sync.version != self.policy_version:
-                    self.sync.push(self.policy_version)
+                    self._sync()
                 return work()
-            except (UserError, ServerError) as error:
-                if attempt == self.config.rollout.max_restarts:
-                    raise
-                if not self._on_front(lambda front: front.server_died()):
-                    raise
-                died_of = error
-        raise AssertionError("unreachable")
+            except ServerDied as error:
+                death = error
+        return self._on_front(partial(_give_up, death))
 
-    def _replace_server(self, cause: Exception) -> None:
-        self._on_front(lambda front: front.restart_server(cause))
-        self.sync.connect(self.front.client if self.front is not None else None)
+    def _replace_server(self, death: ServerDied) -> None:
+        self._on_front(lambda front: front.replace_server(death))
+        client = self.front.client if self.front is not None else None
+        self._checked(lambda: self.sync.connect(client))
+
+    def _sync(self) -> None:
+        self._checked(lambda: self.sync.push(self.policy_version))
+
+    def _checked(self, transfer: Callable[[], None]) -> None:
+        """A transfer whose failure, which all ranks see, may be the server's death."""
+        try:
+            transfer()
+        except UserError as error:
+            cause = error
+            self._on_front(lambda front: front.check_server(cause))
+            raise
 
     def _evaluation_is_due(self, step: int) -> bool:
         every, last = self.config.eval.every, self.config.training.steps
@@ -304,13 +300,22 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
     none; groups that the journal holds are not generated again. Raises Interrupted when a signal
     ended it early.
     """
-    topology = initialize(config.parallel, seed=config.training.seed)
-    with topology.whereabouts.told():
-        _train(config, topology, resume)
+    with Interruption() as interruption:
+        topology = initialize(config.parallel, seed=config.training.seed)
+        _train(config, topology, interruption, resume)
     shutdown()
 
 
-def _train(config: TrainConfig, topology: Topology, resume: bool) -> None:
+def _give_up(death: ServerDied | None, front: Front) -> NoReturn:
+    raise UserError(
+        f"the rollout server died, and rollout.max_restarts={front.config.rollout.max_restarts} "
+        f"new ones did not do: {death}"
+    )
+
+
+def _train(
+    config: TrainConfig, topology: Topology, interruption: Interruption, resume: bool
+) -> None:
     run_dir = Path(config.run.dir)
     topology.on_rank_zero(lambda: (reopen_run_dir if resume else make_run_dir)(config, run_dir))
     store = CheckpointStore(
@@ -320,12 +325,12 @@ def _train(config: TrainConfig, topology: Topology, resume: bool) -> None:
         model=Path(config.model.path),
         tokenizer=config.tokenizer.path,
     )
-    interruption = Interruption()
     with contextlib.ExitStack() as stack:
         server = None
         if topology.rank == 0:  # it loads while the policy does
             device = topology.device.type
             server = stack.enter_context(RolloutServer(config, device, run_dir / "vllm.log"))
+        stack.enter_context(topology.whereabouts.told())  # at once: a server's end takes time
         topology.whereabouts.enter("the loading of the model")
         policy = Policy(
             config.model,

@@ -97,10 +97,13 @@ class WeightSync:
             self.sender.connect()
             return
         # A daemon: when the server refuses, nobody waits for workers that never join.
-        connecting = threading.Thread(target=self.sender.connect, daemon=True)
+        failures: list[TransferError] = []
+        connecting = threading.Thread(target=_connect, args=(self.sender, failures), daemon=True)
         connecting.start()
         self.client.init_transfer(self.addresses, self.num_workers, self.timeout_s)
         connecting.join()
+        if failures:
+            raise failures[0]
 
     def _pause(self) -> None:
         if self.client is not None:
@@ -151,6 +154,13 @@ class WeightSync:
                 ) from failure
 
         self.topology.on_rank_zero(report)
+
+
+def _connect(sender: WeightSender, failures: list[TransferError]) -> None:
+    try:
+        sender.connect()
+    except TransferError as error:
+        failures.append(error)
 
 
 def _take(shards: Iterator[tuple[str, Tensor]], names: list[str]) -> Iterator[tuple[str, Tensor]]:
