@@ -59,6 +59,7 @@ def start_against(url, key, run_dir):
     )
 
 
+@pytest.mark.slow
 def test_train_against_a_server_that_runs_already_and_dies_and_comes_back(tmp_path):
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -109,6 +110,7 @@ def test_a_reward_that_is_no_number_costs_one_update(tmp_path):
     assert sum(not group.is_finite for group in groups) == 1
 
 
+@pytest.mark.slow
 def test_nothing_but_such_rewards_ends_the_run(tmp_path):
     arguments = ["parallel.tp=2", "training.max_skipped=4"]
     verifier = "reward.verifier=tests.test_faults:always_fails"
@@ -180,6 +182,7 @@ def test_nothing_outlives_a_killed_launcher(tmp_path, start_run):
     assert left_over(tmp_path, seconds=20) == []
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_is_replaced_and_nothing_is_generated_twice(tmp_path, start_run):
     run = start_run("training.steps=3", "sync.check_every=1", "sync.check_prompts=4")
     before = (tmp_path / "run" / "rollouts" / "step_000002.jsonl").read_bytes()

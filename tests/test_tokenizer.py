@@ -358,6 +358,7 @@ def test_score_names_a_tokenizer_that_is_not_there(tmp_path):
     assert done.stderr.startswith("error: tokenizer.path=none.model does not exist: give")
 
 
+@pytest.mark.slow
 def test_a_run_with_a_model_file(files, tmp_path):
     """The quickstart's characters from a .model: puzzles are read, solved and judged as before."""
     arguments = ["parallel.tp=1", "training.steps=1", f"tokenizer.path={files['twin']}"]

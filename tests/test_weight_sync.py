@@ -148,6 +148,7 @@ def push_to_a_server_that_dies(dying, process_group, other, folder, layout):
     return caught.type, str(caught.value), found.max_difference
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_of_a_push_and_another_that_takes_it(tmp_path):
     served = reference.save_model(tmp_path / "served", tied=True, seed=1)
     trained = reference.save_model(tmp_path / "trained", tied=True, seed=2)
