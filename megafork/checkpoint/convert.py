@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megafork.checkpoint.files import files_of, rename_synced, sync, torch_save_raises_os_error
+from megafork.checkpoint.files import files_of, rename_synced, torch_save_raises_os_error
 from megafork.checkpoint.hf import HF, copy_side_files
 from megafork.checkpoint.hf_stream import StreamingSafetensors, TensorInfo
 from megafork.checkpoint.layout import Block, blocks, extra_states, key_of, whole_model_rules
 from megafork.checkpoint.progress import progress
 from megafork.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from megafork.config import ModelConfig, ParallelConfig
+from megafork.disk import sync
 from megafork.errors import UserError
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.shape import ModelShape, padded_vocab_size, read_json

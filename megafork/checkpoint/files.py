@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from megafork.disk import sync
+
 _BLOCK = 1 << 24
 
 
@@ -27,15 +29,6 @@ def checksum(path: Path) -> tuple[int, int]:
 def files_of(folder: Path) -> list[Path]:
     """All files below `folder`, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_and_sync(path: Path, content: bytes) -> None:

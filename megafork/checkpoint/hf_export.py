@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megafork.checkpoint.files import files_of, rename_synced, sync
+from megafork.checkpoint.files import files_of, rename_synced
 from megafork.checkpoint.hf import SafetensorsWriter, copy_side_files, write_index
+from megafork.disk import sync
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
 from megafork.parallel.topology import Topology

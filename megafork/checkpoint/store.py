@@ -25,10 +25,11 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megafork.checkpoint import sharded
-from megafork.checkpoint.files import checksum, files_of, rename_synced, sync, write_and_sync
+from megafork.checkpoint.files import checksum, files_of, rename_synced, write_and_sync
 from megafork.checkpoint.hf import HF, copy_side_files
 from megafork.checkpoint.writer import Writer, take_checksums
 from megafork.config import CheckpointConfig
+from megafork.disk import sync
 from megafork.errors import PeerError, UserError
 from megafork.model.weights import Stage
 from megafork.parallel.topology import Topology

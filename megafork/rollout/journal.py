@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
+from megafork.disk import sync
 from megafork.errors import UserError
 from megafork.types import Group, Sample
 
@@ -32,7 +33,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _cut_torn_line(self.path)
         self._file = self.path.open("ab")
-        _sync_folder(self.path.parent)  # the file's name must survive too
+        sync(self.path.parent)  # the file's name must survive too
 
     def append(self, group: Group) -> None:
         """Write one finished group and wait for the disk."""
@@ -102,11 +103,3 @@ def _cut_torn_line(path: Path) -> None:
                 break
             end = start
         file.truncate(end)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
