@@ -28,7 +28,7 @@ _ANSWER_S = 30.0
 """What the server answers from memory, it answers within this."""
 
 
-class ServerError(Exception):
+class ServerError(UserError):
     """The server answered with an error: its message and the HTTP status."""
 
     def __init__(self, path: str, status: int, message: str) -> None:
@@ -125,7 +125,7 @@ class RolloutClient:
         try:
             self._request("GET", "/health", timeout_s=5.0)
             return self._version in (None, self.weight_version())
-        except (UserError, ServerError):
+        except UserError:
             return False
 
     def _refuse_another_server(self) -> None:

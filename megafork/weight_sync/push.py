@@ -17,7 +17,7 @@ from megafork.config import SyncConfig
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
 from megafork.parallel.topology import Topology
-from megafork.rollout.client import RolloutClient, ServerError
+from megafork.rollout.client import RolloutClient
 from megafork.weight_sync.transports import (
     TransferError,
     WeightSender,
@@ -144,7 +144,7 @@ class WeightSync:
         failure: Exception | None = None
         try:
             work()
-        except (ServerError, TransferError, UserError) as error:
+        except (TransferError, UserError) as error:
             failure = error
 
         def report() -> None:
