@@ -19,7 +19,13 @@ from megafork.interruption import INTERRUPTED, Interruption
 from tests.commands import ROOT, environment, left_over, lines, small_run
 from tests.test_resume import comparable, journalled, replayed_in_one_go, resume
 
-SETTINGS = ("training.steps=3", "checkpoint.every=0", "eval.prompts=8", "sync.check_prompts=2")
+STEPS = 6  # more than a loaded machine gets through before the signal is sent
+SETTINGS = (
+    f"training.steps={STEPS}",
+    "checkpoint.every=0",
+    "eval.prompts=8",
+    "sync.check_prompts=2",
+)
 
 
 def start(run_dir, *overrides):
@@ -41,6 +47,14 @@ def wait_for(process, path, whole_lines=0):
         time.sleep(0.01)
 
 
+def last_step(told):
+    """1 as a rule: on a loaded machine the generation may be over before the signal is sent."""
+    pattern = r"stopped by (SIGTERM|SIGUSR1|a signal) after step (\d), which is saved"
+    said = re.search(pattern, told)
+    assert said is not None, told
+    return int(said[2])
+
+
 @pytest.mark.slow
 def test_a_signal_saves_and_the_run_goes_on(tmp_path):
     """While it generates its second step."""
@@ -48,23 +62,24 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path):
     process = start(run_dir, "parallel.tp=2")
     wait_for(process, run_dir / "rollouts" / "step_000002.jsonl", 1)
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGUSR1)  # the second says nothing new
+    process.send_signal(signal.SIGUSR1)  # the second says nothing new (Python may handle it first)
     assert process.wait(60) == INTERRUPTED == 75
     assert left_over(run_dir) == []
     told = (tmp_path / "stderr").read_text()
-    assert "stopped by SIGTERM after step 1, which is saved" in told
+    saved = last_step(told)
     assert f"megafork train --resume {run_dir}" in told
     assert "Traceback" not in told and "error" not in told
-    assert (run_dir / "checkpoints" / "step_000001" / "manifest.json").exists()
-    assert [row["step"] for row in lines(run_dir / "metrics.jsonl")] == [1]
+    assert (run_dir / "checkpoints" / f"step_{saved:06d}" / "manifest.json").exists()
+    done = list(range(1, saved + 1))
+    assert [row["step"] for row in lines(run_dir / "metrics.jsonl")] == done
     before = journalled(run_dir)
     resume(run_dir)
     for name, content in before.items():
         assert (run_dir / "rollouts" / name).read_bytes().startswith(content)
-    assert [row["step"] for row in lines(run_dir / "eval.jsonl")] == [0, 3]
+    assert [row["step"] for row in lines(run_dir / "eval.jsonl")] == [0, STEPS]
     rows, weights = comparable(run_dir)
     other_rows, other_weights = replayed_in_one_go(run_dir, tmp_path / "replayed")
-    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert rows == other_rows
     assert weights == other_weights
 
@@ -79,7 +94,7 @@ def test_a_signal_to_every_process_at_once(tmp_path):
     assert process.wait(60) == INTERRUPTED
     assert left_over(run_dir) == []
     told = (tmp_path / "stderr").read_text()
-    assert "stopped by SIGUSR1 after step 1, which is saved" in told
+    assert last_step(told) >= 1
     assert "Traceback" not in told and "error" not in told
 
 
