@@ -7,7 +7,7 @@
 The forking mask says which tokens carry a gradient; it changes no denominator and no ratio. For
 ppo and cispo the other tokens have no term (arXiv 2506.01939, eq. 5). For gspo they have none
 either, but the sequence's ratio stays that of the whole response, selected or not: the loss is that
-of GSPO-token (eq. 13 there), whose gradient sums s_i A grad log pi over the tokens.
+of GSPO-token (section 4.3 there), whose gradient sums s_i A grad log pi over the tokens.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def clipped_surrogate(
 ) -> Tensor:
     """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and where A < 0 no less than clip_dual A.
 
-    The dual clip is that of arXiv 1912.09729, eq. 5.
+    The dual clip is that of arXiv 1912.09729.
     """
     unclipped_T = ratio_T * advantages_T
     clipped_T = ratio_T.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages_T
@@ -195,7 +195,7 @@ def clipped_weight_surrogate(
 ) -> Tensor:
     """CISPO: the clipped ratio is a constant, so a clipped token keeps its gradient.
 
-    arXiv 2506.13585, eq. 4 and 5, which sets no lower bound: clip_low = 1.
+    arXiv 2506.13585, which sets no lower bound: clip_low = 1.
     """
     weight_T = ratio_T.detach().clamp(1.0 - clip_low, 1.0 + clip_high)
     return weight_T * advantages_T * logprobs_T
@@ -215,8 +215,8 @@ def sequence_ratio(
 ) -> Tensor:
     """GSPO-token's ratio: in value the sequence's s_i = exp(1/|y_i| sum of the log-ratios).
 
-    s_i is a constant times pi_theta / sg[pi_theta] of the token (arXiv 2507.18071, eq. 14), so the
-    gradient stays with the tokens that are selected and none goes through the sum over cp_group.
+    s_i is a constant times pi_theta / sg[pi_theta] of the token (arXiv 2507.18071, section 4.3), so
+    the gradient stays with the selected tokens and none goes through the sum over cp_group.
     """
     sums_B = sums_of_sequences(
         logprobs_N - rows.old_logprobs_N, rows.sequence_N, num_sequences, cp_group
