@@ -144,16 +144,62 @@ class RewardConfig(Section):
         description="import path MODULE:FUNCTION of (prompt, response, answer) -> reward in 0..1"
     )
     accuracy_at: float = Field(1.0, description="a response is right when its reward reaches this")
+    overlong_buffer_tokens: Positive | None = Field(
+        None,
+        description="soft overlong punishment: the reward falls over the last this many tokens "
+        "before rollout.max_response_tokens; unset: off",
+    )
+    overlong_penalty: PositiveFloat = Field(
+        1.0, description="what the reward has lost at rollout.max_response_tokens"
+    )
 
 
 class AlgorithmConfig(Section):
-    clip_low: Fraction = Field(0.2, description="epsilon below 1 of the clipped ratio")
-    clip_high: PositiveFloat = Field(0.28, description="epsilon above 1 (DAPO's clip-higher)")
+    objective: Literal["ppo", "gspo", "cispo"] = Field(
+        "ppo",
+        description="what is clipped: each token's ratio (GRPO, DAPO); its sequence's (gspo); the "
+        "token's as a constant factor of its log-probability (cispo)",
+    )
+    clip_low: Fraction = Field(
+        0.2, description="epsilon below 1 of the clipped ratio (gspo: about 3e-4; 1 is no bound)"
+    )
+    clip_high: PositiveFloat = Field(
+        0.28, description="epsilon above 1, DAPO's clip-higher (gspo: about 4e-4)"
+    )
+    clip_dual: Annotated[float, Field(gt=1.0)] | None = Field(
+        None, description="bound of the ratio where the advantage is negative; unset: none"
+    )
+    denominator: Literal["tokens", "sequence_tokens", "max_response_tokens"] = Field(
+        "tokens",
+        description="what the sum over tokens is divided by: the mini-batch's tokens (DAPO); each "
+        "sequence's own, then the number of sequences (GRPO, GSPO); rollout.max_response_tokens "
+        "times the number of sequences (Dr. GRPO)",
+    )
     normalize_advantage: bool = Field(
         True, description="divide the centred rewards of a group by their standard deviation"
     )
     overlong_filtering: bool = Field(
         True, description="responses cut at max_response_tokens take no part in the loss"
+    )
+
+
+class MismatchConfig(Section):
+    correction: Literal["none", "truncate", "mask"] = Field(
+        "none",
+        description="factor of a token's loss for pi_old / pi_engine: 1; the ratio, at most "
+        "max_weight; the ratio, or 0 outside min_weight .. max_weight",
+    )
+    level: Literal["token", "sequence"] = Field(
+        "token", description="whose ratio: the token's, or its whole response's (the product)"
+    )
+    max_weight: Annotated[float, Field(ge=1.0)] = Field(
+        2.0, description="the largest ratio that is used as it is"
+    )
+    min_weight: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, description="the smallest ratio that is not masked; unset: 1 / max_weight"
+    )
+    large_difference: PositiveFloat = Field(
+        0.1, description="nats; mismatch/large_fraction counts the tokens that differ by more"
     )
 
 
@@ -257,6 +303,7 @@ class TrainConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    mismatch: MismatchConfig = MismatchConfig()
     forking: ForkingConfig = ForkingConfig()
     training: TrainingConfig
     sync: SyncConfig = SyncConfig()
@@ -282,6 +329,7 @@ class TrainConfig(Section):
                 "forking.entropy_of=current has entropies of later mini-batches only after it: use "
                 "scope=minibatch or entropy_of=old"
             )
+        self._check_objective()
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         on_one_rank = self.parallel.tokens_on_one_rank(longest)
         if on_one_rank > self.training.micro_batch_tokens:
@@ -290,6 +338,27 @@ class TrainConfig(Section):
                 f"sequence of data.max_prompt_tokens + rollout.max_response_tokens = {longest} "
                 f"tokens on parallel.cp={self.parallel.cp} ranks: raise it to at least "
                 f"{on_one_rank}"
+            )
+
+    def _check_objective(self) -> None:
+        algorithm, mismatch = self.algorithm, self.mismatch
+        if algorithm.objective == "cispo" and algorithm.clip_dual is not None:
+            raise UserError(
+                f"algorithm.clip_dual={algorithm.clip_dual:g} has no meaning for "
+                "algorithm.objective=cispo, whose ratio algorithm.clip_high bounds at either sign "
+                "of the advantage: leave it unset"
+            )
+        if mismatch.min_weight is not None and mismatch.correction != "mask":
+            raise UserError(
+                f"mismatch.min_weight={mismatch.min_weight:g} is the lower end of "
+                f"mismatch.correction=mask, but mismatch.correction={mismatch.correction}: leave "
+                "it unset or set correction=mask"
+            )
+        buffer, longest = self.reward.overlong_buffer_tokens, self.rollout.max_response_tokens
+        if buffer is not None and buffer > longest:
+            raise UserError(
+                f"reward.overlong_buffer_tokens={buffer} is more than "
+                f"rollout.max_response_tokens={longest}: set it to {longest} or less"
             )
 
 

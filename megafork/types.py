@@ -91,6 +91,16 @@ class TokenTable:
         return int(self.loss_mask_R.sum())
 
     @property
+    def num_loss_tokens_B(self) -> Tensor:
+        """int64 [B]: each sample's tokens of the loss mask, over all ranks."""
+        return torch.bincount(self.sample_R[self.loss_mask_R], minlength=self.num_samples)
+
+    @property
+    def num_loss_sequences(self) -> int:
+        """Samples with a token in the loss mask, over all ranks."""
+        return int((self.num_loss_tokens_B > 0).sum())
+
+    @property
     def response_lengths_B(self) -> Tensor:
         return self.offsets.diff()
 

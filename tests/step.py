@@ -14,6 +14,7 @@ from megafork.algorithms.advantages import group_relative_advantages
 from megafork.config import (
     AlgorithmConfig,
     ForkingConfig,
+    MismatchConfig,
     ModelConfig,
     ParallelConfig,
     TrainingConfig,
@@ -26,6 +27,7 @@ from tests import reference
 from tests.ranks import run_ranks
 
 RHO, CLIP_LOW, CLIP_HIGH = 0.2, 0.2, 0.28
+MAX_RESPONSE_TOKENS = 14  # responses have 1 to 11
 
 
 def make_table(seed=5):
@@ -39,7 +41,17 @@ def perturbation(rows):
     return 0.4 * torch.sin(rows.float() * 1.7)
 
 
-def make_policy(folder, layout, *, dtype="float32", forking=None, model=None, **training):
+def make_policy(
+    folder,
+    layout,
+    *,
+    dtype="float32",
+    model=None,
+    forking=None,
+    algorithm=None,
+    mismatch=None,
+    **training,
+):
     parallel = ParallelConfig(**layout)
     settings = {"steps": 1, "micro_batch_tokens": 64, "warmup_steps": 0} | training
     return Policy(
@@ -47,8 +59,12 @@ def make_policy(folder, layout, *, dtype="float32", forking=None, model=None, **
         parallel,
         initialize(parallel),
         training=TrainingConfig(**settings),
-        algorithm=AlgorithmConfig(clip_low=CLIP_LOW, clip_high=CLIP_HIGH),
+        algorithm=AlgorithmConfig(
+            **({"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH} | (algorithm or {}))
+        ),
         forking=ForkingConfig(**({"rho": RHO} | (forking or {}))),
+        mismatch=MismatchConfig(**(mismatch or {})),
+        max_response_tokens=MAX_RESPONSE_TOKENS,
         temperature=1.0,
     )
 

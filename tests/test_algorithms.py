@@ -1,4 +1,4 @@
-"""Losses, advantages and selection against values worked out by hand."""
+"""Advantages and selection against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -9,57 +9,7 @@ import torch
 
 from megafork.algorithms.advantages import group_relative_advantages
 from megafork.algorithms.forking import random_scores, select_tokens, warn_of_ties
-from megafork.algorithms.losses import clip_counts, clipped_policy_loss, k3_divergence
 from megafork.config import ForkingConfig
-
-CLIP = {"clip_low": 0.2, "clip_high": 0.28}
-
-
-def test_clipped_policy_loss_by_hand():
-    """Five tokens: inside the range, clipped above, clipped below, not clipped (the minimum takes
-    the worse side), not selected; 10 tokens in the denominator."""
-    ratio = torch.tensor([1.1, 1.5, 0.5, 0.5, 3.0])
-    advantage = torch.tensor([1.0, 2.0, -1.0, 1.0, 9.0])
-    mask = torch.tensor([True, True, True, True, False])
-    logprobs = ratio.log().requires_grad_()
-    loss = clipped_policy_loss(logprobs, torch.zeros(5), advantage, mask, num_tokens=10, **CLIP)
-    # 1.1 * 1 + 1.28 * 2 + 0.8 * -1 + 0.5 * 1 = 3.36
-    assert loss.item() == pytest.approx(-0.336, abs=1e-6)
-    loss.backward()
-    # -A r / 10 where the unclipped side is the minimum, else 0
-    assert logprobs.grad.tolist() == pytest.approx([-0.11, 0.0, 0.0, -0.05, 0.0], abs=1e-6)
-    low, high = clip_counts(ratio, advantage, mask, **CLIP)
-    assert (int(low), int(high)) == (1, 1)
-
-
-def test_losses_of_micro_batches_add_up():
-    torch.manual_seed(0)
-    logprobs, old, advantages = torch.randn(3, 40)
-    mask = torch.rand(40) < 0.3
-    whole = clipped_policy_loss(logprobs, old, advantages, mask, num_tokens=40, **CLIP)
-    parts = [
-        clipped_policy_loss(logprobs[s], old[s], advantages[s], mask[s], num_tokens=40, **CLIP)
-        for s in (slice(0, 7), slice(7, 7), slice(7, 40))
-    ]
-    assert sum(parts).item() == pytest.approx(whole.item(), abs=1e-6)
-
-
-def test_an_empty_mask_gives_a_connected_zero():
-    logprobs = torch.randn(4, requires_grad=True)
-    loss = clipped_policy_loss(
-        logprobs, torch.zeros(4), torch.ones(4), torch.zeros(4).bool(), num_tokens=4, **CLIP
-    )
-    loss.backward()
-    assert loss.item() == 0.0
-    assert (logprobs.grad == 0).all()
-
-
-def test_an_unselected_token_cannot_spoil_the_gradient():
-    logprobs = torch.tensor([0.0, 200.0, -torch.inf], requires_grad=True)
-    old = torch.tensor([0.0, 0.0, -torch.inf])
-    mask = torch.tensor([True, False, False])
-    clipped_policy_loss(logprobs, old, torch.ones(3), mask, num_tokens=2, **CLIP).backward()
-    assert logprobs.grad.tolist() == [-0.5, 0.0, 0.0]
 
 
 def test_ties_that_keep_too_much_are_told():
@@ -67,12 +17,6 @@ def test_ties_that_keep_too_much_are_told():
     assert "asks for 20.0% of the tokens, but 85.0% were kept" in warn_of_ties(0.85, 0.2, rho=0.2)
     assert warn_of_ties(0.8, 0.8, rho=0.2) is None
     assert warn_of_ties(0.7, 0.8, rho=0.2) is not None
-
-
-def test_k3_by_hand():
-    ours, theirs = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0])
-    # r = e^-1: r - 1 - log r = e^-1 - 1 + 1
-    assert k3_divergence(ours, theirs).tolist() == pytest.approx([0.0, math.exp(-1)], abs=1e-6)
 
 
 def test_advantages_by_hand():

@@ -46,7 +46,7 @@ def server(tmp_path_factory):
         yield running
 
 
-def make_collector(server, folder, verifier, **rollout):
+def make_collector(server, folder, verifier, reward=None, **rollout):
     data = DataConfig(train=str(QUICKSTART / "data" / "train.jsonl"))
     tokenizer = HfTokenizer(QUICKSTART / "model")
     settings = {"prompts_per_step": 12, "group_size": 4, "max_response_tokens": 32} | rollout
@@ -55,7 +55,7 @@ def make_collector(server, folder, verifier, **rollout):
         client=server.client(timeout_s=config.request_timeout_s),
         prompts=PromptStream(read_prompts(data.train, data, tokenizer.encode), seed=0),
         tokenizer=tokenizer,
-        judge=Judge(RewardConfig(verifier=f"{VERIFIERS}:{verifier}")),
+        judge=Judge(RewardConfig(verifier=f"{VERIFIERS}:{verifier}", **(reward or {}))),
         rollout=config,
         sampling=Sampling(max_tokens=32, stop_token_ids=(1,)),
         journal_dir=folder,
@@ -110,6 +110,24 @@ def test_without_dynamic_sampling_every_group_is_used(server, tmp_path):
     batch = collect(collector, step=1, policy_version=1)
     assert indices(batch.groups) == list(range(12))
     assert batch.num_dropped == 0
+
+
+def test_long_responses_lose_reward_but_stay_right(server, tmp_path):
+    """What was journalled is replayed as it was, whatever the setting is by then."""
+    shaping = {"overlong_buffer_tokens": 30, "overlong_penalty": 0.5}
+    collector = make_collector(server, tmp_path, "by_spelling", shaping)
+    batch = collect(collector, step=1, policy_version=1)
+    samples = [sample for group in batch.generated for sample in group.samples]
+    for sample in samples:
+        verdict = by_spelling("", collector.tokenizer.decode(sample.token_ids), "")
+        lost = 0.5 * max(0, len(sample.token_ids) - 2) / 30
+        assert sample.accuracy == verdict
+        assert sample.reward == pytest.approx(verdict - lost)
+    assert len({sample.reward for sample in samples}) > 2
+    assert all(group.has_signal for group in batch.groups)
+    again = collect(make_collector(server, tmp_path, "by_spelling"), step=1, policy_version=1)
+    assert again.num_replayed == len(batch.generated)
+    assert again.groups == batch.groups
 
 
 def test_prompts_without_signal_end_in_a_message(server, tmp_path):

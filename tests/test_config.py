@@ -86,6 +86,15 @@ def test_every_key_is_described():
             "training.prompts_per_minibatch=48 must divide rollout.prompts_per_step=512",
         ),
         ("training.micro_batch_tokens=100", "raise it to at least 21504"),
+        ("algorithm.objective=gpso", "algorithm.objective='gpso'"),
+        ("algorithm.clip_dual=1.0", "algorithm.clip_dual=1.0"),
+        ("algorithm.denominator=sequences", "algorithm.denominator='sequences'"),
+        ("mismatch.max_weight=0.5", "mismatch.max_weight=0.5"),
+        (
+            "mismatch.min_weight=0.5",
+            "mismatch.min_weight=0.5 is the lower end of mismatch.correction=mask, but "
+            "mismatch.correction=none: leave it unset or set correction=mask",
+        ),
     ],
 )
 def test_mistakes_are_named(override, message):
@@ -99,6 +108,11 @@ def test_a_batch_threshold_cannot_wait_for_current_entropies():
         UserError, match=r"entropy_of=current has .*: use scope=minibatch or entropy_of=old"
     ):
         load("forking.scope=batch", "forking.entropy_of=current")
+
+
+def test_cispo_has_no_dual_clip():
+    with pytest.raises(UserError, match=r"clip_dual=3 has no meaning for .*=cispo.*leave it unset"):
+        load("algorithm.objective=cispo", "algorithm.clip_dual=3")
 
 
 def test_a_selection_of_nothing_is_refused():

@@ -12,6 +12,7 @@ import torch
 from megafork.config import (
     AlgorithmConfig,
     ForkingConfig,
+    MismatchConfig,
     ModelConfig,
     ParallelConfig,
     TrainingConfig,
@@ -64,6 +65,8 @@ def make_policy(folder, layout, **model):
         training=TrainingConfig(steps=1, micro_batch_tokens=64, grad_clip=1e9),
         algorithm=AlgorithmConfig(),
         forking=ForkingConfig(),
+        mismatch=MismatchConfig(),
+        max_response_tokens=64,
         temperature=1.0,
     )
 

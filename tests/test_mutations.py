@@ -33,12 +33,12 @@ def take_the_threshold_over_tp_too():
 
 
 def divide_by_the_micro_batch():
-    exact = losses.clipped_policy_loss
+    exact = losses.policy_loss
 
-    def loss(logprobs, old, advantages, mask, *, num_tokens, **clip):
-        return exact(logprobs, old, advantages, mask, num_tokens=max(1, len(mask)), **clip)
+    def loss(logprobs, rows, algorithm, *, denominator, **groups):
+        return exact(logprobs, rows, algorithm, denominator=max(1, len(logprobs)), **groups)
 
-    losses.clipped_policy_loss = loss
+    losses.policy_loss = loss
 
 
 def leave_the_gradient_unsummed_over_tp():

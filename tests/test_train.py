@@ -38,7 +38,14 @@ STEP_METRICS = {
     "loss/policy",
     "ratio/clip_low_fraction",
     "ratio/clip_high_fraction",
+    "ratio/clip_dual_fraction",
     "mismatch/kl",
+    "mismatch/k1",
+    "mismatch/mean_difference",
+    "mismatch/max_difference",
+    "mismatch/large_fraction",
+    "mismatch/truncated_tokens",
+    "mismatch/masked_tokens",
     "grad_norm",
     "lr",
     "tokens",
@@ -55,13 +62,28 @@ STEP_METRICS = {
 
 RUNS = {
     "tp1-truncating-generation-config": ["parallel.tp=1", "forking.scope=batch"],
-    "pp2-vpp2": ["parallel.tp=1", "parallel.pp=2", "parallel.vpp=2", "forking.select=random"],
-    "tp2-sp-cp2": [
+    "pp2-vpp2-cispo": [
+        "parallel.tp=1",
+        "parallel.pp=2",
+        "parallel.vpp=2",
+        "forking.select=random",
+        "algorithm.objective=cispo",
+        "algorithm.clip_low=1",
+        "mismatch.correction=truncate",
+    ],
+    "tp2-sp-cp2-gspo": [
         "parallel.tp=2",
         "parallel.sequence_parallel=true",
         "parallel.cp=2",
         "forking.entropy_of=current",
         "forking.ties=hash",
+        "algorithm.objective=gspo",
+        "algorithm.denominator=sequence_tokens",
+        "algorithm.clip_low=3e-4",
+        "algorithm.clip_high=4e-4",
+        "mismatch.correction=mask",
+        "mismatch.level=sequence",
+        "reward.overlong_buffer_tokens=8",
     ],
 }
 
@@ -94,6 +116,10 @@ def test_metrics(run):
         assert row["entropy/p50"] <= row["entropy/p80"] <= row["entropy/p95"]
         assert row["ratio/first_update_max_offset"] == 0.0
         assert row["mismatch/mean_difference"] <= 1e-5
+        assert abs(row["mismatch/k1"]) <= row["mismatch/mean_difference"]
+        assert row["mismatch/mean_difference"] <= row["mismatch/max_difference"] <= 1e-3
+        assert row["mismatch/large_fraction"] == 0
+        assert row["mismatch/truncated_tokens"] == row["mismatch/masked_tokens"] == 0
         assert row["grad_norm"] > 0
     assert [row["policy_version"] for row in rows] == [2, 3]
     config = load_config(TrainConfig, run_dir / "config.toml", [])

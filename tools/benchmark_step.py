@@ -25,6 +25,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from megafork.config import (
     AlgorithmConfig,
     ForkingConfig,
+    MismatchConfig,
     ModelConfig,
     ParallelConfig,
     TrainingConfig,
@@ -105,6 +106,8 @@ def make_policy(folder: Path, tokens: int) -> Policy:
         training=TrainingConfig(steps=1, micro_batch_tokens=tokens, warmup_steps=0),
         algorithm=AlgorithmConfig(),
         forking=ForkingConfig(),
+        mismatch=MismatchConfig(),
+        max_response_tokens=64,
         temperature=1.0,
     )
 

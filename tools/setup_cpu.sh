@@ -3,8 +3,8 @@
 # it does nothing when the environment is current and repairs one that was interrupted.
 #
 #   tools/setup_cpu.sh [--test] [--mcore-0.19]
-#     --test         also requirements/test.txt (pytest, ruff, mypy), and Triton in .venv/triton (requirements/triton.txt),
-#                    and mbridge in .venv/mbridge (requirements/mbridge.txt)
+#     --test         also requirements/test.txt (pytest, ruff, mypy), Triton in .venv/triton (requirements/triton.txt),
+#                    mbridge in .venv/mbridge (requirements/mbridge.txt) and TRL in .venv/trl (requirements/trl.txt)
 #     --mcore-0.19   also megatron-core 0.19.2 in .venv/mcore-0.19 (see requirements/mcore-0.19.txt)
 #   PYTHON=/path/to/python3.11 picks the interpreter of a new .venv.
 set -euo pipefail
@@ -116,6 +116,11 @@ install_mbridge() {
   pip_install --target "$venv/mbridge" -r requirements/mbridge.txt
 }
 
+install_trl() {
+  rm -rf "$venv/trl"
+  pip_install --target "$venv/trl" -r requirements/trl.txt
+}
+
 exec 9<tools/setup_cpu.sh
 flock 9 # of two calls at once the second waits
 
@@ -130,6 +135,7 @@ if [[ $with_test == yes ]]; then
   phase "test and lint packages" test requirements/test.txt pip_install -r requirements/test.txt
   phase "Triton, for tests of the kernels (640 MB)" triton requirements/triton.txt install_triton
   phase "mbridge, another converter to compare ours with" mbridge requirements/mbridge.txt install_mbridge
+  phase "TRL, to compare our objectives with (280 MB)" trl requirements/trl.txt install_trl
 fi
 phase "megafork itself" package "setup.py pyproject.toml megafork/__init__.py" pip_install --no-build-isolation -e .
 if [[ $with_mcore == yes ]]; then

@@ -1,60 +1,246 @@
-"""The clipped surrogate of PPO, GRPO and DAPO on masked tokens, with a named denominator."""
+"""The policy losses: one clipped surrogate with a token's or its sequence's ratio, and CISPO.
+
+    ppo     min(r A, clip(r) A), r the token's ratio (GRPO, arXiv 2402.03300; DAPO, 2503.14476)
+    gspo    the same with the sequence's, the geometric mean of its tokens' (arXiv 2507.18071)
+    cispo   sg[clip(r)] A log pi, sg: a constant (arXiv 2506.13585)
+
+The forking mask says which tokens carry a gradient; it changes no denominator and no ratio. For
+ppo and cispo the other tokens have no term (arXiv 2506.01939, eq. 5). For gspo they have none
+either, but the sequence's ratio stays that of the whole response, selected or not: the loss is that
+of GSPO-token (section 4.3 there), whose gradient sums s_i A grad log pi over the tokens.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megafork.algorithms.mismatch import importance_weights, sums_of_sequences
+from megafork.config import AlgorithmConfig, MismatchConfig
+from megafork.types import TokenTable
 
-def clipped_policy_loss(
-    logprobs_T: Tensor,
-    old_logprobs_T: Tensor,
+
+@dataclass(frozen=True)
+class LossRows:
+    """What the loss knows of N tokens besides their log-probability."""
+
+    old_logprobs_N: Tensor
+    advantages_N: Tensor
+    weight_N: Tensor
+    """float32, constant: the mismatch correction and the share of `sequence_tokens`"""
+    sequence_N: Tensor
+    """int64: which sample of the mini-batch"""
+    num_tokens_N: Tensor
+    """int64: loss tokens of that sample, on all ranks"""
+    gradient_N: Tensor
+    """bool: the loss has a gradient in the token's log-probability"""
+    needed_N: Tensor
+    """bool: the loss depends on its value; the head runs on these rows"""
+    truncated_N: Tensor
+    masked_N: Tensor
+    """bool: selected tokens that the mismatch correction truncates, masks"""
+
+    def split(self, sizes: list[int]) -> list[LossRows]:
+        columns = (getattr(self, field.name).split(sizes) for field in fields(self))
+        return [LossRows(*parts) for parts in zip(*columns, strict=True)]
+
+    def only_needed(self) -> LossRows:
+        return LossRows(*(getattr(self, field.name)[self.needed_N] for field in fields(self)))
+
+
+def loss_rows(
+    table: TokenTable,
+    rows_N: Tensor,
+    old_logprobs_N: Tensor,
+    mask_N: Tensor,
+    algorithm: AlgorithmConfig,
+    mismatch: MismatchConfig,
+    *,
+    device: torch.device,
+    cp_group: dist.ProcessGroup | None = None,
+) -> LossRows:
+    """The columns of one rank's rows of a mini-batch, on `device`.
+
+    mask_N: the forking mask. cp_group: the ranks that share each sequence, which all call this
+    together; None: each sequence is whole on its rank.
+    """
+    sequence_N = table.sample_R[rows_N].to(device)
+    advantages_N = table.advantage_R[rows_N].to(device)
+    loss_mask_N = table.loss_mask_R[rows_N].to(device)
+    old_logprobs_N, mask_N = old_logprobs_N.to(device), mask_N.to(device)
+    num_tokens_N = table.num_loss_tokens_B.to(device)[sequence_N]
+    weights = importance_weights(
+        old_logprobs_N,
+        table.rollout_logprob_R[rows_N].to(device),
+        loss_mask_N,
+        sequence_N,
+        mismatch,
+        num_sequences=table.num_samples,
+        cp_group=cp_group,
+    )
+    selected_N = mask_N & (advantages_N != 0)
+    gradient_N = selected_N & ~weights.masked_T
+    weight_N = weights.weight_T
+    if algorithm.denominator == "sequence_tokens":
+        weight_N = weight_N / num_tokens_N.clamp(min=1)
+    return LossRows(
+        old_logprobs_N=old_logprobs_N,
+        advantages_N=advantages_N,
+        weight_N=weight_N,
+        sequence_N=sequence_N,
+        num_tokens_N=num_tokens_N,
+        gradient_N=gradient_N,
+        needed_N=needed_rows(
+            gradient_N, loss_mask_N, sequence_N, algorithm, table.num_samples, cp_group
+        ),
+        truncated_N=selected_N & weights.truncated_T,
+        masked_N=selected_N & weights.masked_T,
+    )
+
+
+def needed_rows(
+    gradient_N: Tensor,
+    loss_mask_N: Tensor,
+    sequence_N: Tensor,
+    algorithm: AlgorithmConfig,
+    num_sequences: int,
+    cp_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """bool [N]: the rows whose log-probability the objective takes; the head runs on no other.
+
+    ppo and cispo: those with a gradient. gspo: all loss tokens of a sequence that has such a row,
+    be it on another of the ranks that share it.
+    """
+    if algorithm.objective != "gspo":
+        return gradient_N
+    counts_B = sums_of_sequences(gradient_N.float(), sequence_N, num_sequences, cp_group)
+    return loss_mask_N & (counts_B > 0)[sequence_N]
+
+
+def loss_denominator(
+    table: TokenTable, algorithm: AlgorithmConfig, *, max_response_tokens: int
+) -> int:
+    """What the sum over the mini-batch's tokens is divided by, the same on every rank.
+
+    Selected or not, and with an advantage or not, all tokens and sequences of the loss mask count.
+    With "sequence_tokens" each token's weight already has its own sequence's number of tokens.
+    """
+    if algorithm.denominator == "tokens":
+        return max(table.num_loss_tokens, 1)
+    count = max(table.num_loss_sequences, 1)
+    return count * (max_response_tokens if algorithm.denominator == "max_response_tokens" else 1)
+
+
+def policy_loss(
+    logprobs_N: Tensor,
+    rows: LossRows,
+    algorithm: AlgorithmConfig,
+    *,
+    denominator: int,
+    num_sequences: int,
+    cp_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(-1/denominator sum of the weighted surrogates, the ratio of each row).
+
+    logprobs_N: float32, of the rows that `needed_rows` names. `denominator` is the whole optimizer
+    mini-batch's: losses of micro-batches and ranks add up. Differentiable in logprobs_N where
+    rows.gradient_N; without such a row the result is a connected zero. cp_group, num_sequences: as
+    in loss_rows; the ranks of cp_group call this together.
+    """
+    clip = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high}
+    if algorithm.objective == "gspo":
+        ratio_N = sequence_ratio(logprobs_N, rows, num_sequences=num_sequences, cp_group=cp_group)
+    else:
+        ratio_N = token_ratio(logprobs_N, rows.old_logprobs_N, rows.gradient_N)
+    if algorithm.objective == "cispo":
+        terms_N = clipped_weight_surrogate(ratio_N, logprobs_N, rows.advantages_N, **clip)
+    else:
+        dual = algorithm.clip_dual
+        terms_N = clipped_surrogate(ratio_N, rows.advantages_N, **clip, clip_dual=dual)
+    loss = -torch.where(rows.gradient_N, terms_N * rows.weight_N, 0.0).sum() / denominator
+    return loss, ratio_N.detach()
+
+
+def clipped_surrogate(
+    ratio_T: Tensor,
     advantages_T: Tensor,
-    mask_T: Tensor,
     *,
     clip_low: float,
     clip_high: float,
-    num_tokens: int,
+    clip_dual: float | None = None,
 ) -> Tensor:
-    """-1/num_tokens sum over mask of min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
+    """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and where A < 0 no less than clip_dual A.
 
-    r = exp(logprobs - old_logprobs). All inputs are [T], float32 (mask: bool). `num_tokens` counts
-    the loss tokens of the whole optimizer mini-batch, selected or not, over all ranks: losses of
-    micro-batches and ranks add up (arXiv 2506.01939, eq. 5; token-mean as in DAPO). Differentiable
-    in logprobs_T; with an empty mask the result is a connected zero.
+    The dual clip is that of arXiv 1912.09729.
     """
-    # Masked before the exponential: an unselected token's overflow would be a NaN in the gradient.
-    ratio_T = torch.where(mask_T, logprobs_T - old_logprobs_T, 0.0).exp()
     unclipped_T = ratio_T * advantages_T
     clipped_T = ratio_T.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages_T
-    objective_T = torch.minimum(unclipped_T, clipped_T)
-    return -torch.where(mask_T, objective_T, 0.0).sum() / max(num_tokens, 1)
+    surrogate_T = torch.minimum(unclipped_T, clipped_T)
+    if clip_dual is None:
+        return surrogate_T
+    bounded_T = torch.maximum(surrogate_T, clip_dual * advantages_T)
+    return torch.where(advantages_T < 0, bounded_T, surrogate_T)
 
 
-def rows_with_gradient(advantages_T: Tensor, mask_T: Tensor) -> Tensor:
-    """bool [T]: the tokens whose log-probability clipped_policy_loss has a gradient in.
+def clipped_weight_surrogate(
+    ratio_T: Tensor,
+    logprobs_T: Tensor,
+    advantages_T: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Tensor:
+    """CISPO: the clipped ratio is a constant, so a clipped token keeps its gradient.
 
-    The head need not run on any other, forward or backward.
+    arXiv 2506.13585, which sets no lower bound: clip_low = 1.
     """
-    return mask_T & (advantages_T != 0)
+    weight_T = ratio_T.detach().clamp(1.0 - clip_low, 1.0 + clip_high)
+    return weight_T * advantages_T * logprobs_T
+
+
+def token_ratio(logprobs_T: Tensor, old_logprobs_T: Tensor, mask_T: Tensor) -> Tensor:
+    """pi_theta / pi_old; 1 outside the mask, where an overflow would be a NaN in the gradient."""
+    return torch.where(mask_T, logprobs_T - old_logprobs_T, 0.0).exp()
+
+
+def sequence_ratio(
+    logprobs_N: Tensor,
+    rows: LossRows,
+    *,
+    num_sequences: int,
+    cp_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """GSPO-token's ratio: in value the sequence's s_i = exp(1/|y_i| sum of the log-ratios).
+
+    s_i is a constant times pi_theta / sg[pi_theta] of the token (arXiv 2507.18071, section 4.3), so
+    the gradient stays with the selected tokens and none goes through the sum over cp_group.
+    """
+    sums_B = sums_of_sequences(
+        logprobs_N - rows.old_logprobs_N, rows.sequence_N, num_sequences, cp_group
+    )
+    of_sequence_N = (sums_B[rows.sequence_N] / rows.num_tokens_N).exp().float()
+    return of_sequence_N * token_ratio(logprobs_N, logprobs_N.detach(), rows.gradient_N)
 
 
 def clip_counts(
-    ratio_T: Tensor, advantages_T: Tensor, mask_T: Tensor, *, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor]:
-    """How many masked tokens the clip cuts off, (below 1 - clip_low, above 1 + clip_high).
+    ratio_T: Tensor, advantages_T: Tensor, mask_T: Tensor, algorithm: AlgorithmConfig
+) -> Tensor:
+    """int64 [3]: masked tokens that the clip cuts off (below 1 - clip_low, above 1 + clip_high,
+    above clip_dual).
 
-    A token counts only when the clip decides the minimum: below for a negative advantage, above
-    for a positive one.
+    A token counts only when the clip decides: below for a negative advantage, above for a positive
+    one, above clip_dual for a negative one. CISPO clips at either sign.
     """
-    low = mask_T & (ratio_T < 1.0 - clip_low) & (advantages_T < 0)
-    high = mask_T & (ratio_T > 1.0 + clip_high) & (advantages_T > 0)
-    return low.sum(), high.sum()
-
-
-def policy_ratio(logprobs_T: Tensor, old_logprobs_T: Tensor) -> Tensor:
-    """pi_theta / pi_old of each token."""
-    return (logprobs_T - old_logprobs_T).exp()
+    positive_T, negative_T = mask_T & (advantages_T > 0), mask_T & (advantages_T < 0)
+    if algorithm.objective == "cispo":
+        positive_T = negative_T = mask_T
+    low_T = negative_T & (ratio_T < 1.0 - algorithm.clip_low)
+    high_T = positive_T & (ratio_T > 1.0 + algorithm.clip_high)
+    dual_T = negative_T & (ratio_T > (algorithm.clip_dual or torch.inf))
+    return torch.stack([low_T.sum(), high_T.sum(), dual_T.sum()])
 
 
 def k3_divergence(logprobs_T: Tensor, other_logprobs_T: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from megafork.config import RolloutConfig
 from megafork.data.prompts import Prompt, PromptStream
 from megafork.data.tokenizer import Tokenizer
 from megafork.errors import UserError
+from megafork.rewards.overlong import overlong_punishment
 from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.journal import Journal, group_of
@@ -142,6 +143,11 @@ class Collector:
     def _judged(self, prompt: Prompt, sample: Sample) -> Sample:
         text = self.tokenizer.decode(sample.token_ids)
         reward, accuracy = self.judge(prompt.text, text, prompt.answer)
+        reward -= overlong_punishment(
+            len(sample.token_ids),
+            self.judge.config,
+            max_response_tokens=self.rollout.max_response_tokens,
+        )
         return replace(sample, reward=reward, accuracy=accuracy)
 
     async def _generate(

@@ -14,6 +14,7 @@ from megafork.algorithms import forking, losses
 from megafork.config import (
     AlgorithmConfig,
     ForkingConfig,
+    MismatchConfig,
     ModelConfig,
     ParallelConfig,
     TrainingConfig,
@@ -32,6 +33,16 @@ from megafork.types import TokenTable
 
 BOUNDARY_EPS = {"float32": 1e-5, "bfloat16": 1e-1}
 """Nats by which entropies of one dtype may move between layouts (docs/numerics.md)."""
+_SUMS = (
+    "loss",
+    "clip_low",
+    "clip_high",
+    "clip_dual",
+    "gradient_rows",
+    "head_rows",
+    "truncated",
+    "masked",
+)
 
 
 class Policy(Scorer):
@@ -46,6 +57,8 @@ class Policy(Scorer):
         training: TrainingConfig,
         algorithm: AlgorithmConfig,
         forking: ForkingConfig,
+        mismatch: MismatchConfig,
+        max_response_tokens: int,
         temperature: float,
     ) -> None:
         super().__init__(
@@ -59,6 +72,8 @@ class Policy(Scorer):
         self.training = training
         self.algorithm = algorithm
         self.forking = forking
+        self.mismatch = mismatch
+        self.max_response_tokens = max_response_tokens
         self.boundary_eps = BOUNDARY_EPS[model.dtype]
         self.num_updates = 0
         self.guard = UpdateGuard(training)
@@ -101,10 +116,11 @@ class Policy(Scorer):
         return list(mask.cpu().split([len(s.rows_N) for s in scores])), selection
 
     def update(self, table: TokenTable, scores: Scores, mask_N: Tensor) -> dict[str, float]:
-        """One optimizer step on the masked tokens; the denominator is the table's loss tokens.
+        """One optimizer step on the masked tokens, with `algorithm`'s objective and denominator.
 
         Returns the global gradient norm before clipping and, on the last stage, sums over all
-        ranks: loss, clip counts, rows that the head ran on, and the largest |ratio - 1| among them.
+        ranks: loss, clip counts, rows that have a gradient, rows that the head ran on, tokens that
+        the mismatch correction changed, and the largest |ratio - 1| among the rows.
         Raises UpdateRefused, on all ranks, for a NaN, an infinity or a spike (see `UpdateGuard`).
         """
         reports = self.accumulate_gradients(table, scores, mask_N)
@@ -128,53 +144,71 @@ class Policy(Scorer):
         self, table: TokenTable, scores: Scores, mask_N: Tensor
     ) -> list[dict[str, Tensor]]:
         """Forward and backward over the table's packs; gradients end up reduced over all ranks."""
-        num_tokens = table.num_loss_tokens
         assert not table.advantage_B.isnan().any(), "advantages were not computed"
-        clip = {"clip_low": self.algorithm.clip_low, "clip_high": self.algorithm.clip_high}
-        packs, columns_of = self._needed_rows(table, scores, mask_N)
+        packs, rows_of = self._needed_rows(table, scores, mask_N)
+        denominator = losses.loss_denominator(
+            table, self.algorithm, max_response_tokens=self.max_response_tokens
+        )
         for ddp in self.ddp:
             ddp.train()
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
         def loss_of(pack: Pack, logprobs_N: Tensor, _: Tensor) -> tuple[Tensor, dict]:
-            old_logprobs, advantages = columns_of[id(pack)]
-            mask = torch.ones_like(advantages, dtype=torch.bool)
-            loss = losses.clipped_policy_loss(
-                logprobs_N, old_logprobs, advantages, mask, num_tokens=num_tokens, **clip
+            rows, corrected = rows_of[id(pack)]
+            loss, ratio = losses.policy_loss(
+                logprobs_N,
+                rows,
+                self.algorithm,
+                denominator=denominator,
+                num_sequences=table.num_samples,
+                cp_group=self._cp_group,
             )
-            with torch.no_grad():
-                ratio = losses.policy_ratio(logprobs_N, old_logprobs)
-                low, high = losses.clip_counts(ratio, advantages, mask, **clip)
-                offset = (ratio - 1).abs()
-                report = {
-                    "sums": torch.stack([loss.detach(), low, high, mask.sum()]).double(),
-                    "max_ratio_offset": offset.max() if len(offset) else offset.new_zeros(()),
-                }
+            gradient = rows.gradient_N
+            clipped = losses.clip_counts(ratio, rows.advantages_N, gradient, self.algorithm)
+            rows_run = torch.stack([gradient.sum(), torch.ones_like(gradient).sum()])
+            offset = (ratio - 1).abs()
+            report = {
+                "sums": torch.cat([loss.detach()[None].double(), clipped, rows_run, corrected]),
+                "max_ratio_offset": offset.max() if len(offset) else offset.new_zeros(()),
+            }
             return loss, report
 
         return self.run_packs(packs, loss_of, forward_only=False)
 
     def _needed_rows(
         self, table: TokenTable, scores: Scores, mask_N: Tensor
-    ) -> tuple[list[Pack], dict[int, tuple[Tensor, ...]]]:
-        """The packs with the rows that have a gradient, and (old_logprobs, advantages) of each.
+    ) -> tuple[list[Pack], dict[int, tuple[losses.LossRows, Tensor]]]:
+        """The packs with the rows that the loss depends on, and of each what it knows of them.
 
-        The transformer runs on all tokens, the head on these rows alone. Before the last stage
-        there is no head and the packs stay as they are.
+        The transformer runs on all tokens, the head on these rows alone. With them comes how many
+        of the pack's selected tokens the mismatch correction has truncated and masked. Before the
+        last stage there is no head and the packs stay as they are.
         """
         if not self.topology.is_last_stage:
             return scores.packs, {}
-        advantages_N = table.advantage_R[scores.rows_N]
-        needed_N = losses.rows_with_gradient(advantages_N, mask_N)
-        sizes = [len(pack.rows_N) for pack in scores.packs]
-        columns = (needed_N, scores.old_logprobs_N, advantages_N)
-        parts = zip(*(c.to(self.topology.device).split(sizes) for c in columns), strict=True)
-        packs, columns_of = [], {}
-        for pack, (needed, *values) in zip(scores.packs, parts, strict=True):
-            packs.append(pack.keep(needed))
-            columns_of[id(packs[-1])] = tuple(value[needed] for value in values)
-        return packs, columns_of
+        all_rows = losses.loss_rows(
+            table,
+            scores.rows_N,
+            scores.old_logprobs_N,
+            mask_N,
+            self.algorithm,
+            self.mismatch,
+            device=self.topology.device,
+            cp_group=self._cp_group,
+        )
+        packs, rows_of = [], {}
+        parts = all_rows.split([len(pack.rows_N) for pack in scores.packs])
+        for pack, rows in zip(scores.packs, parts, strict=True):
+            packs.append(pack.keep(rows.needed_N))
+            corrected = torch.stack([rows.truncated_N.sum(), rows.masked_N.sum()])
+            rows_of[id(packs[-1])] = rows.only_needed(), corrected
+        return packs, rows_of
+
+    @property
+    def _cp_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share each sequence; None where each is whole on its rank."""
+        return self.topology.groups.cp if self.topology.cp_size > 1 else None
 
     @property
     def learning_rate(self) -> float:
@@ -187,5 +221,4 @@ class Policy(Scorer):
         group = self.topology.groups.dp_cp
         dist.all_reduce(sums, group=group)
         dist.all_reduce(offset, op=dist.ReduceOp.MAX, group=group)
-        names = ("loss", "clip_low", "clip_high", "head_rows")
-        return dict(zip(names, sums.tolist(), strict=True)) | {"max_ratio_offset": float(offset)}
+        return dict(zip(_SUMS, sums.tolist(), strict=True)) | {"max_ratio_offset": float(offset)}

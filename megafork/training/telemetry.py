@@ -23,8 +23,21 @@ _MEANS = (
     "forking/mean_entropy_inside",
     "forking/mean_entropy_outside",
     "mismatch/kl",
+    "mismatch/k1",
     "mismatch/mean_difference",
+    "mismatch/large_fraction",
 )
+_CLIPS = {
+    "clip_low": "ratio/clip_low_fraction",
+    "clip_high": "ratio/clip_high_fraction",
+    "clip_dual": "ratio/clip_dual_fraction",
+}
+_COUNTS = {
+    "head_rows": "update/head_rows",
+    "truncated": "mismatch/truncated_tokens",
+    "masked": "mismatch/masked_tokens",
+}
+_LARGEST = "mismatch/max_difference"
 _OF_SELECTION = (
     "entropy/threshold",
     "forking/kept_fraction",
@@ -40,16 +53,19 @@ def token_metrics(
     selections: Sequence[Selection],
     *,
     policy_version: int,
+    large_difference: float,
     topology: Topology,
 ) -> dict[str, float]:
     """Entropy, selection and mismatch of a rollout batch. Last stage only, all its ranks together.
 
     Percentiles are exact: entropy/p80 is the k-th largest entropy of the loss tokens with
-    k = ceil(0.2 N). mismatch/kl is the k3 estimate of KL(engine || trainer) over the tokens that
-    the current policy version sampled. Without a table (all were skipped) every value is NaN.
+    k = ceil(0.2 N). mismatch/* are over the tokens that the current policy version sampled: kl and
+    k1 are the k3 and k1 estimates of KL(engine || trainer), the differences absolute ones of
+    log-probabilities, and large_fraction is of the tokens where they exceed `large_difference`.
+    Without a table (all were skipped) every value is NaN.
     """
     if not tables:
-        return dict.fromkeys((*_MEANS, *_PERCENTILES, *_OF_SELECTION), math.nan)
+        return dict.fromkeys((*_MEANS, _LARGEST, *_PERCENTILES, *_OF_SELECTION), math.nan)
     columns = [
         (t.loss_mask_R[s.rows_N], t.rollout_logprob_R[s.rows_N], t.policy_version_R[s.rows_N])
         for t, s in zip(tables, scores, strict=True)
@@ -58,31 +74,48 @@ def token_metrics(
     entropy = torch.cat([s.entropy_N for s in scores])
     old_logprobs = torch.cat([s.old_logprobs_N for s in scores])
     inside = torch.cat(list(masks))
-    outside = in_loss & ~inside
     fresh = versions == policy_version
-    k3 = k3_divergence(old_logprobs, rollout_logprobs)
-    difference = (old_logprobs - rollout_logprobs).abs()
-    group = topology.groups.dp_cp
-
-    def total(values: Tensor, mask: Tensor) -> Tensor:
-        return torch.stack([torch.where(mask, values, 0.0).double().sum(), mask.double().sum()])
-
+    k1 = rollout_logprobs - old_logprobs
+    difference = k1.abs()
     pairs = (
-        (entropy, in_loss), (entropy, inside), (entropy, outside), (k3, fresh), (difference, fresh)
-    )  # fmt: skip
-    sums = torch.stack([total(*pair) for pair in pairs]).to(topology.device)
-    dist.all_reduce(sums, group=group)
-    metrics = {
-        name: (value / count if count else math.nan)  # a mean of nothing is written as null
-        for name, (value, count) in zip(_MEANS, sums.tolist(), strict=True)
-    }
+        (entropy, in_loss),
+        (entropy, inside),
+        (entropy, in_loss & ~inside),
+        (k3_divergence(old_logprobs, rollout_logprobs), fresh),
+        (k1, fresh),
+        (difference, fresh),
+        (difference > large_difference, fresh),
+    )
+    metrics = dict(zip(_MEANS, _means(pairs, topology), strict=True))
+    metrics[_LARGEST] = _largest(difference[fresh], topology)
     for name, fraction in _PERCENTILES.items():
         metrics[name] = float(
             top_fraction_threshold(
-                entropy.to(topology.device), in_loss.to(topology.device), fraction, groups=(group,)
+                entropy.to(topology.device),
+                in_loss.to(topology.device),
+                fraction,
+                groups=(topology.groups.dp_cp,),
             ).threshold
         )
     return metrics | _selection_metrics(selections)
+
+
+def _means(pairs: Sequence[tuple[Tensor, Tensor]], topology: Topology) -> list[float]:
+    """Of each (values, mask) over all ranks; a mean of nothing is NaN, which is written as null."""
+    sums = [
+        torch.stack([torch.where(mask, values, 0.0).double().sum(), mask.double().sum()])
+        for values, mask in pairs
+    ]
+    totals = torch.stack(sums).to(topology.device)
+    dist.all_reduce(totals, group=topology.groups.dp_cp)
+    return [value / count if count else math.nan for value, count in totals.tolist()]
+
+
+def _largest(values: Tensor, topology: Topology) -> float:
+    """Of absolute values over all ranks, some of which may have none."""
+    largest = torch.cat([values, values.new_tensor([-1.0])]).max().to(topology.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=topology.groups.dp_cp)
+    return float(largest) if largest >= 0 else math.nan
 
 
 def _selection_metrics(selections: Sequence[Selection]) -> dict[str, float]:
@@ -99,16 +132,17 @@ def _selection_metrics(selections: Sequence[Selection]) -> dict[str, float]:
 def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     """Means over the step's optimizer updates; NaN where none was made.
 
-    ratio/clip_*_fraction are of the selected tokens with an advantage, which are also the rows
-    that the head ran on (update/head_rows).
+    ratio/clip_*_fraction are of the rows that have a gradient: selected tokens with an advantage
+    that the mismatch correction does not mask. update/head_rows counts all rows that the head ran
+    on, mismatch/*_tokens the selected tokens with an advantage that the correction changed.
     """
     count = len(updates) or math.nan
-    head_rows = sum(u["head_rows"] for u in updates)
+    total = {name: sum(u[name] for u in updates) for name in (*_CLIPS, *_COUNTS)}
+    gradient_rows = sum(u["gradient_rows"] for u in updates)
     return {
         "loss/policy": sum(u["loss"] for u in updates) / count,
-        "ratio/clip_low_fraction": sum(u["clip_low"] for u in updates) / max(head_rows, 1.0),
-        "ratio/clip_high_fraction": sum(u["clip_high"] for u in updates) / max(head_rows, 1.0),
-        "update/head_rows": head_rows,
+        **{metric: total[name] / max(gradient_rows, 1.0) for name, metric in _CLIPS.items()},
+        **{metric: total[name] for name, metric in _COUNTS.items()},
         "ratio/first_update_max_offset": updates[0]["max_ratio_offset"] if updates else math.nan,
         "grad_norm": sum(u["grad_norm"] for u in updates) / count,
     }

@@ -177,6 +177,7 @@ class Trainer:
                 done.masks,
                 done.selections,
                 policy_version=sampled_by,
+                large_difference=config.mismatch.large_difference,
                 topology=topology,
             ) | telemetry.update_metrics(done.updates)
         metrics = topology.broadcast_object(metrics, src=topology.last_stage_rank)
@@ -339,6 +340,8 @@ def _train(
             training=config.training,
             algorithm=config.algorithm,
             forking=config.forking,
+            mismatch=config.mismatch,
+            max_response_tokens=config.rollout.max_response_tokens,
             temperature=config.rollout.temperature,
         )
         state = _load_newest(store, policy) if resume else None
