@@ -22,7 +22,7 @@ import typer
 
 from megafork import launch
 from megafork.config import ParallelConfig, ScoreConfig, TrainConfig
-from megafork.config_file import known_keys, load_config
+from megafork.config.file import known_keys, load_config
 from megafork.errors import Interrupted, PeerError, UserError
 from megafork.interruption import INTERRUPTED
 

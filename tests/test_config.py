@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megafork.config import TrainConfig
-from megafork.config_file import known_keys, load_config, save_config
+from megafork.config.file import known_keys, load_config, save_config
 from megafork.errors import UserError
 
 REQUIRED = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megafork.config import RewardConfig, TrainConfig
-from megafork.config_file import load_config
+from megafork.config.file import load_config
 from megafork.errors import UserError
 from megafork.rewards.overlong import overlong_punishment
 from tests.test_config import REQUIRED

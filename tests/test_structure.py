@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "megafork"
 # A module may import from its own floor and from the floors before it.
 FLOORS = [
-    {"errors", "disk", "config", "config_file", "types", "interruption", "launch", "__init__"},
+    {"errors", "disk", "config", "types", "interruption", "launch", "__init__"},
     {"parallel"},
     {"ops"},
     {"data"},

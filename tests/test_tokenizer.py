@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from megafork.checkpoint.hf_export import export_hf
 from megafork.config import ModelConfig, ParallelConfig, ScoreConfig, TrainConfig
-from megafork.config_file import load_config
+from megafork.config.file import load_config
 from megafork.data.tokenizer import check_tokenizer, find_tokenizer, load_tokenizer
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
@@ -233,7 +233,7 @@ def test_checking_loads_nothing_heavy(files):
     model = QUICKSTART / "model"
     code = (
         "import sys; from megafork.config import ScoreConfig;"
-        "from megafork.config_file import load_config;"
+        "from megafork.config.file import load_config;"
         "from megafork.data.tokenizer import check_tokenizer;"
         "config = load_config(ScoreConfig, None, sys.argv[1:]);"
         f"check_tokenizer(config, vocab_size={PIECES}, chat_template=False);"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megafork.config import TrainConfig
-from megafork.config_file import save_config
+from megafork.config.file import save_config
 from megafork.errors import UserError
 
 

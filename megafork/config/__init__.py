@@ -1,0 +1,131 @@
+"""Every setting of a run: typed, described, with its default, which stands here and nowhere else.
+
+Imports no torch, so `megafork --help` and a mistyped key answer at once. file.py reads TOML and
+overrides.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from megafork.config.algorithm import AlgorithmConfig, ForkingConfig, MismatchConfig
+from megafork.config.model import ModelConfig, ParallelConfig, TokenizerConfig
+from megafork.config.rollout import DataConfig, EvalConfig, RewardConfig, RolloutConfig, SyncConfig
+from megafork.config.section import Positive, PositiveFloat, Section
+from megafork.config.training import CheckpointConfig, RunConfig, TrainingConfig
+from megafork.errors import UserError
+
+__all__ = [
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "EvalConfig",
+    "ForkingConfig",
+    "MismatchConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "ScoreConfig",
+    "Section",
+    "SyncConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "TrainingConfig",
+]
+
+
+class TrainConfig(Section):
+    """`megafork train CONFIG.toml`."""
+
+    run: RunConfig
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    mismatch: MismatchConfig = MismatchConfig()
+    forking: ForkingConfig = ForkingConfig()
+    training: TrainingConfig
+    sync: SyncConfig = SyncConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def check(self) -> None:
+        """Cross-field rules that need no file of the model's. Raises UserError."""
+        prompts, per_minibatch = self.rollout.prompts_per_step, self.training.prompts_per_minibatch
+        if prompts % per_minibatch:
+            raise UserError(
+                f"training.prompts_per_minibatch={per_minibatch} must divide "
+                f"rollout.prompts_per_step={prompts}: use one of {_divisors(prompts)}"
+            )
+        if self.forking.select == "bottom" and self.forking.rho == 1.0:
+            raise UserError(
+                "forking.select=bottom takes what forking.rho=1 leaves out, which is nothing: "
+                "lower rho"
+            )
+        if self.forking.scope == "batch" and self.forking.entropy_of == "current":
+            raise UserError(
+                "forking.scope=batch takes one threshold before the first update, but "
+                "forking.entropy_of=current has entropies of later mini-batches only after it: use "
+                "scope=minibatch or entropy_of=old"
+            )
+        self._check_objective()
+        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        on_one_rank = self.parallel.tokens_on_one_rank(longest)
+        if on_one_rank > self.training.micro_batch_tokens:
+            raise UserError(
+                f"training.micro_batch_tokens={self.training.micro_batch_tokens} cannot hold one "
+                f"sequence of data.max_prompt_tokens + rollout.max_response_tokens = {longest} "
+                f"tokens on parallel.cp={self.parallel.cp} ranks: raise it to at least "
+                f"{on_one_rank}"
+            )
+
+    def _check_objective(self) -> None:
+        algorithm, mismatch = self.algorithm, self.mismatch
+        if algorithm.objective == "cispo" and algorithm.clip_dual is not None:
+            raise UserError(
+                f"algorithm.clip_dual={algorithm.clip_dual:g} has no meaning for "
+                "algorithm.objective=cispo, whose ratio algorithm.clip_high bounds at either sign "
+                "of the advantage: leave it unset"
+            )
+        if mismatch.min_weight is not None and mismatch.correction != "mask":
+            raise UserError(
+                f"mismatch.min_weight={mismatch.min_weight:g} is the lower end of "
+                f"mismatch.correction=mask, but mismatch.correction={mismatch.correction}: leave "
+                "it unset or set correction=mask"
+            )
+        buffer, longest = self.reward.overlong_buffer_tokens, self.rollout.max_response_tokens
+        if buffer is not None and buffer > longest:
+            raise UserError(
+                f"reward.overlong_buffer_tokens={buffer} is more than "
+                f"rollout.max_response_tokens={longest}: set it to {longest} or less"
+            )
+
+
+class ScoredModelConfig(ModelConfig):
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of weights and activations; bfloat16 differs by layout"
+    )
+
+
+class ScoreConfig(Section):
+    """The overrides that `megafork score` takes."""
+
+    model: ScoredModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    temperature: PositiveFloat = Field(1.0, description="temperature of both columns")
+    micro_batch_tokens: Positive = Field(
+        32768, description="tokens of one packed micro-batch on one rank (a sequence is on cp)"
+    )
+    batch_sequences: Positive = Field(4096, description="input lines held in memory at once")
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

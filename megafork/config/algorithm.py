@@ -1,0 +1,83 @@
+"""The objective, its correction, and the selection of forking tokens."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megafork.config.section import Fraction, PositiveFloat, Section
+
+
+class AlgorithmConfig(Section):
+    objective: Literal["ppo", "gspo", "cispo"] = Field(
+        "ppo",
+        description="what is clipped: each token's ratio (GRPO, DAPO); its sequence's (gspo); the "
+        "token's as a constant factor of its log-probability (cispo)",
+    )
+    clip_low: Fraction = Field(
+        0.2, description="epsilon below 1 of the clipped ratio (gspo: about 3e-4; 1 is no bound)"
+    )
+    clip_high: PositiveFloat = Field(
+        0.28, description="epsilon above 1, DAPO's clip-higher (gspo: about 4e-4)"
+    )
+    clip_dual: Annotated[float, Field(gt=1.0)] | None = Field(
+        None, description="bound of the ratio where the advantage is negative; unset: none"
+    )
+    denominator: Literal["tokens", "sequence_tokens", "max_response_tokens"] = Field(
+        "tokens",
+        description="what the sum over tokens is divided by: the mini-batch's tokens (DAPO); each "
+        "sequence's own, then the number of sequences (GRPO, GSPO); rollout.max_response_tokens "
+        "times the number of sequences (Dr. GRPO)",
+    )
+    normalize_advantage: bool = Field(
+        True, description="divide the centred rewards of a group by their standard deviation"
+    )
+    overlong_filtering: bool = Field(
+        True, description="responses cut at max_response_tokens take no part in the loss"
+    )
+
+
+class MismatchConfig(Section):
+    correction: Literal["none", "truncate", "mask"] = Field(
+        "none",
+        description="factor of a token's loss for pi_old / pi_engine: 1; the ratio, at most "
+        "max_weight; the ratio, or 0 outside min_weight .. max_weight",
+    )
+    level: Literal["token", "sequence"] = Field(
+        "token", description="whose ratio: the token's, or its whole response's (the product)"
+    )
+    max_weight: Annotated[float, Field(ge=1.0)] = Field(
+        2.0, description="the largest ratio that is used as it is"
+    )
+    min_weight: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, description="the smallest ratio that is not masked; unset: 1 / max_weight"
+    )
+    large_difference: PositiveFloat = Field(
+        0.1, description="nats; mismatch/large_fraction counts the tokens that differ by more"
+    )
+
+
+class ForkingConfig(Section):
+    select: Literal["top", "bottom", "random", "all"] = Field(
+        "top", description="which response tokens carry the policy gradient"
+    )
+    rho: Fraction = Field(0.2, description="fraction of the tokens, by entropy")
+    scope: Literal["minibatch", "batch", "sequence"] = Field(
+        "minibatch",
+        description="the tokens over which a threshold is taken: one optimizer step's, the whole "
+        "rollout batch's, or each response's own",
+    )
+    entropy_of: Literal["old", "current"] = Field(
+        "old",
+        description="whose entropies: of the policy before the first update of the batch, or just "
+        "before each update (one more forward pass)",
+    )
+    ties: Literal["keep", "hash"] = Field(
+        "keep",
+        description="tokens whose entropy has the threshold's bits: all kept, or exactly as many "
+        "as rho asks for",
+    )
+    entropy_temperature: PositiveFloat | None = Field(
+        None, description="temperature of the entropy; unset: the sampling temperature"
+    )

@@ -1,0 +1,96 @@
+"""Prompts, generation, rewards, and what keeps the server like the policy."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megafork.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
+
+
+class DataConfig(Section):
+    train: str = Field(description="jsonl of {prompt_key, answer_key} rows to train on")
+    eval: str | None = Field(None, description="jsonl of held-out rows, same columns")
+    prompt_key: str = Field("prompt", description="column with the prompt text")
+    answer_key: str = Field("answer", description="column handed to the verifier")
+    chat_template: bool = Field(
+        False, description="wrap the prompt as a user turn of the tokenizer's chat template"
+    )
+    max_prompt_tokens: Positive = Field(1024, description="longer prompts are an error")
+    seed: int = Field(0, description="seed of the order of the prompts, new in every epoch")
+
+
+class RolloutConfig(Section):
+    prompts_per_step: Positive = Field(512, description="groups of one rollout batch")
+    group_size: Annotated[int, Field(ge=2)] = Field(16, description="responses for each prompt")
+    max_response_tokens: Positive = Field(20480, description="longer responses are cut")
+    temperature: PositiveFloat = Field(1.0, description="sampling temperature")
+    dynamic_sampling: bool = Field(
+        True, description="replace groups whose responses are all right or all wrong (DAPO)"
+    )
+    max_sampling_rounds: Positive = Field(
+        10, description="stop when a batch is still not full after this many rounds of prompts"
+    )
+    surplus: Literal["carry", "drop"] = Field(
+        "carry", description="admissible groups beyond the batch: into the next batch, or dropped"
+    )
+    max_staleness: NonNegative = Field(
+        1, description="carried groups sampled more policy versions ago than this are dropped"
+    )
+    seeded: bool = Field(
+        False, description="a seed for every request: repeatable responses, slower generation"
+    )
+    url: str | None = Field(None, description="a running server to use; unset: start one")
+    api_key_env: str = Field(
+        "MEGAFORK_API_KEY",
+        description="variable with the key of url and serve",
+    )
+    python: str | None = Field(None, description="Python that has vLLM; unset: this one")
+    tensor_parallel: Positive = Field(1, description="tensor-parallel size of the server")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="dtype of the server; unset: the policy's"
+    )
+    max_num_seqs: Positive = Field(256, description="responses that the server runs at once")
+    gpu_memory_utilization: Fraction = Field(0.6, description="GPU memory for the server")
+    cpu_kv_cache_gib: Positive = Field(1, description="KV cache of a CPU server, GiB")
+    startup_timeout_s: PositiveFloat = Field(600.0, description="seconds for the server to come up")
+    request_timeout_s: PositiveFloat = Field(3600.0, description="seconds for one request")
+    max_restarts: NonNegative = Field(
+        3, description="how often a server that died is replaced before a step goes on"
+    )
+
+
+class RewardConfig(Section):
+    verifier: str = Field(
+        description="import path MODULE:FUNCTION of (prompt, response, answer) -> reward in 0..1"
+    )
+    accuracy_at: float = Field(1.0, description="a response is right when its reward reaches this")
+    overlong_buffer_tokens: Positive | None = Field(
+        None,
+        description="soft overlong punishment: the reward falls over the last this many tokens "
+        "before rollout.max_response_tokens; unset: off",
+    )
+    overlong_penalty: PositiveFloat = Field(
+        1.0, description="what the reward has lost at rollout.max_response_tokens"
+    )
+
+
+class SyncConfig(Section):
+    bucket_mib: Positive = Field(256, description="weights travel in buckets of this size")
+    check_every: NonNegative = Field(
+        10, description="steps between comparisons of trainer and server (0: the first push only)"
+    )
+    check_prompts: Positive = Field(8, description="prompts of one comparison")
+    max_mean_difference: PositiveFloat | None = Field(
+        None, description="bound of mean |log-probability difference|; unset: by dtype"
+    )
+    max_k3: PositiveFloat | None = Field(None, description="bound of the k3 KL; unset: by dtype")
+    timeout_s: PositiveFloat = Field(300.0, description="seconds for one weight push")
+
+
+class EvalConfig(Section):
+    every: NonNegative = Field(0, description="steps between evaluations (0: start and end only)")
+    prompts: Positive | None = Field(None, description="held-out prompts; unset: all of them")
+    samples: Positive = Field(1, description="responses for each held-out prompt")
+    temperature: PositiveFloat = Field(1.0, description="sampling temperature of the evaluation")
