@@ -43,7 +43,7 @@ class LossRows:
     masked_N: Tensor
     """bool: selected tokens that the mismatch correction truncates, masks"""
     ref_logprobs_N: Tensor
-    """the reference policy's; 0 where there is none"""
+    """the reference policy's; old_logprobs_N where there is none"""
     kl_weight_N: Tensor
     entropy_weight_N: Tensor
     """float32, constant: the share of `sequence_tokens` in the term's reach, 0 outside"""
@@ -101,8 +101,6 @@ def loss_rows(
     needed_N = needed_rows(
         gradient_N, loss_mask_N, sequence_N, algorithm, table.num_samples, cp_group
     )
-    if ref_logprobs_N is None:
-        ref_logprobs_N = torch.zeros_like(old_logprobs_N)
     return LossRows(
         old_logprobs_N=old_logprobs_N,
         advantages_N=advantages_N,
@@ -113,7 +111,7 @@ def loss_rows(
         needed_N=needed_N | (of_kl_N > 0) | (of_entropy_N > 0),
         truncated_N=selected_N & weights.truncated_T,
         masked_N=selected_N & weights.masked_T,
-        ref_logprobs_N=ref_logprobs_N.to(device),
+        ref_logprobs_N=old_logprobs_N if ref_logprobs_N is None else ref_logprobs_N.to(device),
         kl_weight_N=of_kl_N,
         entropy_weight_N=of_entropy_N,
     )

@@ -12,7 +12,7 @@ Coefficient = Annotated[float, Field(ge=0.0)]
 
 
 class KLConfig(Section):
-    """Off in DAPO and in the paper; `tokens` and `estimator` default to GRPO's and TRL's."""
+    """Off in DAPO and in the paper; the defaults are GRPO's."""
 
     coefficient: Coefficient = Field(
         0.0, description="of the KL to the reference policy in the loss (0: no such term)"
@@ -21,6 +21,11 @@ class KLConfig(Section):
         "k3",
         description="x = log pi - log ref; k2: x^2 / 2; k3: exp(-x) - 1 + x (GRPO); k1: the value "
         "x with the gradient of k2, as a penalty of the token's reward has it",
+    )
+    ratio: bool = Field(
+        False,
+        description="multiply the estimate by pi / pi_old (DeepSeek-V3.2, TRL's default): with "
+        "every estimator the gradient is then that of KL(pi || ref), at later updates too",
     )
     tokens: Literal["forking", "all"] = Field(
         "all", description="which tokens have the term: the selected ones, or the whole loss mask"
