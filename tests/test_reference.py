@@ -50,10 +50,15 @@ def updates(policy, count):
         policy.update(table, scores, mask)
 
 
-def come_and_go(folder, layout, dtype):
+def settings_of(dtype, tied):
+    """With bfloat16 weights an untied head in float32, so that not all have one dtype."""
+    return {"dtype": dtype, "model": {"float32_head": dtype == "bfloat16" and not tied}} | LEARNING
+
+
+def come_and_go(folder, layout, settings):
     """Two updates, a pass of the reference that fails, one that does not, another update."""
     forking = {"compare_every": 1}  # a reference, and no term that would change an update
-    policy = make_policy(folder, layout, dtype=dtype, forking=forking, **LEARNING)
+    policy = make_policy(folder, layout, forking=forking, **settings)
     table = make_table()
     initial, at_first = policy.score(table), copies(policy)
     updates(policy, 2)
@@ -83,8 +88,8 @@ def come_and_go(folder, layout, dtype):
     return facts, moved, copies(policy)
 
 
-def without_reference(folder, layout, dtype):
-    policy = make_policy(folder, layout, dtype=dtype, **LEARNING)
+def without_reference(folder, layout, settings):
+    policy = make_policy(folder, layout, **settings)
     assert policy.reference is None
     updates(policy, 3)
     return copies(policy)
@@ -101,8 +106,9 @@ def test_the_reference_comes_and_goes_bit_for_bit(tmp_path, case, dtype):
     layout, tied = LAYOUTS[case]
     folder = reference.save_model(tmp_path, tied=tied, seed=3)
     world = ParallelConfig(**layout).world_size
-    ranks = run_ranks(world, come_and_go, folder, layout, dtype)
-    plain = run_ranks(world, without_reference, folder, layout, dtype)
+    settings = settings_of(dtype, tied)
+    ranks = run_ranks(world, come_and_go, folder, layout, settings)
+    plain = run_ranks(world, without_reference, folder, layout, settings)
     for (found, _, after), expected in zip(ranks, plain, strict=True):
         assert found == dict.fromkeys(found, True)
         assert same(after, expected)  # the update after it is the same, bit for bit
@@ -169,6 +175,26 @@ def test_without_a_coefficient_there_is_no_reference(tmp_path):
     [(held, found, phases, metrics)] = run_ranks(1, without_terms, folder)
     assert (held, found, phases) == (None, {}, {"score", "update"})
     assert not [name for name in metrics if "kl" in name or "bonus" in name]
+
+
+def with_a_broken_reference(folder, broken, layout):
+    policy = make_policy(folder, layout, kl=KL | {"reference": str(broken)}, **LEARNING)
+    before = copies(policy)
+    done = optimize(policy, [make_table()], step=1, clock=Clock())
+    return [skipped.reason for skipped in done.skipped], same(before, copies(policy))
+
+
+@pytest.mark.parametrize("layout", [{}, {"pp": 2}], ids=str)
+def test_a_reference_with_a_nan_is_named_and_moves_nothing(tmp_path, layout):
+    folder = reference.save_model(tmp_path / "model", tied=False, seed=3)
+    model = reference.load_model(folder)
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    world = ParallelConfig(**layout).world_size
+    found = run_ranks(world, with_a_broken_reference, folder, tmp_path / "broken", layout)
+    reason = "a log-probability or an entropy of the reference policy is not finite"
+    assert found == [([reason], True)] * world
 
 
 # ---- after a checkpoint ----
