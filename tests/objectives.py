@@ -66,7 +66,7 @@ def table_of(rollout_logprobs):
 class Reference:
     """The model in float64, its scores, and what each case makes of them."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, cases=CASES):
         self.model = reference.load_model(folder, torch.float64)
         table = make_table()
         self.logprobs, entropies = score_all(self.model, table)
@@ -77,7 +77,7 @@ class Reference:
         tau = reference.top_threshold(entropies[in_loss], RHO)
         self.mask = in_loss & (entropies >= tau)
         assert (entropies - tau).abs().sort().values[1] > 2e-5
-        self.expected = [self.case(*case) for case in CASES]
+        self.expected = [self.case(*case) for case in cases]
 
     def case(self, algorithm, correction):
         terms = loss_terms(self, algorithm, correction)

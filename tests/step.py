@@ -13,7 +13,9 @@ import torch
 from megafork.algorithms.advantages import group_relative_advantages
 from megafork.config import (
     AlgorithmConfig,
+    EntropyBonusConfig,
     ForkingConfig,
+    KLConfig,
     MismatchConfig,
     ModelConfig,
     ParallelConfig,
@@ -50,6 +52,8 @@ def make_policy(
     forking=None,
     algorithm=None,
     mismatch=None,
+    kl=None,
+    entropy_bonus=None,
     **training,
 ):
     parallel = ParallelConfig(**layout)
@@ -64,6 +68,8 @@ def make_policy(
         ),
         forking=ForkingConfig(**({"rho": RHO} | (forking or {}))),
         mismatch=MismatchConfig(**(mismatch or {})),
+        kl=KLConfig(**(kl or {})),
+        entropy_bonus=EntropyBonusConfig(**(entropy_bonus or {})),
         max_response_tokens=MAX_RESPONSE_TOKENS,
         temperature=1.0,
     )

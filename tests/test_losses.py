@@ -32,6 +32,9 @@ def rows_of(advantages, mask, *, old=None, sequence=None, num_tokens=None):
         needed_N=torch.ones(n, dtype=torch.bool),
         truncated_N=torch.zeros(n, dtype=torch.bool),
         masked_N=torch.zeros(n, dtype=torch.bool),
+        ref_logprobs_N=torch.zeros(n),
+        kl_weight_N=torch.zeros(n),
+        entropy_weight_N=torch.zeros(n),
     )
 
 

@@ -11,7 +11,9 @@ import torch
 
 from megafork.config import (
     AlgorithmConfig,
+    EntropyBonusConfig,
     ForkingConfig,
+    KLConfig,
     MismatchConfig,
     ModelConfig,
     ParallelConfig,
@@ -66,6 +68,8 @@ def make_policy(folder, layout, **model):
         algorithm=AlgorithmConfig(),
         forking=ForkingConfig(),
         mismatch=MismatchConfig(),
+        kl=KLConfig(),
+        entropy_bonus=EntropyBonusConfig(),
         max_response_tokens=64,
         temperature=1.0,
     )

@@ -111,10 +111,12 @@ def make_inputs(folder):
     return table, old, {"top": top, "all": torch.ones_like(top)}
 
 
-def losses_of_trl(folder, output, table, old, masks):
-    """In a process of its own: transformers, once imported, no longer looks for accelerate."""
-    cases = [(OBJECTIVES[name][1], select, correction) for name, select, correction in CASES]
-    torch.save((folder, table, old, masks, cases), output / "inputs.pt")
+def losses_of_trl(folder, output, table, old, masks, cases, ref_logprobs=None):
+    """(loss, gradients) of each case (TRL's settings, mask, mismatch correction).
+
+    In a process of its own: transformers, once imported, no longer looks for accelerate.
+    """
+    torch.save((folder, table, old, masks, cases, ref_logprobs), output / "inputs.pt")
     paths = [str(INSTALLED), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.trl_losses", output],
@@ -142,7 +144,8 @@ def losses_of_ours(folder, table, old, masks):
 
 def test_losses_and_gradients_are_trls(folder, tmp_path):
     table, old, masks = make_inputs(folder)
-    theirs = losses_of_trl(folder, tmp_path, table, old, masks)
+    cases = [(OBJECTIVES[name][1], select, correction) for name, select, correction in CASES]
+    theirs = losses_of_trl(folder, tmp_path, table, old, masks, cases)
     [ours] = run_ranks(1, losses_of_ours, folder, table, old, masks)
     for case, (loss, expected), (metrics, gradients) in zip(CASES, theirs, ours, strict=True):
         bound = OF_SEQUENCE_WEIGHTS if case[2].get("level") == "sequence" else OF_ALL_TOKENS

@@ -1,6 +1,7 @@
 """What TRL's GRPOTrainer says: `python -m tests.trl_losses FOLDER` with TRL on the path.
 
-Reads FOLDER/inputs.pt (model folder, table, old log-probabilities, masks, cases) and writes
+Reads FOLDER/inputs.pt (model folder, table, old log-probabilities, masks, cases, log-probabilities
+of the reference policy for those with a beta) and writes
 FOLDER/losses.pt: the loss and the gradients of each case, in float64. See test_trl.py.
 """
 
@@ -43,10 +44,13 @@ def importance_weights(table, old, correction):
     return padded([torch.tensor(w, dtype=torch.float64) for w in weights])
 
 
-def make_inputs(table, old, correction):
+def make_inputs(table, old, correction, ref_logprobs):
     samples = range(table.num_samples)
     prompts, spans = [table.prompt(b) for b in samples], [table.rows(b) for b in samples]
-    return {
+    of_reference = {}
+    if ref_logprobs is not None:
+        of_reference["ref_per_token_logps"] = padded([ref_logprobs[span] for span in spans])
+    return of_reference | {
         "prompt_ids": padded(prompts, "left"),
         "prompt_mask": padded([torch.ones_like(p) for p in prompts], "left"),
         "completion_ids": padded([table.token_R[span] for span in spans]),
@@ -59,6 +63,8 @@ def make_inputs(table, old, correction):
 
 
 def loss_and_gradients(model, folder, settings, inputs, mask, corrects):
+    settings = dict(settings)
+    beta = settings.pop("beta", 0.0)
     # A given fingerprint, because hashing a table fails with the dill that vLLM asks for.
     prompts = Dataset(InMemoryTable.from_pydict({"prompt": ["a"] * 8}), fingerprint="prompts")
     trainer = GRPOTrainer(
@@ -76,6 +82,7 @@ def loss_and_gradients(model, folder, settings, inputs, mask, corrects):
         train_dataset=prompts,
         processing_class=AutoTokenizer.from_pretrained(QUICKSTART / "model"),
     )
+    trainer.beta = beta  # not in the settings: it would load a reference of its own
     trainer.use_vllm = corrects  # which turns the weights on
     trainer.top_entropy_quantile = RHO
     trainer.get_high_entropy_mask = lambda *_: mask
@@ -87,7 +94,9 @@ def loss_and_gradients(model, folder, settings, inputs, mask, corrects):
 
 
 def main(folder: Path) -> None:
-    source, table, old, masks, cases = torch.load(folder / "inputs.pt", weights_only=False)
+    source, table, old, masks, cases, ref_logprobs = torch.load(
+        folder / "inputs.pt", weights_only=False
+    )
     model = reference.load_model(source, torch.float64)
     model.set_attn_implementation("sdpa")  # the eager one gives NaN for prompts padded on the left
     spans = [table.rows(b) for b in range(table.num_samples)]
@@ -96,7 +105,7 @@ def main(folder: Path) -> None:
             model,
             folder,
             settings,
-            make_inputs(table, old, correction),
+            make_inputs(table, old, correction, ref_logprobs),
             padded([masks[select][span] for span in spans]),
             bool(correction),
         )

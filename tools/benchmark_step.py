@@ -24,7 +24,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megafork.config import (
     AlgorithmConfig,
+    EntropyBonusConfig,
     ForkingConfig,
+    KLConfig,
     MismatchConfig,
     ModelConfig,
     ParallelConfig,
@@ -107,6 +109,8 @@ def make_policy(folder: Path, tokens: int) -> Policy:
         algorithm=AlgorithmConfig(),
         forking=ForkingConfig(),
         mismatch=MismatchConfig(),
+        kl=KLConfig(),
+        entropy_bonus=EntropyBonusConfig(),
         max_response_tokens=64,
         temperature=1.0,
     )

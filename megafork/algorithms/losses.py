@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafork.algorithms.mismatch import importance_weights, sums_of_sequences
-from megafork.config import AlgorithmConfig, MismatchConfig
+from megafork.config import AlgorithmConfig, EntropyBonusConfig, KLConfig, MismatchConfig
 from megafork.types import TokenTable
 
 
@@ -36,12 +36,17 @@ class LossRows:
     num_tokens_N: Tensor
     """int64: loss tokens of that sample, on all ranks"""
     gradient_N: Tensor
-    """bool: the loss has a gradient in the token's log-probability"""
+    """bool: the policy's loss has a gradient in the token's log-probability"""
     needed_N: Tensor
-    """bool: the loss depends on its value; the head runs on these rows"""
+    """bool: a term of the loss depends on its value; the head runs on these rows"""
     truncated_N: Tensor
     masked_N: Tensor
     """bool: selected tokens that the mismatch correction truncates, masks"""
+    ref_logprobs_N: Tensor
+    """the reference policy's; old_logprobs_N where there is none"""
+    kl_weight_N: Tensor
+    entropy_weight_N: Tensor
+    """float32, constant: the share of `sequence_tokens` in the term's reach, 0 outside"""
 
     def split(self, sizes: list[int]) -> list[LossRows]:
         columns = (getattr(self, field.name).split(sizes) for field in fields(self))
@@ -58,15 +63,20 @@ def loss_rows(
     mask_N: Tensor,
     algorithm: AlgorithmConfig,
     mismatch: MismatchConfig,
+    kl: KLConfig,
+    entropy_bonus: EntropyBonusConfig,
     *,
     device: torch.device,
+    ref_logprobs_N: Tensor | None = None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> LossRows:
     """The columns of one rank's rows of a mini-batch, on `device`.
 
-    mask_N: the forking mask. cp_group: the ranks that share each sequence, which all call this
-    together; None: each sequence is whole on its rank.
+    mask_N: the forking mask. ref_logprobs_N: needed where kl has a coefficient. cp_group: the ranks
+    that share each sequence, which all call this together; None: each sequence is whole on its
+    rank.
     """
+    assert ref_logprobs_N is not None or not kl.coefficient, "the reference has not scored"
     sequence_N = table.sample_R[rows_N].to(device)
     advantages_N = table.advantage_R[rows_N].to(device)
     loss_mask_N = table.loss_mask_R[rows_N].to(device)
@@ -83,22 +93,37 @@ def loss_rows(
     )
     selected_N = mask_N & (advantages_N != 0)
     gradient_N = selected_N & ~weights.masked_T
-    weight_N = weights.weight_T
-    if algorithm.denominator == "sequence_tokens":
-        weight_N = weight_N / num_tokens_N.clamp(min=1)
+    per_sequence = algorithm.denominator == "sequence_tokens"
+    divisor_N = num_tokens_N.clamp(min=1) if per_sequence else torch.ones_like(num_tokens_N)
+    of_kl_N, of_entropy_N = (
+        _weight_of_term(term, 1 / divisor_N, loss_mask_N, mask_N) for term in (kl, entropy_bonus)
+    )
+    needed_N = needed_rows(
+        gradient_N, loss_mask_N, sequence_N, algorithm, table.num_samples, cp_group
+    )
     return LossRows(
         old_logprobs_N=old_logprobs_N,
         advantages_N=advantages_N,
-        weight_N=weight_N,
+        weight_N=weights.weight_T / divisor_N,
         sequence_N=sequence_N,
         num_tokens_N=num_tokens_N,
         gradient_N=gradient_N,
-        needed_N=needed_rows(
-            gradient_N, loss_mask_N, sequence_N, algorithm, table.num_samples, cp_group
-        ),
+        needed_N=needed_N | (of_kl_N > 0) | (of_entropy_N > 0),
         truncated_N=selected_N & weights.truncated_T,
         masked_N=selected_N & weights.masked_T,
+        ref_logprobs_N=old_logprobs_N if ref_logprobs_N is None else ref_logprobs_N.to(device),
+        kl_weight_N=of_kl_N,
+        entropy_weight_N=of_entropy_N,
     )
+
+
+def _weight_of_term(
+    term: KLConfig | EntropyBonusConfig, share_N: Tensor, loss_mask_N: Tensor, mask_N: Tensor
+) -> Tensor:
+    """share_N where the term reaches, 0 elsewhere; without a coefficient it reaches nothing."""
+    if not term.coefficient:
+        return torch.zeros_like(share_N)
+    return torch.where(loss_mask_N if term.tokens == "all" else mask_N, share_N, 0.0)
 
 
 def needed_rows(
@@ -109,7 +134,8 @@ def needed_rows(
     num_sequences: int,
     cp_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """bool [N]: the rows whose log-probability the objective takes; the head runs on no other.
+    """bool [N]: the rows whose log-probability the objective takes. The head runs on these, and
+    on those that the KL and the entropy bonus reach, and on no other.
 
     ppo and cispo: those with a gradient. gspo: all loss tokens of a sequence that has such a row,
     be it on another of the ranks that share it.

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from megafork.config.algorithm import AlgorithmConfig, ForkingConfig, MismatchConfig
 from megafork.config.model import ModelConfig, ParallelConfig, TokenizerConfig
+from megafork.config.reference import EntropyBonusConfig, KLConfig
 from megafork.config.rollout import DataConfig, EvalConfig, RewardConfig, RolloutConfig, SyncConfig
 from megafork.config.section import Positive, PositiveFloat, Section
 from megafork.config.training import CheckpointConfig, RunConfig, TrainingConfig
@@ -21,8 +22,10 @@ __all__ = [
     "AlgorithmConfig",
     "CheckpointConfig",
     "DataConfig",
+    "EntropyBonusConfig",
     "EvalConfig",
     "ForkingConfig",
+    "KLConfig",
     "MismatchConfig",
     "ModelConfig",
     "ParallelConfig",
@@ -51,6 +54,8 @@ class TrainConfig(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     mismatch: MismatchConfig = MismatchConfig()
     forking: ForkingConfig = ForkingConfig()
+    kl: KLConfig = KLConfig()
+    entropy_bonus: EntropyBonusConfig = EntropyBonusConfig()
     training: TrainingConfig
     sync: SyncConfig = SyncConfig()
     eval: EvalConfig = EvalConfig()
@@ -77,6 +82,7 @@ class TrainConfig(Section):
             )
         self._check_objective()
         self._check_asynchrony()
+        self._check_reference()
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         on_one_rank = self.parallel.tokens_on_one_rank(longest)
         if on_one_rank > self.training.micro_batch_tokens:
@@ -122,6 +128,14 @@ class TrainConfig(Section):
             raise UserError(
                 f"reward.overlong_buffer_tokens={buffer} is more than "
                 f"rollout.max_response_tokens={longest}: set it to {longest} or less"
+            )
+
+    def _check_reference(self) -> None:
+        every, select = self.forking.compare_every, self.forking.select
+        if every and select in ("random", "all"):
+            raise UserError(
+                f"forking.compare_every={every} compares selections by two policies' entropies, "
+                f"but forking.select={select} looks at none: set it to 0 or select=top"
             )
 
 

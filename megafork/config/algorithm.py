@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megafork.config.section import Fraction, PositiveFloat, Section
+from megafork.config.section import Fraction, NonNegative, PositiveFloat, Section
 
 
 class AlgorithmConfig(Section):
@@ -80,4 +80,9 @@ class ForkingConfig(Section):
     )
     entropy_temperature: PositiveFloat | None = Field(
         None, description="temperature of the entropy; unset: the sampling temperature"
+    )
+    compare_every: NonNegative = Field(
+        0,
+        description="steps between comparisons of the selection with the one that the reference "
+        "policy's entropies make (forking/overlap_initial; 0: none)",
     )

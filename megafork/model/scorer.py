@@ -44,6 +44,8 @@ class Scores:
     rows_N: Tensor
     old_logprobs_N: Tensor
     entropy_N: Tensor
+    reference: Scores | None = None
+    """the reference policy's scores of the same rows, where it was asked"""
 
 
 class Scorer:

@@ -42,14 +42,17 @@ class ModelShape:
     eos_token_ids: tuple[int, ...]
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> ModelShape:
-        """Read `folder`/config.json. Raises UserError for what megafork does not train."""
+    def from_folder(cls, folder: str | Path, *, setting: str = "model.path") -> ModelShape:
+        """Read `folder`/config.json. Raises UserError for what megafork does not train.
+
+        setting: what the user calls the folder.
+        """
         folder = Path(folder)
         path = folder / "config.json"
         if not folder.is_dir():
-            raise UserError(f"model.path={folder} is not a folder: give an HF model folder")
+            raise UserError(f"{setting}={folder} is not a folder: give an HF model folder")
         if not path.is_file():
-            raise UserError(f"model.path={folder} holds no config.json: give an HF model folder")
+            raise UserError(f"{setting}={folder} holds no config.json: give an HF model folder")
         raw = read_json(path)
         family = raw.get("model_type")
         if family not in FAMILIES:
@@ -92,6 +95,16 @@ class ModelShape:
                 "off; its product is float32 anyway"
             )
         self.check_layout(parallel)
+
+    def check_same_build(self, folder: str | Path, *, setting: str) -> None:
+        """Raise UserError where the weights of `folder` do not belong into this model."""
+        for name, theirs in vars(ModelShape.from_folder(folder, setting=setting)).items():
+            ours = getattr(self, name)
+            if name not in ("eos_token_ids", "max_positions") and theirs != ours:
+                raise UserError(
+                    f"{setting}={folder} has {name}={theirs}, but model.path has {ours}: give a "
+                    "model of the same shape and vocabulary"
+                )
 
     def check_layout(self, parallel: ParallelConfig) -> None:
         """Raise UserError with key, value and fix when the model cannot be split this way."""

@@ -70,12 +70,25 @@ def mark_tensor_parallel(stages: Sequence[Stage]) -> None:
 @torch.no_grad()
 def load_weights(stages: Sequence[Stage], folder: SafetensorsFolder, topology: Topology) -> None:
     """Fill every parameter of this rank from its slices. Raises UserError for a wrong shape."""
+    for parameter, shard in read_weights(stages, folder, topology):
+        parameter.copy_(shard)
+
+
+def read_weights(
+    stages: Sequence[Stage], folder: SafetensorsFolder, topology: Topology
+) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+    """Every parameter of this rank with its slice of the folder, in the folder's dtype.
+
+    Raises UserError for a wrong shape.
+    """
     for rule, parameter in _parameters(stages):
         for name, expected in zip(rule.hf, rule.hf_shapes, strict=True):
             folder.check_holds(name)
             folder.check_shape(name, expected)
-        shard = rule.sharding.read(folder.slice, rule.hf, topology.tp_rank, topology.tp_size)
-        parameter.copy_(shard)
+        yield (
+            parameter,
+            rule.sharding.read(folder.slice, rule.hf, topology.tp_rank, topology.tp_size),
+        )
 
 
 def export_weights(

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megafork.algorithms import forking, losses
+from megafork.algorithms import forking, losses, regularizers
 from megafork.config import (
     AlgorithmConfig,
+    EntropyBonusConfig,
     ForkingConfig,
+    KLConfig,
     MismatchConfig,
     ModelConfig,
     ParallelConfig,
@@ -29,6 +31,7 @@ from megafork.training.optimizer import (
     set_hyperparameters,
     wrap_data_parallel,
 )
+from megafork.training.reference import Reference
 from megafork.types import TokenTable
 
 BOUNDARY_EPS = {"float32": 1e-5, "bfloat16": 1e-1}
@@ -42,6 +45,8 @@ _SUMS = (
     "head_rows",
     "truncated",
     "masked",
+    "kl",
+    "entropy_bonus",
 )
 
 
@@ -58,6 +63,8 @@ class Policy(Scorer):
         algorithm: AlgorithmConfig,
         forking: ForkingConfig,
         mismatch: MismatchConfig,
+        kl: KLConfig,
+        entropy_bonus: EntropyBonusConfig,
         max_response_tokens: int,
         temperature: float,
     ) -> None:
@@ -73,6 +80,7 @@ class Policy(Scorer):
         self.algorithm = algorithm
         self.forking = forking
         self.mismatch = mismatch
+        self.kl, self.entropy_bonus = kl, entropy_bonus
         self.max_response_tokens = max_response_tokens
         self.boundary_eps = BOUNDARY_EPS[model.dtype]
         self.num_updates = 0
@@ -80,6 +88,9 @@ class Policy(Scorer):
         self.ddp = wrap_data_parallel([stage.gpt for stage in self.stages], topology)
         self.modules = list(self.ddp)
         self.optimizer = build_optimizer(self.ddp, training)
+        self.reference: Reference | None = None
+        if kl.coefficient or forking.compare_every:
+            self.reference = Reference(self, kl.reference or model.path)
 
     def select(
         self, tables: Sequence[TokenTable], scores: Sequence[Scores], *, step: int
@@ -119,8 +130,9 @@ class Policy(Scorer):
         """One optimizer step on the masked tokens, with `algorithm`'s objective and denominator.
 
         Returns the global gradient norm before clipping and, on the last stage, sums over all
-        ranks: loss, clip counts, rows that have a gradient, rows that the head ran on, tokens that
-        the mismatch correction changed, and the largest |ratio - 1| among the rows.
+        ranks: the policy's loss, clip counts, rows that it has a gradient in, rows that the head
+        ran on, tokens that the mismatch correction changed, the loss's terms "kl" and
+        "entropy_bonus" (0 where off), and the largest |ratio - 1| among the rows.
         Raises UpdateRefused, on all ranks, for a NaN, an infinity or a spike (see `UpdateGuard`).
         """
         reports = self.accumulate_gradients(table, scores, mask_N)
@@ -128,7 +140,7 @@ class Policy(Scorer):
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         # One rank judges: another might see the norm with another last bit.
-        loss = metrics.get("loss", math.nan)
+        loss = sum(metrics.get(name, math.nan) for name in ("loss", "kl", "entropy_bonus"))
         fault, loss, norm = self.topology.broadcast_object(
             (self.guard.fault(loss, norm), loss, norm), src=self.topology.last_stage_rank
         )
@@ -154,7 +166,7 @@ class Policy(Scorer):
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        def loss_of(pack: Pack, logprobs_N: Tensor, _: Tensor) -> tuple[Tensor, dict]:
+        def loss_of(pack: Pack, logprobs_N: Tensor, entropy_N: Tensor) -> tuple[Tensor, dict]:
             rows, corrected = rows_of[id(pack)]
             loss, ratio = losses.policy_loss(
                 logprobs_N,
@@ -168,13 +180,28 @@ class Policy(Scorer):
             clipped = losses.clip_counts(ratio, rows.advantages_N, gradient, self.algorithm)
             rows_run = torch.stack([gradient.sum(), torch.ones_like(gradient).sum()])
             offset = (ratio - 1).abs()
+            terms = self._other_terms(logprobs_N, entropy_N, rows, denominator)
+            counts = (clipped, rows_run, corrected)
             report = {
-                "sums": torch.cat([loss.detach()[None].double(), clipped, rows_run, corrected]),
+                "sums": torch.cat([loss.detach()[None].double(), *counts, terms.detach()]),
                 "max_ratio_offset": offset.max() if len(offset) else offset.new_zeros(()),
             }
-            return loss, report
+            return loss + terms.sum(), report
 
         return self.run_packs(packs, loss_of, forward_only=False)
+
+    def _other_terms(
+        self, logprobs_N: Tensor, entropy_N: Tensor, rows: losses.LossRows, denominator: int
+    ) -> Tensor:
+        """[2]: the KL's and the entropy bonus's share of the loss; constant zeros where off."""
+        kl = bonus = logprobs_N.new_zeros(())
+        if self.kl.coefficient:
+            kl = regularizers.kl_loss(logprobs_N, rows, self.kl, denominator=denominator)
+        if self.entropy_bonus.coefficient:
+            bonus = regularizers.entropy_loss(
+                entropy_N, rows, self.entropy_bonus, denominator=denominator
+            )
+        return torch.stack([kl, bonus])
 
     def _needed_rows(
         self, table: TokenTable, scores: Scores, mask_N: Tensor
@@ -194,7 +221,10 @@ class Policy(Scorer):
             mask_N,
             self.algorithm,
             self.mismatch,
+            self.kl,
+            self.entropy_bonus,
             device=self.topology.device,
+            ref_logprobs_N=scores.reference.old_logprobs_N if scores.reference else None,
             cp_group=self._cp_group,
         )
         packs, rows_of = [], {}
@@ -209,6 +239,12 @@ class Policy(Scorer):
     def _cp_group(self) -> dist.ProcessGroup | None:
         """The ranks that share each sequence; None where each is whole on its rank."""
         return self.topology.groups.cp if self.topology.cp_size > 1 else None
+
+    @property
+    def terms(self) -> list[str]:
+        """Names of the loss's terms beside the policy's own, as in update's metrics."""
+        both = {"kl": self.kl.coefficient, "entropy_bonus": self.entropy_bonus.coefficient}
+        return [name for name, coefficient in both.items() if coefficient]
 
     @property
     def learning_rate(self) -> float:

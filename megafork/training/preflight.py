@@ -22,6 +22,8 @@ def check_train(config: TrainConfig) -> None:
     """Raise UserError for what can be known to fail before anything is started."""
     shape = ModelShape.from_folder(config.model.path)
     shape.check(config.model, config.parallel)
+    if config.kl.reference is not None:
+        shape.check_same_build(config.kl.reference, setting="kl.reference")
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > shape.max_positions:
         raise UserError(

@@ -50,6 +50,8 @@ class Optimized:
     scores: list[Scores] = field(default_factory=list)
     """of these, with the entropies that were selected by"""
     masks: list[Tensor] = field(default_factory=list)
+    reference_masks: list[Tensor] = field(default_factory=list)
+    """what the reference's entropies would have selected, in steps that compare"""
     selections: list[Selection] = field(default_factory=list)
     """one for each threshold scope; none before the last stage"""
     updates: list[dict[str, float]] = field(default_factory=list)
@@ -68,6 +70,9 @@ def optimize(
     done = Optimized()
     with clock.measure("score"):
         scored = [_score(policy, table) for table in minibatches]
+    if policy.reference is not None and (policy.kl.coefficient or _compares(policy, step)):
+        with clock.measure("reference"), policy.reference.in_place():
+            scored = [_score_again(policy, *pair) for pair in zip(minibatches, scored, strict=True)]
     if policy.forking.entropy_of == "old":
         with clock.measure("score"):
             _select(policy, minibatches, scored, done, step)
@@ -103,7 +108,7 @@ def _data_fault(table: TokenTable) -> str | None:
     return None
 
 
-def _score(policy: Policy, table: TokenTable) -> Scores | str:
+def _score(policy: Policy, table: TokenTable, whose: str = "policy") -> Scores | str:
     """The scores, or what is wrong; the same on all ranks."""
     fault = _data_fault(table)
     if fault is not None:
@@ -111,8 +116,24 @@ def _score(policy: Policy, table: TokenTable) -> Scores | str:
     scores = policy.score(table)
     finite = scores.old_logprobs_N.isfinite().all() and scores.entropy_N.isfinite().all()
     if policy.topology.any_rank(not finite):
-        return "a log-probability or an entropy of the policy is not finite"
+        return f"a log-probability or an entropy of the {whose} is not finite"
     return scores
+
+
+def _score_again(policy: Policy, table: TokenTable, scores: Scores | str) -> Scores | str:
+    """The scores with those of the reference, whose weights the policy has now."""
+    if isinstance(scores, str):
+        return scores
+    reference = _score(policy, table, whose="reference policy")
+    if isinstance(reference, str):
+        return reference
+    assert torch.equal(reference.rows_N, scores.rows_N), "another packing"
+    return replace(scores, reference=reference)
+
+
+def _compares(policy: Policy, step: int) -> bool:
+    every = policy.forking.compare_every
+    return bool(every) and step % every == 0
 
 
 def _select(
@@ -131,7 +152,7 @@ def _select(
     whole = [pairs] if pairs else []
     for scope in whole if policy.forking.scope == "batch" else [[pair] for pair in pairs]:
         tables, scores = zip(*scope, strict=True)
-        _add(done, tables, scores, *policy.select(tables, scores, step=step))
+        _select_from(policy, tables, scores, done, step)
 
 
 def _select_now(
@@ -144,7 +165,7 @@ def _select_now(
             return now
         assert torch.equal(now.rows_N, scores.rows_N), "another packing"
         scores = replace(scores, entropy_N=now.entropy_N)
-    _add(done, [table], [scores], *policy.select([table], [scores], step=step))
+    _select_from(policy, [table], [scores], done, step)
     return None
 
 
@@ -159,14 +180,19 @@ def _update(policy: Policy, done: Optimized, index: int) -> str | None:
     return None
 
 
-def _add(
-    done: Optimized,
+def _select_from(
+    policy: Policy,
     tables: Sequence[TokenTable],
     scores: Sequence[Scores],
-    masks: Sequence[Tensor],
-    selection: Selection | None,
+    done: Optimized,
+    step: int,
 ) -> None:
+    """The tokens of one threshold scope."""
+    masks, selection = policy.select(tables, scores, step=step)
     done.tables += tables
     done.scores += scores
     done.masks += masks
     done.selections += [selection] if selection is not None else []
+    if _compares(policy, step):
+        by_reference = [s.reference for s in scores if s.reference is not None]
+        done.reference_masks += policy.select(tables, by_reference, step=step)[0]

@@ -15,6 +15,7 @@ from megafork.model.scorer import Scores
 from megafork.ops.top_fraction import top_fraction_threshold
 from megafork.parallel.topology import Topology
 from megafork.rollout.collector import RolloutBatch
+from megafork.training.step import Optimized
 from megafork.types import TokenTable
 
 _PERCENTILES = {"entropy/p50": 0.5, "entropy/p80": 0.2, "entropy/p95": 0.05}
@@ -103,6 +104,29 @@ def token_metrics(
     return metrics | _selection_metrics(selections)
 
 
+def reference_metrics(done: Optimized, kl_tokens: str, topology: Topology) -> dict[str, float]:
+    """What the reference policy says of a rollout batch; nothing where it has not scored it.
+
+    kl/reference: mean k3 estimate of KL(pi_old || ref), whatever kl.estimator is, over the tokens
+    of kl_tokens. forking/overlap_initial: the share of the selected tokens that the reference's
+    entropies select too, by the same rule among the same tokens; the reference is the initial
+    policy unless kl.reference names another (arXiv 2506.01939 reports 86% after training).
+    Last stage only, all its ranks together.
+    """
+    scored = [s.reference for s in done.scores if s.reference is not None]
+    pairs = {}
+    if scored:
+        ours, theirs = (
+            torch.cat([s.old_logprobs_N for s in scores]) for scores in (done.scores, scored)
+        )
+        in_loss = [t.loss_mask_R[s.rows_N] for t, s in zip(done.tables, scored, strict=True)]
+        reach = torch.cat(in_loss if kl_tokens == "all" else done.masks)
+        pairs["kl/reference"] = (k3_divergence(theirs, ours), reach)
+    if done.reference_masks:
+        pairs["forking/overlap_initial"] = (torch.cat(done.reference_masks), torch.cat(done.masks))
+    return dict(zip(pairs, _means(list(pairs.values()), topology), strict=True)) if pairs else {}
+
+
 def _means(pairs: Sequence[tuple[Tensor, Tensor]], topology: Topology) -> list[float]:
     """Of each (values, mask) over all ranks; a mean of nothing is NaN, which is written as null."""
     sums = [
@@ -132,18 +156,22 @@ def _selection_metrics(selections: Sequence[Selection]) -> dict[str, float]:
     return dict(zip(_OF_SELECTION, values, strict=True))
 
 
-def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+def update_metrics(
+    updates: Sequence[dict[str, float]], terms: Sequence[str] = ()
+) -> dict[str, float]:
     """Means over the step's optimizer updates; NaN where none was made.
 
     ratio/clip_*_fraction are of the rows that have a gradient: selected tokens with an advantage
     that the mismatch correction does not mask. update/head_rows counts all rows that the head ran
     on, mismatch/*_tokens the selected tokens with an advantage that the correction changed.
+    terms: of the loss beside the policy's, "kl" and "entropy_bonus".
     """
     count = len(updates) or math.nan
     total = {name: sum(u[name] for u in updates) for name in (*_CLIPS, *_COUNTS)}
     gradient_rows = sum(u["gradient_rows"] for u in updates)
     return {
         "loss/policy": sum(u["loss"] for u in updates) / count,
+        **{f"loss/{name}": sum(u[name] for u in updates) / count for name in terms},
         **{metric: total[name] / max(gradient_rows, 1.0) for name, metric in _CLIPS.items()},
         **{metric: total[name] for name, metric in _COUNTS.items()},
         "ratio/first_update_max_offset": updates[0]["max_ratio_offset"] if updates else math.nan,

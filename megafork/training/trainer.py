@@ -179,7 +179,8 @@ class Trainer:
                 policy_version=trained_by,
                 large_difference=config.mismatch.large_difference,
                 topology=topology,
-            ) | telemetry.update_metrics(done.updates)
+            ) | telemetry.update_metrics(done.updates, policy.terms)
+            metrics |= telemetry.reference_metrics(done, config.kl.tokens, topology)
         metrics = topology.broadcast_object(metrics, src=topology.last_stage_rank)
         if self.front is not None and self.front.batch is not None:
             metrics |= telemetry.rollout_metrics(self.front.batch, trained_by)
@@ -344,6 +345,8 @@ def _train(
             algorithm=config.algorithm,
             forking=config.forking,
             mismatch=config.mismatch,
+            kl=config.kl,
+            entropy_bonus=config.entropy_bonus,
             max_response_tokens=config.rollout.max_response_tokens,
             temperature=config.rollout.temperature,
         )
