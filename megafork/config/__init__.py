@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from megafork.config.algorithm import AlgorithmConfig, ForkingConfig, MismatchConfig
+from megafork.config.critic import CriticConfig
 from megafork.config.model import ModelConfig, ParallelConfig, TokenizerConfig
 from megafork.config.rollout import DataConfig, EvalConfig, RewardConfig, RolloutConfig, SyncConfig
 from megafork.config.section import Positive, PositiveFloat, Section
@@ -20,6 +21,7 @@ from megafork.errors import UserError
 __all__ = [
     "AlgorithmConfig",
     "CheckpointConfig",
+    "CriticConfig",
     "DataConfig",
     "EvalConfig",
     "ForkingConfig",
@@ -49,6 +51,7 @@ class TrainConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    critic: CriticConfig = CriticConfig()
     mismatch: MismatchConfig = MismatchConfig()
     forking: ForkingConfig = ForkingConfig()
     training: TrainingConfig
@@ -76,6 +79,7 @@ class TrainConfig(Section):
                 "scope=minibatch or entropy_of=old"
             )
         self._check_objective()
+        self._check_critic()
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         on_one_rank = self.parallel.tokens_on_one_rank(longest)
         if on_one_rank > self.training.micro_batch_tokens:
@@ -105,6 +109,25 @@ class TrainConfig(Section):
             raise UserError(
                 f"reward.overlong_buffer_tokens={buffer} is more than "
                 f"rollout.max_response_tokens={longest}: set it to {longest} or less"
+            )
+
+    def _check_critic(self) -> None:
+        critic, default = self.critic, CriticConfig()
+        changed = [
+            f"critic.{name}"
+            for name in CriticConfig.model_fields
+            if getattr(critic, name) != getattr(default, name)
+        ]
+        if changed and self.algorithm.advantages != "gae":
+            raise UserError(
+                f"{', '.join(changed)} says how a critic learns, but algorithm.advantages="
+                f"{self.algorithm.advantages} has none: set algorithm.advantages=gae or leave it "
+                "unset"
+            )
+        if critic.alone_steps >= self.training.steps:
+            raise UserError(
+                f"critic.alone_steps={critic.alone_steps} leaves none of training.steps="
+                f"{self.training.steps} to the policy: lower it"
             )
 
 

@@ -42,14 +42,17 @@ class ModelShape:
     eos_token_ids: tuple[int, ...]
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> ModelShape:
-        """Read `folder`/config.json. Raises UserError for what megafork does not train."""
+    def from_folder(cls, folder: str | Path, *, setting: str = "model.path") -> ModelShape:
+        """Read `folder`/config.json. Raises UserError for what megafork does not train.
+
+        setting: that names the folder, for the message.
+        """
         folder = Path(folder)
         path = folder / "config.json"
         if not folder.is_dir():
-            raise UserError(f"model.path={folder} is not a folder: give an HF model folder")
+            raise UserError(f"{setting}={folder} is not a folder: give an HF model folder")
         if not path.is_file():
-            raise UserError(f"model.path={folder} holds no config.json: give an HF model folder")
+            raise UserError(f"{setting}={folder} holds no config.json: give an HF model folder")
         raw = read_json(path)
         family = raw.get("model_type")
         if family not in FAMILIES:

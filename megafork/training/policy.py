@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -22,13 +21,7 @@ from megafork.config import (
 from megafork.data.packing import Pack
 from megafork.model.scorer import Scorer, Scores
 from megafork.parallel.topology import Topology
-from megafork.training.guard import UpdateGuard, UpdateRefused
-from megafork.training.optimizer import (
-    build_optimizer,
-    learning_rate,
-    set_hyperparameters,
-    wrap_data_parallel,
-)
+from megafork.training.learner import Judged, Learner
 from megafork.types import TokenTable
 
 BOUNDARY_EPS = {"float32": 1e-5, "bfloat16": 1e-1}
@@ -45,7 +38,7 @@ _SUMS = (
 )
 
 
-class Policy(Scorer):
+class Policy(Scorer, Learner):
     """A Scorer that learns."""
 
     def __init__(
@@ -69,17 +62,12 @@ class Policy(Scorer):
             temperature=temperature,
             entropy_temperature=forking.entropy_temperature,
         )
-        self.training = training
+        self.start_learning(training)
         self.algorithm = algorithm
         self.forking = forking
         self.mismatch = mismatch
         self.max_response_tokens = max_response_tokens
         self.boundary_eps = BOUNDARY_EPS[model.dtype]
-        self.num_updates = 0
-        self.guard = UpdateGuard(training)
-        self.ddp = wrap_data_parallel([stage.gpt for stage in self.stages], topology)
-        self.modules = list(self.ddp)
-        self.optimizer = build_optimizer(self.ddp, training)
 
     def select(
         self, tables: Sequence[TokenTable], scores: Sequence[Scores], *, step: int
@@ -118,41 +106,31 @@ class Policy(Scorer):
     def update(self, table: TokenTable, scores: Scores, mask_N: Tensor) -> dict[str, float]:
         """One optimizer step on the masked tokens, with `algorithm`'s objective and denominator.
 
-        Returns the global gradient norm before clipping and, on the last stage, sums over all
+        Raises UpdateRefused as `judged_update`, whose metrics it returns with the gradient norm.
+        """
+        return self.apply(self.judged_update(table, scores, mask_N))
+
+    def judged_update(self, table: TokenTable, scores: Scores, mask_N: Tensor) -> Judged:
+        """The first half of `update`, which changes nothing but the gradients.
+
+        Returns the global gradient norm before clipping and, on the last stage, metrics over all
         ranks: loss, clip counts, rows that have a gradient, rows that the head ran on, tokens that
         the mismatch correction changed, and the largest |ratio - 1| among the rows.
         Raises UpdateRefused, on all ranks, for a NaN, an infinity or a spike (see `UpdateGuard`).
         """
         reports = self.accumulate_gradients(table, scores, mask_N)
-        metrics = self._reduce(reports) if self.topology.is_last_stage else {}
-        self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        # One rank judges: another might see the norm with another last bit.
-        loss = metrics.get("loss", math.nan)
-        fault, loss, norm = self.topology.broadcast_object(
-            (self.guard.fault(loss, norm), loss, norm), src=self.topology.last_stage_rank
-        )
-        if fault is not None:
-            raise UpdateRefused(fault)
-        set_hyperparameters(self.optimizer, self.training, self.num_updates)
-        _, grad_norm, _ = self.optimizer.step()
-        self.num_updates += 1
-        self.guard.made(loss, norm)
-        return metrics | {"grad_norm": float(grad_norm)}
+        return self.judge(self._reduce(reports) if self.topology.is_last_stage else {})
 
     def accumulate_gradients(
         self, table: TokenTable, scores: Scores, mask_N: Tensor
     ) -> list[dict[str, Tensor]]:
         """Forward and backward over the table's packs; gradients end up reduced over all ranks."""
-        assert not table.advantage_B.isnan().any(), "advantages were not computed"
+        assert not table.advantage_R.isnan().any(), "advantages were not computed"
         packs, rows_of = self._needed_rows(table, scores, mask_N)
         denominator = losses.loss_denominator(
             table, self.algorithm, max_response_tokens=self.max_response_tokens
         )
-        for ddp in self.ddp:
-            ddp.train()
-            ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self.clear_gradients()
 
         def loss_of(pack: Pack, logprobs_N: Tensor, _: Tensor) -> tuple[Tensor, dict]:
             rows, corrected = rows_of[id(pack)]
@@ -209,11 +187,6 @@ class Policy(Scorer):
     def _cp_group(self) -> dist.ProcessGroup | None:
         """The ranks that share each sequence; None where each is whole on its rank."""
         return self.topology.groups.cp if self.topology.cp_size > 1 else None
-
-    @property
-    def learning_rate(self) -> float:
-        """Of the next update."""
-        return learning_rate(self.training, self.num_updates)
 
     def _reduce(self, reports: Sequence[dict]) -> dict[str, float]:
         sums = torch.stack([report["sums"] for report in reports]).sum(0)

@@ -25,6 +25,7 @@ from megafork.logging.metrics import read_rows
 from megafork.parallel.topology import Topology, initialize, shutdown
 from megafork.rollout.engine import RolloutServer, host_of
 from megafork.training import telemetry
+from megafork.training.critic import Critic, make_critic
 from megafork.training.front import Front
 from megafork.training.policy import Policy
 from megafork.training.run_dir import make_run_dir, reopen_run_dir
@@ -48,8 +49,10 @@ class Trainer:
         front: Front | None,
         store: CheckpointStore,
         interruption: Interruption,
+        critic: Critic | None = None,
     ) -> None:
         self.config, self.topology, self.policy = config, topology, policy
+        self.critic = critic
         self.sync, self.front, self.store = sync, front, store
         self.interruption = interruption
         self.steps_done = self._saved_step = 0
@@ -57,10 +60,12 @@ class Trainer:
         self._stopping = False
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on after a checkpoint, whose weights and optimizer the policy already has."""
+        """Go on after a checkpoint, whose weights and optimizers policy and critic already have."""
         self.steps_done = self._saved_step = state["step"]
         self.policy.num_updates = state["num_updates"]
         self.policy.guard.restore(state["guard"])
+        if self.critic is not None:
+            self.critic.restore(state["critic"])
         self.policy_version = state["policy_version"] - 1  # the first push gives it again
         if self.front is not None:
             self.front.collector.restore(state["collector"])
@@ -129,7 +134,9 @@ class Trainer:
                 "policy_version": self.policy_version,
                 "collector": self.front.collector.state(),
             }
-        self.store.save(step, self.policy.stages, self.policy.optimizer, state)
+            if self.critic is not None:
+                state["critic"] = self.critic.state()
+        self.store.save(step, self.policy.stages, self.policy.optimizer, state, self.critic)
         self._saved_step = step
 
     def _export(self) -> None:
@@ -158,11 +165,13 @@ class Trainer:
                 lambda: self._on_front(lambda front: front.collect(step, sampled_by))
             )
         table = token_table(groups, overlong_filtering=config.algorithm.overlong_filtering)
-        advantages = group_relative_advantages(
-            table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage
-        )
-        table = table.with_columns(advantage_B=advantages)
-        done = optimize(policy, self._minibatches(table, step), step=step, clock=clock)
+        if self.critic is None:
+            advantages = group_relative_advantages(
+                table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage
+            )
+            table = table.with_columns(advantage_R=advantages[table.sample_R])
+        minibatches = self._minibatches(table, step)
+        done = optimize(policy, minibatches, step=step, clock=clock, critic=self.critic)
         if done.skipped:
             is_last = policy.guard.is_exhausted
             self._on_front(lambda front: front.keep_skipped(step, done.skipped, is_last=is_last))
@@ -180,6 +189,8 @@ class Trainer:
                 large_difference=config.mismatch.large_difference,
                 topology=topology,
             ) | telemetry.update_metrics(done.updates)
+            if self.critic is not None:
+                metrics |= telemetry.critic_metrics(done.values, done.critic_updates)
         metrics = topology.broadcast_object(metrics, src=topology.last_stage_rank)
         if self.front is not None and self.front.batch is not None:
             metrics |= telemetry.rollout_metrics(self.front.batch, sampled_by)
@@ -344,7 +355,8 @@ def _train(
             max_response_tokens=config.rollout.max_response_tokens,
             temperature=config.rollout.temperature,
         )
-        state = _load_newest(store, policy) if resume else None
+        critic = make_critic(config, topology)
+        state = _load_newest(store, policy, critic) if resume else None
         front = None
 
         def open_front() -> None:
@@ -366,16 +378,18 @@ def _train(
             server_host=host_of(config.rollout),
         )
         stack.callback(sync.close)
-        trainer = Trainer(config, topology, policy, sync, front, store, interruption)
+        trainer = Trainer(config, topology, policy, sync, front, store, interruption, critic)
         if state is not None:
             trainer.restore(state)
         trainer.run()
 
 
-def _load_newest(store: CheckpointStore, policy: Policy) -> dict[str, Any] | None:
+def _load_newest(
+    store: CheckpointStore, policy: Policy, critic: Critic | None
+) -> dict[str, Any] | None:
     path = store.newest()
     if path is None:
         return None
     if policy.topology.rank == 0:
         print(f"resuming from {path}", flush=True)
-    return store.load(path, policy.stages, policy.optimizer)
+    return store.load(path, policy.stages, policy.optimizer, critic)
