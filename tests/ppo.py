@@ -22,13 +22,13 @@ from tests.test_gae import by_definition
 CLIP = 0.3
 
 
-def save_critic(folder, *, tied, seed=7, head=True):
-    """A random token classifier with one label, or its backbone alone."""
+def save_critic(folder, *, tied, seed=7, labels=1):
+    """A random token classifier."""
     config = Qwen3Config(
         vocab_size=reference.VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, rope_theta=1e6,
         max_position_embeddings=256, tie_word_embeddings=tied, initializer_range=0.1,
-        num_labels=1, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+        num_labels=labels, eos_token_id=1, pad_token_id=0, bos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = AutoModelForTokenClassification.from_config(config)
@@ -38,7 +38,7 @@ def save_critic(folder, *, tied, seed=7, head=True):
                 parameter.add_(0.2 * torch.randn_like(parameter))
             elif name == "score.bias":
                 parameter.fill_(0.25)
-    (model if head else model.model).save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -23,7 +23,7 @@ def check_train(config: TrainConfig) -> None:
     shape = ModelShape.from_folder(config.model.path)
     shape.check(config.model, config.parallel)
     if config.algorithm.advantages == "gae":
-        _check_critic(config, shape)
+        check_critic(config, shape)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > shape.max_positions:
         raise UserError(
@@ -50,7 +50,7 @@ def check_train(config: TrainConfig) -> None:
         _tell_other_eos(config, shape)
 
 
-def _check_critic(config: TrainConfig, policy: ModelShape) -> None:
+def check_critic(config: TrainConfig, policy: ModelShape) -> None:
     """The critic sees the policy's tokens, in the policy's layout."""
     path = config.critic.path
     if path is None:

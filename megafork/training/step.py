@@ -97,7 +97,7 @@ def optimize(
                 fault = _select_now(policy, table, scores, done, step, again=number > 0)
         if fault is None:
             with clock.measure("update"):
-                fault = _update(policy, critic, done, index, step)
+                fault = update_both(policy, critic, done, index, step)
             index += 1
         if fault is not None:
             policy.guard.skipped()
@@ -164,7 +164,7 @@ def _select_now(
     return None
 
 
-def _update(
+def update_both(
     policy: Policy, critic: Critic | None, done: Optimized, index: int, step: int
 ) -> str | None:
     """The updates on the index-th of the selected mini-batches; says why there were none."""
