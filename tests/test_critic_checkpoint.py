@@ -21,7 +21,7 @@ from tests.ppo import make_critic, make_ppo_table, save_critic
 from tests.ranks import run_ranks
 from tests.step import make_policy
 from tests.test_resharding import everything, without_padding
-from tests.test_resume import comparable, replayed_in_one_go, resume
+from tests.test_resume import comparable, resume
 
 TP2, PP2 = {"tp": 2}, {"pp": 2}
 
@@ -89,7 +89,7 @@ def joined(ranks):
 
 
 def test_a_checkpoint_of_tp2_at_pp2_and_on_one_process(folders, tmp_path):
-    """Every tensor with its bits: both models, the value head, the Adam of both. They go on alike."""
+    """Every tensor with its bits: both models, the value head, Adam's of both. They go on alike."""
     ranks = run_ranks(2, learn_and_save, folders, TP2, tmp_path / "tp2")
     saved, later = joined(ranks), next(own for _, own in ranks if own)
     [original] = run_ranks(1, everything, tmp_path / "tp2" / "step_000002")
@@ -160,7 +160,7 @@ PPO = (
 
 @pytest.mark.slow
 def test_a_run_with_a_critic_trains_and_goes_on_bit_for_bit(tmp_path):
-    """Resumed after step 2 it ends as it did, replayed from its journal; the policy converts."""
+    """Resumed after step 2 it ends as it did, from its journal; the policy alone converts."""
     run_dir = tmp_path / "run"
     done = megafork(*small_run(run_dir, *PPO), mark=run_dir)
     assert done.returncode == 0, done.stderr
@@ -173,7 +173,6 @@ def test_a_run_with_a_critic_trains_and_goes_on_bit_for_bit(tmp_path):
     assert rows[0]["value/mean"] == 0.0 and rows[1]["value/mean"] != 0.0
     assert rows[0]["ratio/first_update_max_offset"] == 0.0
     whole = comparable(run_dir)
-    assert replayed_in_one_go(run_dir, tmp_path / "replayed") == whole
 
     checkpoint = run_dir / "checkpoints" / "step_000002"
     state = json.loads((checkpoint / "state.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,7 @@ from megafork.training.learner import Judged, Learner
 from megafork.types import TokenTable
 
 _SUMS = ("loss", "clipped", "rows")
+_ESTIMATED = ("value/mean", "value/explained_variance", "advantage/mean", "advantage/std")
 _OWN_SETTINGS = ("lr", "warmup_steps", "weight_decay", "grad_clip")
 """of a critic, where TrainingConfig has the policy's"""
 
@@ -183,9 +185,11 @@ def estimate_advantages(
     """GAE of every mini-batch that could be scored, whitened over the loss tokens of all of them.
 
     Every rank has the values of all rows, and so computes the same advantages without a further
-    word: nothing here depends on the layout but the values' rounding.
+    word: nothing here depends on the layout but the values' rounding. The metrics are of the loss
+    tokens, before whitening; NaN where no mini-batch could be scored.
     """
-    done = Estimated(list(tables), list(scored), {})
+    metrics = dict.fromkeys(_ESTIMATED, math.nan) | {"critic/lr": critic.learning_rate}
+    done = Estimated(list(tables), list(scored), metrics)
     found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for index, (table, scores) in enumerate(zip(tables, scored, strict=True)):
         if isinstance(scores, str):
@@ -210,14 +214,13 @@ def estimate_advantages(
     values, advantages, returns = (torch.cat(part) for part in zip(*found.values(), strict=True))
     mask = torch.cat([tables[index].loss_mask_R for index in found])
     mean, variance = masked_mean_and_variance(advantages, mask)
-    done.metrics.update(
-        {
-            "value/mean": masked_mean_and_variance(values, mask)[0],
-            "value/explained_variance": explained_variance(values, returns, mask),
-            "advantage/mean": mean,
-            "advantage/std": variance**0.5,
-        }
+    of_batch = (
+        masked_mean_and_variance(values, mask)[0],
+        explained_variance(values, returns, mask),
+        mean,
+        variance**0.5,
     )
+    done.metrics.update(zip(_ESTIMATED, of_batch, strict=True))
     if critic.whiten:
         advantages = whitened(advantages, mask)
     parts = advantages.split([tables[index].num_rows for index in found])
