@@ -112,12 +112,8 @@ class TrainConfig(Section):
             )
 
     def _check_critic(self) -> None:
-        critic, default = self.critic, CriticConfig()
-        changed = [
-            f"critic.{name}"
-            for name in CriticConfig.model_fields
-            if getattr(critic, name) != getattr(default, name)
-        ]
+        critic, defaults = self.critic, dict(CriticConfig())
+        changed = [f"critic.{name}" for name, value in critic if value != defaults[name]]
         if changed and self.algorithm.advantages != "gae":
             raise UserError(
                 f"{', '.join(changed)} says how a critic learns, but algorithm.advantages="

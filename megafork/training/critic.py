@@ -33,7 +33,7 @@ from megafork.types import TokenTable
 
 _SUMS = ("loss", "clipped", "rows")
 _ESTIMATED = ("value/mean", "value/explained_variance", "advantage/mean", "advantage/std")
-_OWN_SETTINGS = ("lr", "warmup_steps", "weight_decay", "grad_clip")
+_OWN_SETTINGS = {"lr", "warmup_steps", "weight_decay", "grad_clip"}
 """of a critic, where TrainingConfig has the policy's"""
 
 
@@ -58,7 +58,7 @@ class Critic(Learner):
             head="value",
         )
         self.config, self.whiten = critic, whiten
-        own = {name: getattr(critic, name) for name in _OWN_SETTINGS}
+        own = critic.model_dump(include=_OWN_SETTINGS)
         self.start_learning(training.model_copy(update=own), name="the critic")
 
     def values(self, table: TokenTable) -> Tensor:
