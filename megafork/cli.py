@@ -68,7 +68,7 @@ def train(
     check_train(resolved)
 
     def work() -> None:
-        from megafork.training.trainer import train as train_on_this_rank
+        from megafork.training.run import train as train_on_this_rank
 
         train_on_this_rank(resolved, resume=resume is not None)
 

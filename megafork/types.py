@@ -70,8 +70,6 @@ class TokenTable:
     reward_B: Tensor
     accuracy_B: Tensor
     truncated_B: Tensor
-    advantage_B: Tensor
-    """float32, equal for all tokens of a response; NaN until computed"""
     token_R: Tensor
     """int64, the response's token ids, EOS included"""
     rollout_logprob_R: Tensor
@@ -80,6 +78,8 @@ class TokenTable:
     """int64, the version that sampled the token"""
     loss_mask_R: Tensor
     """bool: takes part in the loss (contained in the response, after overlong filtering)"""
+    advantage_R: Tensor
+    """float32; NaN until computed"""
 
     @property
     def num_samples(self) -> int:
@@ -127,10 +127,6 @@ class TokenTable:
         """int64 [R, 2]: (sample uid, position), the row's name at every layout."""
         return torch.stack([self.uid_B[self.sample_R], self.position_R], 1)
 
-    @property
-    def advantage_R(self) -> Tensor:
-        return self.advantage_B[self.sample_R]
-
     def prompt(self, sample: int) -> Tensor:
         return self.prompt_ids_P[self.prompt_offsets[sample] : self.prompt_offsets[sample + 1]]
 
@@ -168,12 +164,12 @@ class TokenTable:
         ]
 
 
-_PER_SAMPLE = ("uid_B", "group_B", "reward_B", "accuracy_B", "truncated_B", "advantage_B")
-_PER_ROW = ("token_R", "rollout_logprob_R", "policy_version_R", "loss_mask_R")
+_PER_SAMPLE = ("uid_B", "group_B", "reward_B", "accuracy_B", "truncated_B")
+_PER_ROW = ("token_R", "rollout_logprob_R", "policy_version_R", "loss_mask_R", "advantage_R")
 
 
 def token_table(groups: Sequence[Group], *, overlong_filtering: bool = False) -> TokenTable:
-    """The table of finished groups; advantages are NaN until algorithms/advantages.py fills them.
+    """The table of finished groups; advantages are NaN until algorithms/ fills them.
 
     overlong_filtering: truncated responses keep their rows but leave the loss mask.
     """
@@ -191,11 +187,11 @@ def token_table(groups: Sequence[Group], *, overlong_filtering: bool = False) ->
         reward_B=torch.tensor([s.reward for _, s in samples], dtype=torch.float32),
         accuracy_B=torch.tensor([s.accuracy for _, s in samples], dtype=torch.float32),
         truncated_B=truncated_B,
-        advantage_B=torch.full((len(samples),), torch.nan),
         token_R=_flat([s.token_ids for _, s in samples], torch.int64),
         rollout_logprob_R=_flat([s.logprobs for _, s in samples], torch.float32),
         policy_version_R=_flat([_versions(g, s) for g, s in samples], torch.int64),
         loss_mask_R=in_loss_B.repeat_interleave(lengths),
+        advantage_R=torch.full((int(lengths.sum()),), torch.nan),
     )
 
 

@@ -106,7 +106,7 @@ def loss_terms(ref, algorithm, correction):
             "sequence_tokens": len(sequences) * len(rows),
             "max_response_tokens": len(sequences) * MAX_RESPONSE_TOKENS,
         }[config.denominator]
-        advantage = float(table.advantage_B[b])
+        advantage = float(table.advantage_R[table.offsets[b]])
         for t in rows:
             if not ref.mask[t] or advantage == 0:
                 continue

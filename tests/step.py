@@ -35,7 +35,7 @@ MAX_RESPONSE_TOKENS = 14  # responses have 1 to 11
 def make_table(seed=5):
     table = token_table(reference.make_groups(6, 4, seed=seed))
     advantages = group_relative_advantages(table.reward_B, table.group_B, normalize=True)
-    return table.with_columns(advantage_B=advantages)
+    return table.with_columns(advantage_R=advantages[table.sample_R])
 
 
 def perturbation(rows):

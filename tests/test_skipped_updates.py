@@ -170,7 +170,7 @@ def make_minibatches(bad_group=None):
         groups[bad_group] = replace(groups[bad_group], samples=samples)
     table = token_table(groups)
     advantages = group_relative_advantages(table.reward_B, table.group_B, normalize=True)
-    return table.with_columns(advantage_B=advantages).minibatches(2, seed=1)
+    return table.with_columns(advantage_R=advantages[table.sample_R]).minibatches(2, seed=1)
 
 
 def train_on(folder, layout, bad_group, leave_out, scope):

@@ -28,7 +28,7 @@ def decay_only(folder):
     policy = make_policy(folder, {}, lr=0.1, weight_decay=0.5, warmup_steps=2)
     before = dict(policy.export_shards())
     before = {name: value.clone() for name, value in before.items()}
-    table = make_table().with_columns(advantage_B=torch.zeros(make_table().num_samples))
+    table = make_table().with_columns(advantage_R=torch.zeros(make_table().num_rows))
     scores = policy.score(table)
     [mask], _ = policy.select([table], [scores], step=1)
     metrics = policy.update(table, scores, mask)

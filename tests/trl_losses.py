@@ -56,7 +56,7 @@ def make_inputs(table, old, correction, ref_logprobs):
         "completion_ids": padded([table.token_R[span] for span in spans]),
         "completion_mask": padded([torch.ones_like(table.token_R[span]) for span in spans]),
         "old_per_token_logps": padded([old.double()[span] for span in spans]),
-        "advantages": table.advantage_B.double(),
+        "advantages": table.advantage_R[table.offsets[:-1]].double(),
         "num_items_in_batch": torch.tensor(table.num_rows),
         "importance_sampling_ratio": importance_weights(table, old, correction),
     }

@@ -92,7 +92,7 @@ def make_table(tokens: int, group_size: int = 4, length: int = 128) -> TokenTabl
         groups.append(Group(index, random_ids(16), 1, samples))
     table = token_table(groups)
     signs = torch.arange(table.num_samples) % 2 * 2.0 - 1.0
-    return table.with_columns(advantage_B=signs)
+    return table.with_columns(advantage_R=signs[table.sample_R])
 
 
 def make_policy(folder: Path, tokens: int) -> Policy:

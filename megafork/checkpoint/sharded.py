@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
@@ -27,6 +28,30 @@ from megafork.checkpoint.files import torch_save_raises_os_error
 from megafork.checkpoint.writer import renew_results
 from megafork.model.weights import Stage
 from megafork.parallel.topology import Topology
+
+
+class Learner(Protocol):
+    """What a second model shows of itself to be saved."""
+
+    stages: list[Stage]
+    optimizer: MegatronOptimizer
+
+
+def contents(
+    stages: Sequence[Stage],
+    optimizer: MegatronOptimizer | None,
+    topology: Topology,
+    critic: Learner | None = None,
+    *,
+    loading: bool = False,
+) -> dict[str, Any]:
+    """The policy's state and, under names that begin with "critic.", the critic's."""
+    sharded = state_dict(stages, optimizer, topology, loading=loading)
+    if critic is not None:
+        own = state_dict(critic.stages, critic.optimizer, topology, loading=loading)
+        add_prefix_for_sharding(own, "critic.")
+        sharded["critic"] = own
+    return sharded
 
 
 def state_dict(
@@ -81,14 +106,23 @@ def load(
     stages: Sequence[Stage],
     optimizer: MegatronOptimizer | None,
     topology: Topology,
+    critic: Learner | None = None,
 ) -> None:
     """Fill weights and optimizer state from `folder`, whatever layout wrote it. Collective."""
     strategy = FullyParallelLoadStrategyWrapper(
         dist_checkpointing.serialization.get_default_load_sharded_strategy(str(folder)),
         topology.groups.dp_cp,
     )
-    contents = state_dict(stages, optimizer, topology, loading=True)
-    loaded = dist_checkpointing.load(contents, str(folder), sharded_strategy=strategy)
+    wanted = contents(stages, optimizer, topology, critic, loading=True)
+    loaded = dist_checkpointing.load(wanted, str(folder), sharded_strategy=strategy)
+    _fill(stages, optimizer, loaded)
+    if critic is not None:
+        _fill(critic.stages, critic.optimizer, loaded["critic"])
+
+
+def _fill(
+    stages: Sequence[Stage], optimizer: MegatronOptimizer | None, loaded: dict[str, Any]
+) -> None:
     for index, stage in enumerate(stages):
         stage.gpt.load_state_dict(loaded[f"model{index}"])
     if optimizer is not None:

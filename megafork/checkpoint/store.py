@@ -75,17 +75,19 @@ class CheckpointStore:
         stages: Sequence[Stage],
         optimizer: MegatronOptimizer,
         state: dict[str, Any] | None,
+        critic: sharded.Learner | None = None,
     ) -> None:
         """Write the checkpoint of `step`; asynchronously if the config says so.
 
-        state: of rank 0, what JSON can hold. Raises UserError when this one, or one that was still
+        state: of rank 0, what JSON can hold, with a key "critic" where there is
+        one. Raises UserError when this one, or one that was still
         being written, cannot be written; those before it are untouched.
         """
         self.finish()
         partial = self._partial(step)
         try:
             self.topology.on_rank_zero(lambda: self._begin(partial))
-            contents = sharded.state_dict(stages, optimizer, self.topology)
+            contents = sharded.contents(stages, optimizer, self.topology, critic)
             request = sharded.save(partial, contents, self.topology)
             states = self.topology.all_gather_object((self._coordinates, _generators()))
             self.topology.on_rank_zero(
@@ -120,14 +122,27 @@ class CheckpointStore:
         return None
 
     def load(
-        self, path: Path, stages: Sequence[Stage], optimizer: MegatronOptimizer
+        self,
+        path: Path,
+        stages: Sequence[Stage],
+        optimizer: MegatronOptimizer,
+        critic: sharded.Learner | None = None,
     ) -> dict[str, Any]:
-        """Fill weights and optimizer, whatever layout wrote them; returns the saved state."""
-        sharded.load(path, stages, optimizer, self.topology)
+        """Fill weights and optimizers, whatever layout wrote them; returns the saved state.
+
+        Raises UserError for a critic that the checkpoint does not hold.
+        """
+        state = self.topology.on_rank_zero(lambda: json.loads((path / STATE).read_text()))
+        if critic is not None and "critic" not in state:
+            raise UserError(
+                f"{path} holds no critic: algorithm.advantages=gae begins with a new run (its "
+                "model.path may be the HF folder of this one's last policy)"
+            )
+        sharded.load(path, stages, optimizer, self.topology, critic)
         states = torch.load(path / GENERATORS, weights_only=True)
         if self._coordinates in states:  # else another layout wrote it, and the run's seed decides
             _restore_generators(states[self._coordinates])
-        return self.topology.on_rank_zero(lambda: json.loads((path / STATE).read_text()))
+        return state
 
     def _named(self) -> list[Path]:
         """What has a checkpoint's name, the oldest first. Other names are the user's own."""

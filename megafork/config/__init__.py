@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from megafork.config.algorithm import AlgorithmConfig, ForkingConfig, MismatchConfig
+from megafork.config.critic import CriticConfig
 from megafork.config.model import ModelConfig, ParallelConfig, TokenizerConfig
 from megafork.config.reference import EntropyBonusConfig, KLConfig
 from megafork.config.rollout import DataConfig, EvalConfig, RewardConfig, RolloutConfig, SyncConfig
@@ -21,6 +22,7 @@ from megafork.errors import UserError
 __all__ = [
     "AlgorithmConfig",
     "CheckpointConfig",
+    "CriticConfig",
     "DataConfig",
     "EntropyBonusConfig",
     "EvalConfig",
@@ -52,6 +54,7 @@ class TrainConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    critic: CriticConfig = CriticConfig()
     mismatch: MismatchConfig = MismatchConfig()
     forking: ForkingConfig = ForkingConfig()
     kl: KLConfig = KLConfig()
@@ -83,6 +86,7 @@ class TrainConfig(Section):
         self._check_objective()
         self._check_asynchrony()
         self._check_reference()
+        self._check_critic()
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         on_one_rank = self.parallel.tokens_on_one_rank(longest)
         if on_one_rank > self.training.micro_batch_tokens:
@@ -136,6 +140,21 @@ class TrainConfig(Section):
             raise UserError(
                 f"forking.compare_every={every} compares selections by two policies' entropies, "
                 f"but forking.select={select} looks at none: set it to 0 or select=top"
+            )
+
+    def _check_critic(self) -> None:
+        critic, defaults = self.critic, dict(CriticConfig())
+        changed = [f"critic.{name}" for name, value in critic if value != defaults[name]]
+        if changed and self.algorithm.advantages != "gae":
+            raise UserError(
+                f"{', '.join(changed)} says how a critic learns, but algorithm.advantages="
+                f"{self.algorithm.advantages} has none: set algorithm.advantages=gae or leave it "
+                "unset"
+            )
+        if critic.alone_steps >= self.training.steps:
+            raise UserError(
+                f"critic.alone_steps={critic.alone_steps} leaves none of training.steps="
+                f"{self.training.steps} to the policy: lower it"
             )
 
 

@@ -30,8 +30,14 @@ class AlgorithmConfig(Section):
         "sequence's own, then the number of sequences (GRPO, GSPO); rollout.max_response_tokens "
         "times the number of sequences (Dr. GRPO)",
     )
+    advantages: Literal["group", "gae"] = Field(
+        "group",
+        description="a response's reward against its group's (GRPO), or GAE with a critic (PPO)",
+    )
     normalize_advantage: bool = Field(
-        True, description="divide the centred rewards of a group by their standard deviation"
+        True,
+        description="group: divide the centred rewards of a group by their standard deviation; "
+        "gae: whiten the advantages over the loss tokens of the rollout batch",
     )
     overlong_filtering: bool = Field(
         True, description="responses cut at max_response_tokens take no part in the loss"

@@ -6,7 +6,7 @@ on, and takes log-probabilities and entropies from the vocabulary shards (ops/vo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from megafork.model.shape import ModelShape, padded_vocab_size
 from megafork.parallel import backend
 from megafork.parallel.topology import Topology
 
+Head = Literal["vocabulary", "value"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -41,14 +42,40 @@ class HiddenStatesHead(ColumnParallelLinear):
         return input_, None
 
 
+class ValueHead(torch.nn.Module):
+    """A critic's head: one number for each hidden state. Whole on every tp rank, always float32.
+
+    Zero until it is loaded or learnt, so that no layout starts with other values. forward hands
+    the hidden states through, as HiddenStatesHead does.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1, hidden_size))
+        self.bias = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: Any = None
+    ) -> tuple[Tensor, None]:
+        return input_, None
+
+    def values(self, hidden_NH: Tensor) -> Tensor:
+        """float32 [N]"""
+        return F.linear(hidden_NH.float(), self.weight, self.bias)[:, 0]
+
+
 def build_chunks(
-    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, topology: Topology
+    shape: ModelShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    topology: Topology,
+    head: Head = "vocabulary",
 ) -> list[GPTModel]:
     """This rank's pipeline stages (vpp of them), on its device, parameters not yet loaded."""
     config = transformer_config(shape, model, parallel)
     refuse_unsafe_sends(config)
     return [
-        _build_stage(index, config, shape, model, parallel, topology)
+        _build_stage(index, config, shape, model, parallel, topology, head)
         for index in range(parallel.vpp)
     ]
 
@@ -60,19 +87,26 @@ def _build_stage(
     model: ModelConfig,
     parallel: ParallelConfig,
     topology: Topology,
+    head: Head,
 ) -> GPTModel:
     stage = chunk * topology.pp_size + topology.pp_rank
     is_last = stage == parallel.num_stages - 1
     num_layers = len(shape.stage_layers(parallel)[stage])
+    vocab_size, tied = padded_vocab_size(shape, model, parallel), shape.tied_embeddings
+    if head == "value":
+        # GPTModel builds a vocabulary head in any case. On the embedding's own stage a tied one
+        # holds nothing; on another stage it is one row for each rank.
+        tied = stage == 0 and is_last
+        vocab_size = vocab_size if stage == 0 else parallel.tp
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=_block_spec(num_layers, qk_norm=shape.qk_norm),
-        vocab_size=padded_vocab_size(shape, model, parallel),
+        vocab_size=vocab_size,
         max_sequence_length=shape.max_positions,
         pre_process=stage == 0,
         post_process=is_last,
         parallel_output=True,
-        share_embeddings_and_output_weights=shape.tied_embeddings,
+        share_embeddings_and_output_weights=tied,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
         rope_scaling=shape.rope_factor is not None,
@@ -80,7 +114,10 @@ def _build_stage(
         pg_collection=topology.groups,
         vp_stage=chunk if parallel.vpp > 1 else None,
     )
-    if is_last:
+    if is_last and head == "value":
+        gpt.output_layer = ValueHead(shape.hidden_size)
+        gpt.share_embeddings_and_output_weights = False
+    elif is_last:
         # The layer is built (weight, tying, sharding attributes) by GPTModel; only its forward
         # changes. Replacing the module would lose the attributes, copying _postprocess would
         # break with every release.
@@ -102,8 +139,9 @@ def head_input(gpt: GPTModel, hidden_1TH: Tensor, slots_N: Tensor) -> Tensor:
 
     slots_N: ascending. Under sequence parallelism the output is [1, T/tp, H]; each rank takes the
     wanted rows of its part, padded to the largest number that any rank has, and only those are
-    gathered. For linear_logprob_and_entropy, whose gradient of the rows is already summed over the
-    vocabulary shards: backward it is split and not reduced again.
+    gathered. For heads whose gradient of the rows is whole on every tp rank, as that of
+    linear_logprob_and_entropy (summed over the vocabulary shards) and of ValueHead: backward it is
+    split and not reduced again.
     """
     if not gpt.config.sequence_parallel:
         return hidden_1TH[0][slots_N]

@@ -114,6 +114,8 @@ class Rule:
     hf_shapes: tuple[tuple[int, ...], ...]
     exported: bool = True
     """False for the last stage's copy of a tied embedding: the first stage exports it."""
+    optional: bool = False
+    """A folder may lack it: a value head's, which most critics begin without."""
 
 
 def rules(
@@ -124,11 +126,14 @@ def rules(
     last_stage: bool,
     padded_vocab_size: int,
     transformer_engine: bool,
+    value_head: bool = False,
 ) -> Iterator[Rule]:
     """The rules of one pipeline stage, in a fixed order.
 
     layers: the stage's layers by their number in the whole model. transformer_engine: its fused
-    layers keep the norm's weight inside the linear layer that follows.
+    layers keep the norm's weight inside the linear layer that follows. value_head: in place of the
+    vocabulary's, under the names of transformers' Qwen3ForTokenClassification (which has a bias)
+    and ...ForSequenceClassification (which has none).
     """
     vocab = VocabSplit(shape.vocab_size, padded_vocab_size)
     vocab_shape = ((shape.vocab_size, shape.hidden_size),)
@@ -142,7 +147,11 @@ def rules(
         norm = ("model.norm.weight",)
         hidden = ((shape.hidden_size,),)
         yield Rule("decoder.final_layernorm.weight", norm, Replicated(), hidden)
-        if not shape.tied_embeddings:
+        if value_head:
+            for name, size in (("weight", (1, shape.hidden_size)), ("bias", (1,))):
+                ours, theirs = f"output_layer.{name}", (f"score.{name}",)
+                yield Rule(ours, theirs, Replicated(), (size,), optional=True)
+        elif not shape.tied_embeddings:
             yield Rule("output_layer.weight", ("lm_head.weight",), vocab, vocab_shape)
         elif not first_stage:
             yield Rule("output_layer.weight", embedding, vocab, vocab_shape, exported=False)

@@ -8,28 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megafork.config import ModelConfig, ParallelConfig
-from megafork.data.packing import Pack, build_pack, fed_lengths, plan_micro_batches
-from megafork.errors import UserError
+from megafork.data.packing import Pack
 from megafork.model.gpt import head_input, head_weight
-from megafork.model.hf_folder import SafetensorsFolder
-from megafork.model.shape import ModelShape
-from megafork.model.weights import (
-    build_stages,
-    export_weights,
-    load_weights,
-    mark_tensor_parallel,
-)
+from megafork.model.packed import PackedModel
+from megafork.model.weights import export_weights
 from megafork.ops.vocab_parallel import linear_logprob_and_entropy
 from megafork.parallel.topology import Topology
-from megafork.parallel.zigzag import Zigzag
 from megafork.types import TokenTable
 
 
@@ -46,9 +35,13 @@ class Scores:
     entropy_N: Tensor
     reference: Scores | None = None
     """the reference policy's scores of the same rows, where it was asked"""
+    old_values_N: Tensor | None = None
+    """of a critic, before its first update on the rollout batch; None without one"""
+    returns_N: Tensor | None = None
+    """what the critic's values are fitted to"""
 
 
-class Scorer:
+class Scorer(PackedModel):
     """A model in its layout that gives log-probabilities and entropies of a token table."""
 
     def __init__(
@@ -61,22 +54,9 @@ class Scorer:
         temperature: float = 1.0,
         entropy_temperature: float | None = None,
     ) -> None:
-        self.shape = ModelShape.from_folder(model.path)
-        self.shape.check(model, parallel)
-        self.topology = topology
-        self.micro_batch_tokens = micro_batch_tokens
+        super().__init__(model, parallel, topology, micro_batch_tokens=micro_batch_tokens)
         self.temperature = temperature
         self.entropy_temperature = entropy_temperature
-        self.part = Zigzag(
-            topology.cp_rank, topology.cp_size, parallel.tp if parallel.sequence_parallel else 1
-        )
-        # The interleaved schedule goes through the micro-batches in rounds of pp.
-        self.count_multiple = topology.pp_size if parallel.vpp > 1 else 1
-        self.stages = build_stages(self.shape, model, parallel, topology)
-        mark_tensor_parallel(self.stages)
-        load_weights(self.stages, SafetensorsFolder(model.path), topology)
-        self.modules: list[torch.nn.Module] = [stage.gpt for stage in self.stages]
-        """What the schedule runs: the stages, or what a subclass wraps them in."""
 
     def score(self, table: TokenTable) -> Scores:
         """Log-probability and entropy of every response token, without gradients."""
@@ -99,21 +79,6 @@ class Scorer:
             entropy_N=torch.cat([output["entropy"] for output in outputs]),
         )
 
-    def packs(self, table: TokenTable) -> list[Pack]:
-        """This rank's part of its micro-batches of the table."""
-        self._check(table)
-        plan = plan_micro_batches(
-            [self.part.padded(length) for length in fed_lengths(table)],
-            dp_size=self.topology.dp_size,
-            token_budget=self.micro_batch_tokens,
-            cp_size=self.topology.cp_size,
-            count_multiple=self.count_multiple,
-        )
-        return [
-            build_pack(table, samples, part=self.part, device=self.topology.device)
-            for samples in plan[self.topology.dp_rank]
-        ]
-
     @property
     def dtype(self) -> torch.dtype:
         return self.stages[0].gpt.config.params_dtype
@@ -135,21 +100,6 @@ class Scorer:
             for pair in zip(rule.hf, rule.hf_shapes, strict=True)
         ]
 
-    def _check(self, table: TokenTable) -> None:
-        vocab, positions = self.shape.vocab_size, self.shape.max_positions
-        tokens = torch.cat([table.prompt_ids_P, table.token_R])
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
-            raise UserError(
-                f"token ids span {int(tokens.min())}..{int(tokens.max())}, but the model's "
-                f"vocabulary has {vocab}: is this the model's own tokenizer?"
-            )
-        longest = max(fed_lengths(table), default=0)
-        if longest > positions:
-            raise UserError(
-                f"a sequence has {longest} tokens, but the model's max_position_embeddings is "
-                f"{positions}: shorten prompts or responses"
-            )
-
     def run_packs(
         self,
         packs: Sequence[Pack],
@@ -162,42 +112,17 @@ class Scorer:
         The head runs on each pack's slots_N and on nothing else.
         """
 
-        def forward_step(packs_left: Iterator[Pack], model: torch.nn.Module) -> Any:
-            pack = next(packs_left)
-            params = PackedSeqParams(
-                qkv_format="thd",
-                cu_seqlens_q=pack.cu_seqlens,
-                cu_seqlens_kv=pack.cu_seqlens,
-                max_seqlen_q=pack.max_seqlen,
-                max_seqlen_kv=pack.max_seqlen,
+        def scored(pack: Pack, hidden_1TH: Tensor) -> tuple[Tensor, dict]:
+            gpt = self.stages[-1].gpt
+            logprobs_N, entropy_N = linear_logprob_and_entropy(
+                head_input(gpt, hidden_1TH, pack.slots_N),
+                head_weight(gpt),
+                pack.targets_N,
+                tp_group=self.topology.groups.tp,
+                temperature=self.temperature,
+                entropy_temperature=self.entropy_temperature,
+                vocab_size=self.shape.vocab_size,
             )
-            output = model(
-                pack.tokens_T[None], pack.positions_T[None], None, packed_seq_params=params
-            )
+            return loss_of(pack, logprobs_N, entropy_N)
 
-            def loss(hidden_1TH: Tensor) -> Any:
-                gpt = self.stages[-1].gpt
-                logprobs_N, entropy_N = linear_logprob_and_entropy(
-                    head_input(gpt, hidden_1TH, pack.slots_N),
-                    head_weight(gpt),
-                    pack.targets_N,
-                    tp_group=self.topology.groups.tp,
-                    temperature=self.temperature,
-                    entropy_temperature=self.entropy_temperature,
-                    vocab_size=self.shape.vocab_size,
-                )
-                value, report = loss_of(pack, logprobs_N, entropy_N)
-                # The middle number would be megatron's per-token denominator; ours is in `value`.
-                return value, torch.tensor(0, dtype=torch.int), report
-
-            return output, loss
-
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(packs) for _ in self.modules],
-            model=self.modules,
-            num_microbatches=len(packs),
-            seq_length=1,  # read from the tensors: variable_seq_lengths
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        return self.run_hidden(packs, scored, forward_only=forward_only)

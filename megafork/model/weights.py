@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 from megafork.config import ModelConfig, ParallelConfig
-from megafork.model.gpt import build_chunks
+from megafork.model.gpt import Head, build_chunks
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.hf_mapping import Replicated, Rule, rules
 from megafork.model.shape import ModelShape, padded_vocab_size
@@ -36,12 +36,16 @@ class Stage:
 
 
 def build_stages(
-    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, topology: Topology
+    shape: ModelShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    topology: Topology,
+    head: Head = "vocabulary",
 ) -> list[Stage]:
     """This rank's pipeline stages, on its device, parameters not yet loaded."""
     layers, last = shape.stage_layers(parallel), parallel.num_stages - 1
     stages = []
-    for chunk, gpt in enumerate(build_chunks(shape, model, parallel, topology)):
+    for chunk, gpt in enumerate(build_chunks(shape, model, parallel, topology, head)):
         index = chunk * topology.pp_size + topology.pp_rank
         table = rules(
             shape,
@@ -50,6 +54,7 @@ def build_stages(
             last_stage=index == last,
             padded_vocab_size=padded_vocab_size(shape, model, parallel),
             transformer_engine=backend.has_transformer_engine(),
+            value_head=head == "value",
         )
         stages.append(Stage(gpt, list(table)))
     return stages
@@ -79,9 +84,12 @@ def read_weights(
 ) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
     """Every parameter of this rank with its slice of the folder, in the folder's dtype.
 
-    Raises UserError for a wrong shape.
+    One whose rule says that a folder may lack it is left out where the folder does. Raises
+    UserError for a wrong shape.
     """
     for rule, parameter in _parameters(stages):
+        if rule.optional and not folder.names.issuperset(rule.hf):
+            continue
         for name, expected in zip(rule.hf, rule.hf_shapes, strict=True):
             folder.check_holds(name)
             folder.check_shape(name, expected)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -24,13 +23,7 @@ from megafork.config import (
 from megafork.data.packing import Pack
 from megafork.model.scorer import Scorer, Scores
 from megafork.parallel.topology import Topology
-from megafork.training.guard import UpdateGuard, UpdateRefused
-from megafork.training.optimizer import (
-    build_optimizer,
-    learning_rate,
-    set_hyperparameters,
-    wrap_data_parallel,
-)
+from megafork.training.learner import Judged, Learner
 from megafork.training.reference import Reference
 from megafork.types import TokenTable
 
@@ -50,7 +43,7 @@ _SUMS = (
 )
 
 
-class Policy(Scorer):
+class Policy(Scorer, Learner):
     """A Scorer that learns."""
 
     def __init__(
@@ -76,18 +69,13 @@ class Policy(Scorer):
             temperature=temperature,
             entropy_temperature=forking.entropy_temperature,
         )
-        self.training = training
+        self.start_learning(training)
         self.algorithm = algorithm
         self.forking = forking
         self.mismatch = mismatch
         self.kl, self.entropy_bonus = kl, entropy_bonus
         self.max_response_tokens = max_response_tokens
         self.boundary_eps = BOUNDARY_EPS[model.dtype]
-        self.num_updates = 0
-        self.guard = UpdateGuard(training)
-        self.ddp = wrap_data_parallel([stage.gpt for stage in self.stages], topology)
-        self.modules = list(self.ddp)
-        self.optimizer = build_optimizer(self.ddp, training)
         self.reference: Reference | None = None
         if kl.coefficient or forking.compare_every:
             self.reference = Reference(self, kl.reference or model.path)
@@ -129,42 +117,33 @@ class Policy(Scorer):
     def update(self, table: TokenTable, scores: Scores, mask_N: Tensor) -> dict[str, float]:
         """One optimizer step on the masked tokens, with `algorithm`'s objective and denominator.
 
-        Returns the global gradient norm before clipping and, on the last stage, sums over all
-        ranks: the policy's loss, clip counts, rows that it has a gradient in, rows that the head
-        ran on, tokens that the mismatch correction changed, the loss's terms "kl" and
-        "entropy_bonus" (0 where off), and the largest |ratio - 1| among the rows.
-        Raises UpdateRefused, on all ranks, for a NaN, an infinity or a spike (see `UpdateGuard`).
+        Raises UpdateRefused as `judged_update`, whose metrics it returns with the gradient norm.
+        """
+        return self.apply(self.judged_update(table, scores, mask_N))
+
+    def judged_update(self, table: TokenTable, scores: Scores, mask_N: Tensor) -> Judged:
+        """The first half of `update`, which changes nothing but the gradients.
+
+        Metrics, on the last stage, are sums over all ranks: the policy's loss, clip counts, rows
+        that it has a gradient in, rows that the head ran on, tokens that the mismatch correction
+        changed, the loss's terms "kl" and "entropy_bonus" (0 where off), and the rows' largest
+        |ratio - 1|. Raises UpdateRefused, on all ranks, for a NaN, an infinity or a spike (see
+        `UpdateGuard`).
         """
         reports = self.accumulate_gradients(table, scores, mask_N)
         metrics = self._reduce(reports) if self.topology.is_last_stage else {}
-        self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        # One rank judges: another might see the norm with another last bit.
-        loss = sum(metrics.get(name, math.nan) for name in ("loss", "kl", "entropy_bonus"))
-        fault, loss, norm = self.topology.broadcast_object(
-            (self.guard.fault(loss, norm), loss, norm), src=self.topology.last_stage_rank
-        )
-        if fault is not None:
-            raise UpdateRefused(fault)
-        set_hyperparameters(self.optimizer, self.training, self.num_updates)
-        _, grad_norm, _ = self.optimizer.step()
-        self.num_updates += 1
-        self.guard.made(loss, norm)
-        return metrics | {"grad_norm": float(grad_norm)}
+        return self.judge(metrics, loss=("loss", "kl", "entropy_bonus"))
 
     def accumulate_gradients(
         self, table: TokenTable, scores: Scores, mask_N: Tensor
     ) -> list[dict[str, Tensor]]:
         """Forward and backward over the table's packs; gradients end up reduced over all ranks."""
-        assert not table.advantage_B.isnan().any(), "advantages were not computed"
+        assert not table.advantage_R.isnan().any(), "advantages were not computed"
         packs, rows_of = self._needed_rows(table, scores, mask_N)
         denominator = losses.loss_denominator(
             table, self.algorithm, max_response_tokens=self.max_response_tokens
         )
-        for ddp in self.ddp:
-            ddp.train()
-            ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self.clear_gradients()
 
         def loss_of(pack: Pack, logprobs_N: Tensor, entropy_N: Tensor) -> tuple[Tensor, dict]:
             rows, corrected = rows_of[id(pack)]
@@ -245,11 +224,6 @@ class Policy(Scorer):
         """Names of the loss's terms beside the policy's own, as in update's metrics."""
         both = {"kl": self.kl.coefficient, "entropy_bonus": self.entropy_bonus.coefficient}
         return [name for name, coefficient in both.items() if coefficient]
-
-    @property
-    def learning_rate(self) -> float:
-        """Of the next update."""
-        return learning_rate(self.training, self.num_updates)
 
     def _reduce(self, reports: Sequence[dict]) -> dict[str, float]:
         sums = torch.stack([report["sums"] for report in reports]).sum(0)

@@ -24,6 +24,8 @@ def check_train(config: TrainConfig) -> None:
     shape.check(config.model, config.parallel)
     if config.kl.reference is not None:
         shape.check_same_build(config.kl.reference, setting="kl.reference")
+    if config.algorithm.advantages == "gae":
+        check_critic(config, shape)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > shape.max_positions:
         raise UserError(
@@ -48,6 +50,25 @@ def check_train(config: TrainConfig) -> None:
     if not under_torchrun():
         _tell_ignored_sampling(Path(config.model.path))
         _tell_other_eos(config, shape)
+
+
+def check_critic(config: TrainConfig, policy: ModelShape) -> None:
+    """The critic sees the policy's tokens, in the policy's layout."""
+    path = config.critic.path
+    if path is None:
+        return
+    shape = ModelShape.from_folder(path, setting="critic.path")
+    try:
+        shape.check_layout(config.parallel)
+    except UserError as error:
+        raise UserError(f"the model of critic.path={path}: {error}") from None
+    for name in ("vocab_size", "max_positions"):
+        ours, needed = getattr(shape, name), getattr(policy, name)
+        if ours < needed:
+            raise UserError(
+                f"the model of critic.path={path} has {name}={ours}, but that of model.path="
+                f"{config.model.path} has {needed}: take a critic of the same family"
+            )
 
 
 def check_score(config: ScoreConfig, input_path: Path, output_path: Path) -> None:

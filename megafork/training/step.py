@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megafork.algorithms.forking import Selection
 from megafork.model.scorer import Scores
+from megafork.training.critic import Critic, estimate_advantages
 from megafork.training.guard import UpdateRefused
 from megafork.training.policy import Policy
 from megafork.types import TokenTable
@@ -55,17 +56,28 @@ class Optimized:
     selections: list[Selection] = field(default_factory=list)
     """one for each threshold scope; none before the last stage"""
     updates: list[dict[str, float]] = field(default_factory=list)
+    critic_updates: list[dict[str, float]] = field(default_factory=list)
+    values: dict[str, float] = field(default_factory=dict)
+    """what the critic thinks of the rollout batch (see estimate_advantages)"""
     skipped: list[Skipped] = field(default_factory=list)
 
 
 def optimize(
-    policy: Policy, minibatches: Sequence[TokenTable], *, step: int, clock: Clock
+    policy: Policy,
+    minibatches: Sequence[TokenTable],
+    *,
+    step: int,
+    clock: Clock,
+    critic: Critic | None = None,
 ) -> Optimized:
     """One optimizer step for each mini-batch; `policy.forking` says by whose entropies.
 
     All mini-batches are scored before the first update: the denominator of the ratio is the policy
     that sampled them. With entropy_of = "current" each but the first is scored once more, just
     before its own update, for the entropies. A mini-batch that cannot be trained on is skipped.
+
+    A critic gives the advantages, before the first update too, and learns from the same
+    mini-batches. It and the policy both make their update or neither does, whichever is refused.
     """
     done = Optimized()
     with clock.measure("score"):
@@ -73,6 +85,10 @@ def optimize(
     if policy.reference is not None and (policy.kl.coefficient or _compares(policy, step)):
         with clock.measure("reference"), policy.reference.in_place():
             scored = [_score_again(policy, *pair) for pair in zip(minibatches, scored, strict=True)]
+    if critic is not None:
+        with clock.measure("value"):
+            estimated = estimate_advantages(critic, minibatches, scored)
+        minibatches, scored, done.values = estimated.tables, estimated.scores, estimated.metrics
     if policy.forking.entropy_of == "old":
         with clock.measure("score"):
             _select(policy, minibatches, scored, done, step)
@@ -86,7 +102,7 @@ def optimize(
                 fault = _select_now(policy, table, scores, done, step, again=number > 0)
         if fault is None:
             with clock.measure("update"):
-                fault = _update(policy, done, index)
+                fault = update_both(policy, critic, done, index, step)
             index += 1
         if fault is not None:
             policy.guard.skipped()
@@ -169,14 +185,23 @@ def _select_now(
     return None
 
 
-def _update(policy: Policy, done: Optimized, index: int) -> str | None:
-    """The update on the index-th of the selected mini-batches; says why there was none."""
+def update_both(
+    policy: Policy, critic: Critic | None, done: Optimized, index: int, step: int
+) -> str | None:
+    """The updates on the index-th of the selected mini-batches; says why there were none."""
+    learners: list[tuple[Policy | Critic, list[dict[str, float]]]] = []
+    if critic is None or step > critic.config.alone_steps:
+        learners.append((policy, done.updates))
+    if critic is not None:
+        learners.append((critic, done.critic_updates))
+    parts = done.tables[index], done.scores[index], done.masks[index]
     try:
-        done.updates.append(
-            policy.update(done.tables[index], done.scores[index], done.masks[index])
-        )
+        judged = [learner.judged_update(*parts) for learner, _ in learners]
     except UpdateRefused as refusal:
         return str(refusal)
+    for (learner, updates), update in zip(learners, judged, strict=True):
+        updates.append(learner.apply(update))
+    policy.guard.num_skipped_in_a_row = 0  # also where the critic alone has learnt
     return None
 
 

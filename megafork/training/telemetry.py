@@ -212,6 +212,22 @@ def overlap_metrics(batch: RolloutBatch, seconds: dict[str, float]) -> dict[str,
     }
 
 
+def critic_metrics(
+    values: dict[str, float], updates: Sequence[dict[str, float]]
+) -> dict[str, float]:
+    """`values` of the rollout batch (see estimate_advantages) and means over the critic's updates.
+
+    value/clip_fraction is of the rows that it learnt.
+    """
+    count = len(updates) or math.nan
+    total = {name: sum(u[name] for u in updates) for name in ("loss", "clipped", "rows")}
+    return values | {
+        "loss/value": total["loss"] / count,
+        "value/clip_fraction": total["clipped"] / (total["rows"] or math.nan),
+        "critic/grad_norm": sum(u["grad_norm"] for u in updates) / count,
+    }
+
+
 def rollout_metrics(batch: RolloutBatch, policy_version: int) -> dict[str, float]:
     """Of everything generated for the step, dropped groups included.
 

@@ -6,7 +6,6 @@ from then on every rank computes from the same token table.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,13 +21,12 @@ from megafork.errors import Interrupted, ServerDied, UserError
 from megafork.interruption import Interruption
 from megafork.logging.figure import draw_curves
 from megafork.logging.metrics import read_rows
-from megafork.parallel.topology import Topology, initialize, shutdown
-from megafork.rollout.engine import RolloutServer, host_of
+from megafork.parallel.topology import Topology
 from megafork.training import telemetry
+from megafork.training.critic import Critic
 from megafork.training.front import Front
 from megafork.training.policy import Policy
-from megafork.training.run_dir import make_run_dir, reopen_run_dir
-from megafork.training.step import Clock, optimize
+from megafork.training.step import Clock, Optimized, optimize
 from megafork.types import Group, TokenTable, token_table
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
@@ -48,8 +46,10 @@ class Trainer:
         front: Front | None,
         store: CheckpointStore,
         interruption: Interruption,
+        critic: Critic | None = None,
     ) -> None:
         self.config, self.topology, self.policy = config, topology, policy
+        self.critic = critic
         self.sync, self.front, self.store = sync, front, store
         self.interruption = interruption
         self.steps_done = self._saved_step = 0
@@ -57,10 +57,12 @@ class Trainer:
         self._stopping = False
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on after a checkpoint, whose weights and optimizer the policy already has."""
+        """Go on after a checkpoint, whose weights and optimizers policy and critic already have."""
         self.steps_done = self._saved_step = state["step"]
         self.policy.num_updates = state["num_updates"]
         self.policy.guard.restore(state["guard"])
+        if self.critic is not None:
+            self.critic.restore(state["critic"])
         self.policy_version = state["policy_version"] - 1  # the first push gives it again
         if self.front is not None:
             self.front.restore(state["collector"])
@@ -129,7 +131,9 @@ class Trainer:
                 "policy_version": self.policy_version,
                 "collector": self.front.state,
             }
-        self.store.save(step, self.policy.stages, self.policy.optimizer, state)
+            if self.critic is not None:
+                state["critic"] = self.critic.state()
+        self.store.save(step, self.policy.stages, self.policy.optimizer, state, self.critic)
         self._saved_step = step
 
     def _export(self) -> None:
@@ -158,17 +162,33 @@ class Trainer:
                 lambda: self._on_front(lambda front: front.collect(step, trained_by))
             )
         table = token_table(groups, overlong_filtering=config.algorithm.overlong_filtering)
-        advantages = group_relative_advantages(
-            table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage
-        )
-        table = table.with_columns(advantage_B=advantages)
-        done = optimize(policy, self._minibatches(table, step), step=step, clock=clock)
+        if self.critic is None:
+            advantages = group_relative_advantages(
+                table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage
+            )
+            table = table.with_columns(advantage_R=advantages[table.sample_R])
+        minibatches = self._minibatches(table, step)
+        done = optimize(policy, minibatches, step=step, clock=clock, critic=self.critic)
         if done.skipped:
             is_last = policy.guard.is_exhausted
             self._on_front(lambda front: front.keep_skipped(step, done.skipped, is_last=is_last))
         with clock.measure("sync"):
             every = config.sync.check_every
             self._push(check=bool(every) and step % every == 0)
+        metrics = self._metrics(done, table, clock, started=started, trained_by=trained_by)
+        return metrics | {"lr": lr}, clock
+
+    def _metrics(
+        self,
+        done: Optimized,
+        table: TokenTable,
+        clock: Clock,
+        *,
+        started: float,
+        trained_by: int,
+    ) -> dict[str, float]:
+        """Of a step that has ended; what the rollout tells is rank 0's alone. Ends the clock."""
+        config, policy, topology = self.config, self.policy, self.topology
         metrics: dict[str, float] = {}
         if topology.is_last_stage:
             metrics = telemetry.token_metrics(
@@ -181,22 +201,25 @@ class Trainer:
                 topology=topology,
             ) | telemetry.update_metrics(done.updates, policy.terms)
             metrics |= telemetry.reference_metrics(done, config.kl.tokens, topology)
+            if self.critic is not None:
+                metrics |= telemetry.critic_metrics(done.values, done.critic_updates)
         metrics = topology.broadcast_object(metrics, src=topology.last_stage_rank)
-        if self.front is not None and self.front.batch is not None:
-            metrics |= telemetry.rollout_metrics(self.front.batch, trained_by)
-            clock.seconds["reward"] = self.front.batch.reward_seconds
         clock.seconds["total"] = time.monotonic() - started
         if self.front is not None and self.front.batch is not None:
-            metrics |= telemetry.overlap_metrics(self.front.batch, clock.seconds)
-        metrics |= telemetry.lag_metrics(table, trained_by)
-        metrics |= {
-            "lr": lr,
-            "tokens": table.num_rows,
-            "throughput/tokens_per_second": table.num_rows / clock.seconds["total"],
-            "policy_version": self.policy_version,
-            "update/skipped": len(done.skipped),
-        }
-        return metrics, clock
+            batch = self.front.batch
+            clock.seconds["reward"] = batch.reward_seconds
+            metrics |= telemetry.rollout_metrics(batch, trained_by)
+            metrics |= telemetry.overlap_metrics(batch, clock.seconds)
+        return (
+            metrics
+            | telemetry.lag_metrics(table, trained_by)
+            | {
+                "tokens": table.num_rows,
+                "throughput/tokens_per_second": table.num_rows / clock.seconds["total"],
+                "policy_version": self.policy_version,
+                "update/skipped": len(done.skipped),
+            }
+        )
 
     def _minibatches(self, table: TokenTable, step: int) -> list[TokenTable]:
         """By whole groups; one that overlong filtering has emptied is left out."""
@@ -298,91 +321,8 @@ class Trainer:
         return self.topology.on_rank_zero(call)
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> None:
-    """`megafork train` on this rank, from joining the world to the final checkpoint.
-
-    resume: go on after the newest whole checkpoint in run.dir, or from the start where there is
-    none; groups that the journal holds are not generated again. Raises Interrupted when a signal
-    ended it early.
-    """
-    with Interruption() as interruption:
-        topology = initialize(config.parallel, seed=config.training.seed)
-        _train(config, topology, interruption, resume)
-    shutdown()
-
-
 def _give_up(death: ServerDied | None, front: Front) -> NoReturn:
     raise UserError(
         f"the rollout server died, and rollout.max_restarts={front.config.rollout.max_restarts} "
         f"new ones did not do: {death}"
     )
-
-
-def _train(
-    config: TrainConfig, topology: Topology, interruption: Interruption, resume: bool
-) -> None:
-    run_dir = Path(config.run.dir)
-    topology.on_rank_zero(lambda: (reopen_run_dir if resume else make_run_dir)(config, run_dir))
-    store = CheckpointStore(
-        run_dir / "checkpoints",
-        topology,
-        config.checkpoint,
-        model=Path(config.model.path),
-        tokenizer=config.tokenizer.path,
-    )
-    with contextlib.ExitStack() as stack:
-        server = None
-        if topology.rank == 0:  # it loads while the policy does
-            device = topology.device.type
-            server = stack.enter_context(RolloutServer(config, device, run_dir / "vllm.log"))
-        stack.enter_context(topology.whereabouts.told())  # at once: a server's end takes time
-        topology.whereabouts.enter("the loading of the model")
-        policy = Policy(
-            config.model,
-            config.parallel,
-            topology,
-            training=config.training,
-            algorithm=config.algorithm,
-            forking=config.forking,
-            mismatch=config.mismatch,
-            kl=config.kl,
-            entropy_bonus=config.entropy_bonus,
-            max_response_tokens=config.rollout.max_response_tokens,
-            temperature=config.rollout.temperature,
-        )
-        state = _load_newest(store, policy) if resume else None
-        front = None
-
-        def open_front() -> None:
-            nonlocal front
-            assert server is not None
-            steps_done = state["step"] if state is not None else 0
-            eos = policy.shape.eos_token_ids
-            front = Front(config, server, interruption, eos, steps_done=steps_done)
-            stack.callback(front.close)
-
-        topology.whereabouts.enter("the start of the rollout server")
-        topology.on_rank_zero(open_front)
-        sync = WeightSync(
-            policy,
-            topology,
-            front.client if front is not None else None,
-            config.sync,
-            num_workers=config.rollout.tensor_parallel,
-            server_host=host_of(config.rollout),
-            in_flight=config.rollout.in_flight_update,
-        )
-        stack.callback(sync.close)
-        trainer = Trainer(config, topology, policy, sync, front, store, interruption)
-        if state is not None:
-            trainer.restore(state)
-        trainer.run()
-
-
-def _load_newest(store: CheckpointStore, policy: Policy) -> dict[str, Any] | None:
-    path = store.newest()
-    if path is None:
-        return None
-    if policy.topology.rank == 0:
-        print(f"resuming from {path}", flush=True)
-    return store.load(path, policy.stages, policy.optimizer)

@@ -1,0 +1,141 @@
+"""A model in its layout, and megatron's schedule over packs of a token table.
+
+What happens with the hidden states of the last stage is for those who use it: log-probabilities
+and entropies (scorer.py), values (training/critic.py). Every rank holds the same token table and so
+knows every plan, denominator and shape without asking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megafork.config import ModelConfig, ParallelConfig
+from megafork.data.packing import Pack, build_pack, fed_lengths, plan_micro_batches
+from megafork.errors import UserError
+from megafork.model.gpt import Head
+from megafork.model.hf_folder import SafetensorsFolder
+from megafork.model.shape import ModelShape
+from megafork.model.weights import build_stages, load_weights, mark_tensor_parallel
+from megafork.parallel.topology import Topology
+from megafork.parallel.zigzag import Zigzag
+from megafork.types import TokenTable
+
+
+class PackedModel:
+    """A model in its layout, loaded from an HF folder."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        topology: Topology,
+        *,
+        micro_batch_tokens: int,
+        head: Head = "vocabulary",
+    ) -> None:
+        self.shape = ModelShape.from_folder(model.path)
+        self.shape.check(model, parallel)
+        self.topology = topology
+        self.micro_batch_tokens = micro_batch_tokens
+        self.part = Zigzag(
+            topology.cp_rank, topology.cp_size, parallel.tp if parallel.sequence_parallel else 1
+        )
+        # The interleaved schedule goes through the micro-batches in rounds of pp.
+        self.count_multiple = topology.pp_size if parallel.vpp > 1 else 1
+        self.stages = build_stages(self.shape, model, parallel, topology, head)
+        mark_tensor_parallel(self.stages)
+        load_weights(self.stages, SafetensorsFolder(model.path), topology)
+        self.modules: list[torch.nn.Module] = [stage.gpt for stage in self.stages]
+        """What the schedule runs: the stages, or what a subclass wraps them in."""
+
+    def packs(self, table: TokenTable) -> list[Pack]:
+        """This rank's part of its micro-batches of the table."""
+        self._check(table)
+        plan = plan_micro_batches(
+            [self.part.padded(length) for length in fed_lengths(table)],
+            dp_size=self.topology.dp_size,
+            token_budget=self.micro_batch_tokens,
+            cp_size=self.topology.cp_size,
+            count_multiple=self.count_multiple,
+        )
+        return [
+            build_pack(table, samples, part=self.part, device=self.topology.device)
+            for samples in plan[self.topology.dp_rank]
+        ]
+
+    def on_every_rank(self, rows_N: Tensor, values_N: Tensor, num_rows: int) -> Tensor:
+        """float32 [num_rows] on the CPU: each row's value from the rank that holds it. Collective.
+
+        Tensor-parallel rank 0 alone speaks, so all ranks get the same bits; only the last stage
+        has rows.
+        """
+        values_R = torch.zeros(num_rows, device=self.topology.device)
+        if self.topology.is_last_stage and self.topology.tp_rank == 0:
+            values_R[rows_N.to(self.topology.device)] = values_N.to(self.topology.device)
+        dist.all_reduce(values_R)
+        return values_R.cpu()
+
+    def _check(self, table: TokenTable) -> None:
+        vocab, positions = self.shape.vocab_size, self.shape.max_positions
+        tokens = torch.cat([table.prompt_ids_P, table.token_R])
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
+            raise UserError(
+                f"token ids span {int(tokens.min())}..{int(tokens.max())}, but the model's "
+                f"vocabulary has {vocab}: is this the model's own tokenizer?"
+            )
+        longest = max(fed_lengths(table), default=0)
+        if longest > positions:
+            raise UserError(
+                f"a sequence has {longest} tokens, but the model's max_position_embeddings is "
+                f"{positions}: shorten prompts or responses"
+            )
+
+    def run_hidden(
+        self,
+        packs: Sequence[Pack],
+        loss_of: Callable[[Pack, Tensor], tuple[Tensor, dict]],
+        *,
+        forward_only: bool,
+    ) -> list[dict]:
+        """megatron's schedule over the packs.
+
+        On the last stage `loss_of` gets each pack's hidden states ([1, T, H], T/tp of them under
+        sequence parallelism) and gives (loss, report); the reports come back in the packs' order.
+        """
+
+        def forward_step(packs_left: Iterator[Pack], model: torch.nn.Module) -> Any:
+            pack = next(packs_left)
+            params = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=pack.cu_seqlens,
+                cu_seqlens_kv=pack.cu_seqlens,
+                max_seqlen_q=pack.max_seqlen,
+                max_seqlen_kv=pack.max_seqlen,
+            )
+            output = model(
+                pack.tokens_T[None], pack.positions_T[None], None, packed_seq_params=params
+            )
+
+            def loss(hidden_1TH: Tensor) -> Any:
+                value, report = loss_of(pack, hidden_1TH)
+                # The middle number would be megatron's per-token denominator; ours is in `value`.
+                return value, torch.tensor(0, dtype=torch.int), report
+
+            return output, loss
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(packs) for _ in self.modules],
+            model=self.modules,
+            num_microbatches=len(packs),
+            seq_length=1,  # read from the tensors: variable_seq_lengths
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )

@@ -1,0 +1,229 @@
+"""PPO's critic: a value for every response token, advantages from them, and updates on both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megafork.algorithms.gae import (
+    explained_variance,
+    gae,
+    masked_mean_and_variance,
+    value_loss,
+    whitened,
+)
+from megafork.config import (
+    CriticConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+from megafork.data.packing import Pack
+from megafork.model.gpt import ValueHead, head_input
+from megafork.model.scorer import Scores
+from megafork.parallel.topology import Topology
+from megafork.training.learner import Judged, Learner
+from megafork.types import TokenTable
+
+_SUMS = ("loss", "clipped", "rows")
+_ESTIMATED = ("value/mean", "value/explained_variance", "advantage/mean", "advantage/std")
+_OWN_SETTINGS = {"lr", "warmup_steps", "weight_decay", "grad_clip"}
+"""of a critic, where TrainingConfig has the policy's"""
+
+
+class Critic(Learner):
+    """The policy's stack with a value head, in the policy's layout and with its packs."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        topology: Topology,
+        *,
+        training: TrainingConfig,
+        critic: CriticConfig,
+        whiten: bool,
+    ) -> None:
+        super().__init__(
+            critic_model(model, critic),
+            parallel,
+            topology,
+            micro_batch_tokens=training.micro_batch_tokens,
+            head="value",
+        )
+        self.config, self.whiten = critic, whiten
+        own = critic.model_dump(include=_OWN_SETTINGS)
+        self.start_learning(training.model_copy(update=own), name="the critic")
+
+    def values(self, table: TokenTable) -> Tensor:
+        """float32 [R]: what each row's state is worth, the same bits on every rank. No gradient."""
+        packs = self.packs(table)
+        for module in self.modules:
+            module.eval()
+
+        def collect(pack: Pack, hidden_1TH: Tensor) -> tuple[Tensor, dict]:
+            values_N = self._head(pack, hidden_1TH)
+            return values_N.sum(), {"values": values_N.cpu()}
+
+        with torch.no_grad():
+            outputs = self.run_hidden(packs, collect, forward_only=True)
+        rows_N, values_N = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        if self.topology.is_last_stage:
+            rows_N = torch.cat([pack.rows_N for pack in packs])
+            values_N = torch.cat([output["values"] for output in outputs])
+        return self.on_every_rank(rows_N, values_N, table.num_rows)
+
+    def judged_update(self, table: TokenTable, scores: Scores, mask_N: Tensor) -> Judged:
+        """The first half of an update on the mini-batch, as of `Policy`.
+
+        Metrics: the loss over all ranks, rows in it, rows that value clipping decides.
+        """
+        reports = self.accumulate_gradients(table, scores, mask_N)
+        if not self.topology.is_last_stage:
+            return self.judge({})
+        sums = torch.stack([report["sums"] for report in reports]).sum(0)
+        dist.all_reduce(sums, group=self.topology.groups.dp_cp)
+        return self.judge(dict(zip(_SUMS, sums.tolist(), strict=True)))
+
+    def accumulate_gradients(
+        self, table: TokenTable, scores: Scores, mask_N: Tensor
+    ) -> list[dict[str, Tensor]]:
+        """Forward and backward over the table's packs; gradients end up reduced over all ranks.
+
+        mask_N: the forking mask, which counts with tokens = "forking" alone; then its number of
+        tokens on all ranks is the denominator, else that of the loss tokens.
+        """
+        packs, denominator = scores.packs, 1
+        rows_of: dict[int, tuple[Tensor, Tensor]] = {}
+        if self.topology.is_last_stage:
+            packs, rows_of, denominator = self._chosen(table, scores, mask_N)
+        self.clear_gradients()
+
+        def loss_of(pack: Pack, hidden_1TH: Tensor) -> tuple[Tensor, dict]:
+            loss, clipped = value_loss(
+                self._head(pack, hidden_1TH),
+                *rows_of[id(pack)],
+                clip=self.config.clip_value,
+                denominator=denominator,
+            )
+            counts = torch.stack([clipped.sum(), torch.ones_like(clipped).sum()])
+            return loss, {"sums": torch.cat([loss.detach()[None].double(), counts])}
+
+        return self.run_hidden(packs, loss_of, forward_only=False)
+
+    def _head(self, pack: Pack, hidden_1TH: Tensor) -> Tensor:
+        gpt = self.stages[-1].gpt
+        assert isinstance(gpt.output_layer, ValueHead)
+        return gpt.output_layer.values(head_input(gpt, hidden_1TH, pack.slots_N))
+
+    def _chosen(
+        self, table: TokenTable, scores: Scores, mask_N: Tensor
+    ) -> tuple[list[Pack], dict[int, tuple[Tensor, Tensor]], int]:
+        """The packs with the rows of the loss alone, old values and returns of each, denominator.
+
+        Last stage only, all its ranks together.
+        """
+        assert scores.old_values_N is not None and scores.returns_N is not None
+        chosen_N, denominator = table.loss_mask_R[scores.rows_N], table.num_loss_tokens
+        if self.config.tokens == "forking":
+            chosen_N = mask_N
+            count = mask_N.sum().to(self.topology.device)
+            dist.all_reduce(count, group=self.topology.groups.dp_cp)
+            denominator = int(count)
+        packs: list[Pack] = []
+        rows_of: dict[int, tuple[Tensor, Tensor]] = {}
+        sizes = [len(pack.rows_N) for pack in scores.packs]
+        columns = (chosen_N, scores.old_values_N, scores.returns_N)
+        for pack, chosen, old, returns in zip(
+            scores.packs, *(column.split(sizes) for column in columns), strict=True
+        ):
+            packs.append(pack.keep(chosen.to(self.topology.device)))
+            own = [column[chosen].to(self.topology.device) for column in (old, returns)]
+            rows_of[id(packs[-1])] = own[0], own[1]
+        return packs, rows_of, max(denominator, 1)
+
+
+def critic_model(model: ModelConfig, critic: CriticConfig) -> ModelConfig:
+    """The model's settings with the folder that the critic starts from; its head is float32."""
+    return model.model_copy(update={"path": critic.path or model.path, "float32_head": False})
+
+
+def make_critic(config: TrainConfig, topology: Topology) -> Critic | None:
+    """The critic that the config asks for, loaded."""
+    if config.algorithm.advantages != "gae":
+        return None
+    return Critic(
+        config.model,
+        config.parallel,
+        topology,
+        training=config.training,
+        critic=config.critic,
+        whiten=config.algorithm.normalize_advantage,
+    )
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """A rollout batch with what the critic thinks of it, mini-batch by mini-batch."""
+
+    tables: list[TokenTable]
+    """with advantages, where they could be scored"""
+    scores: list[Scores | str]
+    """with old values and returns, or why there is no update; the same reasons on all ranks"""
+    metrics: dict[str, float]
+
+
+def estimate_advantages(
+    critic: Critic, tables: Sequence[TokenTable], scored: Sequence[Scores | str]
+) -> Estimated:
+    """GAE of every mini-batch that could be scored, whitened over the loss tokens of all of them.
+
+    Every rank has the values of all rows, and so computes the same advantages without a further
+    word: nothing here depends on the layout but the values' rounding. The metrics are of the loss
+    tokens, before whitening; NaN where no mini-batch could be scored.
+    """
+    metrics = dict.fromkeys(_ESTIMATED, math.nan) | {"critic/lr": critic.learning_rate}
+    done = Estimated(list(tables), list(scored), metrics)
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for index, (table, scores) in enumerate(zip(tables, scored, strict=True)):
+        if isinstance(scores, str):
+            continue
+        values_R = critic.values(table)
+        if not values_R.isfinite().all():
+            done.scores[index] = "a value of the critic is not finite"
+            continue
+        advantages_R, returns_R = gae(
+            values_R,
+            table.reward_B,
+            table.offsets,
+            gamma=critic.config.gamma,
+            gae_lambda=critic.config.gae_lambda,
+        )
+        found[index] = values_R, advantages_R, returns_R
+        done.scores[index] = replace(
+            scores, old_values_N=values_R[scores.rows_N], returns_N=returns_R[scores.rows_N]
+        )
+    if not found:
+        return done
+    values, advantages, returns = (torch.cat(part) for part in zip(*found.values(), strict=True))
+    mask = torch.cat([tables[index].loss_mask_R for index in found])
+    mean, variance = masked_mean_and_variance(advantages, mask)
+    of_batch = (
+        masked_mean_and_variance(values, mask)[0],
+        explained_variance(values, returns, mask),
+        mean,
+        variance**0.5,
+    )
+    done.metrics.update(zip(_ESTIMATED, of_batch, strict=True))
+    if critic.whiten:
+        advantages = whitened(advantages, mask)
+    parts = advantages.split([tables[index].num_rows for index in found])
+    for index, part in zip(found, parts, strict=True):
+        done.tables[index] = tables[index].with_columns(advantage_R=part)
+    return done

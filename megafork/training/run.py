@@ -1,0 +1,105 @@
+"""One run: what it is made of, in the order in which it is built and ended."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from megafork.checkpoint.store import CheckpointStore
+from megafork.config import TrainConfig
+from megafork.interruption import Interruption
+from megafork.parallel.topology import Topology, initialize, shutdown
+from megafork.rollout.engine import RolloutServer, host_of
+from megafork.training.critic import Critic, make_critic
+from megafork.training.front import Front
+from megafork.training.policy import Policy
+from megafork.training.run_dir import make_run_dir, reopen_run_dir
+from megafork.training.trainer import Trainer
+from megafork.weight_sync.push import WeightSync
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> None:
+    """`megafork train` on this rank, from joining the world to the final checkpoint.
+
+    resume: go on after the newest whole checkpoint in run.dir, or from the start where there is
+    none; groups that the journal holds are not generated again. Raises Interrupted when a signal
+    ended it early.
+    """
+    with Interruption() as interruption:
+        topology = initialize(config.parallel, seed=config.training.seed)
+        _train(config, topology, interruption, resume)
+    shutdown()
+
+
+def _train(
+    config: TrainConfig, topology: Topology, interruption: Interruption, resume: bool
+) -> None:
+    run_dir = Path(config.run.dir)
+    topology.on_rank_zero(lambda: (reopen_run_dir if resume else make_run_dir)(config, run_dir))
+    store = CheckpointStore(
+        run_dir / "checkpoints",
+        topology,
+        config.checkpoint,
+        model=Path(config.model.path),
+        tokenizer=config.tokenizer.path,
+    )
+    with contextlib.ExitStack() as stack:
+        server = None
+        if topology.rank == 0:  # it loads while the policy does
+            device = topology.device.type
+            server = stack.enter_context(RolloutServer(config, device, run_dir / "vllm.log"))
+        stack.enter_context(topology.whereabouts.told())  # at once: a server's end takes time
+        topology.whereabouts.enter("the loading of the model")
+        policy = Policy(
+            config.model,
+            config.parallel,
+            topology,
+            training=config.training,
+            algorithm=config.algorithm,
+            forking=config.forking,
+            mismatch=config.mismatch,
+            kl=config.kl,
+            entropy_bonus=config.entropy_bonus,
+            max_response_tokens=config.rollout.max_response_tokens,
+            temperature=config.rollout.temperature,
+        )
+        critic = make_critic(config, topology)
+        state = _load_newest(store, policy, critic) if resume else None
+        front = None
+
+        def open_front() -> None:
+            nonlocal front
+            assert server is not None
+            steps_done = state["step"] if state is not None else 0
+            eos = policy.shape.eos_token_ids
+            front = Front(config, server, interruption, eos, steps_done=steps_done)
+            stack.callback(front.close)
+
+        topology.whereabouts.enter("the start of the rollout server")
+        topology.on_rank_zero(open_front)
+        sync = WeightSync(
+            policy,
+            topology,
+            front.client if front is not None else None,
+            config.sync,
+            num_workers=config.rollout.tensor_parallel,
+            server_host=host_of(config.rollout),
+            in_flight=config.rollout.in_flight_update,
+        )
+        stack.callback(sync.close)
+        trainer = Trainer(config, topology, policy, sync, front, store, interruption, critic)
+        if state is not None:
+            trainer.restore(state)
+        trainer.run()
+
+
+def _load_newest(
+    store: CheckpointStore, policy: Policy, critic: Critic | None
+) -> dict[str, Any] | None:
+    path = store.newest()
+    if path is None:
+        return None
+    if policy.topology.rank == 0:
+        print(f"resuming from {path}", flush=True)
+    return store.load(path, policy.stages, policy.optimizer, critic)
