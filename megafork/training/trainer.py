@@ -191,6 +191,7 @@ class Trainer:
             "throughput/tokens_per_second": table.num_rows / clock.seconds["total"],
             "policy_version": self.policy_version,
             "update/skipped": len(done.skipped),
+            "forking/rho": config.forking.rho_at(step),
         }
         return metrics, clock
 
@@ -217,7 +218,7 @@ class Trainer:
         warning = warn_of_ties(
             metrics["forking/kept_fraction"],
             metrics["forking/wanted_fraction"],
-            self.config.forking.rho,
+            metrics["forking/rho"],
         )
         if warning is not None:
             log.note(f"warning: {warning}")
