@@ -29,6 +29,7 @@ from megafork.training.front import Front
 from megafork.training.policy import Policy
 from megafork.training.run_dir import make_run_dir, reopen_run_dir
 from megafork.training.step import Clock, optimize
+from megafork.training.token_report import token_report
 from megafork.types import Group, TokenTable, token_table
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
@@ -181,7 +182,9 @@ class Trainer:
                 topology=topology,
             ) | telemetry.update_metrics(done.updates)
         metrics = topology.broadcast_object(metrics, src=topology.last_stage_rank)
+        report = token_report(done, config.forking, topology)
         if self.front is not None and self.front.batch is not None:
+            self.front.report_tokens(step, report)
             metrics |= telemetry.rollout_metrics(self.front.batch, sampled_by)
             clock.seconds["reward"] = self.front.batch.reward_seconds
         clock.seconds["total"] = time.monotonic() - started
