@@ -122,6 +122,35 @@ def test_the_entropys_temperature_moves_the_selection_alone(tmp_path, layout):
     assert int((sampled[2] != hot[2]).sum()) >= 4
 
 
+def select_with_filtered(folder, layout):
+    forking = {"population": "response"}
+    policy = make_policy(folder, layout, forking=forking, micro_batch_tokens=40)
+    table = make_table()
+    table = table.with_columns(loss_mask_R=table.sample_R % 3 != 1)
+    scores = policy.score(table)
+    [mask], selection = policy.select([table], [scores], step=1)
+    return scores.rows_N[mask].tolist(), selection
+
+
+def test_filtered_responses_count_in_the_threshold_at_every_layout(tmp_path):
+    folder = reference.save_model(tmp_path, tied=False, seed=3)
+    table = make_table()
+    with torch.no_grad():
+        _, entropies = score_all(reference.load_model(folder, torch.float64), table)
+    tau = reference.top_threshold(entropies, RHO)
+    assert ((entropies - tau).abs() <= 2e-5).sum() == 1
+    in_loss = table.sample_R % 3 != 1
+    top = entropies >= tau
+    assert (top & ~in_loss).any()
+    for layout in ({}, {"dp": 2}, {"cp": 2}, {"tp": 2, "pp": 2}):
+        ranks = run_ranks(ParallelConfig(**layout).world_size, select_with_filtered, folder, layout)
+        chosen = {row for rows, _ in ranks for row in rows}
+        assert chosen == set((top & in_loss).nonzero()[:, 0].tolist())
+        for _, selection in ranks:
+            if selection is not None:
+                assert (selection.num_kept, selection.num_total) == (int(top.sum()), len(top))
+
+
 # Updates between the mini-batches are large, so that "current" entropies differ from "old" ones,
 # and smooth (a large epsilon), so that rounding stays rounding.
 LARGE_STEPS = {"lr": 4e-3, "adam_eps": 1e-2, "weight_decay": 0.0, "grad_clip": 1e9}

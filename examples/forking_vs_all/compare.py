@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
+import fcntl
 import math
 import os
 import signal
@@ -39,6 +41,7 @@ SET_BY_US = {
     "run.dir": "--out",
 }
 INTERRUPTED = 75
+PR_SET_PDEATHSIG = 1
 ACCURACY, ENTROPY = "eval/accuracy", "entropy/mean"
 
 
@@ -114,8 +117,18 @@ def plan(arguments: argparse.Namespace) -> list[Run]:
     return runs
 
 
-def train(runs: list[Run], jobs: int) -> None:
-    """All that are left, `jobs` at once. On SIGTERM or Ctrl-C they save what they have and end."""
+def train(runs: list[Run], jobs: int, out: Path) -> None:
+    """All that are left, `jobs` at once. However this ends, they save what they have and end too.
+
+    The runs hold a lock as well, so that the next call waits for those of a call that was killed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _train(runs, jobs, lock.fileno())
+
+
+def _train(runs: list[Run], jobs: int, lock: int) -> None:
     waiting = [run for run in runs if not run.is_complete]
     running: dict[Run, subprocess.Popen] = {}
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done", flush=True)
@@ -124,7 +137,7 @@ def train(runs: list[Run], jobs: int) -> None:
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
-                running[run] = _start(run)
+                running[run] = _start(run, lock)
             time.sleep(0.5)
             for run, process in list(running.items()):
                 if process.poll() is None:
@@ -147,7 +160,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _start(run: Run) -> subprocess.Popen:
+def _end_with_us() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _start(run: Run, lock: int) -> subprocess.Popen:
     run.log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{'going on' if run.is_started else 'start'}: {run.name}  ({run.log})", flush=True)
     with run.log.open("ab") as log:
@@ -158,6 +175,8 @@ def _start(run: Run) -> subprocess.Popen:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is ours to pass on
+            preexec_fn=_end_with_us,
+            pass_fds=[lock],
         )
 
 
@@ -221,7 +240,7 @@ def draw(runs: list[Run], rho: float, path: Path) -> None:
     panels[0].set_title(
         f"mean of {seeds} seeds, band: standard error" if seeds > 1 else "one seed, no error known"
     )
-    panels[0].set_ylabel("held-out accuracy (T = 1)")
+    panels[0].set_ylabel("held-out accuracy")
     panels[1].set_ylabel("mean entropy (nats)")
     panels[1].set_ylim(bottom=0.0)
     panels[1].set_xlabel("step")
@@ -312,7 +331,7 @@ def main() -> int:
         for run in runs:
             run.check()
         if not arguments.draw_only:
-            train(runs, max(arguments.jobs, 1))
+            train(runs, max(arguments.jobs, 1), arguments.out)
         report(runs, arguments.rho, arguments.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
