@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
+from concurrent.futures import CancelledError
 from types import FrameType
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from megafork.errors import Interrupted
 
 T = TypeVar("T")
+R = TypeVar("R", covariant=True)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 INTERRUPTED = 75
 """Exit status of a run that a signal ended and that can go on (EX_TEMPFAIL of sysexits.h)."""
+
+
+class Job(Protocol[R]):
+    """Work of another thread (rollout/background.py)."""
+
+    def result(self) -> R: ...
+    def cancel(self) -> None: ...
 
 
 class Interruption:
@@ -64,25 +72,19 @@ class Interruption:
             with contextlib.suppress(RuntimeError):  # the loop has just been closed
                 self._give_up()
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """`asyncio.run`, cancelled by a signal. Raises Interrupted then, and after one."""
-
-        async def until_signal() -> T:
-            loop, task = asyncio.get_running_loop(), asyncio.current_task()
-            assert task is not None
-            self._give_up = lambda: loop.call_soon_threadsafe(task.cancel)
-            try:
-                self.check()  # it came before the line above, or long ago
-            except Interrupted:
-                work.close()
-                raise
-            return await work
-
+    def wait(self, job: Job[T]) -> T:
+        """The job's result; a signal cancels it. Raises Interrupted then, and after one."""
+        self._give_up = job.cancel
+        if before := self.received is not None:  # before the line above, or long ago
+            job.cancel()
         try:
-            return asyncio.run(until_signal())
-        except asyncio.CancelledError:
+            result = job.result()
+        except CancelledError:
             if self.received is None:
                 raise
             raise Interrupted(self.received) from None
         finally:
             self._give_up = None
+        if before:
+            raise Interrupted(self.received)
+        return result

@@ -27,16 +27,20 @@ class Sample:
     truncated: bool
     reward: float = 0.0
     accuracy: float = 0.0
+    version_changes: list[int] = field(default_factory=list)
+    """Ascending token indices: from each on, the policy version is one more than before it (the
+    weights were updated in the middle of the response)."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The responses to one prompt, all of one policy version."""
+    """The responses to one prompt."""
 
     prompt_index: int
     """Position of the prompt in the endless stream of training prompts."""
     prompt_ids: list[int]
     policy_version: int
+    """That began to sample the responses: the oldest of all their tokens'."""
     samples: list[Sample] = field(default_factory=list)
 
     @property
@@ -175,7 +179,6 @@ def token_table(groups: Sequence[Group], *, overlong_filtering: bool = False) ->
     """
     samples = [(group, sample) for group in groups for sample in group.samples]
     lengths = torch.tensor([len(s.token_ids) for _, s in samples], dtype=torch.int64)
-    versions = torch.tensor([g.policy_version for g, _ in samples], dtype=torch.int64)
     truncated_B = torch.tensor([s.truncated for _, s in samples], dtype=torch.bool)
     prompt_lengths = torch.tensor([len(g.prompt_ids) for g, _ in samples], dtype=torch.int64)
     in_loss_B = ~truncated_B if overlong_filtering else torch.ones_like(truncated_B)
@@ -191,9 +194,18 @@ def token_table(groups: Sequence[Group], *, overlong_filtering: bool = False) ->
         advantage_B=torch.full((len(samples),), torch.nan),
         token_R=_flat([s.token_ids for _, s in samples], torch.int64),
         rollout_logprob_R=_flat([s.logprobs for _, s in samples], torch.float32),
-        policy_version_R=versions.repeat_interleave(lengths),
+        policy_version_R=_flat([_versions(g, s) for g, s in samples], torch.int64),
         loss_mask_R=in_loss_B.repeat_interleave(lengths),
     )
+
+
+def _versions(group: Group, sample: Sample) -> list[int]:
+    """Policy version of each token."""
+    versions = [group.policy_version] * len(sample.token_ids)
+    for first in sample.version_changes:
+        for i in range(first, len(versions)):
+            versions[i] += 1
+    return versions
 
 
 def hash64(*parts: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def final_weights(run_dir):
 def comparable(run_dir):
     """The metrics that do not tell the time, and the bytes of the final weights."""
     rows = [
-        {k: v for k, v in row.items() if not re.match("time/|throughput/|eval/", k)}
+        {k: v for k, v in row.items() if not re.match("time/|throughput/|overlap/|eval/", k)}
         for row in lines(run_dir / "metrics.jsonl")
     ]
     return rows, {name: weight.numpy().tobytes() for name, weight in final_weights(run_dir).items()}

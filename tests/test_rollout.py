@@ -218,7 +218,13 @@ def connect(client: RolloutClient, num_senders: int, timeout_s: float) -> list[W
     return senders
 
 
-def push(client: RolloutClient, weights: dict[str, torch.Tensor], version: int, **sabotage) -> None:
+def push(
+    client: RolloutClient,
+    weights: dict[str, torch.Tensor],
+    version: int,
+    mode: str = "wait",
+    **sabotage,
+) -> None:
     """What two pipeline stages do, each sending half of the names."""
     timeout_s = sabotage.get("timeout_s", 20.0)
     senders = connect(client, 2, timeout_s)
@@ -240,7 +246,7 @@ def push(client: RolloutClient, weights: dict[str, torch.Tensor], version: int, 
             senders[1].send(bucket)
 
     try:
-        client.pause()
+        client.pause(mode)
         client.start_weight_update()
         with ThreadPoolExecutor(1) as pool:
             other = pool.submit(second_stage)
@@ -250,6 +256,7 @@ def push(client: RolloutClient, weights: dict[str, torch.Tensor], version: int, 
                 if not sabotage:
                     other.result()
         client.finish_weight_update(version)
+        client.reset_prefix_cache(running=True)
     finally:
         for sender in senders:
             sender.close()
@@ -267,6 +274,54 @@ def test_pushed_weights_are_sampled_from(running):
         assert running.client.weight_version() == version
         assert running.error_against(folder) < LOGPROB_TOL
     assert running.error_against(first) > OTHER_POLICY
+
+
+@torch.no_grad()
+def test_weights_that_change_in_the_middle_of_responses(running):
+    """Every token is of the policy version it names, given all tokens before it."""
+    models = [load_model(folder) for folder in running.folders]
+    version = running.client.weight_version()
+    of_version = {version: models[1]}  # the test before leaves the second one
+    with ThreadPoolExecutor(1) as pool:
+        generating = pool.submit(running.generate, SHORT_PROMPT, 48, Sampling(max_tokens=250))
+        while not generating.done():
+            version += 1
+            number = version % 2
+            weights = state_dict(running.folders[number], running.tied)
+            push(running.client, weights, version, mode="keep")
+            of_version[version] = models[number]
+    responses = generating.result()
+    in_flight = [r for r in responses if any(first > 0 for _, first in r.versions)]
+    assert len(in_flight) >= 24
+    for response in responses:
+        versions, starts = zip(*response.versions, strict=True)
+        assert list(versions) == sorted(versions) and starts[0] == 0
+    for response in in_flight[:8]:
+        ends = [*(first for _, first in response.versions[1:]), len(response.token_ids)]
+        for (version, first), end in zip(response.versions, ends, strict=True):
+            logits = response_logits(of_version[version], SHORT_PROMPT, response.token_ids)
+            expected, _ = logprobs_and_entropies(logits, response.token_ids)
+            error = expected[first:end] - torch.tensor(response.logprobs[first:end])
+            assert error.abs().max() < LOGPROB_TOL
+
+
+def test_aborted_requests_give_what_they_have(running):
+    async def abort_the_long_one():
+        client = running.client
+        async with client:
+            long = asyncio.create_task(
+                client.generate(SHORT_PROMPT, 48, Sampling(max_tokens=250), request_id="long")
+            )
+            other = asyncio.create_task(client.generate(SHORT_PROMPT, 2, Sampling(max_tokens=60)))
+            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=20))
+            await client.abort(["long", "no such request"])
+            return await long, await other
+
+    cut, other = asyncio.run(abort_the_long_one())
+    assert all(r.aborted and 0 < len(r.token_ids) < 250 for r in cut)
+    assert all(len(r.token_ids) == len(r.logprobs) for r in cut)
+    assert [len(r.token_ids) for r in other] == [60, 60]
+    assert running.generate(SHORT_PROMPT, 1, Sampling(max_tokens=4), seed=None)[0].truncated
 
 
 def failing_updates(weights: dict[str, torch.Tensor]) -> dict[str, tuple[dict, dict, str]]:

@@ -66,6 +66,7 @@ class TrainConfig(Section):
             )
         self._check_selection()
         self._check_objective()
+        self._check_asynchrony()
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         on_one_rank = self.parallel.tokens_on_one_rank(longest)
         if on_one_rank > self.training.micro_batch_tokens:
@@ -104,6 +105,22 @@ class TrainConfig(Section):
             raise UserError(
                 "forking.population=response has no meaning for forking.scope=sequence, where a "
                 "filtered response moves no threshold but its own: leave it at loss"
+            )
+
+    def _check_asynchrony(self) -> None:
+        rollout = self.rollout
+        if rollout.tail == "carry" and rollout.max_policy_lag == 0:
+            raise UserError(
+                "rollout.tail=carry finishes responses after the policy has changed, but "
+                "rollout.max_policy_lag=0 trains on none of those: raise it to 1 or more, or use "
+                "tail=wait or tail=abort"
+            )
+        if rollout.seeded and (rollout.max_policy_lag or rollout.tail != "wait"):
+            raise UserError(
+                f"rollout.seeded=true asks for repeatable responses, which depend on the moment of "
+                f"the weight update with rollout.max_policy_lag={rollout.max_policy_lag} and on "
+                f"what is quick with rollout.tail={rollout.tail}: use max_policy_lag=0 and "
+                "tail=wait, or seeded=false"
             )
 
     def _check_objective(self) -> None:

@@ -33,10 +33,27 @@ class RolloutConfig(Section):
         10, description="stop when a batch is still not full after this many rounds of prompts"
     )
     surplus: Literal["carry", "drop"] = Field(
-        "carry", description="admissible groups beyond the batch: into the next batch, or dropped"
+        "carry",
+        description="admissible groups beyond the batch: into the next one, if max_policy_lag "
+        "allows it, or dropped",
     )
-    max_staleness: NonNegative = Field(
-        1, description="carried groups sampled more policy versions ago than this are dropped"
+    tail: Literal["wait", "abort", "carry"] = Field(
+        "wait",
+        description="responses still being generated when the batch is full: waited for; ended and "
+        "lost, which favours short ones; or left to go on, for a later batch",
+    )
+    oversampling: Annotated[float, Field(ge=1.0)] = Field(
+        1.0, description="prompts asked for, in multiples of what is likely to fill the batch"
+    )
+    max_policy_lag: NonNegative = Field(
+        0,
+        description="policy updates (in steps) that a token may be behind the policy that trains "
+        "on it. 0: strictly on-policy; n: the next n batches are generated during training",
+    )
+    in_flight_update: bool = Field(
+        True,
+        description="new weights go to the server in the middle of responses; false: they wait for "
+        "those that it is generating",
     )
     seeded: bool = Field(
         False, description="a seed for every request: repeatable responses, slower generation"

@@ -83,11 +83,11 @@ class PromptStream:
 
     def take(self, count: int) -> list[Prompt]:
         """The next `count` prompts, with their position in the stream as index."""
-        taken = [self._at(self.position + i) for i in range(count)]
+        taken = [self.at(self.position + i) for i in range(count)]
         self.position += count
         return taken
 
-    def _at(self, index: int) -> Prompt:
+    def at(self, index: int) -> Prompt:
         epoch, offset = divmod(index, len(self.prompts))
         if epoch != self._epoch:
             self._order = list(range(len(self.prompts)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Self
@@ -14,12 +16,14 @@ import requests
 
 from megafork.errors import UserError
 from megafork.rollout.sampling import (
+    ABORT_PATH,
     CONNECT_PATH,
     GENERATE_PATH,
     UPDATE_PATH,
     Completion,
     Sampling,
     decode_completions,
+    version_number,
 )
 
 _ATTEMPTS = 5  # the first one included; waits of 0.5, 1, 2 and 4 s in between
@@ -55,35 +59,52 @@ class RolloutClient:
         self.log_path = log_path
         self._headers = {"Authorization": f"Bearer {api_key}"}
         self._version: int | None = None
-        """Of the weights that this client gave to the server."""
         self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
+        self._users: Counter[asyncio.AbstractEventLoop] = Counter()
+
+    @property
+    def version(self) -> int:
+        """Of the weights that this client gave to the server; 0 before the first."""
+        return self._version or 0
 
     # ------------------------------------------------------------------ generation
 
     async def generate(
-        self, prompt_ids: list[int], n: int, sampling: Sampling, seed: int | None = None
+        self,
+        prompt_ids: list[int],
+        n: int,
+        sampling: Sampling,
+        seed: int | None = None,
+        *,
+        request_id: str | None = None,
     ) -> list[Completion]:
         """`n` responses to one prompt, in an order that means nothing.
 
         seed: response i is drawn with seed + i and is then reproducible (and slower).
-        A response that ended has its stop token last, with its log-probability.
+        request_id: what `abort` knows the request by. A response that ended has its stop token
+        last, with its log-probability.
         """
-        body = sampling.request_body(prompt_ids, n, seed)
-
-        async def attempt() -> bytes:
-            async with self._session().post(self.url + GENERATE_PATH, json=body) as response:
-                payload = await response.read()
-                if response.status != 200:
-                    raise self._refused(GENERATE_PATH, response.status, payload)
-                return payload
+        request_id = request_id or uuid.uuid4().hex
+        body = sampling.request_body(prompt_ids, n, seed, request_id=request_id)
 
         try:
-            return decode_completions(await self._retried(attempt))
+            return decode_completions(await self._retried(lambda: self._post(GENERATE_PATH, body)))
         except TimeoutError:
             raise UserError(
                 f"a group of {n} responses took longer than rollout.request_timeout_s="
                 f"{self.timeout_s:g}: raise it or lower rollout.max_response_tokens"
             ) from None
+
+    async def abort(self, request_ids: list[str]) -> None:
+        """End requests of `generate`: they return what they have, finish_reason "abort"."""
+        await self._retried(lambda: self._post(ABORT_PATH, {"request_ids": request_ids}))
+
+    async def _post(self, path: str, body: dict[str, Any]) -> bytes:
+        async with self._session().post(self.url + path, json=body) as response:
+            payload = await response.read()
+            if response.status != 200:
+                raise self._refused(path, response.status, payload)
+            return payload
 
     async def _retried(self, attempt: Callable[[], Awaitable[bytes]]) -> bytes:
         for number in range(_ATTEMPTS):
@@ -106,17 +127,19 @@ class RolloutClient:
             )
         return self._sessions[loop]
 
-    async def aclose(self) -> None:
-        """Close the running loop's session."""
-        session = self._sessions.pop(asyncio.get_running_loop(), None)
-        if session is not None:
-            await session.close()
-
     async def __aenter__(self) -> Self:
+        """The running loop's connections are kept until the last `async with` of it ends."""
+        self._users[asyncio.get_running_loop()] += 1
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        await self.aclose()
+        loop = asyncio.get_running_loop()
+        self._users[loop] -= 1
+        if not self._users[loop]:
+            del self._users[loop]
+            session = self._sessions.pop(loop, None)
+            if session is not None:
+                await session.close()
 
     # -------------------------------------------------------------- administration
 
@@ -148,7 +171,8 @@ class RolloutClient:
         mode: "wait" finishes what is in flight, "abort" returns it as it is (finish_reason
         "abort"), "keep" freezes it (call `reset_prefix_cache(running=True)` after the update).
         """
-        self._request("POST", f"/pause?mode={mode}&clear_cache=true")
+        clear = str(mode != "keep").lower()  # what is frozen holds its part of the cache
+        self._request("POST", f"/pause?mode={mode}&clear_cache={clear}")
 
     def resume(self) -> None:
         self._request("POST", "/resume")
@@ -189,8 +213,8 @@ class RolloutClient:
 
     def weight_version(self) -> int:
         """Version of the last finished update; 0 before the first."""
-        version = self._request("GET", "/weight_info", timeout_s=_ANSWER_S)["weight_version"]
-        return 0 if version == "default" else int(version)
+        answer = self._request("GET", "/weight_info", timeout_s=_ANSWER_S)
+        return version_number(answer["weight_version"])
 
     def _request(
         self, method: str, path: str, body: Any = None, timeout_s: float | None = None

@@ -1,8 +1,9 @@
 """Fills a rollout batch with groups that carry a signal (DAPO's dynamic sampling).
 
-Prompts go out in rounds. Groups are admitted in prompt order, not in the order of completion, so
-quick (short) responses have no better chance of being trained on. What is left over in the last
-round is carried into the next batch, with the policy version that sampled it.
+Prompts go out in rounds. With rollout.tail = "wait" groups are admitted in prompt order, not in the
+order of completion, so quick (short) responses have no better chance of being trained on. "abort"
+and "carry" stop waiting when the batch is full: what was quick is trained on now, and the rest
+never, or later. Admissible groups beyond the batch are carried into the next one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,21 +24,42 @@ from megafork.rewards.overlong import overlong_punishment
 from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.journal import Journal, group_of
-from megafork.rollout.sampling import Sampling
+from megafork.rollout.sampling import Completion, Sampling
 from megafork.types import Group, Sample
 
 
 @dataclass
 class RolloutBatch:
-    groups: list[Group]
+    groups: list[Group] = field(default_factory=list)
     """What is trained on, in prompt order."""
-    generated: list[Group]
-    """All groups generated for this batch, dropped ones included: the policy as it is."""
+    generated: list[Group] = field(default_factory=list)
+    """All groups finished for this batch, dropped ones included: the policy as it is."""
     num_dropped: int = 0
+    """Without a signal"""
+    num_stale: int = 0
+    """With a token older than rollout.max_policy_lag allows"""
     num_replayed: int = 0
     """Generated groups that were in the journal already, from before an interruption."""
+    tail_lengths: list[int] = field(default_factory=list)
+    """Tokens so far of each response in a group that was aborted when the batch was full"""
+    num_tail: int = 0
+    """Groups that were aborted, or are carried on unfinished"""
+    seconds: float = 0.0
+    """From the first request until the batch was full; it may overlap with training."""
     reward_seconds: float = 0.0
     """Verifier time; it overlaps with generation."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """The collector's when the batch was full, for a checkpoint"""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a request came back with."""
+
+    group: Group
+    is_whole: bool
+    """Not aborted"""
+    reward_seconds: float
 
 
 @dataclass
@@ -49,6 +72,9 @@ class Collector:
     sampling: Sampling
     journal_dir: Path
     carried: list[Group] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    """Prompts whose groups a full batch did not wait for (rollout.tail = "carry")"""
+    _running: dict[int, asyncio.Task[_Answer]] = field(default_factory=dict)
     _signal_rate: float = 1.0
 
     def state(self) -> dict[str, Any]:
@@ -57,30 +83,34 @@ class Collector:
             "position": self.prompts.position,
             "signal_rate": self._signal_rate,
             "carried": [asdict(group) for group in self.carried],
+            "pending": list(self.pending),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.prompts.position = state["position"]
         self._signal_rate = state["signal_rate"]
         self.carried = [group_of(fields) for fields in state["carried"]]
+        self.pending = list(state["pending"])
 
-    async def collect(self, step: int, policy_version: int) -> RolloutBatch:
+    async def collect(self, step: int, trained_by: int) -> RolloutBatch:
         """The batch of a step. Raises UserError when too few groups carry a signal.
 
+        trained_by: the policy version that will train on it; the server may have an older one.
         Given up at any moment, it can be called again: what is in the journal is not lost.
         """
-        before = self.prompts.position, self._signal_rate, self.carried
+        before = self.prompts.position, self._signal_rate, self.carried, self.pending
         try:
-            return await self._collect(step, policy_version)
+            return await self._collect(step, trained_by)
         except BaseException:
-            self.prompts.position, self._signal_rate, self.carried = before
+            self.prompts.position, self._signal_rate, self.carried, self.pending = before
+            await self.cancel_running()
             raise
 
-    async def _collect(self, step: int, policy_version: int) -> RolloutBatch:
-        wanted = self.rollout.prompts_per_step
-        batch = RolloutBatch(groups=[], generated=[])
-        oldest = policy_version - self.rollout.max_staleness
-        admitted = [group for group in self.carried if group.policy_version >= oldest]
+    async def _collect(self, step: int, trained_by: int) -> RolloutBatch:
+        started = time.monotonic()
+        wanted, oldest = self.rollout.prompts_per_step, trained_by - self.rollout.max_policy_lag
+        batch = RolloutBatch()
+        admitted = self._recent(self.carried, oldest, batch)
         path = self.journal_dir / f"step_{step:06d}.jsonl"
         finished = {group.prompt_index: group for group in Journal.read(path)}
         with Journal(path) as journal:
@@ -89,41 +119,125 @@ class Collector:
                     missing = wanted - len(admitted)
                     if missing <= 0:
                         break
-                    prompts = self.prompts.take(math.ceil(missing / self._signal_rate))
+                    prompts = self._next_prompts(missing)
                     replayed = [self._replay(finished, prompt, path) for prompt in prompts]
-                    batch.num_replayed += sum(group is not None for group in replayed)
-                    generated = await asyncio.gather(
-                        *(
-                            self._generate(prompt, policy_version, journal, batch)
-                            for prompt, group in zip(prompts, replayed, strict=True)
-                            if group is None
-                        )
-                    )
-                    new = iter(generated)
-                    groups = [group or next(new) for group in replayed]
-                    admitted = admitted + self._admissible(groups, batch)
+                    groups = [group for group in replayed if group is not None]
+                    batch.num_replayed += len(groups)
+                    groups += await self._finish(prompts, groups, missing, oldest, journal, batch)
+                    groups.sort(key=lambda group: group.prompt_index)
+                    batch.generated += groups
+                    admitted = admitted + self._admissible(groups, oldest, batch)
         if len(admitted) < wanted:
             raise UserError(
                 f"after rollout.max_sampling_rounds={self.rollout.max_sampling_rounds} rounds only "
                 f"{len(admitted)} of rollout.prompts_per_step={wanted} groups had both right and "
-                f"wrong responses ({batch.num_dropped} were dropped): use prompts of another "
-                "difficulty, a larger rollout.group_size, or rollout.dynamic_sampling=false"
+                f"wrong responses ({batch.num_dropped} were dropped, {batch.num_stale} were too "
+                "old): use prompts of another difficulty, a larger rollout.group_size, or "
+                "rollout.dynamic_sampling=false"
             )
         batch.groups = admitted[:wanted]
         surplus = admitted[wanted:] if self.rollout.surplus == "carry" else []
         self.carried = [group for group in surplus if group.is_finite]
+        batch.state = self.state()
+        batch.seconds = time.monotonic() - started
         return batch
 
-    def _admissible(self, groups: list[Group], batch: RolloutBatch) -> list[Group]:
-        batch.generated += groups
-        if not self.rollout.dynamic_sampling:
-            return groups
-        admissible = [group for group in groups if group.has_signal or not group.is_finite]
-        batch.num_dropped += len(groups) - len(admissible)
-        # The next round asks for as many prompts as this step's share makes likely to be enough;
-        # the share of a last, small round alone would be noise, and its surplus stale.
-        self._signal_rate = max(0.1, 1.0 - batch.num_dropped / len(batch.generated))
-        return admissible
+    def _next_prompts(self, missing: int) -> list[Prompt]:
+        """Those that are pending, and as many more as are likely to fill the batch."""
+        count = math.ceil(missing / self._signal_rate * self.rollout.oversampling)
+        pending = [self.prompts.at(index) for index in self.pending]
+        self.pending = []
+        return pending + self.prompts.take(max(0, count - len(pending)))
+
+    async def _finish(
+        self,
+        prompts: Sequence[Prompt],
+        replayed: Sequence[Group],
+        missing: int,
+        oldest: int,
+        journal: Journal,
+        batch: RolloutBatch,
+    ) -> list[Group]:
+        """Groups of those prompts that have none yet, all or until the batch is full."""
+        have = {group.prompt_index for group in replayed}
+        left = [prompt for prompt in prompts if prompt.index not in have]
+        num_admissible = sum(self._is_admissible(group, oldest) for group in replayed)
+        waits = self.rollout.tail == "wait"
+        if num_admissible >= missing and not waits:  # so it was when this was journalled
+            self._leave(left, batch)
+            return []
+        for prompt in left:
+            if prompt.index not in self._running:
+                self._running[prompt.index] = asyncio.create_task(self._generate(prompt))
+        groups: list[Group] = []
+        for ended in asyncio.as_completed([self._running[prompt.index] for prompt in left]):
+            group = self._take(await ended, journal, batch)
+            groups.append(group)
+            num_admissible += self._is_admissible(group, oldest)
+            if num_admissible >= missing and not waits:
+                break
+        have = {group.prompt_index for group in groups}
+        tail = [prompt for prompt in left if prompt.index not in have]
+        if tail and self.rollout.tail == "abort":
+            groups += await self._abort(tail, journal, batch)
+        elif tail:
+            self._leave(tail, batch)
+        return groups
+
+    def _take(self, answer: _Answer, journal: Journal, batch: RolloutBatch) -> Group:
+        del self._running[answer.group.prompt_index]
+        batch.reward_seconds += answer.reward_seconds
+        journal.append(answer.group)
+        return answer.group
+
+    def _leave(self, tail: Sequence[Prompt], batch: RolloutBatch) -> None:
+        batch.num_tail += len(tail)
+        if self.rollout.tail == "carry":
+            self.pending += [prompt.index for prompt in tail]
+
+    async def _abort(
+        self, tail: Sequence[Prompt], journal: Journal, batch: RolloutBatch
+    ) -> list[Group]:
+        """End what is still being generated; groups that were whole before that are as good."""
+        await self.client.abort([_request_id(prompt) for prompt in tail])
+        whole = []
+        for answer in await asyncio.gather(*(self._running[prompt.index] for prompt in tail)):
+            if answer.is_whole:
+                whole.append(self._take(answer, journal, batch))
+                continue
+            del self._running[answer.group.prompt_index]
+            batch.num_tail += 1
+            batch.tail_lengths += [len(sample.token_ids) for sample in answer.group.samples]
+        return whole
+
+    def _is_admissible(self, group: Group, oldest: int) -> bool:
+        """One that is not finite is told of later, and so that nobody samples on for ever."""
+        has_signal = group.has_signal or not group.is_finite or not self.rollout.dynamic_sampling
+        return has_signal and group.policy_version >= oldest
+
+    def _admissible(self, groups: list[Group], oldest: int, batch: RolloutBatch) -> list[Group]:
+        with_signal = groups
+        if self.rollout.dynamic_sampling:
+            with_signal = [group for group in groups if group.has_signal or not group.is_finite]
+            batch.num_dropped += len(groups) - len(with_signal)
+            # The next round asks for as many prompts as this step's share makes likely to be
+            # enough; the share of a last, small round alone would be noise, and its surplus stale.
+            self._signal_rate = max(0.1, 1.0 - batch.num_dropped / max(len(batch.generated), 1))
+        return self._recent(with_signal, oldest, batch)
+
+    def _recent(self, groups: Iterable[Group], oldest: int, batch: RolloutBatch) -> list[Group]:
+        groups = list(groups)
+        recent = [group for group in groups if group.policy_version >= oldest]
+        batch.num_stale += len(groups) - len(recent)
+        return recent
+
+    async def cancel_running(self) -> None:
+        """End the requests that a call left unfinished; pending prompts will be asked again."""
+        running = list(self._running.values())
+        self._running.clear()
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
     def _replay(self, finished: dict[int, Group], prompt: Prompt, path: Path) -> Group | None:
         """The prompt's group of an interrupted attempt at this step, if it was finished."""
@@ -150,27 +264,46 @@ class Collector:
         )
         return replace(sample, reward=reward, accuracy=accuracy)
 
-    async def _generate(
-        self, prompt: Prompt, policy_version: int, journal: Journal, batch: RolloutBatch
-    ) -> Group:
+    async def _generate(self, prompt: Prompt) -> _Answer:
         size = self.rollout.group_size
-        completions = await self.client.generate(
-            prompt.ids, size, self.sampling, seed=self._seed(prompt)
-        )
-        started = time.monotonic()
-        samples = [
-            self._judged(
-                prompt, Sample(prompt.index * size + i, c.token_ids, c.logprobs, c.truncated)
+        async with self.client:  # it may outlive the call that asked for it
+            completions = await self.client.generate(
+                prompt.ids,
+                size,
+                self.sampling,
+                seed=self._seed(prompt),
+                request_id=_request_id(prompt),
             )
-            for i, c in enumerate(completions)
-        ]
-        batch.reward_seconds += time.monotonic() - started
-        group = Group(prompt.index, prompt.ids, policy_version, samples)
-        journal.append(group)
-        return group
+        started = time.monotonic()
+        version = min(c.versions[0][0] if c.versions else self.client.version for c in completions)
+        samples = [_sample(prompt.index * size + i, c, version) for i, c in enumerate(completions)]
+        is_whole = not any(completion.aborted for completion in completions)
+        if is_whole:
+            samples = [self._judged(prompt, sample) for sample in samples]
+        group = Group(prompt.index, prompt.ids, version, samples)
+        return _Answer(group, is_whole, time.monotonic() - started)
 
     def _seed(self, prompt: Prompt) -> int | None:
         """A seed of the prompt alone; response i of the group takes seed + i."""
         if not self.rollout.seeded:
             return None
         return (self.prompts.seed * 1_000_003 + prompt.index) * self.rollout.group_size
+
+
+def _request_id(prompt: Prompt) -> str:
+    return f"prompt-{prompt.index}"
+
+
+def _sample(uid: int, completion: Completion, oldest: int) -> Sample:
+    """Not yet judged. oldest: the group's policy version, from which the changes count."""
+    changes, before = [], oldest
+    for version, first in completion.versions:
+        changes += [first] * (version - before)
+        before = version
+    return Sample(
+        uid,
+        completion.token_ids,
+        completion.logprobs,
+        completion.truncated,
+        version_changes=changes,
+    )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # Routes that the server answers itself.
 GENERATE_PATH = "/megafork/generate"  # token ids in, `encode_completions` out
+ABORT_PATH = "/megafork/abort"
 CONNECT_PATH = "/megafork/connect"
 UPDATE_PATH = "/megafork/update"
 
@@ -29,15 +30,16 @@ class Sampling:
     min_p: float = 0.0
 
     def request_body(
-        self, prompt_ids: list[int], n: int, seed: int | None = None
+        self, prompt_ids: list[int], n: int, seed: int | None = None, *, request_id: str
     ) -> dict[str, Any]:
-        """JSON body for `n` responses to one prompt.
+        """JSON body for `n` responses to one prompt, which `request_id` can abort.
 
         Every parameter that shapes the distribution is stated, so that neither the engine's
         defaults nor the folder's generation_config.json can change it.
         """
         return {
             "prompt_ids": list(prompt_ids),
+            "request_id": request_id,
             "sampling_params": {
                 "n": n,
                 "seed": seed,
@@ -65,11 +67,22 @@ class Completion:
 
     token_ids: list[int]
     logprobs: list[float]
-    finish_reason: str  # "stop" | "length"; "abort" for what was in flight at pause(mode="abort")
+    finish_reason: str  # "stop" | "length" | "abort"
+    versions: list[tuple[int, int]] = field(default_factory=list)
+    """(policy version, index of the first token that it sampled), ascending"""
 
     @property
     def truncated(self) -> bool:
         return self.finish_reason != "stop"
+
+    @property
+    def aborted(self) -> bool:
+        return self.finish_reason == "abort"
+
+
+def version_number(version: str) -> int:
+    """Of vLLM's name for the weights it has; 0: those that it loaded from the model folder."""
+    return 0 if version == "default" else int(version)
 
 
 def encode_completions(completions: list[Completion]) -> bytes:
@@ -78,7 +91,7 @@ def encode_completions(completions: list[Completion]) -> bytes:
     8 bytes a token where the stock route's JSON takes about 100. Byte order is the machine's,
     which is little-endian wherever vLLM runs.
     """
-    header = [[len(c.token_ids), c.finish_reason] for c in completions]
+    header = [[len(c.token_ids), c.finish_reason, c.versions] for c in completions]
     ids, logprobs = array("i"), array("f")
     for completion in completions:
         ids.extend(completion.token_ids)
@@ -90,17 +103,22 @@ def decode_completions(payload: bytes) -> list[Completion]:
     """The inverse of `encode_completions`. Raises ValueError when the payload is cut short."""
     line, _, rest = payload.partition(b"\n")
     header = json.loads(line)
-    num_tokens = sum(length for length, _ in header)
+    num_tokens = sum(length for length, *_ in header)
     if len(rest) != 8 * num_tokens:
         raise ValueError(f"{len(rest)} bytes for {num_tokens} tokens, expected {8 * num_tokens}")
     ids, logprobs = array("i"), array("f")
     ids.frombytes(rest[: 4 * num_tokens])
     logprobs.frombytes(rest[4 * num_tokens :])
     completions, start = [], 0
-    for length, finish_reason in header:
+    for length, finish_reason, versions in header:
         end = start + length
         completions.append(
-            Completion(ids[start:end].tolist(), logprobs[start:end].tolist(), finish_reason)
+            Completion(
+                ids[start:end].tolist(),
+                logprobs[start:end].tolist(),
+                finish_reason,
+                [(version, first) for version, first in versions],
+            )
         )
         start = end
     return completions

@@ -11,7 +11,6 @@ import hmac
 import json
 import os
 import traceback
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +20,13 @@ from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
 from megafork.rollout.sampling import (
+    ABORT_PATH,
     CONNECT_PATH,
     GENERATE_PATH,
     UPDATE_PATH,
     Completion,
     encode_completions,
+    version_number,
 )
 from megafork.weight_sync.receiver import WeightReceiver
 
@@ -71,15 +72,26 @@ async def _generate(engine: Any, body: dict[str, Any]) -> bytes:
     )
     prompt = tokens_input(body["prompt_ids"])
     result = None
-    async for output in engine.generate(prompt, params, uuid.uuid4().hex):
+    async for output in engine.generate(prompt, params, body["request_id"]):
         result = output
     assert result is not None and result.finished
     return encode_completions(
         [
-            Completion(list(o.token_ids), o.logprobs.logprobs, o.finish_reason)
+            Completion(
+                list(o.token_ids),
+                o.logprobs.logprobs if o.token_ids else [],  # aborted before the first token
+                o.finish_reason,
+                [(version_number(span.version), span.start) for span in o.weight_versions or []],
+            )
             for o in result.outputs
         ]
     )
+
+
+async def _abort(engine: Any, body: dict[str, Any]) -> bytes:
+    """Ends requests; each is answered with what it has, finish_reason "abort"."""
+    await engine.abort(body["request_ids"])
+    return b"{}"
 
 
 async def _connect(engine: Any, body: dict[str, Any]) -> bytes:
@@ -92,7 +104,12 @@ async def _update(engine: Any, body: dict[str, Any]) -> bytes:
     return await _on_all_workers(engine, "megafork_update", body)
 
 
-_ROUTES = {GENERATE_PATH: _generate, CONNECT_PATH: _connect, UPDATE_PATH: _update}
+_ROUTES = {
+    GENERATE_PATH: _generate,
+    ABORT_PATH: _abort,
+    CONNECT_PATH: _connect,
+    UPDATE_PATH: _update,
+}
 
 
 async def _on_all_workers(engine: Any, method: str, arguments: dict[str, Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from megafork.evaluation.heldout import accuracy
 from megafork.interruption import Interruption
 from megafork.logging.metrics import MetricsLog, read_rows
 from megafork.rewards.verifier import Judge
+from megafork.rollout.background import BackgroundLoop, Job
 from megafork.rollout.collector import Collector, RolloutBatch
 from megafork.rollout.engine import RolloutServer
 from megafork.rollout.journal import Journal
@@ -29,10 +31,11 @@ _HEALTH_CHECKS = 3
 
 
 class Front:
-    """Waits for the server, reads the prompts, opens the logs.
+    """Waits for the server, reads the prompts, opens the logs. Close it.
 
-    What generates raises Interrupted when a signal comes and ServerDied when a new server is
-    needed; all of it can be asked for again.
+    With rollout.max_policy_lag = n the batches of the n steps after the one that is asked for are
+    generated meanwhile, one after the other. What generates raises Interrupted when a signal comes
+    and ServerDied when a new server is needed; all of it can be asked for again.
     """
 
     def __init__(
@@ -75,6 +78,11 @@ class Front:
             steps_done=steps_done,
         )
         self.batch: RolloutBatch | None = None
+        self._background = BackgroundLoop()
+        self._background.__enter__()
+        self._ahead: dict[int, Job[RolloutBatch]] = {}
+        self.state = self.collector.state()
+        """The collector's when the current step's batch was full, for a checkpoint"""
         for path in self._skipped_dir.glob("step_*.jsonl"):  # steps that will be done again
             if int(path.name[5:11]) > steps_done:
                 path.unlink()
@@ -83,13 +91,42 @@ class Front:
     def _skipped_dir(self) -> Path:
         return self.run_dir / "skipped"
 
+    def restore(self, state: dict[str, Any]) -> None:
+        self.state = state
+        self.collector.restore(state)
+
+    def close(self) -> None:
+        """Whatever is being generated is given up."""
+        self._background.__exit__()
+        self.log.close()
+
     def collect(self, step: int, policy_version: int) -> list[Group]:
-        self.batch = self._generated(self.collector.collect(step, policy_version))
+        """The groups of a step that the current policy version, handed in, trains on."""
+        self.interruption.check()
+        self._collect_ahead(step, 0, policy_version)
+        self.batch = self._wait(self._ahead[step])
+        self.state = self.batch.state
+        del self._ahead[step]
+        for lag in range(1, self.config.rollout.max_policy_lag + 1):
+            if step + lag <= self.config.training.steps:
+                self._collect_ahead(step + lag, lag, policy_version)
         return self.batch.groups
 
+    def _collect_ahead(self, step: int, lag: int, policy_version: int) -> None:
+        """Begin with a step's batch, after those of the steps before it, unless it has begun."""
+        if step not in self._ahead:
+            collecting = self._collected(self._ahead.get(step - 1), step, policy_version + lag)
+            self._ahead[step] = self._background.submit(collecting)
+
+    async def _collected(
+        self, before: Job[RolloutBatch] | None, step: int, trained_by: int
+    ) -> RolloutBatch:
+        if before is not None:
+            await before.ended()
+        return await self.collector.collect(step, trained_by)
+
     def probe(self) -> list[Group]:
-        probing = agreement.probe(self.client, self.probe_prompts, self.sampling)
-        return self._generated(probing)
+        return self._generated(agreement.probe(self.client, self.probe_prompts, self.sampling))
 
     def evaluate(self, step: int) -> float:
         """Held-out accuracy, also written to eval.jsonl."""
@@ -111,12 +148,32 @@ class Front:
 
     def _generated(self, work: Coroutine[Any, Any, T]) -> T:
         try:
-            return self.interruption.run(work)
+            self.interruption.check()
+        except OnEveryRank:
+            work.close()
+            raise
+        return self._wait(self._background.submit(work))
+
+    def _wait(self, job: Job[T]) -> T:
+        try:
+            return self.interruption.wait(job)
         except OnEveryRank:
             raise
         except Exception as error:
+            self._give_up_ahead()
             self.check_server(error)
             raise
+
+    def _give_up_ahead(self) -> None:
+        """All batches of later steps; what was generated for them is in the journal."""
+        for job in self._ahead.values():
+            job.cancel()
+        for job in self._ahead.values():
+            with contextlib.suppress(Exception):
+                job.result()
+        self._ahead.clear()
+        self._background.submit(self.collector.cancel_running()).result()
+        self.collector.restore(self.state)
 
     def check_server(self, cause: Exception) -> None:
         """After a failure. Raises ServerDied when a new server is needed.
@@ -133,6 +190,7 @@ class Front:
 
     def replace_server(self, death: ServerDied) -> None:
         self.log.note(f"warning: the rollout server died and is replaced. {death}")
+        self._give_up_ahead()
         self.client = self.collector.client = self.server.restart(self.interruption.check)
 
     def report_tokens(self, step: int, report: dict[str, Any] | None) -> None:

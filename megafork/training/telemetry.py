@@ -26,6 +26,7 @@ _MEANS = (
     "mismatch/k1",
     "mismatch/mean_difference",
     "mismatch/large_fraction",
+    "lag/kl",
 )
 _CLIPS = {
     "clip_low": "ratio/clip_low_fraction",
@@ -62,6 +63,7 @@ def token_metrics(
     k = ceil(0.2 N). mismatch/* are over the tokens that the current policy version sampled: kl and
     k1 are the k3 and k1 estimates of KL(engine || trainer), the differences absolute ones of
     log-probabilities, and large_fraction is of the tokens where they exceed `large_difference`.
+    lag/kl is mismatch/kl's estimate over the tokens of older versions: engine and lag together.
     Without a table (all were skipped) every value is NaN.
     """
     if not tables:
@@ -85,6 +87,7 @@ def token_metrics(
         (k1, fresh),
         (difference, fresh),
         (difference > large_difference, fresh),
+        (k3_divergence(old_logprobs, rollout_logprobs), ~fresh),
     )
     metrics = dict(zip(_MEANS, _means(pairs, topology), strict=True))
     metrics[_LARGEST] = _largest(difference[fresh], topology)
@@ -148,10 +151,46 @@ def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     }
 
 
+def lag_metrics(table: TokenTable, policy_version: int) -> dict[str, float]:
+    """How many policy versions the tokens are behind the one that trains on them.
+
+    lag/in_flight_fraction: responses that saw their weights change.
+    """
+    lag_R = policy_version - table.policy_version_R
+    largest_B, smallest_B = (
+        torch.zeros(table.num_samples, dtype=torch.int64).index_reduce(
+            0, table.sample_R, lag_R, how, include_self=False
+        )
+        for how in ("amax", "amin")
+    )
+    return {
+        "lag/mean": float(lag_R.double().mean()),
+        "lag/max": int(lag_R.max()),
+        "lag/in_flight_fraction": float((largest_B != smallest_B).double().mean()),
+    }
+
+
+def overlap_metrics(batch: RolloutBatch, seconds: dict[str, float]) -> dict[str, float]:
+    """time/generate is what the step waited for its batch; generation may have begun before.
+
+    overlap/gain: the step's time, had it waited for all of the generation, over its time. Both
+    slow each other down where they share processors, so it is an upper bound.
+    """
+    hidden = max(0.0, batch.seconds - seconds["generate"])
+    return {
+        "overlap/generation_seconds": batch.seconds,
+        "overlap/hidden_seconds": hidden,
+        "overlap/gain": (seconds["total"] + hidden) / seconds["total"],
+    }
+
+
 def rollout_metrics(batch: RolloutBatch, policy_version: int) -> dict[str, float]:
     """Of everything generated for the step, dropped groups included.
 
-    sampling/stale_fraction: groups of the batch that an older policy version sampled.
+    sampling/stale_fraction: groups of the batch that an older policy version began to sample.
+    sampling/tail_*: groups that a full batch did not wait for; the lengths of those that were
+    aborted are what they had then. sampling/length_bias: by how many tokens the mean response that
+    is trained on is longer (below 0: shorter) than with the aborted ones, a lower bound.
     reward/nonfinite: rewards that are no finite number and take no part in reward/mean.
     """
     # Groups carried over from the last step can fill a batch alone.
@@ -159,9 +198,16 @@ def rollout_metrics(batch: RolloutBatch, policy_version: int) -> dict[str, float
     n = len(samples)
     rewards = [s.reward for s in samples if math.isfinite(s.reward)]
     stale = sum(group.policy_version != policy_version for group in batch.groups)
+    tail, count = batch.tail_lengths, len(batch.tail_lengths)
+    trained = [len(s.token_ids) for group in batch.groups for s in group.samples]
+    trained_mean = sum(trained) / len(trained)
     return {
         "sampling/groups_dropped": batch.num_dropped,
+        "sampling/groups_stale": batch.num_stale,
         "sampling/stale_fraction": stale / len(batch.groups),
+        "sampling/tail_groups": batch.num_tail,
+        "sampling/tail_length_mean": sum(tail) / (count or math.nan),
+        "sampling/length_bias": trained_mean - sum(trained + tail) / (len(trained) + count),
         "reward/mean": sum(rewards) / (len(rewards) or math.nan),
         "reward/nonfinite": n - len(rewards),
         "reward/accuracy": sum(s.accuracy for s in samples) / n,

@@ -64,7 +64,7 @@ class Trainer:
         self.policy.guard.restore(state["guard"])
         self.policy_version = state["policy_version"] - 1  # the first push gives it again
         if self.front is not None:
-            self.front.collector.restore(state["collector"])
+            self.front.restore(state["collector"])
 
     def run(self) -> None:
         """All steps that are left, and the HF folder of the last policy.
@@ -128,7 +128,7 @@ class Trainer:
                 "num_updates": self.policy.num_updates,
                 "guard": self.policy.guard.state(),
                 "policy_version": self.policy_version,
-                "collector": self.front.collector.state(),
+                "collector": self.front.state,
             }
         self.store.save(step, self.policy.stages, self.policy.optimizer, state)
         self._saved_step = step
@@ -152,11 +152,11 @@ class Trainer:
         config, policy, topology = self.config, self.policy, self.topology
         started = time.monotonic()
         clock = Clock(lambda phase: topology.whereabouts.enter(f"{phase} of step {step}"))
-        sampled_by = self.policy_version
+        trained_by = self.policy_version
         lr = policy.learning_rate
         with clock.measure("generate"):
             groups = self._with_server(
-                lambda: self._on_front(lambda front: front.collect(step, sampled_by))
+                lambda: self._on_front(lambda front: front.collect(step, trained_by))
             )
         table = token_table(groups, overlong_filtering=config.algorithm.overlong_filtering)
         advantages = group_relative_advantages(
@@ -177,7 +177,7 @@ class Trainer:
                 done.scores,
                 done.masks,
                 done.selections,
-                policy_version=sampled_by,
+                policy_version=trained_by,
                 large_difference=config.mismatch.large_difference,
                 topology=topology,
             ) | telemetry.update_metrics(done.updates)
@@ -185,9 +185,12 @@ class Trainer:
         report = token_report(done, config.forking, topology)
         if self.front is not None and self.front.batch is not None:
             self.front.report_tokens(step, report)
-            metrics |= telemetry.rollout_metrics(self.front.batch, sampled_by)
+            metrics |= telemetry.rollout_metrics(self.front.batch, trained_by)
             clock.seconds["reward"] = self.front.batch.reward_seconds
         clock.seconds["total"] = time.monotonic() - started
+        if self.front is not None and self.front.batch is not None:
+            metrics |= telemetry.overlap_metrics(self.front.batch, clock.seconds)
+        metrics |= telemetry.lag_metrics(table, trained_by)
         metrics |= {
             "lr": lr,
             "tokens": table.num_rows,
@@ -357,7 +360,7 @@ def _train(
             steps_done = state["step"] if state is not None else 0
             eos = policy.shape.eos_token_ids
             front = Front(config, server, interruption, eos, steps_done=steps_done)
-            stack.callback(front.log.close)
+            stack.callback(front.close)
 
         topology.whereabouts.enter("the start of the rollout server")
         topology.on_rank_zero(open_front)
@@ -368,6 +371,7 @@ def _train(
             config.sync,
             num_workers=config.rollout.tensor_parallel,
             server_host=host_of(config.rollout),
+            in_flight=config.rollout.in_flight_update,
         )
         stack.callback(sync.close)
         trainer = Trainer(config, topology, policy, sync, front, store, interruption)

@@ -38,8 +38,13 @@ class WeightSync:
         *,
         num_workers: int,
         server_host: str = "127.0.0.1",
+        in_flight: bool = True,
     ) -> None:
-        """server_host: where the server runs, to find the address that its workers reach us by."""
+        """server_host: where the server runs, to find the address that its workers reach us by.
+        in_flight: responses that are being generated go on with the new weights; False: a push
+        waits for them.
+        """
+        self.in_flight = in_flight
         self.policy, self.topology = policy, topology
         self.timeout_s, self.num_workers = sync.timeout_s, num_workers
         self.server_host = server_host
@@ -76,8 +81,9 @@ class WeightSync:
     def push(self, version: int) -> None:
         """Give the server the policy's weights as `version`; nothing cached survives.
 
-        Generation must have ended. Raises UserError, on every rank, when the server did not take
-        them.
+        A response that goes on is sampled as if all its tokens so far had been the prompt: their
+        keys and values are computed again. Raises UserError, on every rank, when the server did not
+        take the weights.
         """
         # Phase by phase: a rank enters the gathers only when rank 0 is known to come too.
         self._together(self._pause)
@@ -107,13 +113,14 @@ class WeightSync:
 
     def _pause(self) -> None:
         if self.client is not None:
-            self.client.pause()
+            self.client.pause("keep" if self.in_flight else "wait")
             self.client.start_weight_update()
 
     def _finish(self, version: int) -> None:
         if self.client is None:
             return
         self.client.finish_weight_update(version)
+        self.client.reset_prefix_cache(running=True)
         self.client.resume()
         reached = self.client.weight_version()
         if reached != version:
