@@ -55,6 +55,66 @@ def test_top_and_bottom_are_complements():
     assert (bottom.num_kept, bottom.kept_fraction) == (3, 0.6)
 
 
+@pytest.mark.parametrize("scope", ["minibatch", "batch", "sequence"])
+def test_the_fraction_is_the_steps(scope):
+    """Ten tokens of one sequence, 0 to 9 nats; 0.4 at step 1, 0.15 at step 6 and later."""
+    keys = torch.stack([torch.zeros(10).long(), torch.arange(10)], 1)
+    config = ForkingConfig(rho=0.4, rho_end=0.15, rho_steps=6, scope=scope)
+
+    def kept(step):
+        found = select_tokens(
+            torch.arange(10.0), torch.ones(10).bool(), keys, config, seed=0, step=step,
+            sequence_T=torch.zeros(10).long(), num_sequences=1,
+        )  # fmt: skip
+        assert found.num_wanted == found.num_kept
+        return found.mask_T.nonzero()[:, 0].tolist()
+
+    # ceil of 4, 3.5, 3, 2.5, 2, 1.5
+    assert [len(kept(step)) for step in range(1, 9)] == [4, 4, 3, 3, 2, 2, 2, 2]
+    assert kept(3) == [7, 8, 9]
+
+
+# Seven tokens; the three of the second response were cut and are out of the loss.
+POPULATION = torch.tensor([5.0, 4.0, 1.0, 0.0, 9.0, 8.0, 4.0])
+CUT = torch.tensor([False, False, False, False, True, True, True])
+
+
+def select_of(population, seed=0, **config):
+    keys = torch.stack([CUT.long(), torch.arange(7)], 1)
+    return select_tokens(
+        POPULATION, ~CUT, keys, ForkingConfig(population=population, **config),
+        seed=seed, step=1, boundary_eps=1e-5,
+    )  # fmt: skip
+
+
+def test_the_population_may_have_the_filtered_responses_too():
+    loss = select_of("loss", rho=0.5)  # 2 of 5, 4, 1, 0
+    assert loss.mask_T.tolist() == [True, True] + [False] * 5
+    assert (loss.threshold, loss.num_kept, loss.num_total) == (4.0, 2, 4)
+    response = select_of("response", rho=0.4)  # 3 of 9, 8, 5, 4, 4, 1, 0
+    assert response.mask_T.tolist() == [True] + [False] * 6
+    assert (response.threshold, response.num_kept, response.num_total) == (5.0, 3, 7)
+    rest = select_of("response", rho=0.4, select="bottom")
+    assert rest.mask_T.tolist() == [False, True, True, True, False, False, False]
+    assert (rest.num_kept, rest.num_wanted) == (4, 4)
+    tied = select_of("response", rho=0.5)  # 4 of them: both 4s are kept, one of them is cut
+    assert tied.mask_T.tolist() == [True, True] + [False] * 5
+    assert (tied.num_kept, tied.num_wanted, tied.num_boundary) == (5, 4, 2)
+    everything = select_of("response", select="all")
+    assert torch.equal(everything.mask_T, ~CUT)
+
+
+def test_ties_of_the_population_are_broken_over_all_of_it():
+    """One of the two 4s fills the fourth place: the one in the loss, or the other."""
+    taken = set()
+    for seed in range(16):
+        exact = select_of("response", seed=seed, rho=0.5, ties="hash")
+        assert (exact.num_kept, exact.num_wanted) == (4, 4)
+        assert exact.mask_T[[0, 2, 3, 4, 5, 6]].tolist() == [True] + [False] * 5
+        taken.add(bool(exact.mask_T[1]))
+    assert taken == {True, False}
+
+
 def test_all_keeps_the_loss_mask():
     everything = select(select="all")
     assert torch.equal(everything.mask_T, IN_LOSS)

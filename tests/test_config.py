@@ -119,6 +119,40 @@ def test_a_selection_of_nothing_is_refused():
     with pytest.raises(UserError, match=r"forking\.rho=1 leaves out, which is nothing"):
         load("forking.select=bottom", "forking.rho=1")
 
+    with pytest.raises(UserError, match=r"forking\.rho_end=1 leaves out.*: lower rho_end"):
+        load("forking.select=bottom", "forking.rho_end=1", "forking.rho_steps=5")
+
+
+def test_rho_goes_from_its_start_to_its_end():
+    schedule = load("forking.rho=0.2", "forking.rho_end=0.1", "forking.rho_steps=5").forking
+    found = [schedule.rho_at(step) for step in (1, 2, 3, 4, 5, 6, 1000)]
+    assert found == [0.2, 0.175, 0.15, 0.125, 0.1, 0.1, 0.1]
+    assert [load().forking.rho_at(step) for step in (1, 1000)] == [0.2, 0.2]
+    rising = load("forking.rho=0.1", "forking.rho_end=0.2", "forking.rho_steps=2").forking
+    assert [rising.rho_at(step) for step in (1, 2)] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rho_end=0.1"], r"rho_end=0\.1 and forking\.rho_steps=None .*: set both or neither"),
+        (["rho_steps=9"], r"rho_end=None and forking\.rho_steps=9 .*: set both or neither"),
+        (["rho_end=0.1", "rho_steps=1"], r"forking\.rho_steps=1: .* greater than or equal to 2"),
+        (["rho_end=0", "rho_steps=9"], r"forking\.rho_end=0: .* greater than 0"),
+        (
+            ["rho_end=0.1", "rho_steps=9", "select=all"],
+            r"rho_end=0\.1 has no meaning for forking\.select=all.*: leave it unset",
+        ),
+        (
+            ["population=response", "scope=sequence"],
+            r"population=response has no meaning for forking\.scope=sequence.*: leave it at loss",
+        ),
+    ],
+)
+def test_mistakes_in_the_selection_are_named(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load(*(f"forking.{override}" for override in overrides))
+
 
 def test_context_parallel_ranks_share_a_sequence():
     """21,504 tokens in 4 chunks of 5,376, two on each rank."""

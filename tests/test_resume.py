@@ -28,6 +28,8 @@ SETTINGS = (
     "parallel.tp=1",
     "eval.prompts=8",
     "sync.check_prompts=2",
+    "forking.rho_end=0.1",
+    "forking.rho_steps=3",
 )
 
 
@@ -107,11 +109,16 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
         whole = content[: content.rfind(b"\n") + 1]
         assert (run_dir / "rollouts" / name).read_bytes().startswith(whole)
     rows, weights = comparable(run_dir)
-    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [(row["step"], row["forking/rho"]) for row in rows] == [(1, 0.2), (2, 0.15), (3, 0.1)]
     assert [row["step"] for row in lines(run_dir / "eval.jsonl")] == [0, 3]
     other_rows, other_weights = replayed_in_one_go(run_dir, tmp_path / "replayed")
     assert rows == other_rows
     assert weights == other_weights
+    tokens, other_tokens = (
+        (folder / "forking_tokens.jsonl").read_bytes()
+        for folder in (run_dir, tmp_path / "replayed")
+    )
+    assert tokens == other_tokens != b""
 
 
 def wait_until(process, found):

@@ -90,6 +90,67 @@ def test_random_selection_is_the_same_at_every_layout(model_folder):
     assert len(chosen[0]) == -(-make_table().num_rows // 5)
 
 
+def score_and_select(folder, layout, forking):
+    policy = make_policy(folder, layout, forking=forking)
+    table = make_table()
+    scores = policy.score(table)
+    [mask], _ = policy.select([table], [scores], step=1)
+    order = scores.rows_N.argsort()
+    return scores.old_logprobs_N[order], scores.entropy_N[order], mask[order]
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}], ids=str)
+def test_the_entropys_temperature_moves_the_selection_alone(tmp_path, layout):
+    """The log-probabilities stay those of the sampling temperature, bit for bit."""
+    folder = reference.save_model(tmp_path, tied=False, seed=3)
+    model, table = reference.load_model(folder, torch.float64), make_table()
+    parts = []
+    for b in range(table.num_samples):
+        response = table.token_R[table.rows(b)].tolist()
+        with torch.no_grad():
+            z = reference.response_logits(model, table.prompt(b).tolist(), response)
+        parts.append(reference.logprobs_and_entropies(z / 3.0, response)[1])
+    expected = torch.cat(parts)
+    world = ParallelConfig(**layout).world_size
+    sampled, hot = (
+        run_ranks(world, score_and_select, folder, layout, forking)[0]
+        for forking in ({}, {"entropy_temperature": 3.0})
+    )
+    assert torch.equal(sampled[0], hot[0])
+    assert (hot[1] - expected).abs().max() <= 1e-5
+    assert torch.equal(hot[2], expected >= reference.top_threshold(expected, RHO))
+    assert int((sampled[2] != hot[2]).sum()) >= 4
+
+
+def select_with_filtered(folder, layout):
+    forking = {"population": "response"}
+    policy = make_policy(folder, layout, forking=forking, micro_batch_tokens=40)
+    table = make_table()
+    table = table.with_columns(loss_mask_R=table.sample_R % 3 != 1)
+    scores = policy.score(table)
+    [mask], selection = policy.select([table], [scores], step=1)
+    return scores.rows_N[mask].tolist(), selection
+
+
+def test_filtered_responses_count_in_the_threshold_at_every_layout(tmp_path):
+    folder = reference.save_model(tmp_path, tied=False, seed=3)
+    table = make_table()
+    with torch.no_grad():
+        _, entropies = score_all(reference.load_model(folder, torch.float64), table)
+    tau = reference.top_threshold(entropies, RHO)
+    assert ((entropies - tau).abs() <= 2e-5).sum() == 1
+    in_loss = table.sample_R % 3 != 1
+    top = entropies >= tau
+    assert (top & ~in_loss).any()
+    for layout in ({}, {"dp": 2}, {"cp": 2}, {"tp": 2, "pp": 2}):
+        ranks = run_ranks(ParallelConfig(**layout).world_size, select_with_filtered, folder, layout)
+        chosen = {row for rows, _ in ranks for row in rows}
+        assert chosen == set((top & in_loss).nonzero()[:, 0].tolist())
+        for _, selection in ranks:
+            if selection is not None:
+                assert (selection.num_kept, selection.num_total) == (int(top.sum()), len(top))
+
+
 # Updates between the mini-batches are large, so that "current" entropies differ from "old" ones,
 # and smooth (a large epsilon), so that rounding stays rounding.
 LARGE_STEPS = {"lr": 4e-3, "adam_eps": 1e-2, "weight_decay": 0.0, "grad_clip": 1e9}

@@ -106,6 +106,20 @@ def test_bytes_join_over_what_is_left_out(files):
     assert tokenizer.decode([high]) == "\ufffd"  # a response that was cut inside a character
 
 
+def test_single_tokens_have_names(files):
+    hf = load(QUICKSTART / "model")
+    assert [hf.name(i) for i in (1, 15, 21)] == ["<eos>", "*", " "]
+    assert hf.name(151_935) == ""
+    tokenizer, processor = load(files["bpe"]), SentencePieceProcessor(model_file=str(files["bpe"]))
+    assert [tokenizer.name(processor.piece_to_id(p)) for p in ("</s>", CONTROL, "<0xC3>")] == [
+        "</s>",
+        CONTROL,
+        "<0xC3>",
+    ]
+    assert tokenizer.name(tokenizer.encode("the sum is")[-1]).startswith(" ")
+    assert tokenizer.name(processor.get_piece_size()) == ""
+
+
 def test_control_pieces_are_left_out(files):
     tokenizer, processor = load(files["bpe"]), SentencePieceProcessor(model_file=str(files["bpe"]))
     control = [processor.piece_to_id(piece) for piece in ("<s>", "</s>", CONTROL)]

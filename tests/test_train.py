@@ -31,6 +31,7 @@ STEP_METRICS = {
     "entropy/p50",
     "entropy/p80",
     "entropy/p95",
+    "forking/rho",
     "forking/kept_fraction",
     "forking/mean_entropy_inside",
     "forking/mean_entropy_outside",
@@ -67,6 +68,8 @@ RUNS = {
         "parallel.pp=2",
         "parallel.vpp=2",
         "forking.select=random",
+        "forking.rho_end=0.1",
+        "forking.rho_steps=2",
         "algorithm.objective=cispo",
         "algorithm.clip_low=1",
         "mismatch.correction=truncate",
@@ -112,7 +115,7 @@ def test_metrics(run):
     for row in rows:
         assert set(row) >= STEP_METRICS
         # The entropies spread, so about rho of the tokens is kept, and the same ones are inside.
-        assert 0.2 <= row["forking/kept_fraction"] <= 0.22
+        assert 1 <= row["forking/kept_fraction"] / row["forking/rho"] <= 1.1
         assert row["entropy/p50"] <= row["entropy/p80"] <= row["entropy/p95"]
         assert row["ratio/first_update_max_offset"] == 0.0
         assert row["mismatch/mean_difference"] <= 1e-5
@@ -123,6 +126,7 @@ def test_metrics(run):
         assert row["grad_norm"] > 0
     assert [row["policy_version"] for row in rows] == [2, 3]
     config = load_config(TrainConfig, run_dir / "config.toml", [])
+    assert [row["forking/rho"] for row in rows] == [0.2, config.forking.rho_end or 0.2]
     for row in rows:
         inside, outside = row["forking/mean_entropy_inside"], row["forking/mean_entropy_outside"]
         assert (inside > outside) == (config.forking.select == "top") or (
@@ -130,6 +134,20 @@ def test_metrics(run):
         )
         if config.forking.scope == "batch":
             assert row["entropy/threshold"] == row["entropy/p80"]
+
+
+def test_the_forking_tokens_are_told(run):
+    run_dir, model, _ = run
+    name = AutoTokenizer.from_pretrained(model).decode
+    reports = lines(run_dir / "forking_tokens.jsonl")
+    for report, row in zip(reports, lines(run_dir / "metrics.jsonl"), strict=True):
+        assert report["step"] == row["step"]
+        kept = report["selected"] / report["tokens"]
+        assert kept == pytest.approx(row["forking/kept_fraction"])
+        assert sum(token["selected"] for token in report["most_selected"]) == report["selected"]
+        assert report["highest_entropy"]
+        for token in [*report["highest_entropy"], *report["most_selected"]]:
+            assert token["text"] == name([token["id"]]) != ""
 
 
 def test_sampling_is_not_truncated_by_the_model_folder(run):

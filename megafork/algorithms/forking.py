@@ -25,6 +25,8 @@ _TIES = torch.tensor(1)
 
 @dataclass(frozen=True)
 class Selection:
+    """Counts are of the population: the loss tokens, or all response tokens."""
+
     mask_T: Tensor
     """bool: forking_mask, contained in the loss mask"""
     threshold: float
@@ -55,16 +57,16 @@ def select_tokens(
     sequence_T: Tensor | None = None,
     num_sequences: int = 1,
 ) -> Selection:
-    """Select among the tokens of one threshold scope; call it once for each scope.
+    """Select among the response tokens of one threshold scope; call it once for each scope.
 
     entropy_T: float32 nats; loss_mask_T: bool; key_T2: int64 (sample uid, position); each rank of
-    `groups` passes its own tokens. "bottom" is the complement of "top" at the same rho; "random"
+    `groups` passes its own tokens. rho is the step's, a fraction of the loss tokens or, with
+    population = "response", of all. "bottom" is the complement of "top" at the same rho; "random"
     takes the top rho of a hash of (seed, step, key), so the same tokens at every layout. Tokens
     whose entropy has the threshold's bits are all in the top, or with ties = "hash" as many as are
-    missing, by another hash of (seed, step, key). (Entropies that are equal only on paper, as of a
-    prefix that two responses share, may differ in the last bit: num_boundary counts them.)
-    sequence_T: int64, which of num_sequences sequences a token
-    belongs to; each has its own threshold when the scope is "sequence", and none else.
+    missing, by another hash of (seed, step, key). (Equal on paper, as of a prefix that responses
+    share, they may differ in the last bit: num_boundary counts those.)
+    sequence_T: int64, which of num_sequences sequences a token is of, for scope = "sequence".
     """
     if config.scope == "sequence":
         assert sequence_T is not None, "scope = sequence asks which sequence a token is of"
@@ -74,21 +76,22 @@ def select_tokens(
     values_T = entropy_T
     if config.select == "random":
         values_T = random_scores(key_T2, seed=seed, step=step)
-    threshold_S, num_top_S, num_total_S = scope.thresholds(values_T, loss_mask_T, config.rho)
+    among_T = torch.ones_like(loss_mask_T) if config.population == "response" else loss_mask_T
+    rho = config.rho_at(step)
+    threshold_S, num_top_S, k_S, num_total_S = scope.thresholds(values_T, among_T, rho)
     threshold_T = threshold_S[scope.ids_T]
-    top_T = loss_mask_T & (values_T >= threshold_T)
-    k_S = torch.where(num_total_S > 0, top_k(num_total_S, config.rho), 0)
+    top_T = among_T & (values_T >= threshold_T)
     if config.ties == "hash" and bool((num_top_S > k_S).any()):
-        tied_T = loss_mask_T & (values_T == threshold_T)
+        tied_T = among_T & (values_T == threshold_T)
         missing_S = k_S - (num_top_S - scope.count(tied_T))
         order_T = hash64(*_salted(key_T2, seed=seed, step=step), _TIES.to(key_T2.device))
         top_T = (top_T & ~tied_T) | scope.largest(order_T, tied_T, missing_S)
         num_top_S = k_S
-    near_S = scope.count(loss_mask_T & ((values_T - threshold_T).abs() <= boundary_eps))
-    num_top, wanted, num_total = int(num_top_S.sum()), int(k_S.sum()), int(num_total_S.sum())
-    kept, mask_T = num_top, top_T
+    near_S = scope.count(among_T & ((values_T - threshold_T).abs() <= boundary_eps))
+    kept, wanted, num_total = (int(num_S.sum()) for num_S in (num_top_S, k_S, num_total_S))
+    mask_T = top_T & loss_mask_T
     if config.select == "bottom":
-        kept, wanted, mask_T = num_total - num_top, num_total - wanted, loss_mask_T & ~top_T
+        kept, wanted, mask_T = num_total - kept, num_total - wanted, loss_mask_T & ~top_T
     elif config.select == "all":
         kept, wanted, mask_T = num_total, num_total, loss_mask_T
     by_entropy = config.select in ("top", "bottom")
@@ -120,8 +123,8 @@ class _Segments:
 
     def thresholds(
         self, values_T: Tensor, mask_T: Tensor, rho: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(threshold, kept, total), each [S]; a single segment needs no look at the ids."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(threshold, kept, wanted, total), each [S]; one segment needs no look at the ids."""
         found = top_fraction_threshold(
             values_T,
             mask_T,
@@ -133,7 +136,7 @@ class _Segments:
         threshold, kept, total = (
             torch.as_tensor(value, device=values_T.device).reshape(-1) for value in found
         )
-        return threshold, kept, total
+        return threshold, kept, torch.where(total > 0, top_k(total, rho), 0), total
 
     def largest(self, keys_T: Tensor, mask_T: Tensor, k_S: Tensor) -> Tensor:
         return largest_keys(keys_T, mask_T, k_S, groups=self.groups, segments_T=self.ids_T)

@@ -72,17 +72,7 @@ class TrainConfig(Section):
                 f"training.prompts_per_minibatch={per_minibatch} must divide "
                 f"rollout.prompts_per_step={prompts}: use one of {_divisors(prompts)}"
             )
-        if self.forking.select == "bottom" and self.forking.rho == 1.0:
-            raise UserError(
-                "forking.select=bottom takes what forking.rho=1 leaves out, which is nothing: "
-                "lower rho"
-            )
-        if self.forking.scope == "batch" and self.forking.entropy_of == "current":
-            raise UserError(
-                "forking.scope=batch takes one threshold before the first update, but "
-                "forking.entropy_of=current has entropies of later mini-batches only after it: use "
-                "scope=minibatch or entropy_of=old"
-            )
+        self._check_selection()
         self._check_objective()
         self._check_asynchrony()
         self._check_reference()
@@ -95,6 +85,36 @@ class TrainConfig(Section):
                 f"sequence of data.max_prompt_tokens + rollout.max_response_tokens = {longest} "
                 f"tokens on parallel.cp={self.parallel.cp} ranks: raise it to at least "
                 f"{on_one_rank}"
+            )
+
+    def _check_selection(self) -> None:
+        forking = self.forking
+        for name, rho in (("rho", forking.rho), ("rho_end", forking.rho_end)):
+            if forking.select == "bottom" and rho == 1.0:
+                raise UserError(
+                    f"forking.select=bottom takes what forking.{name}=1 leaves out, which is "
+                    f"nothing: lower {name}"
+                )
+        if forking.scope == "batch" and forking.entropy_of == "current":
+            raise UserError(
+                "forking.scope=batch takes one threshold before the first update, but "
+                "forking.entropy_of=current has entropies of later mini-batches only after it: use "
+                "scope=minibatch or entropy_of=old"
+            )
+        if (forking.rho_end is None) != (forking.rho_steps is None):
+            raise UserError(
+                f"forking.rho_end={forking.rho_end} and forking.rho_steps={forking.rho_steps} are "
+                "one schedule: set both or neither"
+            )
+        if forking.rho_end is not None and forking.select == "all":
+            raise UserError(
+                f"forking.rho_end={forking.rho_end:g} has no meaning for forking.select=all, which "
+                "takes every token: leave it unset or choose another select"
+            )
+        if forking.population == "response" and forking.scope == "sequence":
+            raise UserError(
+                "forking.population=response has no meaning for forking.scope=sequence, where a "
+                "filtered response moves no threshold but its own: leave it at loss"
             )
 
     def _check_asynchrony(self) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megafork.config.section import Fraction, NonNegative, PositiveFloat, Section
+from megafork.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
 
 
 class AlgorithmConfig(Section):
@@ -69,6 +69,17 @@ class ForkingConfig(Section):
         "top", description="which response tokens carry the policy gradient"
     )
     rho: Fraction = Field(0.2, description="fraction of the tokens, by entropy")
+    rho_end: Fraction | None = Field(
+        None, description="rho from step rho_steps on, approached linearly; unset: rho throughout"
+    )
+    rho_steps: Annotated[int, Field(ge=2, strict=True)] | None = Field(
+        None, description="the first step whose fraction is rho_end"
+    )
+    population: Literal["loss", "response"] = Field(
+        "loss",
+        description="the tokens that rho is a fraction of: those of the loss mask, or those of "
+        "responses that algorithm.overlong_filtering takes out of it too",
+    )
     scope: Literal["minibatch", "batch", "sequence"] = Field(
         "minibatch",
         description="the tokens over which a threshold is taken: one optimizer step's, the whole "
@@ -92,3 +103,19 @@ class ForkingConfig(Section):
         description="steps between comparisons of the selection with the one that the reference "
         "policy's entropies make (forking/overlap_initial; 0: none)",
     )
+    report_tokens: NonNegative = Field(
+        20, description="tokens of each list of a step in forking_tokens.jsonl (0: no file)"
+    )
+    report_min_count: Positive = Field(
+        50, description="how often a token has to occur in a step for its mean entropy's list"
+    )
+
+    def rho_at(self, step: int) -> float:
+        """The fraction of a step, counted from 1; a function of the step alone."""
+        if self.rho_end is None or self.rho_steps is None:
+            return self.rho
+        if step >= self.rho_steps:
+            return self.rho_end
+        share = (step - 1) / (self.rho_steps - 1)
+        # 0.15, not 0.15000000000000002, of which the threshold would take one token more.
+        return round(self.rho + (self.rho_end - self.rho) * share, 12)

@@ -31,6 +31,9 @@ class Tokenizer(Protocol):
         Models pad their vocabulary, so a policy can sample an id that its tokenizer lacks.
         """
 
+    def name(self, token_id: int) -> str:
+        """One token as text, a special one too; empty for an id that no token has."""
+
 
 @dataclass(frozen=True)
 class TokenizerSource:
@@ -141,6 +144,9 @@ class HfTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
+    def name(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+
 
 class SentencePieceTokenizer:
     """A SentencePiece .model file: byte fallback and whitespace are the file's own."""
@@ -180,6 +186,12 @@ class SentencePieceTokenizer:
         # Control pieces have no text for sentencepiece; beyond the last piece it would raise.
         known = self.num_pieces
         return self._processor.decode([i for i in ids if i < known])
+
+    def name(self, token_id: int) -> str:
+        if token_id >= self.num_pieces:
+            return ""
+        # Decoding one piece alone would drop the blank that it begins with.
+        return self._processor.id_to_piece(token_id).replace("\u2581", " ")
 
 
 def _refuse_chat_template(source: TokenizerSource, chat_template: bool) -> None:

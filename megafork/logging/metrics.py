@@ -30,7 +30,7 @@ class MetricsLog:
     ) -> None:
         """steps_done: rows of later steps are removed; a resumed run writes them again."""
         self._run_dir = run_dir
-        for name in ("metrics.jsonl", "eval.jsonl"):
+        for name in ("metrics.jsonl", "eval.jsonl", "forking_tokens.jsonl"):
             _forget_after(run_dir / name, steps_done)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._writer: Any = None
@@ -73,6 +73,11 @@ class MetricsLog:
             row = {"step": step, "eval/accuracy": accuracy, "eval/samples": num_samples}
             file.write(json.dumps(row) + "\n")
         self.note(f"step {step:>4}  held-out accuracy {accuracy:.3f} ({num_samples} responses)")
+
+    def forking_tokens(self, step: int, report: dict[str, Any]) -> None:
+        """Which tokens fork, into forking_tokens.jsonl."""
+        with (self._run_dir / "forking_tokens.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | report, ensure_ascii=False) + "\n")
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False)

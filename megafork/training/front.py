@@ -193,6 +193,15 @@ class Front:
         self._give_up_ahead()
         self.client = self.collector.client = self.server.restart(self.interruption.check)
 
+    def report_tokens(self, step: int, report: dict[str, Any] | None) -> None:
+        """Write which tokens fork, with their text, where there is something to write."""
+        if report is None:
+            return
+        for name in ("highest_entropy", "most_selected"):
+            for token in report[name]:
+                token["text"] = self.collector.tokenizer.name(token["id"])
+        self.log.forking_tokens(step, report)
+
     def keep_skipped(self, step: int, skipped: Sequence[Skipped], *, is_last: bool) -> None:
         """The groups of mini-batches without an update, for a look at them.
 

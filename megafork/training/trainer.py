@@ -27,6 +27,7 @@ from megafork.training.critic import Critic
 from megafork.training.front import Front
 from megafork.training.policy import Policy
 from megafork.training.step import Clock, Optimized, optimize
+from megafork.training.token_report import token_report
 from megafork.types import Group, TokenTable, token_table
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
@@ -175,8 +176,11 @@ class Trainer:
         with clock.measure("sync"):
             every = config.sync.check_every
             self._push(check=bool(every) and step % every == 0)
+        report = token_report(done, config.forking, topology)
+        if self.front is not None:
+            self.front.report_tokens(step, report)
         metrics = self._metrics(done, table, clock, started=started, trained_by=trained_by)
-        return metrics | {"lr": lr}, clock
+        return metrics | {"lr": lr, "forking/rho": config.forking.rho_at(step)}, clock
 
     def _metrics(
         self,
@@ -244,7 +248,7 @@ class Trainer:
         warning = warn_of_ties(
             metrics["forking/kept_fraction"],
             metrics["forking/wanted_fraction"],
-            self.config.forking.rho,
+            metrics["forking/rho"],
         )
         if warning is not None:
             log.note(f"warning: {warning}")

@@ -1,0 +1,109 @@
+"""Which tokens fork: of each token id, how often it is selected and its mean entropy.
+
+The paper's word clouds (arXiv 2506.01939, figure 2), at every step of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megafork.config import ForkingConfig
+from megafork.model.scorer import Scores
+from megafork.parallel.topology import Topology
+from megafork.training.step import Optimized
+from megafork.types import TokenTable
+
+_UNIT = float(1 << 32)
+"""Entropies are added up as integers of 2^-32 nats: in any order, on any ranks, the same sum. Up to
+10^8 tokens of 16 nats fit."""
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Of each token id in the loss mask of a rollout batch, over all ranks (U ids)."""
+
+    id_U: Tensor
+    """int64, ascending"""
+    count_U: Tensor
+    """int64, in the loss mask"""
+    selected_U: Tensor
+    """int64, in the forking mask"""
+    entropy_U: Tensor
+    """float64, nats: the mean over the loss mask"""
+
+
+def token_report(
+    done: Optimized, config: ForkingConfig, topology: Topology
+) -> dict[str, Any] | None:
+    """The step's lists (`most_forking`) on every rank, all ranks together.
+
+    None where nothing is asked for, or every mini-batch was skipped before it was scored.
+    """
+    if not config.report_tokens or not done.tables:
+        return None
+    report = None
+    if topology.is_last_stage:
+        report = most_forking(
+            count_tokens(done.tables, done.scores, done.masks, topology),
+            num_listed=config.report_tokens,
+            min_count=config.report_min_count,
+        )
+    return topology.broadcast_object(report, src=topology.last_stage_rank)
+
+
+def count_tokens(
+    tables: Sequence[TokenTable],
+    scores: Sequence[Scores],
+    masks: Sequence[Tensor],
+    topology: Topology,
+) -> TokenCounts:
+    """Last stage only, all its ranks together; one all-reduce of 2 U integers. 8 million tokens of
+    152,000 ids take 0.8 s of a core.
+
+    Every rank has the whole table, so the ids and their counts are known; what the ranks add up is
+    what they hold of the selection and the entropies.
+    """
+    in_loss = torch.cat([t.token_R[t.loss_mask_R] for t in tables])
+    count_V = torch.bincount(in_loss)
+    id_U = count_V.nonzero()[:, 0]
+    own = torch.zeros(2, len(count_V), dtype=torch.int64)
+    for table, score, mask_N in zip(tables, scores, masks, strict=True):
+        token_N, in_loss_N = table.token_R[score.rows_N], table.loss_mask_R[score.rows_N]
+        units_N = (score.entropy_N.double() * _UNIT).round().long()
+        own[0] += torch.bincount(token_N[mask_N], minlength=len(count_V))
+        own[1].index_add_(0, token_N[in_loss_N], units_N[in_loss_N])
+    sums = own[:, id_U].to(topology.device)
+    dist.all_reduce(sums, group=topology.groups.dp_cp)
+    selected_U, units_U = sums.cpu()
+    count_U = count_V[id_U]
+    return TokenCounts(id_U, count_U, selected_U, units_U.double() / _UNIT / count_U)
+
+
+def most_forking(counts: TokenCounts, *, num_listed: int, min_count: int) -> dict[str, Any]:
+    """The tokens of highest mean entropy among those that occur min_count times, and those with the
+    most selected positions; of equal ones the lower id first."""
+    frequent = counts.count_U >= min_count
+    entropy_U = torch.where(frequent, counts.entropy_U, -torch.inf)
+    num_highest = min(num_listed, int(frequent.sum()))
+    highest = entropy_U.argsort(descending=True, stable=True)[:num_highest]
+    most = counts.selected_U.argsort(descending=True, stable=True)[:num_listed]
+    return {
+        "tokens": int(counts.count_U.sum()),
+        "selected": int(counts.selected_U.sum()),
+        "min_count": min_count,
+        "highest_entropy": _listed(counts, highest),
+        "most_selected": _listed(counts, most[counts.selected_U[most] > 0]),
+    }
+
+
+def _listed(counts: TokenCounts, picked: Tensor) -> list[dict[str, Any]]:
+    columns = (counts.id_U, counts.count_U, counts.selected_U, counts.entropy_U)
+    names = ("id", "count", "selected", "mean_entropy")
+    rows = zip(*(column[picked].tolist() for column in columns), strict=True)
+    return [dict(zip(names, row, strict=True)) for row in rows]
