@@ -141,6 +141,12 @@ class TrainConfig(Section):
                 "algorithm.objective=cispo, whose ratio algorithm.clip_high bounds at either sign "
                 "of the advantage: leave it unset"
             )
+        if mismatch.correction != "none" and algorithm.old_logprobs == "engine":
+            raise UserError(
+                f"mismatch.correction={mismatch.correction} weighs by pi_old / pi_engine, which "
+                "algorithm.old_logprobs=engine makes 1: the ratio itself corrects; set "
+                "correction=none or old_logprobs=trainer"
+            )
         if mismatch.min_weight is not None and mismatch.correction != "mask":
             raise UserError(
                 f"mismatch.min_weight={mismatch.min_weight:g} is the lower end of "

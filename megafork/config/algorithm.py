@@ -15,6 +15,12 @@ class AlgorithmConfig(Section):
         description="what is clipped: each token's ratio (GRPO, DAPO); its sequence's (gspo); the "
         "token's as a constant factor of its log-probability (cispo)",
     )
+    old_logprobs: Literal["trainer", "engine"] = Field(
+        "trainer",
+        description="the ratio's denominator: scored by the trainer before the batch's first "
+        "update; or what the engine sampled with, which makes the ratio an importance weight and "
+        "takes no scoring pass where no entropies are needed",
+    )
     clip_low: Fraction = Field(
         0.2, description="epsilon below 1 of the clipped ratio (gspo: about 3e-4; 1 is no bound)"
     )

@@ -33,6 +33,8 @@ class Scores:
     rows_N: Tensor
     old_logprobs_N: Tensor
     entropy_N: Tensor
+    is_scored: bool = True
+    """False: no forward pass was made; old_logprobs_N are the engine's and entropies 0"""
     reference: Scores | None = None
     """the reference policy's scores of the same rows, where it was asked"""
     old_values_N: Tensor | None = None
@@ -78,6 +80,15 @@ class Scorer(PackedModel):
             old_logprobs_N=torch.cat([output["logprobs"] for output in outputs]),
             entropy_N=torch.cat([output["entropy"] for output in outputs]),
         )
+
+    def unscored(self, table: TokenTable) -> Scores:
+        """The rows as `score` has them, without its forward pass."""
+        packs = self.packs(table)
+        rows_N = torch.zeros(0, dtype=torch.int64)
+        if self.topology.is_last_stage:
+            rows_N = torch.cat([pack.rows_N for pack in packs])
+        engines_N = table.rollout_logprob_R[rows_N]
+        return Scores(packs, rows_N, engines_N, torch.zeros(len(rows_N)), is_scored=False)
 
     @property
     def dtype(self) -> torch.dtype:

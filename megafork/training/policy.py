@@ -114,6 +114,15 @@ class Policy(Scorer, Learner):
         dist.broadcast(mask, src=dist.get_global_rank(tp_group, 0), group=tp_group)
         return list(mask.cpu().split([len(s.rows_N) for s in scores])), selection
 
+    @property
+    def ratio_to_engine(self) -> bool:
+        return self.algorithm.old_logprobs == "engine"
+
+    @property
+    def needs_entropies(self) -> bool:
+        """Whether selection looks at them."""
+        return self.forking.select in ("top", "bottom")
+
     def update(self, table: TokenTable, scores: Scores, mask_N: Tensor) -> dict[str, float]:
         """One optimizer step on the masked tokens, with `algorithm`'s objective and denominator.
 
@@ -193,10 +202,13 @@ class Policy(Scorer, Learner):
         """
         if not self.topology.is_last_stage:
             return scores.packs, {}
+        old_logprobs_N = scores.old_logprobs_N
+        if self.ratio_to_engine:
+            old_logprobs_N = table.rollout_logprob_R[scores.rows_N]
         all_rows = losses.loss_rows(
             table,
             scores.rows_N,
-            scores.old_logprobs_N,
+            old_logprobs_N,
             mask_N,
             self.algorithm,
             self.mismatch,

@@ -74,14 +74,16 @@ def optimize(
 
     All mini-batches are scored before the first update: the denominator of the ratio is the policy
     that sampled them. With entropy_of = "current" each but the first is scored once more, just
-    before its own update, for the entropies. A mini-batch that cannot be trained on is skipped.
+    before its own update, for the entropies. With old_logprobs = "engine" that denominator is
+    known, and a mini-batch is scored for its entropies alone, if anything looks at them. A
+    mini-batch that cannot be trained on is skipped.
 
     A critic gives the advantages, before the first update too, and learns from the same
     mini-batches. It and the policy both make their update or neither does, whichever is refused.
     """
     done = Optimized()
     with clock.measure("score"):
-        scored = [_score(policy, table) for table in minibatches]
+        scored = [_score_first(policy, table) for table in minibatches]
     if policy.reference is not None and (policy.kl.coefficient or _compares(policy, step)):
         with clock.measure("reference"), policy.reference.in_place():
             scored = [_score_again(policy, *pair) for pair in zip(minibatches, scored, strict=True)]
@@ -98,8 +100,9 @@ def optimize(
         if isinstance(scores, str):
             fault = scores
         elif policy.forking.entropy_of == "current":
+            again = policy.needs_entropies and (number > 0 or not scores.is_scored)
             with clock.measure("score"):
-                fault = _select_now(policy, table, scores, done, step, again=number > 0)
+                fault = _select_now(policy, table, scores, done, step, again=again)
         if fault is None:
             with clock.measure("update"):
                 fault = update_both(policy, critic, done, index, step)
@@ -122,6 +125,14 @@ def _data_fault(table: TokenTable) -> str | None:
         if bad.any():
             return f"a {name} of response {int(uids[bad][0])} is {float(column[bad][0])}"
     return None
+
+
+def _score_first(policy: Policy, table: TokenTable) -> Scores | str:
+    """The scores of the policy before the batch's first update, as far as anything needs them."""
+    entropies = policy.needs_entropies and policy.forking.entropy_of == "old"
+    if entropies or not policy.ratio_to_engine:
+        return _score(policy, table)
+    return _data_fault(table) or policy.unscored(table)
 
 
 def _score(policy: Policy, table: TokenTable, whose: str = "policy") -> Scores | str:
@@ -180,6 +191,8 @@ def _select_now(
         if isinstance(now, str):
             return now
         assert torch.equal(now.rows_N, scores.rows_N), "another packing"
+        if not scores.is_scored:  # of the policy just before this update, then
+            scores = replace(scores, old_logprobs_N=now.old_logprobs_N, is_scored=True)
         scores = replace(scores, entropy_N=now.entropy_N)
     _select_from(policy, [table], [scores], done, step)
     return None

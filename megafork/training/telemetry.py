@@ -65,10 +65,14 @@ def token_metrics(
     k1 are the k3 and k1 estimates of KL(engine || trainer), the differences absolute ones of
     log-probabilities, and large_fraction is of the tokens where they exceed `large_difference`.
     lag/kl is mismatch/kl's estimate over the tokens of older versions: engine and lag together.
-    Without a table (all were skipped) every value is NaN.
+    Without a table (all were skipped) every value is NaN, and those of entropies and
+    log-probabilities are where none was scored (old_logprobs = "engine").
     """
+    unknown = dict.fromkeys((*_MEANS, _LARGEST, *_PERCENTILES), math.nan)
     if not tables:
-        return dict.fromkeys((*_MEANS, _LARGEST, *_PERCENTILES, *_OF_SELECTION), math.nan)
+        return unknown | dict.fromkeys(_OF_SELECTION, math.nan)
+    if not all(s.is_scored for s in scores):
+        return unknown | _selection_metrics(selections)
     columns = [
         (t.loss_mask_R[s.rows_N], t.rollout_logprob_R[s.rows_N], t.policy_version_R[s.rows_N])
         for t, s in zip(tables, scores, strict=True)
@@ -115,7 +119,7 @@ def reference_metrics(done: Optimized, kl_tokens: str, topology: Topology) -> di
     """
     scored = [s.reference for s in done.scores if s.reference is not None]
     pairs = {}
-    if scored:
+    if scored and all(s.is_scored for s in done.scores):
         ours, theirs = (
             torch.cat([s.old_logprobs_N for s in scores]) for scores in (done.scores, scored)
         )
