@@ -320,3 +320,12 @@ def test_settings_of_a_critic_that_there_is_not():
     with pytest.raises(UserError, match=r"critic\.lr, critic\.tokens says how a critic learns"):
         load_config(TrainConfig, None, [*REQUIRED, "critic.lr=1e-4", "critic.tokens=forking"])
     load_config(TrainConfig, None, [*REQUIRED, "critic.lr=1e-5"])  # as a saved config has it
+
+
+def test_one_response_for_each_prompt_needs_a_critic():
+    single = [*REQUIRED, "rollout.group_size=1"]
+    gae, no_drops = "algorithm.advantages=gae", "rollout.dynamic_sampling=false"
+    for settings in ([], [gae], [no_drops]):
+        with pytest.raises(UserError, match=r"rollout.group_size=1 .* use 2 or more"):
+            load_config(TrainConfig, None, [*single, *settings])
+    assert load_config(TrainConfig, None, [*single, gae, no_drops]).rollout.group_size == 1

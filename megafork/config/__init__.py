@@ -169,6 +169,14 @@ class TrainConfig(Section):
             )
 
     def _check_critic(self) -> None:
+        rollout = self.rollout
+        if rollout.group_size == 1 and (
+            self.algorithm.advantages == "group" or rollout.dynamic_sampling
+        ):
+            raise UserError(
+                "rollout.group_size=1 leaves a response nothing to be compared with: use 2 or "
+                "more, or algorithm.advantages=gae with rollout.dynamic_sampling=false"
+            )
         critic, defaults = self.critic, dict(CriticConfig())
         changed = [f"critic.{name}" for name, value in critic if value != defaults[name]]
         if changed and self.algorithm.advantages != "gae":

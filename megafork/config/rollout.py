@@ -23,7 +23,7 @@ class DataConfig(Section):
 
 class RolloutConfig(Section):
     prompts_per_step: Positive = Field(512, description="groups of one rollout batch")
-    group_size: Annotated[int, Field(ge=2)] = Field(16, description="responses for each prompt")
+    group_size: Positive = Field(16, description="responses for each prompt")
     max_response_tokens: Positive = Field(20480, description="longer responses are cut")
     temperature: PositiveFloat = Field(1.0, description="sampling temperature")
     dynamic_sampling: bool = Field(
