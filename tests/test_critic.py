@@ -317,7 +317,10 @@ def test_a_critic_fits_the_policy_and_its_layout(tmp_path):
 
 
 def test_settings_of_a_critic_that_there_is_not():
-    with pytest.raises(UserError, match=r"critic\.lr, critic\.tokens says how a critic learns"):
+    with pytest.raises(
+        UserError,
+        match=r"critic\.lr=0.0001, critic\.tokens=forking without algorithm.advantages=gae",
+    ):
         load_config(TrainConfig, None, [*REQUIRED, "critic.lr=1e-4", "critic.tokens=forking"])
     load_config(TrainConfig, None, [*REQUIRED, "critic.lr=1e-5"])  # as a saved config has it
 

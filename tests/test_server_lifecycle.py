@@ -212,9 +212,10 @@ def test_completions_survive_the_wire():
 
 
 def test_a_request_states_every_parameter():
-    body = Sampling(temperature=0.7, max_tokens=9, stop_token_ids=(1, 4)).request_body([5], 3, 17)
+    sampling = Sampling(temperature=0.7, max_tokens=9, stop_token_ids=(1, 4))
+    body = sampling.request_body([5], 3, 17, request_id="prompt-7")
     params = body["sampling_params"]
-    assert body["prompt_ids"] == [5]
+    assert (body["prompt_ids"], body["request_id"]) == ([5], "prompt-7")
     assert params == {
         "n": 3, "seed": 17, "temperature": 0.7, "top_p": 1.0, "top_k": -1, "min_p": 0.0,
         "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,

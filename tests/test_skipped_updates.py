@@ -90,7 +90,7 @@ def test_one_spoilt_rank_and_no_rank_updates(model_folder, layout, value):
 
 
 def a_spike(folder, layout, factor):
-    policy = make_policy(folder, layout, spike_factor=factor)
+    policy = make_policy(folder, layout, spike_factor=factor, grad_clip=1e-9)
     norm = good_update(policy)
     for _ in range(64):  # as if the last updates had been a thousand times smaller
         policy.guard.made(1e3, norm / 1000)
@@ -111,6 +111,15 @@ def test_a_spike_is_refused_by_all(model_folder, layout):
     outcomes = run_ranks(world, a_spike, model_folder, layout, None)
     assert {reason for reason, _ in outcomes} == {None}
     assert not all(unchanged for _, unchanged in outcomes)
+
+
+def test_norms_that_were_small_without_a_reward_refuse_no_reward():
+    """As of a KL alone, or of a critic that has nothing left to learn."""
+    guard = UpdateGuard(TrainingConfig(steps=1))
+    for _ in range(64):
+        guard.made(0.0, 1e-3)
+    assert guard.fault(0.1, 2.0) is None
+    assert "gradient norm of 11 is more" in guard.fault(0.1, 11.0)
 
 
 def make_guard(**settings):

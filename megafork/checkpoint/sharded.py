@@ -30,7 +30,7 @@ from megafork.model.weights import Stage
 from megafork.parallel.topology import Topology
 
 
-class Learner(Protocol):
+class Saved(Protocol):
     """What a second model shows of itself to be saved."""
 
     stages: list[Stage]
@@ -41,7 +41,7 @@ def contents(
     stages: Sequence[Stage],
     optimizer: MegatronOptimizer | None,
     topology: Topology,
-    critic: Learner | None = None,
+    critic: Saved | None = None,
     *,
     loading: bool = False,
 ) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def load(
     stages: Sequence[Stage],
     optimizer: MegatronOptimizer | None,
     topology: Topology,
-    critic: Learner | None = None,
+    critic: Saved | None = None,
 ) -> None:
     """Fill weights and optimizer state from `folder`, whatever layout wrote it. Collective."""
     strategy = FullyParallelLoadStrategyWrapper(

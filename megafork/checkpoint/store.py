@@ -75,13 +75,13 @@ class CheckpointStore:
         stages: Sequence[Stage],
         optimizer: MegatronOptimizer,
         state: dict[str, Any] | None,
-        critic: sharded.Learner | None = None,
+        critic: sharded.Saved | None = None,
     ) -> None:
         """Write the checkpoint of `step`; asynchronously if the config says so.
 
-        state: of rank 0, what JSON can hold, with a key "critic" where there is
-        one. Raises UserError when this one, or one that was still
-        being written, cannot be written; those before it are untouched.
+        state: of rank 0, what JSON can hold, with a key "critic" where there is one. Raises
+        UserError when this one, or one that was still being written, cannot be written; those
+        before it are untouched.
         """
         self.finish()
         partial = self._partial(step)
@@ -126,7 +126,7 @@ class CheckpointStore:
         path: Path,
         stages: Sequence[Stage],
         optimizer: MegatronOptimizer,
-        critic: sharded.Learner | None = None,
+        critic: sharded.Saved | None = None,
     ) -> dict[str, Any]:
         """Fill weights and optimizers, whatever layout wrote them; returns the saved state.
 

@@ -73,6 +73,7 @@ class TrainConfig(Section):
                 f"rollout.prompts_per_step={prompts}: use one of {_divisors(prompts)}"
             )
         self._check_selection()
+        self._check_unused()
         self._check_objective()
         self._check_asynchrony()
         self._check_reference()
@@ -111,11 +112,63 @@ class TrainConfig(Section):
                 f"forking.rho_end={forking.rho_end:g} has no meaning for forking.select=all, which "
                 "takes every token: leave it unset or choose another select"
             )
+        if forking.entropy_of == "current" and forking.select in ("random", "all"):
+            raise UserError(
+                f"forking.entropy_of=current has no meaning for forking.select={forking.select}, "
+                "which looks at no entropy: leave it at old"
+            )
+        if forking.population == "response" and (
+            forking.select == "all" or not self.algorithm.overlong_filtering
+        ):
+            raise UserError(
+                "forking.population=response has a meaning only where algorithm.overlong_filtering "
+                f"(now {str(self.algorithm.overlong_filtering).lower()}) takes tokens out of what "
+                f"forking.select={forking.select} chooses from: leave it at loss"
+            )
         if forking.population == "response" and forking.scope == "sequence":
             raise UserError(
                 "forking.population=response has no meaning for forking.scope=sequence, where a "
                 "filtered response moves no threshold but its own: leave it at loss"
             )
+
+    def _check_unused(self) -> None:
+        """Settings of what is off: the switch was forgotten, as a rule."""
+        switches = ("coefficient", *(["reference"] if self.forking.compare_every else []))
+        for name, section, is_on, switch, apart in (
+            (
+                "critic",
+                self.critic,
+                self.algorithm.advantages == "gae",
+                "algorithm.advantages=gae",
+                (),
+            ),
+            ("kl", self.kl, self.kl.coefficient > 0, "kl.coefficient above 0", switches),
+            (
+                "entropy_bonus",
+                self.entropy_bonus,
+                self.entropy_bonus.coefficient > 0,
+                "entropy_bonus.coefficient above 0",
+                ("coefficient",),
+            ),
+            (
+                "mismatch",
+                self.mismatch,
+                self.mismatch.correction != "none",
+                "mismatch.correction=truncate or mask",
+                ("correction", "large_difference", "min_weight"),
+            ),
+        ):
+            defaults = type(section).model_fields
+            changed = [
+                f"{name}.{key}={value}"
+                for key, value in section
+                if key not in apart and value != defaults[key].default
+            ]
+            if changed and not is_on:
+                raise UserError(
+                    f"{', '.join(changed)} without {switch} changes nothing: set that too, or "
+                    "leave it unset"
+                )
 
     def _check_asynchrony(self) -> None:
         rollout = self.rollout
@@ -177,17 +230,9 @@ class TrainConfig(Section):
                 "rollout.group_size=1 leaves a response nothing to be compared with: use 2 or "
                 "more, or algorithm.advantages=gae with rollout.dynamic_sampling=false"
             )
-        critic, defaults = self.critic, dict(CriticConfig())
-        changed = [f"critic.{name}" for name, value in critic if value != defaults[name]]
-        if changed and self.algorithm.advantages != "gae":
+        if self.critic.alone_steps >= self.training.steps:
             raise UserError(
-                f"{', '.join(changed)} says how a critic learns, but algorithm.advantages="
-                f"{self.algorithm.advantages} has none: set algorithm.advantages=gae or leave it "
-                "unset"
-            )
-        if critic.alone_steps >= self.training.steps:
-            raise UserError(
-                f"critic.alone_steps={critic.alone_steps} leaves none of training.steps="
+                f"critic.alone_steps={self.critic.alone_steps} leaves none of training.steps="
                 f"{self.training.steps} to the policy: lower it"
             )
 

@@ -35,7 +35,7 @@ class CriticConfig(Section):
     tokens: Literal["all", "forking"] = Field(
         "all",
         description="tokens whose values are learnt, and whose number the loss is divided by: all "
-        "loss tokens, or those that carry the policy gradient",
+        "loss tokens, or the selected ones",
     )
     alone_steps: NonNegative = Field(
         0, description="rollout batches at the start of a run on which the critic learns alone"

@@ -33,8 +33,10 @@ class Scores:
     rows_N: Tensor
     old_logprobs_N: Tensor
     entropy_N: Tensor
-    is_scored: bool = True
-    """False: no forward pass was made; old_logprobs_N are the engine's and entropies 0"""
+    has_logprobs: bool = True
+    """False: the policy before the first update was not asked; old_logprobs_N are the engine's"""
+    has_entropies: bool = True
+    """False: no policy was asked; entropy_N is 0"""
     reference: Scores | None = None
     """the reference policy's scores of the same rows, where it was asked"""
     old_values_N: Tensor | None = None
@@ -88,7 +90,14 @@ class Scorer(PackedModel):
         if self.topology.is_last_stage:
             rows_N = torch.cat([pack.rows_N for pack in packs])
         engines_N = table.rollout_logprob_R[rows_N]
-        return Scores(packs, rows_N, engines_N, torch.zeros(len(rows_N)), is_scored=False)
+        return Scores(
+            packs,
+            rows_N,
+            engines_N,
+            torch.zeros(len(rows_N)),
+            has_logprobs=False,
+            has_entropies=False,
+        )
 
     @property
     def dtype(self) -> torch.dtype:

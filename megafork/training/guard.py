@@ -20,13 +20,16 @@ class UpdateGuard:
     """Judges updates by the last 64 that were made and had a gradient.
 
     A spike is a loss or gradient norm of more than `training.spike_factor` times the largest of
-    them (as in megatron-core's rerun machine), looked for once there are 16. Losses are compared
-    with 1 at least: that of advantages of order 1 cancels to anything below it, and only ratios
-    that explode take it far beyond.
+    them (as in megatron-core's rerun machine), looked for once there are 16. Both are compared with
+    1 at least. The loss of advantages of order 1 cancels to anything below it, and only ratios that
+    explode take it far beyond. A norm may have been small for long without a reward, when a KL or a
+    critic's remaining error was all there was to learn; training.grad_clip, where it is less than
+    1, stands for the 1.
     """
 
     def __init__(self, training: TrainingConfig) -> None:
         self.factor, self.max_skipped = training.spike_factor, training.max_skipped
+        self.usual_norm = min(1.0, training.grad_clip)
         self.num_skipped_in_a_row = 0
         self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._grad_norms: deque[float] = deque(maxlen=_WINDOW)
@@ -35,7 +38,7 @@ class UpdateGuard:
         """Why an update must not be made; None where it may."""
         for name, value, before in (
             ("loss", abs(loss), [1.0, *self._losses]),
-            ("gradient norm", grad_norm, self._grad_norms),
+            ("gradient norm", grad_norm, [self.usual_norm, *self._grad_norms]),
         ):
             if not math.isfinite(value):
                 return f"its {name} is {value}"
@@ -53,10 +56,14 @@ class UpdateGuard:
         return self.num_skipped_in_a_row >= self.max_skipped
 
     def made(self, loss: float, grad_norm: float) -> None:
-        self.num_skipped_in_a_row = 0
+        self.went_on()
         if grad_norm > 0:  # without an advantage an update says nothing of the scale
             self._losses.append(abs(loss))
             self._grad_norms.append(grad_norm)
+
+    def went_on(self) -> None:
+        """A mini-batch was not skipped, whoever has learnt from it."""
+        self.num_skipped_in_a_row = 0
 
     def skipped(self) -> None:
         self.num_skipped_in_a_row += 1

@@ -73,8 +73,8 @@ def optimize(
     """One optimizer step for each mini-batch; `policy.forking` says by whose entropies.
 
     All mini-batches are scored before the first update: the denominator of the ratio is the policy
-    that sampled them. With entropy_of = "current" each but the first is scored once more, just
-    before its own update, for the entropies. With old_logprobs = "engine" that denominator is
+    that sampled them. With entropy_of = "current" each after the first update is scored once more,
+    just before its own, for the entropies. With old_logprobs = "engine" that denominator is
     known, and a mini-batch is scored for its entropies alone, if anything looks at them. A
     mini-batch that cannot be trained on is skipped.
 
@@ -100,9 +100,8 @@ def optimize(
         if isinstance(scores, str):
             fault = scores
         elif policy.forking.entropy_of == "current":
-            again = policy.needs_entropies and (number > 0 or not scores.is_scored)
             with clock.measure("score"):
-                fault = _select_now(policy, table, scores, done, step, again=again)
+                fault = _select_now(policy, table, scores, done, step)
         if fault is None:
             with clock.measure("update"):
                 fault = update_both(policy, critic, done, index, step)
@@ -183,17 +182,17 @@ def _select(
 
 
 def _select_now(
-    policy: Policy, table: TokenTable, scores: Scores, done: Optimized, step: int, *, again: bool
+    policy: Policy, table: TokenTable, scores: Scores, done: Optimized, step: int
 ) -> str | None:
-    """By the entropies of the policy as it is; those of the first mini-batch are that already."""
-    if again:
+    """By the entropies of the policy as it is; before the first update they are that already."""
+    if policy.needs_entropies and (done.updates or not scores.has_entropies):
         now = _score(policy, table)
         if isinstance(now, str):
             return now
         assert torch.equal(now.rows_N, scores.rows_N), "another packing"
-        if not scores.is_scored:  # of the policy just before this update, then
-            scores = replace(scores, old_logprobs_N=now.old_logprobs_N, is_scored=True)
-        scores = replace(scores, entropy_N=now.entropy_N)
+        scores = replace(scores, entropy_N=now.entropy_N, has_entropies=True)
+        if not done.updates:
+            scores = replace(scores, old_logprobs_N=now.old_logprobs_N, has_logprobs=True)
     _select_from(policy, [table], [scores], done, step)
     return None
 
@@ -214,7 +213,7 @@ def update_both(
         return str(refusal)
     for (learner, updates), update in zip(learners, judged, strict=True):
         updates.append(learner.apply(update))
-    policy.guard.num_skipped_in_a_row = 0  # also where the critic alone has learnt
+    policy.guard.went_on()  # also where the critic alone has learnt
     return None
 
 

@@ -65,14 +65,12 @@ def token_metrics(
     k1 are the k3 and k1 estimates of KL(engine || trainer), the differences absolute ones of
     log-probabilities, and large_fraction is of the tokens where they exceed `large_difference`.
     lag/kl is mismatch/kl's estimate over the tokens of older versions: engine and lag together.
-    Without a table (all were skipped) every value is NaN, and those of entropies and
-    log-probabilities are where none was scored (old_logprobs = "engine").
+    Without a table (all were skipped) every value is NaN. With old_logprobs = "engine" entropies
+    may be unknown, and NaN; and mini-batches that the policy before the first update has not scored
+    take no part in mismatch/* and lag/kl.
     """
-    unknown = dict.fromkeys((*_MEANS, _LARGEST, *_PERCENTILES), math.nan)
     if not tables:
-        return unknown | dict.fromkeys(_OF_SELECTION, math.nan)
-    if not all(s.is_scored for s in scores):
-        return unknown | _selection_metrics(selections)
+        return dict.fromkeys((*_MEANS, _LARGEST, *_PERCENTILES, *_OF_SELECTION), math.nan)
     columns = [
         (t.loss_mask_R[s.rows_N], t.rollout_logprob_R[s.rows_N], t.policy_version_R[s.rows_N])
         for t, s in zip(tables, scores, strict=True)
@@ -81,29 +79,36 @@ def token_metrics(
     entropy = torch.cat([s.entropy_N for s in scores])
     old_logprobs = torch.cat([s.old_logprobs_N for s in scores])
     inside = torch.cat(list(masks))
-    fresh = versions == policy_version
+    has_entropies = all(s.has_entropies for s in scores)
+    measured = in_loss & has_entropies
+    known = _known(scores)
+    fresh = known & (versions == policy_version)
     k1 = rollout_logprobs - old_logprobs
     difference = k1.abs()
     pairs = (
-        (entropy, in_loss),
-        (entropy, inside),
-        (entropy, in_loss & ~inside),
+        (entropy, measured),
+        (entropy, measured & inside),
+        (entropy, measured & ~inside),
         (k3_divergence(old_logprobs, rollout_logprobs), fresh),
         (k1, fresh),
         (difference, fresh),
         (difference > large_difference, fresh),
-        (k3_divergence(old_logprobs, rollout_logprobs), ~fresh),
+        (k3_divergence(old_logprobs, rollout_logprobs), known & ~fresh),
     )
     metrics = dict(zip(_MEANS, _means(pairs, topology), strict=True))
     metrics[_LARGEST] = _largest(difference[fresh], topology)
     for name, fraction in _PERCENTILES.items():
-        metrics[name] = float(
-            top_fraction_threshold(
-                entropy.to(topology.device),
-                in_loss.to(topology.device),
-                fraction,
-                groups=(topology.groups.dp_cp,),
-            ).threshold
+        metrics[name] = (
+            math.nan
+            if not has_entropies
+            else float(
+                top_fraction_threshold(
+                    entropy.to(topology.device),
+                    in_loss.to(topology.device),
+                    fraction,
+                    groups=(topology.groups.dp_cp,),
+                ).threshold
+            )
         )
     return metrics | _selection_metrics(selections)
 
@@ -112,23 +117,28 @@ def reference_metrics(done: Optimized, kl_tokens: str, topology: Topology) -> di
     """What the reference policy says of a rollout batch; nothing where it has not scored it.
 
     kl/reference: mean k3 estimate of KL(pi_old || ref), whatever kl.estimator is, over the tokens
-    of kl_tokens. forking/overlap_initial: the share of the selected tokens that the reference's
-    entropies select too, by the same rule among the same tokens; the reference is the initial
+    of kl_tokens, where pi_old was asked. forking/overlap_initial: the share of the selected tokens
+    that the reference's entropies select too, by the same rule among the same tokens; the reference is the initial
     policy unless kl.reference names another (arXiv 2506.01939 reports 86% after training).
     Last stage only, all its ranks together.
     """
     scored = [s.reference for s in done.scores if s.reference is not None]
     pairs = {}
-    if scored and all(s.is_scored for s in done.scores):
+    if scored:
         ours, theirs = (
             torch.cat([s.old_logprobs_N for s in scores]) for scores in (done.scores, scored)
         )
         in_loss = [t.loss_mask_R[s.rows_N] for t, s in zip(done.tables, scored, strict=True)]
-        reach = torch.cat(in_loss if kl_tokens == "all" else done.masks)
+        reach = torch.cat(in_loss if kl_tokens == "all" else done.masks) & _known(done.scores)
         pairs["kl/reference"] = (k3_divergence(theirs, ours), reach)
     if done.reference_masks:
         pairs["forking/overlap_initial"] = (torch.cat(done.reference_masks), torch.cat(done.masks))
     return dict(zip(pairs, _means(list(pairs.values()), topology), strict=True)) if pairs else {}
+
+
+def _known(scores: Sequence[Scores]) -> Tensor:
+    """bool: rows whose old_logprobs are the policy's own."""
+    return torch.cat([torch.full((len(s.rows_N),), s.has_logprobs) for s in scores])
 
 
 def _means(pairs: Sequence[tuple[Tensor, Tensor]], topology: Topology) -> list[float]:

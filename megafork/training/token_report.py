@@ -43,10 +43,10 @@ def token_report(
 ) -> dict[str, Any] | None:
     """The step's lists (`most_forking`) on every rank, all ranks together.
 
-    None where nothing is asked for, every mini-batch was skipped before it was scored, or none is
-    scored at all (old_logprobs = "engine").
+    None where nothing is asked for, every mini-batch was skipped before it was scored, or no
+    entropies are known (old_logprobs = "engine").
     """
-    if not config.report_tokens or not all(s.is_scored for s in done.scores) or not done.tables:
+    if not config.report_tokens or not all(s.has_entropies for s in done.scores) or not done.tables:
         return None
     report = None
     if topology.is_last_stage:

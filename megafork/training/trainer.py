@@ -60,8 +60,7 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on after a checkpoint, whose weights and optimizers policy and critic already have."""
         self.steps_done = self._saved_step = state["step"]
-        self.policy.num_updates = state["num_updates"]
-        self.policy.guard.restore(state["guard"])
+        self.policy.restore(state["policy"])
         if self.critic is not None:
             self.critic.restore(state["critic"])
         self.policy_version = state["policy_version"] - 1  # the first push gives it again
@@ -127,8 +126,7 @@ class Trainer:
         if self.front is not None:
             state = {
                 "step": step,
-                "num_updates": self.policy.num_updates,
-                "guard": self.policy.guard.state(),
+                "policy": self.policy.state(),
                 "policy_version": self.policy_version,
                 "collector": self.front.state,
             }
