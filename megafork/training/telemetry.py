@@ -97,20 +97,20 @@ def token_metrics(
     )
     metrics = dict(zip(_MEANS, _means(pairs, topology), strict=True))
     metrics[_LARGEST] = _largest(difference[fresh], topology)
-    for name, fraction in _PERCENTILES.items():
-        metrics[name] = (
-            math.nan
-            if not has_entropies
-            else float(
-                top_fraction_threshold(
-                    entropy.to(topology.device),
-                    in_loss.to(topology.device),
-                    fraction,
-                    groups=(topology.groups.dp_cp,),
-                ).threshold
-            )
-        )
+    if has_entropies:
+        metrics |= _percentiles(entropy, in_loss, topology)
+    else:
+        metrics |= dict.fromkeys(_PERCENTILES, math.nan)
     return metrics | _selection_metrics(selections)
+
+
+def _percentiles(entropy: Tensor, in_loss: Tensor, topology: Topology) -> dict[str, float]:
+    device, groups = topology.device, (topology.groups.dp_cp,)
+    values, mask = entropy.to(device), in_loss.to(device)
+    return {
+        name: float(top_fraction_threshold(values, mask, fraction, groups=groups).threshold)
+        for name, fraction in _PERCENTILES.items()
+    }
 
 
 def reference_metrics(done: Optimized, kl_tokens: str, topology: Topology) -> dict[str, float]:
@@ -118,8 +118,8 @@ def reference_metrics(done: Optimized, kl_tokens: str, topology: Topology) -> di
 
     kl/reference: mean k3 estimate of KL(pi_old || ref), whatever kl.estimator is, over the tokens
     of kl_tokens, where pi_old was asked. forking/overlap_initial: the share of the selected tokens
-    that the reference's entropies select too, by the same rule among the same tokens; the reference is the initial
-    policy unless kl.reference names another (arXiv 2506.01939 reports 86% after training).
+    that the reference's entropies select too, by the same rule among the same tokens; the reference
+    is the initial policy unless kl.reference names another (arXiv 2506.01939 reports 86% after training).
     Last stage only, all its ranks together.
     """
     scored = [s.reference for s in done.scores if s.reference is not None]
