@@ -42,6 +42,8 @@ class Group:
     policy_version: int
     """That began to sample the responses: the oldest of all their tokens'."""
     samples: list[Sample] = field(default_factory=list)
+    is_whole: bool = True
+    """False: aborted when its batch was full; not judged, and never trained on"""
 
     @property
     def has_signal(self) -> bool:

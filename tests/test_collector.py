@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -39,6 +42,15 @@ def never(prompt: str, response: str, answer: str) -> float:
 
 def broken(prompt: str, response: str, answer: str) -> float:
     return float(response)
+
+
+def by_alarm(prompt: str, response: str, answer: str) -> float:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    return 0.0
+
+
+def leaving(prompt: str, response: str, answer: str) -> float:
+    sys.exit(3)
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +141,36 @@ def test_a_full_batch_can_abort_its_tail(server, tmp_path):
     batch = collect(collector, step=1)
     assert len(batch.groups) == 2 and batch.num_tail > 0
     assert batch.num_tail + len(batch.generated) == 200
-    assert len(batch.tail_lengths) == 8 * batch.num_tail
-    assert 0 == min(batch.tail_lengths) < max(batch.tail_lengths) <= 32
+    assert 1 <= min(batch.lost_lengths) <= max(batch.lost_lengths) <= 32
+    assert len(batch.lost_lengths) < 8 * batch.num_tail  # most had not begun
     assert collector.pending == []
     again = make_collector(server, tmp_path, "by_spelling", **settings)
     replayed = collect(far_away(again), step=1)
     assert replayed.groups == batch.groups
     assert replayed.generated == batch.generated
+    assert replayed.num_tail == batch.num_tail
+    assert sorted(replayed.lost_lengths) == sorted(batch.lost_lengths)
     assert again.state() == collector.state() == batch.state
+
+
+def test_what_the_server_aborts_by_itself_is_no_group(server, tmp_path):
+    """As when it is told to end: it answers what it has, as if nothing were wrong."""
+    settings = {"prompts_per_step": 200, "group_size": 8, "dynamic_sampling": False}
+    collector = make_collector(server, tmp_path, "by_spelling", **settings)
+    path = tmp_path / "step_000001.jsonl"
+    with BackgroundLoop() as background:
+        collecting = background.submit(collector.collect(1, 0))
+        while not (path.exists() and path.stat().st_size):
+            time.sleep(0.01)
+        collector.client.pause("abort")
+        with pytest.raises(UserError, match="aborted responses that nobody asked it to"):
+            collecting.result()
+        collector.client.resume()
+    groups = Journal.read(path)
+    assert 0 < len(groups) < 200
+    assert all(sample.token_ids for group in groups for sample in group.samples)
+    again = make_collector(server, tmp_path, "by_spelling", **settings)
+    assert len(collect(again, step=1).groups) == 200
 
 
 def test_a_full_batch_can_carry_its_tail(server, tmp_path):
@@ -213,6 +247,18 @@ def test_a_verifier_that_fails_is_named_with_the_prompt(server, tmp_path):
     message = r"reward.verifier=tests.test_collector:broken failed on the prompt '\d+ .*ValueError"
     with pytest.raises(UserError, match=message):
         collect(collector, step=1)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "cause"),
+    [("by_alarm", r"ValueError: .*\(verifiers run in a thread"), ("leaving", "SystemExit: 3")],
+)
+def test_a_verifier_that_cannot_run_in_a_thread_is_told(server, tmp_path, verifier, cause):
+    collector = make_collector(server, tmp_path, verifier)
+    with BackgroundLoop() as background:
+        with pytest.raises(UserError, match=cause):
+            background.submit(collector.collect(1, 0)).result()
+        assert background.submit(asyncio.sleep(0, "goes on")).result() == "goes on"
 
 
 def test_seeded_rollouts_repeat(server, tmp_path):

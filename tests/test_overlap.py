@@ -62,6 +62,14 @@ def test_a_killed_run_with_carried_tails_goes_on_as_if_it_had_not_been(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert 1 <= max(row["lag/max"] for row in rows) <= 2
     assert sum(row["sampling/tail_groups"] for row in rows) > 0
+    # What one batch did not wait for is young enough for a later one.
+    steps = [Journal.read(run_dir / "rollouts" / f"step_{i:06d}.jsonl") for i in range(1, 6)]
+    newest, trained = -1, 0
+    for step, groups in enumerate(steps, 1):
+        late = [group for group in groups if group.prompt_index <= newest]
+        trained += sum(group.policy_version >= step - 2 for group in late)
+        newest = max([newest, *(group.prompt_index for group in groups)])
+    assert trained > 0
     other_rows, other_weights = replayed_in_one_go(run_dir, tmp_path / "replayed")
     assert rows == other_rows
     assert weights == other_weights

@@ -40,7 +40,8 @@ class RolloutConfig(Section):
     tail: Literal["wait", "abort", "carry"] = Field(
         "wait",
         description="responses still being generated when the batch is full: waited for; ended and "
-        "lost, which favours short ones; or left to go on, for a later batch",
+        "lost, which favours short ones; or left to go on, for a later batch (one version of "
+        "max_policy_lag is then theirs, and one batch less is generated ahead)",
     )
     oversampling: Annotated[float, Field(ge=1.0)] = Field(
         1.0, description="prompts asked for, in multiples of what is likely to fill the batch"

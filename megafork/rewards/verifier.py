@@ -45,9 +45,12 @@ class Judge:
             reward = float(self.verify(prompt, response, answer))
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            hint = ""
+            if "main thread" in str(error):  # signal.alarm, setitimer
+                hint = " (verifiers run in a thread: a time limit by a signal cannot be set there)"
             raise UserError(
                 f"reward.verifier={self.config.verifier} failed on the prompt {prompt[:60]!r}, "
-                f"response {response[:60]!r}: {type(error).__name__}: {error}"
+                f"response {response[:60]!r}: {type(error).__name__}: {error}{hint}"
             ) from error
         return reward, float(reward >= self.config.accuracy_at)

@@ -81,19 +81,24 @@ class RolloutClient:
         """`n` responses to one prompt, in an order that means nothing.
 
         seed: response i is drawn with seed + i and is then reproducible (and slower).
-        request_id: what `abort` knows the request by. A response that ended has its stop token
-        last, with its log-probability.
+        request_id: what `abort` knows the request by; the caller then looks at `aborted`. Without
+        it, responses that the server aborted raise UserError: it was told to end. A response that
+        ended has its stop token last, with its log-probability.
         """
-        request_id = request_id or uuid.uuid4().hex
-        body = sampling.request_body(prompt_ids, n, seed, request_id=request_id)
+        name = request_id or uuid.uuid4().hex
+        body = sampling.request_body(prompt_ids, n, seed, request_id=name)
 
         try:
-            return decode_completions(await self._retried(lambda: self._post(GENERATE_PATH, body)))
+            answer = await self._retried(lambda: self._post(GENERATE_PATH, body))
         except TimeoutError:
             raise UserError(
                 f"a group of {n} responses took longer than rollout.request_timeout_s="
                 f"{self.timeout_s:g}: raise it or lower rollout.max_response_tokens"
             ) from None
+        completions = decode_completions(answer)
+        if request_id is None and any(completion.aborted for completion in completions):
+            raise UserError(f"the rollout server at {self.url} aborted a request")
+        return completions
 
     async def abort(self, request_ids: list[str]) -> None:
         """End requests of `generate`: they return what they have, finish_reason "abort"."""
@@ -153,13 +158,14 @@ class RolloutClient:
 
     def _refuse_another_server(self) -> None:
         """One that someone has started again must not answer what was asked of the former."""
-        if self._version is None:
+        before = self._version
+        if before is None:
             return
         try:
             version = self.weight_version()
         except UserError:  # does not answer: the next attempt will tell
             return
-        if version != self._version:
+        if version not in (before, self._version, before + 1):  # a push may be under way
             raise UserError(
                 f"the rollout server at {self.url} was started again: it has weights {version}, "
                 f"not {self._version}"

@@ -40,26 +40,16 @@ class RolloutBatch:
     """With a token older than rollout.max_policy_lag allows"""
     num_replayed: int = 0
     """Generated groups that were in the journal already, from before an interruption."""
-    tail_lengths: list[int] = field(default_factory=list)
-    """Tokens so far of each response in a group that was aborted when the batch was full"""
     num_tail: int = 0
-    """Groups that were aborted, or are carried on unfinished"""
+    """Groups that a full batch did not wait for: aborted, or carried on unfinished"""
+    lost_lengths: list[int] = field(default_factory=list)
+    """Tokens of each response that was begun and is in no batch: aborted, or too old"""
     seconds: float = 0.0
     """From the first request until the batch was full; it may overlap with training."""
     reward_seconds: float = 0.0
     """Verifier time; it overlaps with generation."""
     state: dict[str, Any] = field(default_factory=dict)
     """The collector's when the batch was full, for a checkpoint"""
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What a request came back with."""
-
-    group: Group
-    is_whole: bool
-    """Not aborted"""
-    reward_seconds: float
 
 
 @dataclass
@@ -74,7 +64,8 @@ class Collector:
     carried: list[Group] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
     """Prompts whose groups a full batch did not wait for (rollout.tail = "carry")"""
-    _running: dict[int, asyncio.Task[_Answer]] = field(default_factory=dict)
+    _running: dict[int, asyncio.Task[tuple[Group, float]]] = field(default_factory=dict)
+    """Of each prompt that was asked for: its group, and the seconds of its verifier"""
     _signal_rate: float = 1.0
 
     def state(self) -> dict[str, Any]:
@@ -112,7 +103,7 @@ class Collector:
         batch = RolloutBatch()
         admitted = self._recent(self.carried, oldest, batch)
         path = self.journal_dir / f"step_{step:06d}.jsonl"
-        finished = {group.prompt_index: group for group in Journal.read(path)}
+        known = {group.prompt_index: group for group in Journal.read(path)}
         with Journal(path) as journal:
             async with self.client:
                 for _ in range(self.rollout.max_sampling_rounds):
@@ -120,10 +111,14 @@ class Collector:
                     if missing <= 0:
                         break
                     prompts = self._next_prompts(missing)
-                    replayed = [self._replay(finished, prompt, path) for prompt in prompts]
-                    groups = [group for group in replayed if group is not None]
+                    replayed = [self._replay(known, prompt, path) for prompt in prompts]
+                    found = [group for group in replayed if group is not None]
+                    groups = [group for group in found if group.is_whole]
                     batch.num_replayed += len(groups)
-                    groups += await self._finish(prompts, groups, missing, oldest, journal, batch)
+                    aborted = [group for group in found if not group.is_whole]
+                    groups += await self._finish(
+                        prompts, groups, aborted, missing, oldest, journal, batch
+                    )
                     groups.sort(key=lambda group: group.prompt_index)
                     batch.generated += groups
                     admitted = admitted + self._admissible(groups, oldest, batch)
@@ -153,6 +148,7 @@ class Collector:
         self,
         prompts: Sequence[Prompt],
         replayed: Sequence[Group],
+        aborted: Sequence[Group],
         missing: int,
         oldest: int,
         journal: Journal,
@@ -165,14 +161,20 @@ class Collector:
         waits = self.rollout.tail == "wait"
         if num_admissible >= missing and not waits:  # so it was when this was journalled
             self._leave(left, batch)
+            self._lose(aborted, batch)
             return []
         for prompt in left:
             if prompt.index not in self._running:
                 self._running[prompt.index] = asyncio.create_task(self._generate(prompt))
         groups: list[Group] = []
         for ended in asyncio.as_completed([self._running[prompt.index] for prompt in left]):
-            group = self._take(await ended, journal, batch)
-            groups.append(group)
+            group, reward_seconds = await ended
+            if not group.is_whole:
+                raise UserError(
+                    f"the rollout server at {self.client.url} aborted responses that nobody asked "
+                    "it to: was it told to end, or does another client use it?"
+                )
+            groups.append(self._take(group, reward_seconds, journal, batch))
             num_admissible += self._is_admissible(group, oldest)
             if num_admissible >= missing and not waits:
                 break
@@ -184,11 +186,17 @@ class Collector:
             self._leave(tail, batch)
         return groups
 
-    def _take(self, answer: _Answer, journal: Journal, batch: RolloutBatch) -> Group:
-        del self._running[answer.group.prompt_index]
-        batch.reward_seconds += answer.reward_seconds
-        journal.append(answer.group)
-        return answer.group
+    def _take(
+        self, group: Group, reward_seconds: float, journal: Journal, batch: RolloutBatch
+    ) -> Group:
+        del self._running[group.prompt_index]
+        batch.reward_seconds += reward_seconds
+        journal.append(group)
+        return group
+
+    def _lose(self, groups: Iterable[Group], batch: RolloutBatch) -> None:
+        lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
+        batch.lost_lengths += [length for length in lengths if length]
 
     def _leave(self, tail: Sequence[Prompt], batch: RolloutBatch) -> None:
         batch.num_tail += len(tail)
@@ -199,16 +207,17 @@ class Collector:
         self, tail: Sequence[Prompt], journal: Journal, batch: RolloutBatch
     ) -> list[Group]:
         """End what is still being generated; groups that were whole before that are as good."""
-        await self.client.abort([_request_id(prompt) for prompt in tail])
-        whole = []
-        for answer in await asyncio.gather(*(self._running[prompt.index] for prompt in tail)):
-            if answer.is_whole:
-                whole.append(self._take(answer, journal, batch))
-                continue
-            del self._running[answer.group.prompt_index]
-            batch.num_tail += 1
-            batch.tail_lengths += [len(sample.token_ids) for sample in answer.group.samples]
-        return whole
+        left = {self._running[prompt.index]: prompt for prompt in tail}
+        while left:  # an abort that overtakes its request is lost
+            await self.client.abort([_request_id(prompt) for prompt in left.values()])
+            _, running = await asyncio.wait(left, timeout=1.0)
+            left = {task: left[task] for task in running}
+        answers = [self._running[prompt.index].result() for prompt in tail]
+        groups = [self._take(*answer, journal, batch) for answer in answers]
+        aborted = [group for group in groups if not group.is_whole]
+        batch.num_tail += len(aborted)
+        self._lose(aborted, batch)
+        return [group for group in groups if group.is_whole]
 
     def _is_admissible(self, group: Group, oldest: int) -> bool:
         """One that is not finite is told of later, and so that nobody samples on for ever."""
@@ -229,6 +238,7 @@ class Collector:
         groups = list(groups)
         recent = [group for group in groups if group.policy_version >= oldest]
         batch.num_stale += len(groups) - len(recent)
+        self._lose((group for group in groups if group.policy_version < oldest), batch)
         return recent
 
     async def cancel_running(self) -> None:
@@ -239,9 +249,9 @@ class Collector:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
-    def _replay(self, finished: dict[int, Group], prompt: Prompt, path: Path) -> Group | None:
-        """The prompt's group of an interrupted attempt at this step, if it was finished."""
-        group = finished.get(prompt.index)
+    def _replay(self, known: dict[int, Group], prompt: Prompt, path: Path) -> Group | None:
+        """The prompt's group of an interrupted attempt at this step, if it ended there."""
+        group = known.get(prompt.index)
         if group is None:
             return None
         if group.prompt_ids != prompt.ids or len(group.samples) != self.rollout.group_size:
@@ -250,7 +260,7 @@ class Collector:
                 "with another rollout.group_size: resume with the run's own data and group size, "
                 "or delete the file to generate the step's groups again"
             )
-        if not group.is_finite:  # the verifier may have been mended meanwhile
+        if group.is_whole and not group.is_finite:  # the verifier may have been mended meanwhile
             group = replace(group, samples=[self._judged(prompt, s) for s in group.samples])
         return group
 
@@ -264,7 +274,7 @@ class Collector:
         )
         return replace(sample, reward=reward, accuracy=accuracy)
 
-    async def _generate(self, prompt: Prompt) -> _Answer:
+    async def _generate(self, prompt: Prompt) -> tuple[Group, float]:
         size = self.rollout.group_size
         async with self.client:  # it may outlive the call that asked for it
             completions = await self.client.generate(
@@ -280,8 +290,8 @@ class Collector:
         is_whole = not any(completion.aborted for completion in completions)
         if is_whole:
             samples = [self._judged(prompt, sample) for sample in samples]
-        group = Group(prompt.index, prompt.ids, version, samples)
-        return _Answer(group, is_whole, time.monotonic() - started)
+        group = Group(prompt.index, prompt.ids, version, samples, is_whole)
+        return group, time.monotonic() - started
 
     def _seed(self, prompt: Prompt) -> int | None:
         """A seed of the prompt alone; response i of the group takes seed + i."""

@@ -107,7 +107,9 @@ class Front:
         self.batch = self._wait(self._ahead[step])
         self.state = self.batch.state
         del self._ahead[step]
-        for lag in range(1, self.config.rollout.max_policy_lag + 1):
+        rollout = self.config.rollout
+        carries = rollout.tail == "carry"  # one version of the lag is then the tail's
+        for lag in range(1, rollout.max_policy_lag - carries + 1):
             if step + lag <= self.config.training.steps:
                 self._collect_ahead(step + lag, lag, policy_version)
         return self.batch.groups

@@ -119,8 +119,8 @@ def reference_metrics(done: Optimized, kl_tokens: str, topology: Topology) -> di
     kl/reference: mean k3 estimate of KL(pi_old || ref), whatever kl.estimator is, over the tokens
     of kl_tokens, where pi_old was asked. forking/overlap_initial: the share of the selected tokens
     that the reference's entropies select too, by the same rule among the same tokens; the reference
-    is the initial policy unless kl.reference names another (arXiv 2506.01939 reports 86% after training).
-    Last stage only, all its ranks together.
+    is the initial policy unless kl.reference names another (arXiv 2506.01939 reports 86% after
+    training). Last stage only, all its ranks together.
     """
     scored = [s.reference for s in done.scores if s.reference is not None]
     pairs = {}
@@ -246,9 +246,11 @@ def rollout_metrics(batch: RolloutBatch, policy_version: int) -> dict[str, float
     """Of everything generated for the step, dropped groups included.
 
     sampling/stale_fraction: groups of the batch that an older policy version began to sample.
-    sampling/tail_*: groups that a full batch did not wait for; the lengths of those that were
-    aborted are what they had then. sampling/length_bias: by how many tokens the mean response that
-    is trained on is longer (below 0: shorter) than with the aborted ones, a lower bound.
+    sampling/tail_groups: those that a full batch did not wait for. sampling/lost_length_mean: of
+    the responses that were begun and are not trained on, for their group was aborted (with what it
+    had then) or is too old. sampling/length_bias: by how many tokens the mean response that is
+    trained on is longer (below 0: shorter) than with those; as aborted ones would have grown, the
+    truth lies at or below it.
     reward/nonfinite: rewards that are no finite number and take no part in reward/mean.
     """
     # Groups carried over from the last step can fill a batch alone.
@@ -256,7 +258,7 @@ def rollout_metrics(batch: RolloutBatch, policy_version: int) -> dict[str, float
     n = len(samples)
     rewards = [s.reward for s in samples if math.isfinite(s.reward)]
     stale = sum(group.policy_version != policy_version for group in batch.groups)
-    tail, count = batch.tail_lengths, len(batch.tail_lengths)
+    lost = batch.lost_lengths
     trained = [len(s.token_ids) for group in batch.groups for s in group.samples]
     trained_mean = sum(trained) / len(trained)
     return {
@@ -264,8 +266,8 @@ def rollout_metrics(batch: RolloutBatch, policy_version: int) -> dict[str, float
         "sampling/groups_stale": batch.num_stale,
         "sampling/stale_fraction": stale / len(batch.groups),
         "sampling/tail_groups": batch.num_tail,
-        "sampling/tail_length_mean": sum(tail) / (count or math.nan),
-        "sampling/length_bias": trained_mean - sum(trained + tail) / (len(trained) + count),
+        "sampling/lost_length_mean": sum(lost) / (len(lost) or math.nan),
+        "sampling/length_bias": trained_mean - sum(trained + lost) / len(trained + lost),
         "reward/mean": sum(rewards) / (len(rewards) or math.nan),
         "reward/nonfinite": n - len(rewards),
         "reward/accuracy": sum(s.accuracy for s in samples) / n,
