@@ -176,7 +176,7 @@ def test_a_run_with_a_critic_trains_and_goes_on_bit_for_bit(tmp_path):
 
     checkpoint = run_dir / "checkpoints" / "step_000002"
     state = json.loads((checkpoint / "state.json").read_text())
-    assert state["critic"]["num_updates"] == state["num_updates"] == 4
+    assert state["critic"]["num_updates"] == state["policy"]["num_updates"] == 4
     shutil.rmtree(run_dir / "checkpoints" / "step_000003")
     shutil.rmtree(run_dir / "checkpoints" / "final")
     resume(run_dir)

@@ -58,9 +58,9 @@ def last_step(told):
 
 @pytest.mark.slow
 def test_a_signal_saves_and_the_run_goes_on(tmp_path):
-    """While it generates its second step."""
+    """While it generates its second step, beside the first one's training."""
     run_dir = tmp_path / "run"
-    process = start(run_dir, "parallel.tp=2")
+    process = start(run_dir, "parallel.tp=2", "rollout.max_policy_lag=1")
     wait_for(process, run_dir / "rollouts" / "step_000002.jsonl", 1)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGUSR1)  # the second says nothing new (Python may handle it first)
