@@ -94,6 +94,7 @@ def always_fails(prompt: str, response: str, answer: str) -> float:
     return -math.inf
 
 
+@pytest.mark.slow
 def test_a_reward_that_is_no_number_costs_one_update(tmp_path):
     verifier = "reward.verifier=tests.test_faults:fails_at_the_first"
     done = megafork(*small_run(tmp_path / "run", "parallel.tp=1", verifier), mark=tmp_path)
@@ -175,6 +176,7 @@ def start_run(tmp_path):
         run.launcher.kill()
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_killed_launcher(tmp_path, start_run):
     run = start_run("training.steps=500")
     run.launcher.send_signal(signal.SIGKILL)
@@ -207,6 +209,7 @@ def test_a_server_that_dies_is_replaced_and_nothing_is_generated_twice(tmp_path,
     assert left_over(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_once_too_often_ends_the_run_with_its_cause(tmp_path, start_run):
     run = start_run("training.steps=500", "rollout.max_restarts=0")
     run.kill_server()
@@ -238,6 +241,7 @@ def test_a_rank_that_hangs_is_named(tmp_path, start_run):
     assert left_over(tmp_path, seconds=20) == []
 
 
+@pytest.mark.slow
 def test_a_server_of_another_precision_is_stopped_at_the_first_push(tmp_path):
     arguments = ["parallel.tp=1", "rollout.dtype=bfloat16"]
     done = megafork(*small_run(tmp_path / "run", *arguments), mark=tmp_path)

@@ -490,6 +490,7 @@ def steps_of_ours(folder, ref_folder, table, old, masks):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (test_trl.INSTALLED / "trl").is_dir(), reason="TRL is not in .venv/trl")
 def test_the_terms_are_trls(folder, ref_folder, tmp_path):
     table, old, masks = test_trl.make_inputs(folder)

@@ -13,6 +13,7 @@ from tests import reference
 from tests.commands import QUICKSTART, ROOT, environment, lines, megafork
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [

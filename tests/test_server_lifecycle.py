@@ -87,6 +87,7 @@ def test_stop_from_another_thread_ends_a_start(tmp_path):
         server.start()
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_trainer_leaves_no_process(tmp_path):
     """With the API server and its engine process up, and a worker forked off the trainer that
     keeps the supervisor's pipe open."""

@@ -85,6 +85,7 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path):
     assert weights == other_weights
 
 
+@pytest.mark.slow
 def test_a_signal_to_every_process_at_once(tmp_path):
     """As Slurm does: the server and its supervisor get it too, in the middle of a generation."""
     run_dir = tmp_path / "run"

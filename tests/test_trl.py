@@ -142,6 +142,7 @@ def losses_of_ours(folder, table, old, masks):
     return found
 
 
+@pytest.mark.slow
 def test_losses_and_gradients_are_trls(folder, tmp_path):
     table, old, masks = make_inputs(folder)
     cases = [(OBJECTIVES[name][1], select, correction) for name, select, correction in CASES]

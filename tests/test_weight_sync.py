@@ -112,6 +112,7 @@ def push_of_another_shape(url, api_key, folder):
 OPTIONS = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 32}
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_is_told_by_rank_zero_and_hangs_nobody(tmp_path):
     served = reference.save_model(tmp_path / "served", tied=True, layers=2)
     other = reference.save_model(tmp_path / "other", tied=True, layers=4)
