@@ -64,7 +64,8 @@ def test_another_layout_goes_on_within_rounding(tmp_path, uninterrupted, key):
     for ours, theirs in zip(expected, rows, strict=True):
         assert set(ours) == set(theirs)
         for name, value in ours.items():
-            assert abs(value - theirs[name]) <= TOLERANCE, f"step {ours['step']}: {name}"
+            same = value == theirs[name]  # None where nothing could be measured
+            assert same or abs(value - theirs[name]) <= TOLERANCE, f"step {ours['step']}: {name}"
         assert ours["update/head_rows"] == theirs["update/head_rows"]
     weights, their_weights = (final_weights(folder) for folder in (uninterrupted, run_dir))
     assert set(their_weights) == set(weights)
