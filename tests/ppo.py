@@ -116,6 +116,20 @@ def reference_values(model, table) -> Tensor:
     return torch.cat(columns)
 
 
+def advantages_by_definition(values, table, config) -> Tensor:
+    """[R], not yet whitened."""
+    columns = [
+        by_definition(
+            values[table.rows(b)].tolist(),
+            float(table.reward_B[b]),
+            config.gamma,
+            config.gae_lambda,
+        )
+        for b in range(table.num_samples)
+    ]
+    return torch.tensor([a for column in columns for a in column], dtype=torch.float64)
+
+
 def reference_ppo_step(folder, critic_folder, settings):
     """settings: of CriticConfig. Everything in float64."""
     config = CriticConfig(**settings)
@@ -123,19 +137,7 @@ def reference_ppo_step(folder, critic_folder, settings):
     table = make_ppo_table()
     in_loss = table.loss_mask_R
     values = reference_values(critic, table)
-    plain = torch.tensor(
-        [
-            a
-            for b in range(table.num_samples)
-            for a in by_definition(
-                values[table.rows(b)].tolist(),
-                float(table.reward_B[b]),
-                config.gamma,
-                config.gae_lambda,
-            )
-        ],
-        dtype=torch.float64,
-    )
+    plain = advantages_by_definition(values, table, config)
     returns = plain + values.detach()
     advantages = (plain - plain[in_loss].mean()) / (plain[in_loss].var() + 1e-8).sqrt()
     logprobs, entropies = score_all(policy, table)

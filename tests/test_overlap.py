@@ -9,7 +9,15 @@ from megafork.config.file import load_config
 from megafork.errors import UserError
 from megafork.rollout.journal import Journal
 from tests.commands import QUICKSTART, left_over, lines, megafork, small_run
-from tests.test_resume import comparable, journalled, kill_when, replayed_in_one_go, resume, start
+from tests.test_resume import (
+    assert_kept,
+    comparable,
+    journalled,
+    kill_when,
+    replayed_in_one_go,
+    resume,
+    start,
+)
 
 SETTINGS = ("training.steps=5", "eval.prompts=8", "sync.check_every=1", "sync.check_prompts=2")
 CARRYING = ("rollout.tail=carry", "rollout.oversampling=3", "rollout.max_policy_lag=2")
@@ -55,9 +63,7 @@ def test_a_killed_run_with_carried_tails_goes_on_as_if_it_had_not_been(tmp_path)
     assert left_over(run_dir, seconds=10) == []
     before = journalled(run_dir)
     resume(run_dir)
-    for name, content in before.items():
-        whole = content[: content.rfind(b"\n") + 1]
-        assert (run_dir / "rollouts" / name).read_bytes().startswith(whole)
+    assert_kept(run_dir, before)
     rows, weights = comparable(run_dir)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert 1 <= max(row["lag/max"] for row in rows) <= 2

@@ -61,6 +61,13 @@ def journalled(run_dir):
     return {path.name: path.read_bytes() for path in (run_dir / "rollouts").glob("*.jsonl")}
 
 
+def assert_kept(run_dir, before, when=""):
+    """What `journalled` gave is still there, but for a torn last line."""
+    for name, content in before.items():
+        whole = content[: content.rfind(b"\n") + 1]
+        assert (run_dir / "rollouts" / name).read_bytes().startswith(whole), when
+
+
 def final_weights(run_dir):
     weights = {}
     for path in sorted((run_dir / "checkpoints" / "final").glob("*.safetensors")):
@@ -105,9 +112,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     assert left_over(run_dir, seconds=10) == []
     before = journalled(run_dir)
     resume(run_dir)
-    for name, content in before.items():
-        whole = content[: content.rfind(b"\n") + 1]
-        assert (run_dir / "rollouts" / name).read_bytes().startswith(whole)
+    assert_kept(run_dir, before)
     rows, weights = comparable(run_dir)
     assert [(row["step"], row["forking/rho"]) for row in rows] == [(1, 0.2), (2, 0.15), (3, 0.1)]
     assert [row["step"] for row in lines(run_dir / "eval.jsonl")] == [0, 3]
@@ -190,9 +195,7 @@ def test_random_moments(tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert left_over(run_dir, seconds=10) == []
-        for name, content in before.items():
-            whole = content[: content.rfind(b"\n") + 1]
-            assert (run_dir / "rollouts" / name).read_bytes().startswith(whole), f"kill {kill}"
+        assert_kept(run_dir, before, f"kill {kill}")
         rows, partial = read_rows(run_dir / "metrics.jsonl"), list(run_dir.glob("*/*.partial"))
         print(
             f"kill {kill}, in {kind}: {len(journalled(run_dir))} steps in the journal, {len(rows)} "
