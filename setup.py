@@ -20,9 +20,12 @@ setup(
     entry_points={"console_scripts": ["megafork=megafork.cli:main"]},
     install_requires=[
         "aiohttp",
+        "datasets",
+        "math-verify[antlr4_13_2]>=0.9",
         "matplotlib",
         "megatron-core>=0.16.1",
         "numpy",
+        "pebble",
         "psutil",
         "pydantic>=2",
         "requests",
@@ -34,9 +37,11 @@ setup(
         "torch>=2.6",
         "transformers>=5",
         "typer",
+        "wordcloud",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.20", "vllm>=0.33"],
+        "reasoning-gym": ["reasoning-gym"],
         "test": ["mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "types-requests"],
     },
 )

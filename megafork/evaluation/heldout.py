@@ -23,9 +23,9 @@ async def accuracy(
 
     async def of_prompt(prompt: Prompt) -> float:
         completions = await client.generate(prompt.ids, num_samples, sampling)
-        right = [
-            judge(prompt.text, tokenizer.decode(c.token_ids), prompt.answer)[1] for c in completions
-        ]
+        texts = [tokenizer.decode(completion.token_ids) for completion in completions]
+        verdicts = [judge(prompt.text, text, prompt.answer) for text in texts]
+        right = [verdict.accuracy for verdict in await asyncio.gather(*verdicts)]
         return sum(right) / len(right)
 
     async with client:

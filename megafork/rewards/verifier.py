@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from megafork.config import RewardConfig
 from megafork.errors import UserError
@@ -29,6 +30,15 @@ def load_verifier(path: str) -> Verifier:
     return function
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier says of one response."""
+
+    reward: float
+    accuracy: float
+    """1.0: the response is right; else 0.0"""
+
+
 class Judge:
     """A verifier together with the rule for calling a response right."""
 
@@ -36,8 +46,8 @@ class Judge:
         self.config = config
         self.verify = load_verifier(config.verifier)
 
-    def __call__(self, prompt: str, response: str, answer: str) -> tuple[float, float]:
-        """(reward, accuracy 0 or 1). Raises UserError when the verifier fails or gives no number.
+    async def __call__(self, prompt: str, response: str, answer: str) -> Verdict:
+        """Raises UserError when the verifier fails or gives no number.
 
         A reward that is not finite goes through: the update that it would spoil is skipped.
         """
@@ -53,4 +63,4 @@ class Judge:
                 f"reward.verifier={self.config.verifier} failed on the prompt {prompt[:60]!r}, "
                 f"response {response[:60]!r}: {type(error).__name__}: {error}{hint}"
             ) from error
-        return reward, float(reward >= self.config.accuracy_at)
+        return Verdict(reward, float(reward >= self.config.accuracy_at))
