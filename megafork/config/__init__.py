@@ -72,6 +72,7 @@ class TrainConfig(Section):
                 f"training.prompts_per_minibatch={per_minibatch} must divide "
                 f"rollout.prompts_per_step={prompts}: use one of {_divisors(prompts)}"
             )
+        self.reward.check()
         self._check_selection()
         self._check_unused()
         self._check_objective()

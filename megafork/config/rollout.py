@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megafork.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
+from megafork.errors import UserError
 
 
 class DataConfig(Section):
@@ -80,10 +81,32 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
-    verifier: str = Field(
-        description="import path MODULE:FUNCTION of (prompt, response, answer) -> reward in 0..1"
+    verifier: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="maths, countdown, exact, reasoning-gym:TASK, or a function of (prompt, "
+        "response, answer) -> reward as MODULE:FUNCTION; or a list of them"
     )
-    accuracy_at: float = Field(1.0, description="a response is right when its reward reaches this")
+    weights: list[float] | None = Field(
+        None,
+        description="of a list of verifiers: the reward is the weighted sum; accuracy is that of "
+        "the first verifier alone",
+    )
+    workers: Positive | None = Field(
+        None, description="processes that verifiers run in; unset: the cores, but 8 at most"
+    )
+    timeout_s: PositiveFloat = Field(
+        10.0, description="seconds for one response; then its worker is killed, and it scores 0"
+    )
+    memory_mib: Annotated[int, Field(ge=64, strict=True)] = Field(
+        2048, description="address space of one worker; what needs more scores 0"
+    )
+    max_failed_fraction: Fraction = Field(
+        0.5,
+        description="the run ends when verifiers give no verdict on more than this share of a "
+        "batch's responses, or on all of them",
+    )
+    accuracy_at: float = Field(
+        1.0, description="a response is right when the (first) verifier's score reaches this"
+    )
     overlong_buffer_tokens: Positive | None = Field(
         None,
         description="soft overlong punishment: the reward falls over the last this many tokens "
@@ -92,6 +115,24 @@ class RewardConfig(Section):
     overlong_penalty: PositiveFloat = Field(
         1.0, description="what the reward has lost at rollout.max_response_tokens"
     )
+
+    @property
+    def verifiers(self) -> list[str]:
+        return [self.verifier] if isinstance(self.verifier, str) else self.verifier
+
+    def check(self) -> None:
+        """Raises UserError when the weights are not those of the verifiers."""
+        names, weights = self.verifiers, self.weights
+        if weights is None and len(names) > 1:
+            raise UserError(
+                f"reward.verifier names {len(names)} verifiers but reward.weights is unset: give "
+                f"as many weights, as in reward.weights={[1.0] + [0.5] * (len(names) - 1)}"
+            )
+        if weights is not None and len(weights) != len(names):
+            raise UserError(
+                f"reward.weights={weights} has {len(weights)} weights for the {len(names)} of "
+                f"reward.verifier={', '.join(names)}: give one for each"
+            )
 
 
 class SyncConfig(Section):

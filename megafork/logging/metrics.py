@@ -80,7 +80,7 @@ class MetricsLog:
             file.write(json.dumps({"step": step} | report, ensure_ascii=False) + "\n")
 
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
         self._progress.stop()

@@ -103,7 +103,7 @@ class Collector:
         batch = RolloutBatch()
         admitted = self._recent(self.carried, oldest, batch)
         path = self.journal_dir / f"step_{step:06d}.jsonl"
-        known = {group.prompt_index: group for group in Journal.read(path)}
+        known = await self._mended({g.prompt_index: g for g in Journal.read(path)}, path)
         with Journal(path) as journal:
             async with self.client:
                 for _ in range(self.rollout.max_sampling_rounds):
@@ -121,6 +121,7 @@ class Collector:
                     )
                     groups.sort(key=lambda group: group.prompt_index)
                     batch.generated += groups
+                    self.judge.check_failures(_failures(batch.generated))
                     admitted = admitted + self._admissible(groups, oldest, batch)
         if len(admitted) < wanted:
             raise UserError(
@@ -264,6 +265,18 @@ class Collector:
             group = replace(group, samples=await self._judged(prompt, group.samples))
         return group
 
+    async def _mended(self, known: dict[int, Group], path: Path) -> dict[int, Group]:
+        """The journalled groups; where the run ended for their failed verdicts, with new ones."""
+        if not self.judge.has_failed(_failures(known.values())):
+            return known
+        with Journal(path) as journal:
+            for index, group in known.items():
+                if any(_failures([group])):
+                    samples = await self._judged(self.prompts.at(index), group.samples)
+                    known[index] = replace(group, samples=samples)
+                    journal.append(known[index])
+        return known
+
     async def _judged(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Sample]:
         return await asyncio.gather(*(self._judged_one(prompt, sample) for sample in samples))
 
@@ -275,7 +288,7 @@ class Collector:
             self.judge.config,
             max_response_tokens=self.rollout.max_response_tokens,
         )
-        return replace(sample, reward=reward, accuracy=verdict.accuracy)
+        return replace(sample, reward=reward, accuracy=verdict.accuracy, failure=verdict.failure)
 
     async def _generate(self, prompt: Prompt) -> tuple[Group, float]:
         size = self.rollout.group_size
@@ -301,6 +314,11 @@ class Collector:
         if not self.rollout.seeded:
             return None
         return (self.prompts.seed * 1_000_003 + prompt.index) * self.rollout.group_size
+
+
+def _failures(groups: Iterable[Group]) -> list[str | None]:
+    """Of each judged response: why there is no verdict, if so."""
+    return [sample.failure for group in groups if group.is_whole for sample in group.samples]
 
 
 def _request_id(prompt: Prompt) -> str:

@@ -78,6 +78,7 @@ class Front:
             steps_done=steps_done,
         )
         self.batch: RolloutBatch | None = None
+        self._told_failures: set[str] = set()
         self._background = BackgroundLoop()
         self._background.__enter__()
         self._ahead: dict[int, Job[RolloutBatch]] = {}
@@ -98,6 +99,7 @@ class Front:
     def close(self) -> None:
         """Whatever is being generated is given up."""
         self._background.__exit__()
+        self.collector.judge.close()
         self.log.close()
 
     def collect(self, step: int, policy_version: int) -> list[Group]:
@@ -105,6 +107,7 @@ class Front:
         self.interruption.check()
         self._collect_ahead(step, 0, policy_version)
         self.batch = self._wait(self._ahead[step])
+        self._tell_failures()
         self.state = self.batch.state
         del self._ahead[step]
         rollout = self.config.rollout
@@ -142,8 +145,16 @@ class Front:
             config.samples,
         )
         value = self._generated(evaluating)
+        self._tell_failures()
         self.log.evaluation(step, value, len(self.heldout) * config.samples)
         return value
+
+    def _tell_failures(self) -> None:
+        """Of each kind of a verifier's failures the first of the run; metrics.jsonl counts them."""
+        for kind, cause in dict(self.collector.judge.causes).items():
+            if kind not in self._told_failures:
+                self._told_failures.add(kind)
+                self.log.note(f"warning: no verdict ({kind}), so the response scores 0: {cause}")
 
     def has_evaluated(self, step: int) -> bool:
         return any(row["step"] == step for row in read_rows(self.run_dir / "eval.jsonl"))

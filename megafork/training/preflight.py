@@ -12,7 +12,7 @@ from megafork.data.tokenizer import SentencePieceTokenizer, check_tokenizer, fin
 from megafork.errors import UserError
 from megafork.launch import under_torchrun
 from megafork.model.shape import ModelShape, read_json
-from megafork.rewards.verifier import load_verifier
+from megafork.rewards.names import load_verifier
 from megafork.rollout.engine import api_key_of
 
 _TRUNCATING = {"top_k": (None, 0, -1), "top_p": (None, 1, 1.0), "min_p": (None, 0, 0.0)}
@@ -41,7 +41,8 @@ def check_train(config: TrainConfig) -> None:
     read_rows(config.data.train, config.data)
     if config.data.eval is not None:
         read_rows(config.data.eval, config.data)
-    load_verifier(config.reward.verifier)
+    for name in config.reward.verifiers:
+        load_verifier(name)
     if config.rollout.url is not None:
         api_key_of(config.rollout)
     python = config.rollout.python
