@@ -112,6 +112,30 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
     assert re.fullmatch(r"stopped by (a signal|SIGTERM while it started)", told.splitlines()[-1])
 
 
+@pytest.mark.slow
+def test_a_hung_verifier_does_not_hold_up_a_signal(tmp_path):
+    run_dir, hung = tmp_path / "run", tmp_path / "hung"
+    hung.mkdir()
+    verifier = "reward.verifier=tests.verifiers:hangs_in_the_folder"
+    settings = ["parallel.tp=1", verifier, "reward.timeout_s=600", "eval.prompts=1"]
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megafork", *small_run(run_dir, *settings)],
+            cwd=ROOT,
+            env=environment(run_dir) | {"HUNG": str(hung)},
+            stderr=stderr,
+        )
+    deadline = time.monotonic() + 150
+    while not list(hung.iterdir()):
+        assert process.poll() is None, (tmp_path / "stderr").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == INTERRUPTED
+    assert left_over(run_dir) == []
+    assert "stopped by SIGTERM after step 0" in (tmp_path / "stderr").read_text()
+
+
 def signal_soon(number, seconds):
     threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
 

@@ -23,7 +23,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the miss
 
 _LONGEST = 1000
 """Characters of a boxed answer; matrices of a contest have a few hundred"""
-_DEEPEST = 12
+_DEEPEST = 10
 """Brackets in brackets; the parser's time doubles with each"""
 _LARGEST_EXPONENT = 99_999
 _IN_BOX = [LatexExtractionConfig(boxed_match_priority=0)]
@@ -45,7 +45,8 @@ def verify(prompt: str, response: str, answer: str) -> float:
     A response without a box, or whose last box is not closed, is wrong. Raises UserError for an
     answer that is empty.
     """
-    gold = _normalized(last_boxed(answer) or answer)
+    unboxed = last_boxed(answer)
+    gold = _normalized(answer if unboxed is None else unboxed)
     if not gold:
         raise UserError(f"maths: the answer of the prompt {prompt[:60]!r} is empty: {answer!r}")
     boxed = last_boxed(response)

@@ -70,7 +70,7 @@ def _same_words(found: str, answer: str) -> bool:
 
 def _same_decimal(found: str, answer: str) -> bool:
     """As 1,000.00 and +1000."""
-    if len(found) > _LONGEST_NUMBER:
+    if len(found) > _LONGEST_NUMBER or not found.isascii():
         return False
     try:
         return Decimal(found.replace(",", "")) == Decimal(answer.replace(",", ""))
