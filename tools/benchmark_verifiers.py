@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python tools/benchmark_verifiers.py [--workers 2] [--count 4000]
 
-Prints a table: of each kind of answer the responses a second, and how many were judged right (those
-of even number are made to be). "mixed" has 70% integers, as contests do, and a tenth of each other
-kind. The golds of a kind differ from response to response, so nothing comes out of a cache.
+Prints a table: of each kind of answer the responses a second, and how many were judged right. Every
+eight responses have a new gold answer, as groups do; half of them are right. "mixed" has 70%
+integers, as contests do, and a tenth of each other kind. Where other work shares the cores, read
+the processor time.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import random
 import time
 from collections.abc import Callable
 
+import psutil
+
 from megafork.config import RewardConfig
 from megafork.rewards.verifier import Judge
 
+GROUP = 8
 Pair = tuple[str, str]
 REASONING = "We add what is known and simplify, so that $x = \\frac{a}{b}$ follows. " * 60
 """About as long as a short chain of thought: 4,000 characters"""
@@ -54,7 +58,8 @@ def pairs(kind: str, count: int) -> list[Pair]:
         chosen = kind
         if kind == "mixed":
             chosen = draw.choices(list(KINDS), weights=(7, 1, 1, 1))[0]
-        made.append(KINDS[chosen](index + 2, index % 2))
+        group, member = divmod(index, GROUP)
+        made.append(KINDS[chosen](group + 2, max(0, member + 1 - GROUP // 2)))
     return made
 
 
@@ -67,6 +72,12 @@ async def judged(judge: Judge, made: list[Pair]) -> int:
     return round(sum(verdict.accuracy for verdict in verdicts))
 
 
+def cpu_seconds() -> float:
+    """Of all workers that run."""
+    times = [child.cpu_times() for child in psutil.Process().children()]
+    return sum(t.user + t.system for t in times)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -75,17 +86,17 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4000)
     arguments = parser.parse_args()
     print(f"{arguments.workers} workers, {len(REASONING)} characters and a box each\n")
-    print("| answers | responses | a second | ms of a worker each | right |")
+    print("| answers | responses | a second | CPU ms of a worker each | right |")
     print("|" + " --- |" * 5)
     config = RewardConfig(verifier="maths", workers=arguments.workers, timeout_s=60.0)
     with Judge(config) as judge:
-        asyncio.run(judged(judge, pairs("mixed", 100)))  # the workers have started
+        asyncio.run(judged(judge, pairs("mixed", 600)))  # started, and the parser has seen LaTeX
         for kind in ("mixed", *KINDS):
             made = pairs(kind, arguments.count)
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), cpu_seconds()
             right = asyncio.run(judged(judge, made))
             seconds = time.perf_counter() - started
-            rate, cost = len(made) / seconds, 1e3 * seconds * arguments.workers / len(made)
+            rate, cost = len(made) / seconds, 1e3 * (cpu_seconds() - cpu) / len(made)
             print(f"| {kind} | {len(made):,} | {rate:,.0f} | {cost:.1f} | {right:,} |", flush=True)
 
 
