@@ -19,7 +19,7 @@ from megafork.rewards.verifier import Judge, Verdict
 from megafork.rollout.background import BackgroundLoop
 from tests.commands import MARK, ROOT, environment, left_over, processes_of
 
-DEADLINE = 1.0
+DEADLINE = 2.0
 SLACK = 8.0
 """Seconds that a worker may take to be started and ended beside five other processes"""
 
@@ -40,7 +40,7 @@ def verdict(judge, response, prompt="p", answer="a"):
 
 
 FAILING = {
-    "hang": ("timeout", "no answer within 1 s"),
+    "hang": ("timeout", "no answer within 2 s"),
     "hang in C": ("timeout", "no answer"),
     "hang in a child": ("timeout", "no answer"),
     "eat": ("memory", "MemoryError"),

@@ -150,8 +150,8 @@ def test_reasoning_gyms_countdown_is_read_and_never_run():
         "6/0*4*2",
         "a",
     ]
-    assert [verify("", f"<answer>{text}</answer>", "6*4*2") for text in right] == [1.0] * 4
-    assert [verify("", f"<answer>{text}</answer>", "6*4*2") for text in wrong] == [0.0] * 9
+    assert [verify("", f"<answer>{text}</answer>", "6*4*2") for text in right] == [1.0] * len(right)
+    assert [verify("", f"<answer>{text}</answer>", "6*4*2") for text in wrong] == [0.0] * len(wrong)
 
 
 def test_the_last_pair_of_tags_counts():

@@ -102,7 +102,7 @@ def _eat() -> float:
 def _eat_slowly() -> float:
     eaten = []
     while True:
-        eaten.append(bytearray(1 << 24))
+        eaten.append(bytearray(1 << 27))
 
 
 def _read_nowhere() -> float:
