@@ -25,7 +25,6 @@ setup(
         "matplotlib",
         "megatron-core>=0.16.1",
         "numpy",
-        "pebble",
         "psutil",
         "pydantic>=2",
         "requests",
