@@ -25,7 +25,9 @@ from megafork.parallel.topology import Topology
 from megafork.training import telemetry
 from megafork.training.critic import Critic
 from megafork.training.front import Front
+from megafork.training.histogram import entropy_histogram
 from megafork.training.policy import Policy
+from megafork.training.samples import is_sampled, sampled_responses
 from megafork.training.step import Clock, Optimized, optimize
 from megafork.training.token_report import token_report
 from megafork.types import Group, TokenTable, token_table
@@ -177,8 +179,20 @@ class Trainer:
         report = token_report(done, config.forking, topology)
         if self.front is not None:
             self.front.report_tokens(step, report)
+        self._keep_entropies(done, step)
         metrics = self._metrics(done, table, clock, started=started, trained_by=trained_by)
         return metrics | {"lr": lr, "forking/rho": config.forking.rho_at(step)}, clock
+
+    def _keep_entropies(self, done: Optimized, step: int) -> None:
+        config, topology = self.config, self.topology
+        histogram = entropy_histogram(done, topology)
+        responses: list[dict[str, Any]] = []
+        if is_sampled(step, every=config.run.samples_every, last=config.training.steps):
+            responses = sampled_responses(
+                done, config.run.samples, config.forking, topology, step=step
+            )
+        if self.front is not None:
+            self.front.keep_entropies(step, histogram, responses)
 
     def _metrics(
         self,
