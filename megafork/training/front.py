@@ -222,6 +222,15 @@ class Front:
             ]
         )
 
+    def write_report(self) -> None:
+        """RUN/report.html; a run does not fail for it."""
+        from megafork.report.page import write_report  # matplotlib and jinja2 take a second
+
+        try:
+            self.log.note(f"report      {write_report(self.run_dir)}")
+        except (OSError, UserError) as error:
+            self.log.note(f"warning: {self.run_dir}/report.html was not written: {error}")
+
     def keep_skipped(self, step: int, skipped: Sequence[Skipped], *, is_last: bool) -> None:
         """The groups of mini-batches without an update, for a look at them.
 

@@ -116,6 +116,8 @@ class Trainer:
         if self._saved_step != self.steps_done:
             self._save(self.steps_done)
         self.store.finish()
+        self.topology.whereabouts.enter("the report")
+        self._on_front(lambda front: front.write_report())
         saved = ", which is saved" if self.steps_done else ""
         return (
             f"stopped by {self.interruption.received or 'a signal'} after step {self.steps_done}"
@@ -147,6 +149,7 @@ class Trainer:
             return
         self.front.log.note(f"checkpoint  {target}")
         self.front.log.note(f"curves      {draw_curves(run_dir)}")
+        self.front.write_report()
         if evaluations := read_rows(run_dir / "eval.jsonl"):
             first, final = (evaluations[i]["eval/accuracy"] for i in (0, -1))
             self.front.log.note(f"held-out accuracy  {first:.1%} before, {final:.1%} after")
