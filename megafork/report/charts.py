@@ -149,7 +149,7 @@ def _lines(chart: Chart, curves: Sequence[tuple[str, str, Points]]) -> Markup:
     if chart.is_log:
         axes.set_yscale("log")
     elif min(known) >= 0.0:
-        axes.set_ylim(0.0, None if max(known) > 0.0 else 1.0)
+        axes.set_ylim(0.0, 1.05 * max(known) or 1.0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _svg(figure, axes, chart.title)
 

@@ -27,7 +27,7 @@ THEMES = {
 }
 SHADES = {
     "light": ("#fff6d6", "#ffe9a8", "#ffd97a", "#ffc453", "#fdab3c", "#f58f2e", "#ea7424"),
-    "dark": ("#2b2618", "#3a301a", "#4b391a", "#5d421a", "#704a18", "#824f15", "#955212"),
+    "dark": ("#332a14", "#463614", "#594214", "#6b4a14", "#7d5013", "#8d5413", "#9c5712"),
 }
 CURVES = ("#2f7bd0", "#c8641c", "#2b9a62", "#a45bb0", "#8a7a1f", "#7d8590", "#c24a72", "#2a93a3")
 """Of lines and areas, on either theme: 3 to 1 against both pages."""
