@@ -17,10 +17,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megafork", "megafork.*"]),
+    package_data={"megafork.report": ["*.jinja"]},
     entry_points={"console_scripts": ["megafork=megafork.cli:main"]},
     install_requires=[
         "aiohttp",
         "datasets",
+        "jinja2",
         "math-verify[antlr4_13_2]>=0.9",
         "matplotlib",
         "megatron-core>=0.16.1",

@@ -179,15 +179,28 @@ def serve(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="folder of a run, whether it goes on or has ended")],
+    output: Annotated[
+        Path | None, typer.Option(help="file to write; unset: report.html in the folder")
+    ] = None,
+) -> None:
+    """Write a run's report: curves, entropies, and responses token by token, in one HTML file."""
+    from megafork.report.page import write_report
+
+    typer.echo(write_report(run, output))
+
+
+@app.command()
 def doctor(
     python: Annotated[
         str, typer.Option(help="the Python that has vLLM (rollout.python)")
     ] = sys.executable,
 ) -> None:
     """What is installed, which backends are active, what is missing and how to mend it."""
-    from megafork.doctor import report
+    from megafork.doctor import report as report_on
 
-    raise typer.Exit(report(python))
+    raise typer.Exit(report_on(python))
 
 
 class Command(StrEnum):

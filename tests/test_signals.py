@@ -18,6 +18,7 @@ from megafork.errors import Interrupted
 from megafork.interruption import INTERRUPTED, Interruption
 from megafork.rollout.background import BackgroundLoop
 from tests.commands import ROOT, environment, left_over, lines, small_run
+from tests.pages import read_page
 from tests.test_resume import comparable, journalled, replayed_in_one_go, resume
 
 STEPS = 6  # more than a loaded machine gets through before the signal is sent
@@ -73,6 +74,8 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path):
     assert (run_dir / "checkpoints" / f"step_{saved:06d}" / "manifest.json").exists()
     done = list(range(1, saved + 1))
     assert [row["step"] for row in lines(run_dir / "metrics.jsonl")] == done
+    state = read_page(run_dir / "report.html").by_id("state").text
+    assert state.startswith(f"not finished: {saved} of {STEPS} steps")
     before = journalled(run_dir)
     resume(run_dir)
     for name, content in before.items():

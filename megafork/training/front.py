@@ -215,6 +215,33 @@ class Front:
                 token["text"] = self.collector.tokenizer.name(token["id"])
         self.log.forking_tokens(step, report)
 
+    def keep_entropies(
+        self, step: int, histogram: dict[str, Any] | None, responses: Sequence[dict[str, Any]]
+    ) -> None:
+        """Write what there is of a step's entropies, the responses with their text."""
+        tokenizer = self.collector.tokenizer
+        if histogram is not None:
+            self.log.entropy_histogram(step, histogram)
+        self.log.samples(
+            [
+                response
+                | {
+                    "prompt": tokenizer.decode(response["prompt_ids"]),
+                    "text": [tokenizer.name(token) for token in response["token_ids"]],
+                }
+                for response in responses
+            ]
+        )
+
+    def write_report(self) -> None:
+        """RUN/report.html; a run does not fail for it."""
+        from megafork.report.page import write_report  # matplotlib and jinja2 take a second
+
+        try:
+            self.log.note(f"report      {write_report(self.run_dir)}")
+        except (OSError, UserError) as error:
+            self.log.note(f"warning: {self.run_dir}/report.html was not written: {error}")
+
     def keep_skipped(self, step: int, skipped: Sequence[Skipped], *, is_last: bool) -> None:
         """The groups of mini-batches without an update, for a look at them.
 
