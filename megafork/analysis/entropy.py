@@ -97,7 +97,7 @@ def write_entropy(found: EntropyStatistics, source: str, folder: Path, name: str
 
 def _draw(found: EntropyStatistics, source: str, path: Path) -> None:
     p80 = found.percentiles[_FORKING]
-    with figure(path) as axes:
+    with figure(path) as [axes]:
         left = numpy.arange(len(found.counts)) * BIN_NATS
         axes.bar(left, found.counts, BIN_NATS, align="edge", color=BLUE, linewidth=0)
         axes.axvline(p80, color=ORANGE, linestyle="--", label=f"80th percentile: {p80:.3g} nats")

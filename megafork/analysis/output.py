@@ -13,7 +13,7 @@ from typing import Any
 
 from megafork.errors import UserError
 
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 """Okabe and Ito's colours, which colour-blind readers tell apart."""
 GREY = "#777777"
 
@@ -48,18 +48,25 @@ def write_json(path: Path, document: Any) -> Path:
 
 
 @contextmanager
-def figure(path: Path, rows: int = 1, *, height: float = 4.2) -> Iterator[Any]:
-    """Axes (a list where rows > 1) of a new figure, written to the png `path` at the end."""
+def figure(path: Path, rows: Sequence[int] = (1,), *, height: float = 4.2) -> Iterator[list[Any]]:
+    """One Axes for each of `rows`, its relative height; written to the png `path` at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawn, axes = pyplot.subplots(rows, 1, figsize=(7.2, height), layout="constrained")
+    drawn, axes = pyplot.subplots(
+        len(rows),
+        1,
+        figsize=(7.2, height),
+        height_ratios=rows,
+        layout="constrained",
+        squeeze=False,
+    )
     try:
-        for one in axes if rows > 1 else [axes]:
+        for one in axes[:, 0]:
             one.spines[["top", "right"]].set_visible(False)
-        yield axes
+        yield list(axes[:, 0])
         partial = path.with_name(path.name + ".partial")
         drawn.savefig(partial, dpi=110, format="png")
         partial.replace(path)

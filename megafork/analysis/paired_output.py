@@ -41,7 +41,7 @@ def write_overlap(
     steps = [step_of(label) for label, _ in found]
     in_steps = len(set(steps)) == len(steps) and None not in steps
     places = steps if in_steps else list(range(len(found)))
-    with figure(folder / "overlap.png") as axes:
+    with figure(folder / "overlap.png") as [axes]:
         shares = [100 * one.overlap for _, one in found]
         axes.plot(places, shares, "o-", color=BLUE, label=f"with {base}")
         axes.plot(
@@ -99,7 +99,7 @@ def write_change(found: Change, base: str, trained: str, folder: Path) -> None:
         "standard_errors": "over responses; empty with fewer than two",
     }
     write_table(folder, "change", rows, about)
-    with figure(folder / "change.png") as axes:
+    with figure(folder / "change.png") as [axes]:
         filled = found.change.count > 0
         middle = (numpy.arange(NUM_BINS) + 0.5) * width
         errors = numpy.nan_to_num(found.change.standard_error)
@@ -109,7 +109,7 @@ def write_change(found: Change, base: str, trained: str, folder: Path) -> None:
             0.8 * width,
             yerr=errors[filled],
             color=BLUE,
-            ecolor=GREY,
+            ecolor="black",
             capsize=2,
         )
         axes.axhline(0.0, color="black", linewidth=0.8)

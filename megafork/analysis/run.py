@@ -160,15 +160,14 @@ def _plan(asked: RunAnalysis) -> _Plan:
 
 
 def _score_settings(config: TrainConfig) -> list[str]:
-    """The run's layout, tokenizer and temperature of the entropy, as `megafork score` takes them."""
-    temperature = config.forking.entropy_temperature or config.rollout.temperature
+    """The run's layout, tokenizer and entropy temperature, as `megafork score` takes them."""
+    sections = {"parallel": config.parallel, "tokenizer": config.tokenizer}
     settings = {
-        f"parallel.{k}": v for k, v in config.parallel.model_dump(exclude_none=True).items()
+        f"{section}.{key}": value
+        for section, values in sections.items()
+        for key, value in values.model_dump(exclude_none=True).items()
     }
-    settings |= {
-        f"tokenizer.{k}": v for k, v in config.tokenizer.model_dump(exclude_none=True).items()
-    }
-    settings["temperature"] = temperature
+    settings["temperature"] = config.forking.entropy_temperature or config.rollout.temperature
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 

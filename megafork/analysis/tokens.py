@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 
@@ -130,27 +131,52 @@ def write_tokens(
 
 
 def _draw_bars(found: RankedTokens, source: str, path: Path, font: Font) -> None:
+    """Bars for the highest; points on a logarithmic axis for the lowest, which differ by powers of
+    ten (none is shown at 0 or below)."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     highest, lowest = found.highest(_NUM_BARS), found.lowest(_NUM_BARS)
-    shown = highest + lowest[::-1]
-    colours = [ORANGE] * len(highest) + [BLUE] * len(lowest)
-    with figure(path, height=1.3 + 0.2 * len(shown)) as axes:
-        means = [token.mean for token in shown]
-        errors = [0.0 if numpy.isnan(t.standard_error) else t.standard_error for t in shown]
-        places = numpy.arange(len(shown))
-        axes.barh(places, means, xerr=errors, color=colours, ecolor=GREY, height=0.8)
-        axes.set_yticks(places, [f"{font.drawable(t.label)}  ({t.count:,})" for t in shown])
-        for label in axes.get_yticklabels():
-            label.set_parse_math(False)  # a token may hold dollar signs
-            label.set_fontproperties(font.properties(8))
-        axes.set_ylim(len(shown) - 0.4, -0.6)
-        axes.set_xlim(left=0.0)
-        axes.set_xlabel("mean entropy where the token was sampled (nats), with standard error")
-        axes.set_title(
-            f"{source}: the {len(highest)} tokens of highest and {len(lowest)} of lowest mean "
-            f"entropy\n(count), among {len(found.ranked)} that occur at least {found.min_count} "
-            "times",
+    lowest = [token for token in lowest[::-1] if token.mean > 0]
+    rows = len(highest) + max(len(lowest), 1)
+    with figure(path, (len(highest), max(len(lowest), 1)), height=1.9 + 0.2 * rows) as (top, below):
+        top.barh(range(len(highest)), [t.mean for t in highest], color=ORANGE)
+        for one, tokens, colour in ((top, highest, GREY), (below, lowest, BLUE)):
+            one.errorbar(
+                [t.mean for t in tokens],
+                range(len(tokens)),
+                xerr=_error_bars(tokens),
+                fmt="none" if one is top else "o",
+                color=BLUE,
+                ecolor=colour,
+                markersize=4,
+            )
+            one.set_yticks(
+                range(len(tokens)), [f"{font.drawable(t.label)}  ({t.count:,})" for t in tokens]
+            )
+            for label in one.get_yticklabels():
+                label.set_parse_math(False)  # a token may hold dollar signs
+                label.set_fontproperties(font.properties(8))
+            one.set_ylim(max(len(tokens), 1) - 0.4, -0.6)
+        top.set_xlim(left=0.0)
+        top.set_title(
+            f"{source}: tokens (count) of highest and lowest mean entropy,\namong "
+            f"{len(found.ranked)} that occur at least {found.min_count} times",
             fontsize="medium",
         )
+        if lowest:
+            below.set_xscale("log")
+            below.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+            below.xaxis.set_major_formatter("{x:.0e}")
+            below.xaxis.set_minor_formatter(NullFormatter())
+            below.grid(axis="x", alpha=0.3)
+        below.set_xlabel("mean entropy where the token was sampled (nats), with standard error")
+
+
+def _error_bars(tokens: Sequence[TokenStatistics]) -> numpy.ndarray:
+    """[below, above]; below it ends within the logarithmic axis, none where it is unknown"""
+    mean = numpy.array([t.mean for t in tokens])
+    error = numpy.nan_to_num([t.standard_error for t in tokens])
+    return numpy.stack([numpy.minimum(error, 0.9 * mean.clip(min=0.0)), error])
 
 
 def _draw_cloud(
@@ -167,12 +193,15 @@ def _draw_cloud(
         ("highest mean entropy (size: mean entropy)", "autumn", _by_mean(highest, font)),
         ("lowest mean entropy (size: rank, the lowest largest)", "winter", _by_rank(lowest, font)),
     )
-    with figure(path, 2, height=6.4) as axes:
+    with figure(path, (1, 1), height=6.4) as axes:
         for one, (title, colours, sizes) in zip(axes, panels, strict=True):
             one.set_axis_off()
             one.set_title(title, fontsize="medium")
             if sizes:
-                one.imshow(_cloud(sizes, font, colours), interpolation="bilinear")
+                cloud = _cloud(sizes, font, colours)
+                one.imshow(cloud.to_array(), interpolation="bilinear")
+                if (drawn := len(cloud.layout_)) < len(sizes):
+                    one.set_title(f"{title}; {drawn} of {len(sizes)} found room", fontsize="medium")
             else:
                 one.text(0.5, 0.5, "none that the font can draw", ha="center")
         missing = sum(not font.can_draw(t.label) for t in [*highest, *lowest])
@@ -192,7 +221,7 @@ def _by_rank(tokens: Sequence[TokenStatistics], font: Font) -> dict[str, float]:
     return {label: 1 - 0.8 * i / len(drawn) for i, label in enumerate(drawn)}
 
 
-def _cloud(sizes: dict[str, float], font: Font, colours: str) -> numpy.ndarray:
+def _cloud(sizes: dict[str, float], font: Font, colours: str) -> Any:
     from wordcloud import WordCloud
 
     cloud = WordCloud(
@@ -204,11 +233,10 @@ def _cloud(sizes: dict[str, float], font: Font, colours: str) -> numpy.ndarray:
         color_func=_Shades(colours),
         prefer_horizontal=1.0,
         relative_scaling=0.7,
-        max_font_size=110,
         min_font_size=8,
         random_state=0,
     )
-    return cloud.generate_from_frequencies(sizes).to_array()
+    return cloud.generate_from_frequencies(sizes)
 
 
 class _Shades:

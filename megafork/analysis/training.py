@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megafork.analysis.output import BLUE, GREEN, GREY, ORANGE, PINK, figure, write_table
+from megafork.analysis.output import BLUE, GREEN, GREY, ORANGE, figure, write_table
 from megafork.errors import UserError
 from megafork.logging.metrics import read_rows
 
@@ -61,7 +61,7 @@ def write_training(rows: list[dict[str, Any]], source: str, folder: Path) -> Non
                 ("80th percentile", "entropy_p80_nats", BLUE, "-"),
                 ("median", "entropy_p50_nats", GREEN, "-"),
                 ("mean", "entropy_mean_nats", GREY, "--"),
-                ("threshold of the forking tokens", "threshold_nats", PINK, ":"),
+                ("threshold of the forking tokens", "threshold_nats", "black", ":"),
             ),
         ),
         (
@@ -76,17 +76,23 @@ def write_training(rows: list[dict[str, Any]], source: str, folder: Path) -> Non
             ),
         ),
     )
-    with figure(folder / "training.png", len(panels), height=8.4) as axes:
+    with figure(folder / "training.png", [1] * len(panels), height=9.0) as axes:
         for one, (unit, lines) in zip(axes, panels, strict=True):
             for label, column, colour, style in lines:
                 points = [(row["step"], row[column]) for row in rows if row[column] is not None]
                 if points:
                     one.plot(*zip(*points, strict=True), style, color=colour, label=label)
             one.set_ylabel(unit)
-            one.set_ylim(bottom=0.0)
+            one.set_ylim(0.0, 1.05 * one.get_ylim()[1])
             one.set_xlim(left=0.0)
             one.grid(alpha=0.3)
             if one.lines:
-                one.legend(frameon=False, fontsize="small", ncols=2)
-        axes[0].set_title(source, fontsize="medium")
+                one.legend(
+                    frameon=False,
+                    fontsize="small",
+                    ncols=3,
+                    loc="lower left",
+                    bbox_to_anchor=(0.0, 1.0),
+                )
+        axes[0].figure.suptitle(source, fontsize="medium")
         axes[-1].set_xlabel("training step")
