@@ -26,6 +26,7 @@ setup(
         "math-verify[antlr4_13_2]>=0.9",
         "matplotlib",
         "megatron-core>=0.16.1",
+        "msgspec",
         "numpy",
         "psutil",
         "pydantic>=2",

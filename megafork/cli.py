@@ -1,4 +1,4 @@
-"""The command line: `megafork train | score | convert | doctor`.
+"""The command line: `megafork train | score | convert | analyze | doctor`.
 
 Every command is typed here and does its work elsewhere. Configs and files are checked before any
 rank is started, so a mistake costs a second and is told once.
@@ -21,6 +21,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from megafork import launch
+from megafork.analysis.commands import analyze
 from megafork.config import ParallelConfig, ScoreConfig, TrainConfig
 from megafork.config.file import known_keys, load_config
 from megafork.errors import Interrupted, PeerError, UserError
@@ -111,6 +112,7 @@ convert = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(convert, name="convert")
+app.add_typer(analyze, name="analyze")
 
 
 @convert.command()
