@@ -22,19 +22,22 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over problems with its 95% confidence interval (normal, problems as drawn)."""
+    """A mean over problems with its 95% confidence interval: normal, over problems, cut to what is
+    possible. NaN: one problem has none."""
 
     mean: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
+    def of(
+        cls, values: Sequence[float], least: float = -math.inf, most: float = math.inf
+    ) -> Interval:
         mean = statistics.fmean(values)
         if len(values) < 2:
             return cls(mean, math.nan, math.nan)
         half = _Z * statistics.stdev(values, mean) / math.sqrt(len(values))
-        return cls(mean, mean - half, mean + half)
+        return cls(mean, max(least, mean - half), min(most, mean + half))
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,10 @@ class Evaluation:
         narrower than the two accuracies' own."""
         pairs = zip(self.accuracy, baseline.accuracy, strict=True)
         columns = {
-            "accuracy": Interval.of(self.accuracy),
+            "accuracy": Interval.of(self.accuracy, 0.0, 1.0),
             "change": Interval.of([ours - theirs for ours, theirs in pairs]),
-            "length": Interval.of(self.length),
-            "truncated": Interval.of(self.truncated),
+            "length": Interval.of(self.length, 0.0),
+            "truncated": Interval.of(self.truncated, 0.0, 1.0),
         }
         row = {"above": self.temperatures.above, "below": self.temperatures.below}
         for name, interval in columns.items():

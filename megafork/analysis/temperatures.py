@@ -178,7 +178,7 @@ async def _generate(
 
 
 def _told(evaluation: Evaluation) -> str:
-    pair, accuracy = evaluation.temperatures, Interval.of(evaluation.accuracy)
+    pair, accuracy = evaluation.temperatures, Interval.of(evaluation.accuracy, 0.0, 1.0)
     return (
         f"above {pair.above:g}, below {pair.below:g}: accuracy {accuracy.mean:.1%} "
         f"({accuracy.low:.1%} to {accuracy.high:.1%}), {statistics.fmean(evaluation.length):.1f} "
