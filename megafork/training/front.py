@@ -54,7 +54,11 @@ class Front:
             max_tokens=config.rollout.max_response_tokens,
             stop_token_ids=eos,
         )
-        tokenizer = load_tokenizer(config, chat_template=config.data.chat_template)
+        tokenizer = load_tokenizer(
+            config,
+            chat_template=config.data.chat_template,
+            enable_thinking=config.data.enable_thinking,
+        )
         prompts = read_prompts(config.data.train, config.data, tokenizer.encode)
         self.client = server.connect(interruption.check)
         self.collector = Collector(
