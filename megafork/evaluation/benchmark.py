@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -67,7 +68,7 @@ def evaluate(config: EvaluateConfig, benchmarks: Sequence[str], output: Path) ->
     write_json(target, results)
     console = Console()
     console.print(_table(found))
-    console.print(f"results  {target}\nsamples  {output / 'samples'}", highlight=False)
+    console.print(f"results  {target}", f"samples  {output / 'samples'}", sep="\n", soft_wrap=True)
     return results
 
 
@@ -165,24 +166,25 @@ def measure(problems: Sequence[Sequence[metrics.Scored]]) -> Results:
 
 
 def _table(benchmarks: Results) -> Table:
-    table = Table(title="accuracies in %, with 95% intervals over problems")
-    for column in ("benchmark", "problems", "avg@k", "pass@k", "maj@k", "tokens", "cut off"):
+    table = Table(box=box.SIMPLE, caption="in %, with 95% intervals over problems; k = samples")
+    for column in ("benchmark", "problems", "k", "avg@k", "pass@k", "maj@k", "tokens", "cut off"):
         table.add_column(column, justify="left" if column == "benchmark" else "right")
     for name, found in benchmarks.items():
         n = found["samples"]
         table.add_row(
             name,
-            f"{found['problems']} x {n}",
-            f"avg@{n} {_percent(found[f'avg@{n}'])}",
-            f"pass@{n} {_percent(found['pass@k'][str(n)])}",
-            f"maj@{n} {_percent(found['maj@k'][str(n)])}",
+            str(found["problems"]),
+            str(n),
+            _percent(found[f"avg@{n}"]),
+            *(_percent(found[key][str(n)]) for key in ("pass@k", "maj@k")),
             f"{found['length_mean']['value']:.0f}",
-            _percent(found["truncated_fraction"]),
+            f"{100 * found['truncated_fraction']['value']:.1f}",
         )
     return table
 
 
-def _percent(found: dict[str, float | None]) -> str:
-    value, low, high = (found[name] for name in ("value", "low", "high"))
-    text = f"{100 * value:.1f}"  # type: ignore[operator]
-    return text if low is None or high is None else f"{text} [{100 * low:.1f}, {100 * high:.1f}]"
+def _percent(found: dict[str, Any]) -> str:
+    text = f"{100 * found['value']:.1f}"
+    if found["low"] is None:
+        return text
+    return f"{text}\n{100 * found['low']:.1f}-{100 * found['high']:.1f}"
