@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from megafork.errors import UserError
 from megafork.launch import under_torchrun
 from megafork.model.shape import ModelShape, read_json
 from megafork.rewards.verifier import load_verifier
-from megafork.rollout.engine import api_key_of
+from megafork.rollout.engine import check_server
 
 _TRUNCATING = {"top_k": (None, 0, -1), "top_p": (None, 1, 1.0), "min_p": (None, 0, 0.0)}
 
@@ -42,11 +41,7 @@ def check_train(config: TrainConfig) -> None:
     if config.data.eval is not None:
         read_rows(config.data.eval, config.data)
     load_verifier(config.reward.verifier)
-    if config.rollout.url is not None:
-        api_key_of(config.rollout)
-    python = config.rollout.python
-    if python is not None and shutil.which(python) is None:
-        raise UserError(f"rollout.python={python} is not an executable: give a Python with vLLM")
+    check_server(config.rollout)
     if not under_torchrun():
         _tell_ignored_sampling(Path(config.model.path))
         _tell_other_eos(config, shape)

@@ -10,7 +10,7 @@ from megafork.checkpoint.store import CheckpointStore
 from megafork.config import TrainConfig
 from megafork.interruption import Interruption
 from megafork.parallel.topology import Topology, initialize, shutdown
-from megafork.rollout.engine import RolloutServer, host_of
+from megafork.rollout.engine import RolloutServer, host_of, served_policy
 from megafork.training.critic import Critic, make_critic
 from megafork.training.front import Front
 from megafork.training.policy import Policy
@@ -48,7 +48,8 @@ def _train(
         server = None
         if topology.rank == 0:  # it loads while the policy does
             device = topology.device.type
-            server = stack.enter_context(RolloutServer(config, device, run_dir / "vllm.log"))
+            served, log = served_policy(config), run_dir / "vllm.log"
+            server = stack.enter_context(RolloutServer(served, config.rollout, device, log))
         stack.enter_context(topology.whereabouts.told())  # at once: a server's end takes time
         topology.whereabouts.enter("the loading of the model")
         policy = Policy(
