@@ -24,6 +24,7 @@ setup(
         "math-verify[antlr4_13_2]>=0.9",
         "matplotlib",
         "megatron-core>=0.16.1",
+        "msgspec",
         "numpy",
         "pebble",
         "psutil",

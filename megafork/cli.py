@@ -1,4 +1,4 @@
-"""The command line: `megafork train | score | generate | eval | convert | serve | doctor`.
+"""The command line: `megafork train | score | generate | eval | analyze | convert | serve | ...`.
 
 Every command is typed here and does its work elsewhere. Configs and files are checked before any
 rank is started, so a mistake costs a second and is told once.
@@ -22,6 +22,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from megafork import launch
+from megafork.analysis.commands import analyze
 from megafork.config import (
     EvaluateConfig,
     GenerateConfig,
@@ -31,7 +32,6 @@ from megafork.config import (
     TrainConfig,
 )
 from megafork.config.file import known_keys, load_config
-from megafork.config.temperatures import TemperaturesConfig
 from megafork.errors import Interrupted, PeerError, UserError
 from megafork.interruption import INTERRUPTED
 
@@ -172,6 +172,7 @@ convert = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(convert, name="convert")
+app.add_typer(analyze, name="analyze")
 
 
 @convert.command()
@@ -221,32 +222,6 @@ def verify(
             raise typer.Exit(1)
 
     _on_ranks(resolved.parallel, work)
-
-
-analyze = typer.Typer(help="The paper's analyses, on a model of yours.", no_args_is_help=True)
-app.add_typer(analyze, name="analyze")
-
-
-@analyze.command()
-def temperatures(
-    model: Annotated[Path, typer.Option(help="HF folder of the model")],
-    data: Annotated[Path, typer.Option(help="jsonl of {data.prompt_key, data.answer_key} rows")],
-    output: Annotated[Path, typer.Option(help="folder for samples, tables and figure")],
-    overrides: Overrides = None,
-) -> None:
-    """Accuracy over the temperature of forking tokens, and over that of all others."""
-    paths = {"model.path": model, "data.train": data}
-    resolved = load_config(
-        TemperaturesConfig,
-        None,
-        [*(f"{key}={json.dumps(str(path))}" for key, path in paths.items()), *(overrides or [])],
-    )
-    resolved.check()
-    from megafork.analysis.temperatures import sweep_temperatures
-    from megafork.parallel.backend import has_cuda
-
-    figure = sweep_temperatures(resolved, output, "cuda" if has_cuda() else "cpu")
-    typer.echo(f"tables and figure: {figure}")
 
 
 @app.command()

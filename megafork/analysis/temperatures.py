@@ -1,33 +1,34 @@
-"""`megafork analyze temperatures`: accuracy when forking and other tokens are decoded at two
-temperatures, one of them varied while the other stays 1 (arXiv 2506.01939, section 3)."""
+"""Accuracy when forking and other tokens are decoded at two temperatures, one of them varied while
+the other stays 1 (arXiv 2506.01939, section 3)."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import statistics
-import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from megafork.analysis.temperature_curves import (
-    Evaluation,
-    Interval,
-    Sample,
-    whole,
-    write_results,
-)
-from megafork.config import ScoreConfig
-from megafork.config.file import load_config, save_config
+from megafork.analysis.output import BLUE, GREY, ORANGE, Row, figure, make_folder, write_table
 from megafork.config.temperatures import TemperaturesConfig
-from megafork.data.prompts import Prompt, read_prompts
-from megafork.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
-from megafork.errors import UserError
-from megafork.model.shape import ModelShape
+from megafork.evaluation import metrics
+from megafork.evaluation.benchmark import problems_of, rows_by
+from megafork.evaluation.generation import Input, Job, check_input, digest, run_jobs
+from megafork.evaluation.samples import SampleFile, Settings
 from megafork.rewards.verifier import Judge
-from megafork.rollout.client import RolloutClient
-from megafork.rollout.sampling import Sampling, TwoTemperatures
-from megafork.rollout.vllm_server import VllmServer
+from megafork.rollout.sampling import TwoTemperatures
+
+Problems = Sequence[Sequence[metrics.Scored]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pair of temperatures gave, problem by problem in the file's order."""
+
+    temperatures: TwoTemperatures
+    problems: Problems
+
+    def accuracies(self) -> list[float]:
+        return [sum(s.accuracy for s in samples) / len(samples) for samples in self.problems]
 
 
 def pairs_of(config: TemperaturesConfig) -> list[TwoTemperatures]:
@@ -39,148 +40,123 @@ def pairs_of(config: TemperaturesConfig) -> list[TwoTemperatures]:
     return list(dict.fromkeys(pairs))
 
 
-def sweep_temperatures(config: TemperaturesConfig, output: Path, device: str) -> Path:
-    """Generate, judge, and write OUTPUT/{config.toml, samples/, temperatures.csv, .json, .png}.
+def sweep_temperatures(config: TemperaturesConfig, data: str, output: Path) -> None:
+    """Write OUTPUT/samples/, a jsonl for every pair of temperatures, and OUTPUT/temperatures.csv,
+    .json and .png.
 
-    Pairs of temperatures whose samples OUTPUT has already are not generated again. Returns the
-    figure. Raises UserError before anything is started for what can be known to fail.
+    Samples that are there already, by the same settings, are not generated again; more temperatures
+    may be asked for. Raises UserError before anything is started or written, Interrupted after a
+    signal.
     """
-    shape, tokenizer, prompts, judge = _prepare(config)
-    _claim(config, output)
-    server = VllmServer(
-        config.model.path,
-        dtype=config.rollout.dtype or config.model.dtype,
-        max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
-        max_num_seqs=config.rollout.max_num_seqs,
-        log_path=output / "vllm.log",
-        device=device,
-        tensor_parallel=config.rollout.tensor_parallel,
-        python=config.rollout.python or sys.executable,
-        startup_timeout_s=config.rollout.startup_timeout_s,
-        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        kv_cache_gib=config.rollout.cpu_kv_cache_gib,
-        two_temperatures=True,
-    )
-    pairs = pairs_of(config)
-    missing = [pair for pair in pairs if not _samples_path(output, pair).exists()]
-    if missing:
-        with server:
-            client = server.client(config.rollout.request_timeout_s)
-            for pair in missing:
-                sampling = Sampling(
-                    max_tokens=config.rollout.max_response_tokens,
-                    stop_token_ids=shape.eos_token_ids,
-                    forking_temperatures=pair,
-                )
-                size = config.rollout.group_size
-                work = _generate(client, prompts, tokenizer, judge, sampling, size)
-                samples = asyncio.run(work)
-                with whole(_samples_path(output, pair)) as partial, partial.open("w") as file:
-                    file.writelines(json.dumps(sample) + "\n" for sample in samples)
-                print(_told(Evaluation.of(pair, samples)), flush=True)
-    evaluations = [Evaluation.of(pair, _read(_samples_path(output, pair))) for pair in pairs]
+    given = check_input(config)
+    prompts = given.prompts(data)
+    judge = Judge(config.reward)
+    jobs = {}
+    for pair in pairs_of(config):
+        path = output / "samples" / f"above_{pair.above:g}_below_{pair.below:g}.jsonl"
+        settings = _settings(given, pair) | digest(prompts)
+        sampling = replace(given.sampling(), forking_temperatures=pair)
+        jobs[pair] = Job(prompts, SampleFile(path, settings, len(prompts)), sampling)
+    make_folder(output)
+    make_rows = rows_by(judge, config, given)
+    run_jobs(given, list(jobs.values()), make_rows, log_path=output / "vllm.log")
+    samples = config.rollout.samples
+    found = [Evaluation(pair, problems_of(job.file, samples)) for pair, job in jobs.items()]
     about = {
-        "model": config.model.path,
-        "data": config.data.train,
+        "model": str(given.source.folder),
+        "data": data,
         "threshold": config.sweep.threshold,
         "problems": len(prompts),
-        "samples": config.rollout.group_size,
+        "samples": samples,
     }
-    return write_results(evaluations, about, output)
+    rows = table(found)
+    write_table(output, "temperatures", rows, about)
+    draw(rows, about, output / "temperatures.png")
 
 
-def _samples_path(output: Path, pair: TwoTemperatures) -> Path:
-    return output / "samples" / f"above_{pair.above:g}_below_{pair.below:g}.jsonl"
+def _settings(given: Input, pair: TwoTemperatures) -> Settings:
+    """Of one pair's samples: the other temperatures of the sweep are none of their business."""
+    settings = given.settings()
+    kept = {key: value for key, value in settings.items() if not key.startswith("sweep.")}
+    return kept | {"temperatures": [pair.threshold, pair.above, pair.below]}
 
 
-def _read(path: Path) -> Iterator[Sample]:
-    with path.open() as lines:
-        yield from map(json.loads, lines)
+def table(evaluations: Sequence[Evaluation]) -> list[Row]:
+    """One row for each; the baseline, T = 1 on both sides, is the first. Intervals: 95%, over
+    problems. `change` is from the baseline problem by problem."""
+    baseline = evaluations[0].accuracies()
+    rows = []
+    for evaluation in evaluations:
+        problems = evaluation.problems
+        pairs = zip(evaluation.accuracies(), baseline, strict=True)
+        columns = {
+            "accuracy": metrics.avg_at_k(problems),
+            "change": _of_differences([ours - theirs for ours, theirs in pairs]),
+            "length": metrics.mean_length(problems),
+            "truncated": metrics.truncated_fraction(problems),
+        }
+        row: Row = {"above": evaluation.temperatures.above, "below": evaluation.temperatures.below}
+        for name, found in columns.items():
+            row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+        rows.append(row)
+    return rows
 
 
-def _prepare(config: TemperaturesConfig) -> tuple[ModelShape, Tokenizer, list[Prompt], Judge]:
-    shape = ModelShape.from_folder(config.model.path)
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if longest > shape.max_positions:
-        raise UserError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's "
-            f"max_position_embeddings={shape.max_positions}: lower one of them"
+def _of_differences(values: Sequence[float]) -> metrics.Estimate:
+    """`metrics.estimate` is made for 0..1, differences lie in -1..1."""
+    found = metrics.estimate([(value + 1) / 2 for value in values])
+
+    def back(value: float | None) -> float | None:
+        return None if value is None else 2 * value - 1
+
+    error = None if found.standard_error is None else 2 * found.standard_error
+    return metrics.Estimate(2 * found.value - 1, back(found.low), back(found.high), error)
+
+
+def draw(rows: Sequence[Row], about: dict[str, Any], path: Path) -> None:
+    """Accuracy, length and truncation over the temperature that is varied, a curve a side."""
+    panels = {
+        "accuracy": (f"accuracy, avg@{about['samples']} (%)", 100),
+        "length": ("response length (tokens)", 1),
+        "truncated": ("truncated responses (%)", 100),
+    }
+    curves = {
+        "above": (f"of tokens above {about['threshold']:g} nats of entropy (others: 1)", ORANGE),
+        "below": ("of the other tokens (those above: 1)", BLUE),
+    }
+    with figure(path, (1,) * len(panels), height=8.4) as every_axes:
+        for axes, (name, (label, scale)) in zip(every_axes, panels.items(), strict=True):
+            for side, (meaning, color) in curves.items():
+                other = "below" if side == "above" else "above"
+                points = sorted((row for row in rows if row[other] == 1), key=lambda row: row[side])
+                margins = [
+                    [
+                        scale * abs(row[name] - _or(row[f"{name}_{end}"], row[name]))
+                        for row in points
+                    ]
+                    for end in ("low", "high")
+                ]
+                axes.errorbar(
+                    [row[side] for row in points],
+                    [scale * row[name] for row in points],
+                    yerr=margins,
+                    marker="o",
+                    capsize=3,
+                    color=color,
+                    label=f"temperature {meaning}",
+                )
+            axes.axvline(1.0, color=GREY, linewidth=0.8, linestyle=":")
+            axes.set_ylabel(label)
+            axes.grid(alpha=0.3)
+        every_axes[0].legend(frameon=False, fontsize="small")
+        every_axes[0].set_title(
+            f"{about['problems']} problems, {about['samples']} responses each; bars: 95% over "
+            "problems",
+            fontsize="small",
         )
-    if not shape.eos_token_ids:
-        raise UserError(
-            f"model.path={config.model.path}: neither generation_config.json nor config.json names "
-            "an eos_token_id, so no response could end: add it"
-        )
-    reader = ScoreConfig.model_validate(
-        {"model": {"path": config.model.path}, "tokenizer": config.tokenizer}
-    )
-    check_tokenizer(reader, shape.vocab_size, chat_template=config.data.chat_template)
-    tokenizer = load_tokenizer(reader, chat_template=config.data.chat_template)
-    prompts = read_prompts(config.data.train, config.data, tokenizer.encode)
-    return shape, tokenizer, prompts, Judge(config.reward)
+        every_axes[-1].set_xlabel("temperature that is varied (0: greedy)")
 
 
-def _claim(config: TemperaturesConfig, output: Path) -> None:
-    """Raise UserError when the folder holds a sweep with other settings than its temperatures."""
-    path = output / "config.toml"
-    if path.exists():
-        before = load_config(TemperaturesConfig, path, []).model_dump()
-        now = config.model_dump()
-        for settings in (before, now):
-            del settings["sweep"]["above"], settings["sweep"]["below"]
-        changed = [
-            f"{name}.{key}={now[name][key]} (there: {before[name][key]})"
-            for name in now
-            for key in now[name]
-            if now[name][key] != before[name][key]
-        ]
-        if changed:
-            raise UserError(
-                f"--output {output} holds a sweep with other settings: {', '.join(changed)}: give "
-                "another folder, or the same settings to go on with it"
-            )
-    (output / "samples").mkdir(parents=True, exist_ok=True)
-    save_config(config, path)
-
-
-async def _generate(
-    client: RolloutClient,
-    prompts: list[Prompt],
-    tokenizer: Tokenizer,
-    judge: Judge,
-    sampling: Sampling,
-    num_samples: int,
-) -> list[Sample]:
-    async def of_prompt(prompt: Prompt) -> list[Sample]:
-        samples = []
-        for completion in await client.generate(prompt.ids, num_samples, sampling):
-            response = tokenizer.decode(completion.token_ids)
-            verdict = await judge(prompt.text, response, prompt.answer)
-            samples.append(
-                {
-                    "problem": prompt.index,
-                    "prompt": prompt.text,
-                    "answer": prompt.answer,
-                    "response": response,
-                    "accuracy": verdict.accuracy,
-                    "reward": verdict.reward,
-                    "truncated": completion.truncated,
-                    "prompt_ids": prompt.ids,
-                    "response_ids": completion.token_ids,
-                    "rollout_logprobs": completion.logprobs,
-                }
-            )
-        return samples
-
-    async with client:
-        groups = await asyncio.gather(*map(of_prompt, prompts))
-    return [sample for group in groups for sample in group]
-
-
-def _told(evaluation: Evaluation) -> str:
-    pair, accuracy = evaluation.temperatures, Interval.of(evaluation.accuracy, 0.0, 1.0)
-    return (
-        f"above {pair.above:g}, below {pair.below:g}: accuracy {accuracy.mean:.1%} "
-        f"({accuracy.low:.1%} to {accuracy.high:.1%}), {statistics.fmean(evaluation.length):.1f} "
-        f"tokens, {statistics.fmean(evaluation.truncated):.1%} truncated"
-    )
+def _distance(value: float, end: float | None) -> float:
+    """To the end of an interval, which one problem alone does not have."""
+    return 0.0 if end is None else abs(value - end)

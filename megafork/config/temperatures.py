@@ -6,8 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megafork.config.model import ModelConfig, TokenizerConfig
-from megafork.config.rollout import DataConfig, RewardConfig, RolloutConfig
+from megafork.config.evaluate import EvaluateConfig
 from megafork.config.section import Section
 from megafork.errors import UserError
 
@@ -28,25 +27,27 @@ class SweepConfig(Section):
     )
 
 
-class TemperaturesConfig(Section):
+class TemperaturesConfig(EvaluateConfig):
     """The overrides that `megafork analyze temperatures` takes."""
 
-    model: ModelConfig
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    data: DataConfig
-    rollout: RolloutConfig = RolloutConfig()
-    reward: RewardConfig
     sweep: SweepConfig = SweepConfig()
 
     def check(self) -> None:
-        """Raises UserError for settings that this command cannot keep."""
-        if self.rollout.temperature != 1.0:
+        """Raises UserError."""
+        super().check()
+        rollout = self.rollout
+        for key, value, neutral in (
+            ("temperature", rollout.temperature, 1.0),
+            ("top_p", rollout.top_p, 1.0),
+            ("top_k", rollout.top_k, None),
+        ):
+            if value != neutral:
+                raise UserError(
+                    f"rollout.{key}={value} would change the distribution that sweep.above and "
+                    "sweep.below set: leave it unset"
+                )
+        if rollout.url is not None:
             raise UserError(
-                f"rollout.temperature={self.rollout.temperature:g} has no meaning here: set "
-                "sweep.above and sweep.below"
-            )
-        if self.rollout.url is not None:
-            raise UserError(
-                f"rollout.url={self.rollout.url}: a server that runs already knows one temperature "
-                "for all tokens; leave it unset, so that one is started that knows two"
+                f"rollout.url={rollout.url}: a server that runs already knows one temperature for "
+                "all tokens; leave it unset, so that one is started that knows two"
             )

@@ -22,6 +22,7 @@ from megafork.evaluation.answers import extract
 from megafork.evaluation.generation import (
     Input,
     Job,
+    MakeRows,
     Rows,
     check_input,
     digest,
@@ -56,7 +57,7 @@ def evaluate(config: EvaluateConfig, benchmarks: Sequence[str], output: Path) ->
     _check_folder(output, given)
     results = _results_before(output)
     judge = Judge(config.reward)
-    run_jobs(given, list(jobs.values()), _rows_by(judge, config, given), log_path=_log(output))
+    run_jobs(given, list(jobs.values()), rows_by(judge, config, given), log_path=_log(output))
     results |= {"model": str(given.source.folder), "confidence": metrics.CONFIDENCE}
     results |= {"interval": _INTERVAL, "settings": given.settings()}
     found = {
@@ -111,7 +112,9 @@ def _results_before(output: Path) -> Results:
         raise UserError(f"{path} is not JSON ({error}): remove it") from None
 
 
-def _rows_by(judge: Judge, config: EvaluateConfig, given: Input) -> Any:
+def rows_by(judge: Judge, config: EvaluateConfig, given: Input) -> MakeRows:
+    """Rows of the samples with what the verifier says of them."""
+
     async def make_rows(prompt: Prompt, completions: list[Completion]) -> Rows:
         rows = [row_of(prompt, i, c, given.tokenizer) for i, c in enumerate(completions)]
         verdicts = await asyncio.gather(

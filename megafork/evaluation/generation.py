@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -168,6 +168,8 @@ class Job:
 
     prompts: list[Prompt]
     file: SampleFile
+    sampling: Sampling | None = None
+    """Unset: the settings'"""
 
 
 def run_jobs(given: Input, jobs: Sequence[Job], make_rows: MakeRows, *, log_path: Path) -> None:
@@ -187,7 +189,8 @@ def run_jobs(given: Input, jobs: Sequence[Job], make_rows: MakeRows, *, log_path
         folder = stack.enter_context(given.source.as_hf(scratch))
         interruption.defer()
         device = _device()
-        served = given.served(folder)
+        knows_two = any(job.sampling and job.sampling.forking_temperatures for job in jobs)
+        served = replace(given.served(folder), two_temperatures=knows_two)
         server = stack.enter_context(RolloutServer(served, given.config.rollout, device, log_path))
         try:
             client = server.connect(interruption.check)
@@ -206,7 +209,7 @@ def run_jobs(given: Input, jobs: Sequence[Job], make_rows: MakeRows, *, log_path
 async def _generate(
     given: Input, client: RolloutClient, todo: Sequence[tuple[Job, Prompt]], make_rows: MakeRows
 ) -> None:
-    rollout, sampling = given.config.rollout, given.sampling()
+    rollout = given.config.rollout
     console = Console(stderr=True)
     progress = Progress(
         TextColumn("prompts"),
@@ -222,6 +225,7 @@ async def _generate(
         seed = None
         if rollout.seed is not None:  # of the prompt alone; response i takes seed + i
             seed = (rollout.seed * 1_000_003 + prompt.index) * rollout.samples
+        sampling = job.sampling or given.sampling()
         completions = await client.generate(prompt.ids, rollout.samples, sampling, seed)
         job.file.append(prompt.index, await make_rows(prompt, completions))
         progress.advance(task)

@@ -29,6 +29,8 @@ class Served:
     dtype: str
     max_model_len: int
     """Tokens of the longest prompt with the longest response"""
+    two_temperatures: bool = False
+    """Whether requests may ask for `Sampling.forking_temperatures`"""
 
 
 def served_policy(config: TrainConfig) -> Served:
@@ -130,6 +132,7 @@ def build_server(
         api_key=api_key,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_gib=rollout.cpu_kv_cache_gib,
+        two_temperatures=served.two_temperatures,
     )
 
 

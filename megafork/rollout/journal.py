@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -54,20 +55,24 @@ class Journal:
     def read(path: str | Path) -> list[Group]:
         """All groups, in the order they finished; empty when there is no such file.
 
+        Raises UserError as `each` does.
+        """
+        return list(Journal.each(path)) if Path(path).exists() else []
+
+    @staticmethod
+    def each(path: str | Path) -> Iterator[Group]:
+        """The same, one at a time.
+
         A torn last line is dropped with a warning. Raises UserError, naming file and line, when
         any other line is damaged.
         """
         path = Path(path)
-        if not path.exists():
-            return []
-        groups = []
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.endswith(b"\n"):
-                    groups.append(_parse(line, path, number))
+                    yield _parse(line, path, number)
                 else:
                     _log.warning("%s:%d: dropped a group not written to its end", path, number)
-        return groups
 
 
 def group_of(fields: dict[str, Any]) -> Group:
