@@ -130,10 +130,7 @@ def draw(rows: Sequence[Row], about: dict[str, Any], path: Path) -> None:
                 other = "below" if side == "above" else "above"
                 points = sorted((row for row in rows if row[other] == 1), key=lambda row: row[side])
                 margins = [
-                    [
-                        scale * abs(row[name] - _or(row[f"{name}_{end}"], row[name]))
-                        for row in points
-                    ]
+                    [scale * _distance(row[name], row[f"{name}_{end}"]) for row in points]
                     for end in ("low", "high")
                 ]
                 axes.errorbar(
