@@ -53,7 +53,7 @@ def sweep_temperatures(config: TemperaturesConfig, data: str, output: Path) -> N
     judge = Judge(config.reward)
     jobs = {}
     for pair in pairs_of(config):
-        path = output / "samples" / f"above_{pair.above:g}_below_{pair.below:g}.jsonl"
+        path = output / "samples" / f"above_{pair.above:.12g}_below_{pair.below:.12g}.jsonl"
         settings = _settings(given, pair) | digest(prompts)
         sampling = replace(given.sampling(), forking_temperatures=pair)
         jobs[pair] = Job(prompts, SampleFile(path, settings, len(prompts)), sampling)
@@ -133,10 +133,12 @@ def draw(rows: Sequence[Row], about: dict[str, Any], path: Path) -> None:
                     [scale * _distance(row[name], row[f"{name}_{end}"]) for row in points]
                     for end in ("low", "high")
                 ]
+                # Where nothing was truncated, a bound of nothing would dwarf what was.
+                bars = None if name == "truncated" else margins
                 axes.errorbar(
                     [row[side] for row in points],
                     [scale * row[name] for row in points],
-                    yerr=margins,
+                    yerr=bars,
                     marker="o",
                     capsize=3,
                     color=color,
