@@ -166,7 +166,11 @@ def measure(problems: Sequence[Sequence[metrics.Scored]]) -> Results:
 
 
 def _table(benchmarks: Results) -> Table:
-    table = Table(box=box.SIMPLE, caption="in %, with 95% intervals over problems; k = samples")
+    table = Table(
+        box=box.SIMPLE,
+        collapse_padding=True,  # fits 80 columns
+        caption="in %, with 95% intervals over problems; k = samples",
+    )
     table.add_column("benchmark")
     for column in ("problems", "k", "avg@k", "pass@k", "maj@k", "tokens", "cut off"):
         width = len("10.0-20.0") if "@" in column else None
