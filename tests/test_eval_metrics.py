@@ -182,6 +182,14 @@ def test_where_all_problems_agree_the_interval_still_has_a_width():
     assert (1 - wrong.high) ** 30 == pytest.approx(0.025)
 
 
+def test_an_interval_by_hand():
+    """Mean 0.5, variance 0.26 / 2, t of two degrees 4.3027; below 0 there is nothing."""
+    found = metrics.estimate([0.2, 0.4, 0.9], upper=None)
+    assert found.standard_error == pytest.approx((0.13 / 3) ** 0.5)
+    assert found.low == 0
+    assert found.high == pytest.approx(0.5 + 4.3027 * (0.13 / 3) ** 0.5, abs=1e-4)
+
+
 def test_one_problem_has_no_interval():
     found = metrics.estimate([0.5])
     assert (found.value, found.low, found.high, found.standard_error) == (0.5, None, None, None)

@@ -48,9 +48,9 @@ def sweep_temperatures(config: TemperaturesConfig, data: str, output: Path) -> N
     may be asked for. Raises UserError before anything is started or written, Interrupted after a
     signal.
     """
-    given = check_input(config)
-    prompts = given.prompts(data)
+    given = check_input(config, [data])
     judge = Judge(config.reward)
+    prompts = given.prompts(data)
     jobs = {}
     for pair in pairs_of(config):
         path = output / "samples" / f"above_{pair.above:.12g}_below_{pair.below:.12g}.jsonl"

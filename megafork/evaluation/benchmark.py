@@ -46,7 +46,10 @@ def evaluate(config: EvaluateConfig, benchmarks: Sequence[str], output: Path) ->
     before anything is started or written, Interrupted after a signal. Returns the results.
     """
     files = _files_of(benchmarks, output)
-    given = check_input(config)
+    given = check_input(config, files.values())
+    _check_folder(output, given)
+    results = _results_before(output)
+    judge = Judge(config.reward)
     jobs = {}
     for name, path in files.items():
         prompts = given.prompts(path)
@@ -54,9 +57,6 @@ def evaluate(config: EvaluateConfig, benchmarks: Sequence[str], output: Path) ->
         jobs[name] = Job(
             prompts, SampleFile(target, given.settings() | digest(prompts), len(prompts))
         )
-    _check_folder(output, given)
-    results = _results_before(output)
-    judge = Judge(config.reward)
     run_jobs(given, list(jobs.values()), rows_by(judge, config, given), log_path=_log(output))
     results |= {"model": str(given.source.folder), "confidence": metrics.CONFIDENCE}
     results |= {"interval": _INTERVAL, "settings": given.settings()}
@@ -169,9 +169,15 @@ def measure(problems: Sequence[Sequence[metrics.Scored]]) -> Results:
 
 
 def _table(benchmarks: Results) -> Table:
-    table = Table(box=box.SIMPLE, caption="in %, with 95% intervals over problems; k = samples")
-    for column in ("benchmark", "problems", "k", "avg@k", "pass@k", "maj@k", "tokens", "cut off"):
-        table.add_column(column, justify="left" if column == "benchmark" else "right")
+    table = Table(
+        box=box.SIMPLE,
+        collapse_padding=True,  # fits 80 columns
+        caption="in %, with 95% intervals over problems; k = samples",
+    )
+    table.add_column("benchmark")
+    for column in ("problems", "k", "avg@k", "pass@k", "maj@k", "tokens", "cut off"):
+        width = len("10.0-20.0") if "@" in column else None
+        table.add_column(column, justify="right", min_width=width)
     for name, found in benchmarks.items():
         n = found["samples"]
         table.add_row(

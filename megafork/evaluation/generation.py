@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megafork.config import GenerateConfig, GenerationConfig
-from megafork.data.prompts import Prompt, read_prompts
+from megafork.data.prompts import Prompt, read_prompts, read_rows
 from megafork.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from megafork.errors import Interrupted, UserError
 from megafork.evaluation.samples import PROMPTS, SampleFile, Settings
@@ -46,7 +47,14 @@ class Input:
     """model.path is the folder with the model's config and tokenizer"""
     source: ModelSource
     shape: ModelShape
-    tokenizer: Tokenizer
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Loaded when all else is checked: importing transformers takes seconds."""
+        data = self.config.data
+        return load_tokenizer(
+            self.config, chat_template=data.chat_template, enable_thinking=data.enable_thinking
+        )
 
     def prompts(self, path: str) -> list[Prompt]:
         data = self.config.data
@@ -86,8 +94,8 @@ class Input:
         }
 
 
-def check_input(config: GenerateConfig) -> Input:
-    """Raises UserError for what can be known to fail before a server is started."""
+def check_input(config: GenerateConfig, files: Iterable[str]) -> Input:
+    """Raises UserError for what can be known to fail before a tokenizer or server is loaded."""
     source = find_model(config.model.path)
     shape = source.shape()
     model = config.model.model_copy(update={"path": str(source.side)})
@@ -106,12 +114,9 @@ def check_input(config: GenerateConfig) -> Input:
         )
     check_server(config.rollout)
     check_tokenizer(config, shape.vocab_size, chat_template=config.data.chat_template)
-    tokenizer = load_tokenizer(
-        config,
-        chat_template=config.data.chat_template,
-        enable_thinking=config.data.enable_thinking,
-    )
-    return Input(config, source, shape, tokenizer)
+    for file in files:
+        read_rows(file, config.data, config.data.id_key)
+    return Input(config, source, shape)
 
 
 def digest(prompts: Sequence[Prompt]) -> Settings:
@@ -130,7 +135,7 @@ def generate_file(config: GenerateConfig, data: str, output: Path) -> None:
     """
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: the folder {output.parent} does not exist")
-    given = check_input(config)
+    given = check_input(config, [data])
     prompts = given.prompts(data)
 
     async def make_rows(prompt: Prompt, completions: list[Completion]) -> Rows:

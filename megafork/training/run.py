@@ -47,9 +47,7 @@ def _train(
     with contextlib.ExitStack() as stack:
         server = None
         if topology.rank == 0:  # it loads while the policy does
-            device = topology.device.type
-            served, log = served_policy(config), run_dir / "vllm.log"
-            server = stack.enter_context(RolloutServer(served, config.rollout, device, log))
+            server = stack.enter_context(_server(config, topology))
         stack.enter_context(topology.whereabouts.told())  # at once: a server's end takes time
         topology.whereabouts.enter("the loading of the model")
         policy = Policy(
@@ -93,6 +91,11 @@ def _train(
         if state is not None:
             trainer.restore(state)
         trainer.run()
+
+
+def _server(config: TrainConfig, topology: Topology) -> RolloutServer:
+    log = Path(config.run.dir) / "vllm.log"
+    return RolloutServer(served_policy(config), config.rollout, topology.device.type, log)
 
 
 def _load_newest(
