@@ -103,12 +103,23 @@ def test_a_shorter_file_is_named(tmp_path, block_tokens):
             check_same_responses(*pair)
 
 
-def test_text_of_another_length_is_another_response(tmp_path):
-    """A text's length in bytes is in its key, so that no part of it can pass to the next."""
-    a = {"prompt": "ab", "response": "c", "entropies": [1.0]}
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"prompt": "ab", "response": "c"}, {"prompt": "a", "response": "bc"}),
+        (
+            {"prompt_ids": [1, 2], "response_ids": [3]},
+            {"prompt_ids": [1], "response_ids": [2, 3]},
+        ),
+    ],
+)
+def test_the_same_in_other_parts_is_another_response(tmp_path, one, other):
     paths = [
-        write(tmp_path / f"{i}.jsonl", [row])
-        for i, row in enumerate([a, a | {"prompt": "a", "response": "bc"}])
+        write(
+            tmp_path / f"{i}.jsonl",
+            [row | {"entropies": [1.0] * len(row.get("response_ids", "1"))}],
+        )
+        for i, row in enumerate([one, other])
     ]
     with pytest.raises(UserError, match="line 1"):
         check_same_responses(*(read_scored(p, tmp_path / p.stem) for p in paths))

@@ -237,9 +237,10 @@ def _ids(row: _Line, where: str, encode: Encode | None, vocab_size: int | None) 
 
 def _key(row: _Line) -> bytes:
     digest = hashlib.blake2b(digest_size=_ROW["key"].itemsize)
+    # Where the prompt ends is told by the quotes of a text, and by the tokens' number, which is
+    # compared as well.
     for ids, text in ((row.prompt_ids, row.prompt), (row.response_ids, row.response)):
-        part = bytes(text) if ids is None else numpy.array(ids, numpy.int64).tobytes()
-        digest.update(len(part).to_bytes(8, "little") + part)
+        digest.update(bytes(text) if ids is None else numpy.array(ids, numpy.int64).tobytes())
     return digest.digest()
 
 

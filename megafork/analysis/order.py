@@ -63,8 +63,8 @@ def quantiles(blocks: Blocks, num_values: int, fractions: Sequence[float]) -> nu
 
 
 def _ordered(values: numpy.ndarray) -> numpy.ndarray:
-    """uint32, in the values' order; -0.0 is 0.0."""
-    bits = (values + numpy.float32(0.0)).view(numpy.uint32)
+    """uint32, in the values' order; -0.0 comes before 0.0, which it equals."""
+    bits = values.view(numpy.uint32)
     return numpy.where(bits & _SIGN, ~bits, bits | _SIGN)
 
 

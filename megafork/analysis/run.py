@@ -91,10 +91,7 @@ def analyze_run(asked: RunAnalysis) -> None:
     """
     plan = _plan(asked)
     folder = make_folder(asked.output)
-    responses = Path(asked.responses)
-    if plan.journals:
-        responses = folder / "responses.jsonl"
-        write_rollouts(plan.journals, responses)
+    responses = _responses(asked, plan)
     with tempfile.TemporaryDirectory(prefix=".columns-", dir=folder) as name:
         spool = Path(name)
         columns = {
@@ -183,6 +180,15 @@ def _checkpoints(run: Path, last_step: int) -> list[tuple[int, Path]]:
     names = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in (run / "checkpoints").iterdir()]
     steps = sorted((int(match[1]), path) for match, path in names if match)
     return [(step, path) for step, path in steps if 0 < step < last_step]
+
+
+def _responses(asked: RunAnalysis, plan: _Plan) -> Path:
+    """The jsonl to score: the user's, or one written into the output folder."""
+    if asked.responses != ROLLOUTS:
+        return Path(asked.responses)
+    path = asked.output / "responses.jsonl"
+    write_rollouts(plan.journals, path)
+    return path
 
 
 def write_rollouts(journals: Sequence[Path], output: Path) -> None:

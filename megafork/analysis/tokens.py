@@ -165,7 +165,10 @@ def _draw_bars(found: RankedTokens, source: str, path: Path, font: Font) -> None
         )
         if lowest:
             below.set_xscale("log")
-            below.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+            wide = max(t.mean for t in lowest) > 100 * min(t.mean for t in lowest)
+            below.xaxis.set_major_locator(
+                LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=8)
+            )
             below.xaxis.set_major_formatter("{x:.0e}")
             below.xaxis.set_minor_formatter(NullFormatter())
             below.grid(axis="x", alpha=0.3)
