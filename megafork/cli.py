@@ -1,4 +1,4 @@
-"""The command line: `megafork train | score | convert | analyze | doctor`.
+"""The command line: `megafork train | score | generate | eval | analyze | convert | serve | ...`.
 
 Every command is typed here and does its work elsewhere. Configs and files are checked before any
 rank is started, so a mistake costs a second and is told once.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -22,7 +23,14 @@ import typer
 
 from megafork import launch
 from megafork.analysis.commands import analyze
-from megafork.config import ParallelConfig, ScoreConfig, TrainConfig
+from megafork.config import (
+    EvaluateConfig,
+    GenerateConfig,
+    ParallelConfig,
+    ScoreConfig,
+    Section,
+    TrainConfig,
+)
 from megafork.config.file import known_keys, load_config
 from megafork.errors import Interrupted, PeerError, UserError
 from megafork.interruption import INTERRUPTED
@@ -99,6 +107,58 @@ def score(
         score_file(resolved, input, output)
 
     _on_ranks(resolved.parallel, work)
+
+
+Served = Annotated[
+    Path, typer.Option(help="HF folder, a run's folder, or its checkpoints/step_000010")
+]
+SettingsFile = Annotated[
+    Path | None, typer.Option(help="TOML file with settings; `megafork keys` lists them")
+]
+
+
+@app.command()
+def generate(
+    model: Served,
+    data: Annotated[str, typer.Option(help="prompts: jsonl, parquet, HF data set folder, hf:NAME")],
+    output: Annotated[Path, typer.Option(help="jsonl to write, which `megafork score` reads")],
+    overrides: Overrides = None,
+    config: SettingsFile = None,
+) -> None:
+    """Responses of a model to a file's prompts, sampled by vLLM; goes on where it was cut off."""
+    settings = [f"model.path={json.dumps(str(model))}", *(overrides or [])]
+    resolved = load_config(GenerateConfig, config, settings)
+    from megafork.evaluation.generation import generate_file
+
+    generate_file(resolved, data, output)
+
+
+@app.command("eval")
+def evaluate(
+    model: Served,
+    output: Annotated[Path, typer.Option(help="folder for results.json and samples/")],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            help="benchmarks (jsonl, parquet, HF data set folder, hf:NAME) and section.key=value",
+            metavar="BENCHMARK... [SECTION.KEY=VALUE]...",
+        ),
+    ],
+    config: SettingsFile = None,
+) -> None:
+    """avg@k, pass@k and maj@k on benchmarks, with intervals, and every sample kept."""
+    overrides = [text for text in arguments if _is_override(text)]
+    settings = [f"model.path={json.dumps(str(model))}", *overrides]
+    resolved = load_config(EvaluateConfig, config, settings)
+    from megafork.evaluation.benchmark import evaluate as evaluate_benchmarks
+
+    benchmarks = [text for text in arguments if not _is_override(text)]
+    evaluate_benchmarks(resolved, benchmarks, output)
+
+
+def _is_override(text: str) -> bool:
+    """section.key=value; a file of such a name can be given as ./NAME."""
+    return re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", text) is not None
 
 
 HfFolder = Annotated[Path, typer.Option(help="HF folder: config.json and safetensors")]
@@ -208,6 +268,16 @@ def doctor(
 class Command(StrEnum):
     train = "train"
     score = "score"
+    generate = "generate"
+    eval = "eval"
+
+
+_SETTINGS: dict[Command, type[Section]] = {
+    Command.train: TrainConfig,
+    Command.score: ScoreConfig,
+    Command.generate: GenerateConfig,
+    Command.eval: EvaluateConfig,
+}
 
 
 @app.command()
@@ -215,8 +285,7 @@ def keys(
     command: Annotated[Command, typer.Argument(help="whose settings")] = Command.train,
 ) -> None:
     """List the settings of a command with their meaning."""
-    pairs = known_keys(TrainConfig if command is Command.train else ScoreConfig)
-    for key, description in pairs:
+    for key, description in known_keys(_SETTINGS[command]):
         typer.echo(f"{key:38} {description}")
 
 

@@ -143,6 +143,26 @@ def training(run: Annotated[Path, typer.Argument(help="folder of a run")], outpu
     _tell(output)
 
 
+@analyze.command()
+def temperatures(
+    model: Annotated[Path, typer.Option(help="HF folder, a run, or one of its checkpoints")],
+    data: Annotated[str, typer.Option(help="problems, as `megafork eval` reads them")],
+    output: Output,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="settings of `megafork eval`, and sweep.threshold, .above, .below"),
+    ] = None,
+) -> None:
+    """Accuracy over the temperature of forking tokens, and over that of the others."""
+    from megafork.analysis.temperatures import sweep_temperatures
+    from megafork.config.file import load_config
+    from megafork.config.temperatures import TemperaturesConfig
+
+    settings = [f"model.path={json.dumps(str(model))}", *(overrides or [])]
+    sweep_temperatures(load_config(TemperaturesConfig, None, settings), data, output)
+    _tell(output)
+
+
 @analyze.command("run")
 def run_command(
     run: Annotated[Path, typer.Argument(help="folder of a run that has ended")],

@@ -1,4 +1,4 @@
-"""Prompts, generation, rewards, and what keeps the server like the policy."""
+"""Generation, rewards, and what keeps the server like the policy."""
 
 from __future__ import annotations
 
@@ -7,26 +7,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megafork.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
+from megafork.config.server import ServerConfig
 from megafork.errors import UserError
 
 
-class DataConfig(Section):
-    train: str = Field(description="jsonl of {prompt_key, answer_key} rows to train on")
-    eval: str | None = Field(None, description="jsonl of held-out rows, same columns")
-    prompt_key: str = Field("prompt", description="column with the prompt text")
-    answer_key: str = Field("answer", description="column handed to the verifier")
-    chat_template: bool = Field(
-        False, description="wrap the prompt as a user turn of the tokenizer's chat template"
-    )
-    max_prompt_tokens: Positive = Field(1024, description="longer prompts are an error")
-    seed: int = Field(0, description="seed of the order of the prompts, new in every epoch")
-
-
-class RolloutConfig(Section):
+class RolloutConfig(ServerConfig):
     prompts_per_step: Positive = Field(512, description="groups of one rollout batch")
     group_size: Positive = Field(16, description="responses for each prompt")
-    max_response_tokens: Positive = Field(20480, description="longer responses are cut")
-    temperature: PositiveFloat = Field(1.0, description="sampling temperature")
     dynamic_sampling: bool = Field(
         True, description="replace groups whose responses are all right or all wrong (DAPO)"
     )
@@ -60,21 +47,6 @@ class RolloutConfig(Section):
     seeded: bool = Field(
         False, description="a seed for every request: repeatable responses, slower generation"
     )
-    url: str | None = Field(None, description="a running server to use; unset: start one")
-    api_key_env: str = Field(
-        "MEGAFORK_API_KEY",
-        description="variable with the key of url and serve",
-    )
-    python: str | None = Field(None, description="Python that has vLLM; unset: this one")
-    tensor_parallel: Positive = Field(1, description="tensor-parallel size of the server")
-    dtype: Literal["float32", "bfloat16"] | None = Field(
-        None, description="dtype of the server; unset: the policy's"
-    )
-    max_num_seqs: Positive = Field(256, description="responses that the server runs at once")
-    gpu_memory_utilization: Fraction = Field(0.6, description="GPU memory for the server")
-    cpu_kv_cache_gib: Positive = Field(1, description="KV cache of a CPU server, GiB")
-    startup_timeout_s: PositiveFloat = Field(600.0, description="seconds for the server to come up")
-    request_timeout_s: PositiveFloat = Field(3600.0, description="seconds for one request")
     max_restarts: NonNegative = Field(
         3, description="how often a server that died is replaced before a step goes on"
     )

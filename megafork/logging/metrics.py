@@ -73,12 +73,16 @@ class MetricsLog:
         self._console.print(f"step {step:>4}  " + "  ".join(values), highlight=False)
         self._progress.update(self._task, completed=step)
 
-    def evaluation(self, step: int, accuracy: float, num_samples: int) -> None:
-        """Held-out accuracy after `step` (0: before training), into eval.jsonl."""
+    def evaluation(self, step: int, row: dict[str, Any]) -> None:
+        """What held-out prompts gave after `step` (0: before training), into eval.jsonl."""
         with (self._run_dir / "eval.jsonl").open("a", encoding="utf-8") as file:
-            row = {"step": step, "eval/accuracy": accuracy, "eval/samples": num_samples}
-            file.write(json.dumps(row) + "\n")
-        self.note(f"step {step:>4}  held-out accuracy {accuracy:.3f} ({num_samples} responses)")
+            file.write(json.dumps({"step": step} | row) + "\n")
+        accuracy, low, high = (row[f"eval/accuracy{end}"] for end in ("", "_low", "_high"))
+        interval = f" [{low:.3f}, {high:.3f}]" if low is not None else ""
+        self.note(
+            f"step {step:>4}  held-out accuracy {accuracy:.3f}{interval} "
+            f"({row['eval/samples']} responses)"
+        )
 
     def forking_tokens(self, step: int, report: dict[str, Any]) -> None:
         """Which tokens fork, into forking_tokens.jsonl."""

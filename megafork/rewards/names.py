@@ -6,7 +6,7 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from megafork.errors import UserError
 
@@ -18,6 +18,12 @@ NAMES = {
     "countdown": "megafork.rewards.countdown:verify",
     "exact": "megafork.rewards.exact:verify",
 }
+
+
+def check_verifiers(names: Iterable[str]) -> None:
+    """Raises UserError for the first that `load_verifier` does not find."""
+    for name in names:
+        load_verifier(name)
 
 
 def load_verifier(name: str) -> Verifier:

@@ -13,7 +13,7 @@ from megafork.config import TrainConfig
 from megafork.data.prompts import Prompt, PromptStream, read_prompts
 from megafork.data.tokenizer import load_tokenizer
 from megafork.errors import OnEveryRank, ServerDied, UserError
-from megafork.evaluation.heldout import accuracy
+from megafork.evaluation import heldout
 from megafork.interruption import Interruption
 from megafork.logging.metrics import MetricsLog, read_rows
 from megafork.rewards.verifier import Judge
@@ -54,7 +54,11 @@ class Front:
             max_tokens=config.rollout.max_response_tokens,
             stop_token_ids=eos,
         )
-        tokenizer = load_tokenizer(config, chat_template=config.data.chat_template)
+        tokenizer = load_tokenizer(
+            config,
+            chat_template=config.data.chat_template,
+            enable_thinking=config.data.enable_thinking,
+        )
         prompts = read_prompts(config.data.train, config.data, tokenizer.encode)
         self.client = server.connect(interruption.check)
         self.collector = Collector(
@@ -68,8 +72,8 @@ class Front:
         )
         self.heldout: list[Prompt] = []
         if config.data.eval is not None:
-            heldout = read_prompts(config.data.eval, config.data, tokenizer.encode)
-            self.heldout = heldout[: config.eval.prompts]
+            found = read_prompts(config.data.eval, config.data, tokenizer.encode)
+            self.heldout = found[: config.eval.prompts]
         self.probe_prompts = prompts[: config.sync.check_prompts]
         self.log = MetricsLog(
             self.run_dir,
@@ -134,20 +138,22 @@ class Front:
         return self._generated(agreement.probe(self.client, self.probe_prompts, self.sampling))
 
     def evaluate(self, step: int) -> float:
-        """Held-out accuracy, also written to eval.jsonl."""
+        """Held-out accuracy (avg@k), also written, with more, to eval.jsonl."""
         collector, config = self.collector, self.config.eval
-        evaluating = accuracy(
+        sampling = replace(self.sampling, temperature=config.temperature)
+        evaluating = heldout.sample(
             self.client,
             self.heldout,
             collector.tokenizer,
             collector.judge,
-            replace(self.sampling, temperature=config.temperature),
+            sampling,
             config.samples,
+            self.config.rollout.max_num_seqs,
         )
-        value = self._generated(evaluating)
+        row = heldout.row(self._generated(evaluating))
         self._tell_failures()
-        self.log.evaluation(step, value, len(self.heldout) * config.samples)
-        return value
+        self.log.evaluation(step, row)
+        return row["eval/accuracy"]
 
     def _tell_failures(self) -> None:
         """Of each kind of a verifier's failures the first of the run; metrics.jsonl counts them."""
