@@ -80,6 +80,8 @@ def asked(run, output, **changes):
             "run": run,
             "output": output,
             "responses": "rollouts",
+            "samples": 1,
+            "temperatures": False,
             "last_steps": 1,
             "initial": None,
             "all_checkpoints": True,
@@ -122,6 +124,41 @@ def test_one_command_for_a_run(tmp_path):
         assert (out / f"{name}.csv").is_file() and (out / f"{name}.json").is_file(), name
     assert len(list(out.glob("*.png"))) == 9
     assert not list(out.glob(".*")) and not list(out.glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_held_out_responses_and_two_temperatures(tmp_path):
+    """The run's own prompts, server and verifier are handed on."""
+    run, out = make_run(tmp_path / "run"), tmp_path / "out"
+    heldout = tmp_path / "heldout.jsonl"
+    rows = lines(QUICKSTART / "data" / "heldout.jsonl")[:6]
+    heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_config(TrainConfig, run / "config.toml", [f"data.eval={heldout}"])
+    save_config(config, run / "config.toml")
+    options = ("--responses", "generate", "--temperatures", "--samples", 2, "--min-count", 1)
+    done = megafork("analyze", "run", run, "--output", out, *options)
+    assert done.returncode == 0, done.stderr
+    responses = lines(out / "scored_final.jsonl")
+    assert [row["prompt"] for row in responses] == [r["prompt"] for r in rows for _ in range(2)]
+    for row in responses:  # sampled by the model that scores them
+        assert row["logprobs"] == pytest.approx(row["rollout_logprobs"], abs=1e-4)
+    sweep = json.loads((out / "temperatures" / "temperatures.json").read_text())
+    [p80] = [
+        row["entropy_nats"]
+        for row in json.loads((out / "entropy_final_percentiles.json").read_text())["rows"]
+        if row["percentile"] == 80
+    ]
+    assert sweep["threshold"] == pytest.approx(p80, rel=1e-5)
+    assert (sweep["problems"], sweep["samples"]) == (6, 2)
+    assert {(row["above"], row["below"]) for row in sweep["rows"]} >= {(1, 1), (0.6, 1), (1, 1.4)}
+
+
+def test_two_temperatures_are_compared_with_one(tmp_path):
+    run = make_run(tmp_path / "run")
+    config = load_config(TrainConfig, run / "config.toml", ["rollout.temperature=0.8"])
+    save_config(config, run / "config.toml")
+    with pytest.raises(UserError, match=r"temperature=0\.8 and entropies at 0\.8"):
+        analyze_run(asked(run, tmp_path / "out", temperatures=True))
 
 
 @pytest.mark.parametrize(

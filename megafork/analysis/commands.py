@@ -36,6 +36,20 @@ OverlapScope = Annotated[
 ]
 MinCount = Annotated[int, typer.Option(help="tokens that occur less often are left out", min=1)]
 Words = Annotated[int, typer.Option(help="tokens of each word cloud", min=1)]
+Responses = Annotated[
+    str,
+    typer.Option(
+        help="'rollouts': the run's own, of its last steps; 'generate': the final model's, to "
+        "held-out prompts; or a jsonl of responses"
+    ),
+]
+Sweep = Annotated[
+    bool,
+    typer.Option(
+        help="also sweep two temperatures on held-out prompts; the threshold is the 80th "
+        "percentile of the final model's entropies"
+    ),
+]
 FontFile = Annotated[
     Path | None,
     typer.Option(
@@ -171,10 +185,9 @@ def run_command(
         list[str] | None,
         typer.Argument(help="settings of `megafork score`, for instance parallel.tp=2"),
     ] = None,
-    responses: Annotated[
-        str,
-        typer.Option(help="'rollouts': the run's own, of its last steps; or a jsonl of responses"),
-    ] = "rollouts",
+    responses: Responses = "rollouts",
+    samples: Annotated[int, typer.Option(help="for each prompt, where generated", min=1)] = 4,
+    temperatures: Sweep = False,
     last_steps: Annotated[int, typer.Option(help="steps whose rollouts are taken", min=1)] = 1,
     initial: Annotated[
         Path | None, typer.Option(help="HF folder of the model before training; unset: the run's")
@@ -201,6 +214,8 @@ def run_command(
             run=run,
             output=output,
             responses=responses,
+            samples=samples,
+            temperatures=temperatures,
             last_steps=last_steps,
             initial=initial,
             all_checkpoints=checkpoints,

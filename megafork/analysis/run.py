@@ -22,6 +22,7 @@ from typing import Any
 from megafork import launch
 from megafork.analysis.columns import Columns, read_scored
 from megafork.analysis.entropy import entropy_statistics, write_entropy
+from megafork.analysis.from_run import generate_settings, score_settings, verifier_settings
 from megafork.analysis.glyphs import Font
 from megafork.analysis.output import make_folder, write_json
 from megafork.analysis.paired_output import step_of, write_change, write_overlap
@@ -36,7 +37,7 @@ from megafork.interruption import INTERRUPTED, SIGNALS
 from megafork.model.shape import ModelShape
 from megafork.rollout.journal import Journal
 
-ROLLOUTS = "rollouts"
+ROLLOUTS, GENERATE = "rollouts", "generate"
 INITIAL, FINAL = "initial", "final"
 
 
@@ -47,7 +48,11 @@ class RunAnalysis:
     run: Path
     output: Path
     responses: str
-    """ROLLOUTS, or the path of a jsonl that `megafork score` reads"""
+    """ROLLOUTS, GENERATE, or the path of a jsonl that `megafork score` reads"""
+    samples: int
+    """for each prompt, where responses are generated"""
+    temperatures: bool
+    """also the sweep of two temperatures"""
     last_steps: int
     """with ROLLOUTS: of this many steps"""
     initial: Path | None
@@ -74,7 +79,11 @@ class _Plan:
     journals: list[Path]
     table: list[dict[str, Any]]
     """training_table's"""
+    prompts: str
+    """what is generated from: data.eval, or data.train"""
+    generate_settings: list[str]
     score_settings: list[str]
+    eval_settings: list[str]
     vocab_size: int
     tokenizer: Tokenizer
     rho: float
@@ -133,15 +142,24 @@ def _plan(asked: RunAnalysis) -> _Plan:
     final = asked.run / "checkpoints" / FINAL
     if not final.is_dir():
         raise UserError(f"{final} does not exist: end the run first (megafork train --resume)")
-    if asked.responses != ROLLOUTS and not Path(asked.responses).is_file():
+    if asked.responses not in (ROLLOUTS, GENERATE) and not Path(asked.responses).is_file():
         raise UserError(
-            f"--responses={asked.responses} is no file: give {ROLLOUTS!r} or a jsonl that "
-            "`megafork score` reads"
+            f"--responses={asked.responses} is no file: give {ROLLOUTS!r}, {GENERATE!r} or a jsonl "
+            "that `megafork score` reads"
         )
-    settings = [*_score_settings(config), *asked.overrides]
+    own = config.forking.entropy_temperature or config.rollout.temperature
+    if asked.temperatures and (own, config.rollout.temperature) != (1.0, 1.0):
+        raise UserError(
+            "--temperatures takes its threshold and its baseline at temperature 1, but the run has "
+            f"rollout.temperature={config.rollout.temperature:g} and entropies at {own:g}: use "
+            "`megafork analyze temperatures` by itself"
+        )
+    settings = [*score_settings(config), *asked.overrides]
     score = load_config(ScoreConfig, None, [f"model.path={json.dumps(str(initial))}", *settings])
     shape = ModelShape.from_folder(initial)
     shape.check(score.model, score.parallel)
+    samples = [f"rollout.samples={asked.samples}"]
+    generated = [*generate_settings(config), *samples]
     table = training_table(asked.run)
     return _Plan(
         initial=initial,
@@ -149,23 +167,14 @@ def _plan(asked: RunAnalysis) -> _Plan:
         checkpoints=_checkpoints(asked.run, table[-1]["step"]) if asked.all_checkpoints else [],
         journals=_journals(asked.run, asked.last_steps) if asked.responses == ROLLOUTS else [],
         table=table,
+        prompts=config.data.eval or config.data.train,
+        generate_settings=generated,
         score_settings=settings,
+        eval_settings=[*generated, *verifier_settings(config)],
         vocab_size=shape.vocab_size,
         tokenizer=load_tokenizer(score, chat_template=False),
         rho=config.forking.rho if asked.rho is None else asked.rho,
     )
-
-
-def _score_settings(config: TrainConfig) -> list[str]:
-    """The run's layout, tokenizer and entropy temperature, as `megafork score` takes them."""
-    sections = {"parallel": config.parallel, "tokenizer": config.tokenizer}
-    settings = {
-        f"{section}.{key}": value
-        for section, values in sections.items()
-        for key, value in values.model_dump(exclude_none=True).items()
-    }
-    settings["temperature"] = config.forking.entropy_temperature or config.rollout.temperature
-    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
 def _journals(run: Path, last_steps: int) -> list[Path]:
@@ -184,9 +193,15 @@ def _checkpoints(run: Path, last_step: int) -> list[tuple[int, Path]]:
 
 def _responses(asked: RunAnalysis, plan: _Plan) -> Path:
     """The jsonl to score: the user's, or one written into the output folder."""
-    if asked.responses != ROLLOUTS:
+    if asked.responses not in (ROLLOUTS, GENERATE):
         return Path(asked.responses)
     path = asked.output / "responses.jsonl"
+    if asked.responses == GENERATE:
+        _megafork(
+            *("generate", "--model", plan.final, "--data", plan.prompts, "--output", path),
+            *plan.generate_settings,
+        )
+        return path
     write_rollouts(plan.journals, path)
     return path
 
@@ -242,8 +257,9 @@ def _scored(plan: _Plan, responses: Path, folder: Path, spool: Path) -> Iterator
 
 def _write_all(asked: RunAnalysis, plan: _Plan, columns: dict[str, Columns]) -> None:
     folder, base = asked.output, columns[INITIAL]
-    for label in (INITIAL, FINAL):
-        write_entropy(entropy_statistics(columns[label]), label, folder, f"entropy_{label}")
+    statistics = {label: entropy_statistics(columns[label]) for label in (INITIAL, FINAL)}
+    for label, found in statistics.items():
+        write_entropy(found, label, folder, f"entropy_{label}")
         ranked = rank_tokens(columns[label], plan.vocab_size, plan.tokenizer.name, asked.min_count)
         write_tokens(
             ranked,
@@ -253,15 +269,22 @@ def _write_all(asked: RunAnalysis, plan: _Plan, columns: dict[str, Columns]) -> 
             num_words=asked.num_words,
             font=asked.font,
         )
-    found = [
+    overlaps = [
         (f"step_{plan.last_step:06d}" if label == FINAL else label, one)
         for label, other in columns.items()
         if label != INITIAL
         for one in [overlap(base, other, plan.rho, asked.scope)]
     ]
-    write_overlap(found, INITIAL, plan.rho, asked.scope, folder)
+    write_overlap(overlaps, INITIAL, plan.rho, asked.scope, folder)
     write_change(entropy_change(base, columns[FINAL]), INITIAL, FINAL, folder)
     write_training(plan.table, asked.run.resolve().name, folder)
+    if asked.temperatures:
+        _megafork(
+            *("analyze", "temperatures", "--model", plan.final, "--data", plan.prompts),
+            *("--output", folder / "temperatures"),
+            f"sweep.threshold={statistics[FINAL].percentiles[80]:.6g}",
+            *plan.eval_settings,
+        )
 
 
 def _megafork(*arguments: object) -> None:

@@ -146,6 +146,7 @@ def draw(rows: Sequence[Row], about: dict[str, Any], path: Path) -> None:
             axes.axvline(1.0, color=GREY, linewidth=0.8, linestyle=":")
             axes.set_ylabel(label)
             axes.grid(alpha=0.3)
+        every_axes[-1].set_ylim(bottom=0.0, top=max(1.0, every_axes[-1].get_ylim()[1]))
         every_axes[0].legend(frameon=False, fontsize="small")
         every_axes[0].set_title(
             f"{about['problems']} problems, {about['samples']} responses each; bars: 95% over "
