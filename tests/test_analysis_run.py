@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,9 @@ def test_a_wrong_argument(tmp_path, changes, message):
 
 def test_rollouts_as_responses(tmp_path):
     journal = Journal(tmp_path / "step_000007.jsonl")
+    first, *_ = make_groups(3)
+    unjudged = [replace(sample, accuracy=0.0, failure="error") for sample in first.samples]
+    journal.append(replace(first, samples=unjudged))  # judged again below, as a resumed run does
     for group in make_groups(3):
         journal.append(group)
     journal.close()
@@ -204,6 +208,7 @@ def test_rollouts_as_responses(tmp_path):
     samples = [s for g in make_groups(3)[:2] for s in g.samples]
     assert [row["response_ids"] for row in rows] == [s.token_ids for s in samples]
     assert [row["id"] for row in rows] == [0, 1, 2, 3]
+    assert [row["accuracy"] for row in rows] == [0.0, 1.0] * 2
     assert {row["step"] for row in rows} == {7}
     assert [row["finish_reason"] for row in rows] == ["stop", "length"] * 2
 

@@ -215,7 +215,8 @@ def write_rollouts(journals: Sequence[Path], output: Path) -> None:
     partial = output.with_name(output.name + ".partial")
     with partial.open("w", encoding="utf-8") as sink:
         for path in journals:
-            for group in Journal.each(path):
+            # Of a group that was judged again, the last line counts, as when a step is replayed.
+            for group in {group.prompt_index: group for group in Journal.each(path)}.values():
                 for sample in group.samples if group.is_whole else []:
                     row = {
                         "id": sample.uid,
