@@ -6,11 +6,13 @@ import json
 
 import pytest
 
-from megafork.config import EvaluateConfig, GenerateConfig
+from megafork.config import EvaluateConfig, GenerateConfig, TrainConfig
+from megafork.config.file import load_config, save_config
 from megafork.errors import UserError
 from megafork.evaluation.benchmark import evaluate
 from megafork.evaluation.generation import check_input, digest, generate_file
 from megafork.evaluation.samples import SampleFile
+from megafork.evaluation.source import find_model
 from tests.commands import QUICKSTART, lines
 from tests.test_evaluate import config
 
@@ -133,3 +135,17 @@ def test_names_with_brackets_are_shown(mine, tmp_path, capsys):
     evaluate(config(EvaluateConfig, MINE), [bench], output)
     told = capsys.readouterr().out
     assert "a[bold]b" in told and str(output / "results.json") in told
+
+
+def test_a_run_that_was_made_longer_has_no_final_policy_yet(tmp_path):
+    run, final = tmp_path / "run", tmp_path / "run" / "checkpoints" / "final"
+    final.mkdir(parents=True)
+    (final / "config.json").write_text((QUICKSTART / "model" / "config.json").read_text())
+    settings = [f"run.dir={run}", f"model.path={QUICKSTART / 'model'}", "training.steps=2"]
+    save_config(load_config(TrainConfig, QUICKSTART / "config.toml", settings), run / "config.toml")
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"has done 1 of training\.steps=2.* or name .*final"):
+        find_model(run)
+    assert find_model(final).folder == final
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    assert find_model(run).folder == final
