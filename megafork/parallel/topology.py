@@ -48,6 +48,11 @@ class Topology:
         return self.pp_rank == self.pp_size - 1
 
     @property
+    def is_replica_leader(self) -> bool:
+        """The first of the tp * pp * cp ranks that hold one copy of the model; rank 0 is one."""
+        return self.tp_rank == self.pp_rank == self.cp_rank == 0
+
+    @property
     def is_first_replica(self) -> bool:
         """Of the replicas that hold the same weights, the one that sends and writes them."""
         return dist.get_rank(self.groups.dp_cp) == 0

@@ -23,7 +23,7 @@ from megafork.rollout.engine import RolloutServer
 from megafork.rollout.journal import Journal
 from megafork.rollout.sampling import Sampling
 from megafork.training.step import Skipped
-from megafork.types import Group
+from megafork.types import Group, TokenTable, token_table
 from megafork.weight_sync import agreement
 
 T = TypeVar("T")
@@ -82,6 +82,7 @@ class Front:
             steps_done=steps_done,
         )
         self.batch: RolloutBatch | None = None
+        self._table: TokenTable | None = None
         self._told_failures: set[str] = set()
         self._background = BackgroundLoop()
         self._background.__enter__()
@@ -106,8 +107,8 @@ class Front:
         self.collector.judge.close()
         self.log.close()
 
-    def collect(self, step: int, policy_version: int) -> list[Group]:
-        """The groups of a step that the current policy version, handed in, trains on."""
+    def collect(self, step: int, policy_version: int) -> TokenTable:
+        """What all ranks need to know of the batch that the current policy version trains on."""
         self.interruption.check()
         self._collect_ahead(step, 0, policy_version)
         self.batch = self._wait(self._ahead[step])
@@ -119,7 +120,15 @@ class Front:
         for lag in range(1, rollout.max_policy_lag - carries + 1):
             if step + lag <= self.config.training.steps:
                 self._collect_ahead(step + lag, lag, policy_version)
-        return self.batch.groups
+        filtering = self.config.algorithm.overlong_filtering
+        self._table = token_table(self.batch.groups, overlong_filtering=filtering)
+        return self._table.without_rows()
+
+    def take_table(self) -> TokenTable:
+        """Of the step's batch, with all rows; once."""
+        table, self._table = self._table, None
+        assert table is not None
+        return table
 
     def _collect_ahead(self, step: int, lag: int, policy_version: int) -> None:
         """Begin with a step's batch, after those of the steps before it, unless it has begun."""

@@ -1,7 +1,7 @@
 """The training loop: generate, score, select, update, sync.
 
-Rank 0 talks to the rollout server and writes the run's files; what it collects is broadcast, and
-from then on every rank computes from the same token table.
+Rank 0 talks to the rollout server and writes the run's files. Of what it collects every rank learns
+what the samples are, and gets the rows of those that it works on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+import torch
 
 from megafork.algorithms.advantages import group_relative_advantages
 from megafork.algorithms.forking import warn_of_ties
@@ -24,13 +26,14 @@ from megafork.logging.metrics import read_rows
 from megafork.parallel.topology import Topology
 from megafork.training import telemetry
 from megafork.training.critic import Critic
+from megafork.training.exchange import redistribute
 from megafork.training.front import Front
 from megafork.training.histogram import entropy_histogram
 from megafork.training.policy import Policy
 from megafork.training.samples import is_sampled, sampled_responses
 from megafork.training.step import Clock, Optimized, optimize
 from megafork.training.token_report import token_report
-from megafork.types import Group, TokenTable, token_table
+from megafork.types import Group, TokenTable
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
 
@@ -162,16 +165,11 @@ class Trainer:
         trained_by = self.policy_version
         lr = policy.learning_rate
         with clock.measure("generate"):
-            groups = self._with_server(
+            known = self._with_server(
                 lambda: self._on_front(lambda front: front.collect(step, trained_by))
             )
-        table = token_table(groups, overlong_filtering=config.algorithm.overlong_filtering)
-        if self.critic is None:
-            advantages = group_relative_advantages(
-                table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage
-            )
-            table = table.with_columns(advantage_R=advantages[table.sample_R])
-        minibatches = self._minibatches(table, step)
+        with clock.measure("exchange"):
+            minibatches = self._minibatches(known, step)
         done = optimize(policy, minibatches, step=step, clock=clock, critic=self.critic)
         if done.skipped:
             is_last = policy.guard.is_exhausted
@@ -183,7 +181,7 @@ class Trainer:
         if self.front is not None:
             self.front.report_tokens(step, report)
         self._keep_entropies(done, step)
-        metrics = self._metrics(done, table, clock, started=started, trained_by=trained_by)
+        metrics = self._metrics(done, known, clock, started=started, trained_by=trained_by)
         return metrics | {"lr": lr, "forking/rho": config.forking.rho_at(step)}, clock
 
     def _keep_entropies(self, done: Optimized, step: int) -> None:
@@ -200,7 +198,7 @@ class Trainer:
     def _metrics(
         self,
         done: Optimized,
-        table: TokenTable,
+        known: TokenTable,
         clock: Clock,
         *,
         started: float,
@@ -229,29 +227,47 @@ class Trainer:
             clock.seconds["reward"] = batch.reward_seconds
             metrics |= telemetry.rollout_metrics(batch, trained_by)
             metrics |= telemetry.overlap_metrics(batch, clock.seconds)
-        return (
-            metrics
-            | telemetry.lag_metrics(table, trained_by)
-            | {
-                "tokens": table.num_rows,
-                "throughput/tokens_per_second": table.num_rows / clock.seconds["total"],
-                "policy_version": self.policy_version,
-                "update/skipped": len(done.skipped),
-            }
-        )
+            metrics |= telemetry.lag_metrics(batch.groups, trained_by)
+        return metrics | {
+            "tokens": known.num_tokens,
+            "throughput/tokens_per_second": known.num_tokens / clock.seconds["total"],
+            "policy_version": self.policy_version,
+            "update/skipped": len(done.skipped),
+        }
 
-    def _minibatches(self, table: TokenTable, step: int) -> list[TokenTable]:
-        """By whole groups; one that overlong filtering has emptied is left out."""
+    def _minibatches(self, known: TokenTable, step: int) -> list[TokenTable]:
+        """By whole groups, each with the rows that this rank works on and their advantages.
+
+        known: what every rank knows of the batch, whose rows are rank 0's. A mini-batch that
+        overlong filtering has emptied is left out.
+        """
         training = self.config.training
-        minibatches = table.minibatches(training.prompts_per_minibatch, seed=training.seed + step)
-        minibatches = [m for m in minibatches if m.num_loss_tokens]
-        if not minibatches:
+
+        def in_order(table: TokenTable) -> list[TokenTable]:
+            parts = table.minibatches(training.prompts_per_minibatch, seed=training.seed + step)
+            return [part for part in parts if part.num_loss_tokens]
+
+        replica_of: dict[int, int] = {}
+        for part in in_order(known):
+            replicas = self.policy.replicas(part).tolist()
+            replica_of.update(zip(part.uid_B.tolist(), replicas, strict=True))
+        if not replica_of:
             raise UserError(
                 f"step {step}: every response was cut at rollout.max_response_tokens="
                 f"{self.config.rollout.max_response_tokens} and algorithm.overlong_filtering left "
                 "nothing to train on: raise the one or turn off the other"
             )
-        return minibatches
+        replica_B = torch.tensor([replica_of.get(uid, -1) for uid in known.uid_B.tolist()])
+        table = known if self.front is None else self.front.take_table()
+        table = redistribute(table, torch.zeros_like(replica_B), replica_B, self.topology)
+        if self.critic is None:
+            advantages_B = group_relative_advantages(
+                table.reward_B,
+                table.group_B,
+                normalize=self.config.algorithm.normalize_advantage,
+            )
+            table = table.with_columns(advantage_R=advantages_B[table.sample_R])
+        return in_order(table)
 
     def _log(self, step: int, metrics: dict[str, float], clock: Clock) -> None:
         if self.front is None or self.front.batch is None:
