@@ -183,7 +183,7 @@ class Estimated:
     tables: list[TokenTable]
     """with advantages on the last stage, where they could be scored"""
     scores: list[Scores | str]
-    """on the last stage with old values and returns; or why there is no update, on all ranks"""
+    """with old values and returns; or why there is no update, the same on all ranks"""
     metrics: dict[str, float]
 
 
@@ -208,6 +208,8 @@ def estimate_advantages(
             done.scores[index] = "a value of the critic is not finite"
         else:
             found[index] = scores, values_R
+            # Before the last stage these stay, empty.
+            done.scores[index] = replace(scores, old_values_N=values_R, returns_N=values_R)
     if found and topology.is_last_stage:
         _estimate(critic, found, done)
     return done
