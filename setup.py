@@ -17,11 +17,16 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megafork", "megafork.*"]),
+    package_data={"megafork.report": ["*.jinja"]},
     entry_points={"console_scripts": ["megafork=megafork.cli:main"]},
     install_requires=[
         "aiohttp",
+        "datasets",
+        "jinja2",
+        "math-verify[antlr4_13_2]>=0.9",
         "matplotlib",
         "megatron-core>=0.16.1",
+        "msgspec",
         "numpy",
         "psutil",
         "pydantic>=2",
@@ -34,9 +39,11 @@ setup(
         "torch>=2.6",
         "transformers>=5",
         "typer",
+        "wordcloud",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.20", "vllm>=0.33"],
+        "reasoning-gym": ["reasoning-gym"],
         "test": ["mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "types-requests"],
     },
 )

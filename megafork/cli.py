@@ -1,4 +1,4 @@
-"""The command line: `megafork train | score | convert | doctor`.
+"""The command line: `megafork train | score | generate | eval | analyze | convert | serve | ...`.
 
 Every command is typed here and does its work elsewhere. Configs and files are checked before any
 rank is started, so a mistake costs a second and is told once.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -21,7 +22,15 @@ from typing import Annotated, NoReturn
 import typer
 
 from megafork import launch
-from megafork.config import ParallelConfig, ScoreConfig, TrainConfig
+from megafork.analysis.commands import analyze
+from megafork.config import (
+    EvaluateConfig,
+    GenerateConfig,
+    ParallelConfig,
+    ScoreConfig,
+    Section,
+    TrainConfig,
+)
 from megafork.config.file import known_keys, load_config
 from megafork.errors import Interrupted, PeerError, UserError
 from megafork.interruption import INTERRUPTED
@@ -100,6 +109,58 @@ def score(
     _on_ranks(resolved.parallel, work)
 
 
+Served = Annotated[
+    Path, typer.Option(help="HF folder, a run's folder, or its checkpoints/step_000010")
+]
+SettingsFile = Annotated[
+    Path | None, typer.Option(help="TOML file with settings; `megafork keys` lists them")
+]
+
+
+@app.command()
+def generate(
+    model: Served,
+    data: Annotated[str, typer.Option(help="prompts: jsonl, parquet, HF data set folder, hf:NAME")],
+    output: Annotated[Path, typer.Option(help="jsonl to write, which `megafork score` reads")],
+    overrides: Overrides = None,
+    config: SettingsFile = None,
+) -> None:
+    """Responses of a model to a file's prompts, sampled by vLLM; goes on where it was cut off."""
+    settings = [f"model.path={json.dumps(str(model))}", *(overrides or [])]
+    resolved = load_config(GenerateConfig, config, settings)
+    from megafork.evaluation.generation import generate_file
+
+    generate_file(resolved, data, output)
+
+
+@app.command("eval")
+def evaluate(
+    model: Served,
+    output: Annotated[Path, typer.Option(help="folder for results.json and samples/")],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            help="benchmarks (jsonl, parquet, HF data set folder, hf:NAME) and section.key=value",
+            metavar="BENCHMARK... [SECTION.KEY=VALUE]...",
+        ),
+    ],
+    config: SettingsFile = None,
+) -> None:
+    """avg@k, pass@k and maj@k on benchmarks, with intervals, and every sample kept."""
+    overrides = [text for text in arguments if _is_override(text)]
+    settings = [f"model.path={json.dumps(str(model))}", *overrides]
+    resolved = load_config(EvaluateConfig, config, settings)
+    from megafork.evaluation.benchmark import evaluate as evaluate_benchmarks
+
+    benchmarks = [text for text in arguments if not _is_override(text)]
+    evaluate_benchmarks(resolved, benchmarks, output)
+
+
+def _is_override(text: str) -> bool:
+    """section.key=value; a file of such a name can be given as ./NAME."""
+    return re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", text) is not None
+
+
 HfFolder = Annotated[Path, typer.Option(help="HF folder: config.json and safetensors")]
 MegatronFolder = Annotated[
     Path, typer.Option(help="folder of a megatron-core checkpoint (dist_checkpointing, torch_dist)")
@@ -111,6 +172,7 @@ convert = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(convert, name="convert")
+app.add_typer(analyze, name="analyze")
 
 
 @convert.command()
@@ -179,20 +241,43 @@ def serve(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="folder of a run, whether it goes on or has ended")],
+    output: Annotated[
+        Path | None, typer.Option(help="file to write; unset: report.html in the folder")
+    ] = None,
+) -> None:
+    """Write a run's report: curves, entropies, and responses token by token, in one HTML file."""
+    from megafork.report.page import write_report
+
+    typer.echo(write_report(run, output))
+
+
+@app.command()
 def doctor(
     python: Annotated[
         str, typer.Option(help="the Python that has vLLM (rollout.python)")
     ] = sys.executable,
 ) -> None:
     """What is installed, which backends are active, what is missing and how to mend it."""
-    from megafork.doctor import report
+    from megafork.doctor import report as report_on
 
-    raise typer.Exit(report(python))
+    raise typer.Exit(report_on(python))
 
 
 class Command(StrEnum):
     train = "train"
     score = "score"
+    generate = "generate"
+    eval = "eval"
+
+
+_SETTINGS: dict[Command, type[Section]] = {
+    Command.train: TrainConfig,
+    Command.score: ScoreConfig,
+    Command.generate: GenerateConfig,
+    Command.eval: EvaluateConfig,
+}
 
 
 @app.command()
@@ -200,8 +285,7 @@ def keys(
     command: Annotated[Command, typer.Argument(help="whose settings")] = Command.train,
 ) -> None:
     """List the settings of a command with their meaning."""
-    pairs = known_keys(TrainConfig if command is Command.train else ScoreConfig)
-    for key, description in pairs:
+    for key, description in known_keys(_SETTINGS[command]):
         typer.echo(f"{key:38} {description}")
 
 

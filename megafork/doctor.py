@@ -44,7 +44,8 @@ _PARTS = (
     Part("safetensors", "safetensors", ("safetensors",), "weights", _CPU, required=True),
     Part("aiohttp", "aiohttp", ("aiohttp",), "rollouts", _CPU, required=True),
     Part("tensorboard", "tensorboard", ("tensorboard",), "run.tensorboard=true", _CPU),
-    Part("matplotlib", "matplotlib", ("matplotlib",), "curves.png", _CPU),
+    Part("matplotlib", "matplotlib", ("matplotlib",), "curves.png, report.html", _CPU),
+    Part("jinja2", "jinja2", ("jinja2",), "report.html", _CPU),
     Part("sentencepiece", "sentencepiece", ("sentencepiece",), ".model tokenizers", _CPU),
     Part(
         "TransformerEngine",

@@ -27,6 +27,9 @@ class Sample:
     truncated: bool
     reward: float = 0.0
     accuracy: float = 0.0
+    failure: str | None = None
+    """Why the verifier gave no verdict (`Failure` of rewards/pool.py): reward and accuracy are 0
+    then, but for what a long response loses"""
     version_changes: list[int] = field(default_factory=list)
     """Ascending token indices: from each on, the policy version is one more than before it (the
     weights were updated in the middle of the response)."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import sys
 import time
 from dataclasses import replace
 
@@ -21,36 +19,21 @@ from megafork.rollout.collector import Collector
 from megafork.rollout.journal import Journal
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.vllm_server import VllmServer
+from megafork.training.telemetry import rollout_metrics
 from tests.commands import QUICKSTART
+from tests.verifiers import by_spelling
 
-VERIFIERS = "tests.test_collector"
-
-
-def by_spelling(prompt: str, response: str, answer: str) -> float:
-    """Right for responses of even length: most groups are mixed."""
-    return float(len(response) % 2 == 0)
+VERIFIERS = "tests.verifiers"
 
 
-def some_prompts_only(prompt: str, response: str, answer: str) -> float:
-    """Every third prompt (by its answer) can be solved; a reward below 1 is no accuracy."""
-    return by_spelling(prompt, response, answer) if int(answer) % 3 == 0 else 0.5
+JUDGES: list[Judge] = []
 
 
-def never(prompt: str, response: str, answer: str) -> float:
-    return 0.0
-
-
-def broken(prompt: str, response: str, answer: str) -> float:
-    return float(response)
-
-
-def by_alarm(prompt: str, response: str, answer: str) -> float:
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    return 0.0
-
-
-def leaving(prompt: str, response: str, answer: str) -> float:
-    sys.exit(3)
+@pytest.fixture(autouse=True)
+def no_judge_is_left():
+    yield
+    while JUDGES:
+        JUDGES.pop().close()
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +49,13 @@ def make_collector(server, folder, verifier, reward=None, **rollout):
     tokenizer = HfTokenizer(QUICKSTART / "model")
     settings = {"prompts_per_step": 12, "group_size": 4, "max_response_tokens": 32} | rollout
     config = RolloutConfig(**settings)
+    reward = {"workers": 1} | (reward or {})
+    JUDGES.append(Judge(RewardConfig(verifier=f"{VERIFIERS}:{verifier}", **reward)))
     return Collector(
         client=server.client(timeout_s=config.request_timeout_s),
         prompts=PromptStream(read_prompts(data.train, data, tokenizer.encode), seed=0),
         tokenizer=tokenizer,
-        judge=Judge(RewardConfig(verifier=f"{VERIFIERS}:{verifier}", **(reward or {}))),
+        judge=JUDGES[-1],
         rollout=config,
         sampling=Sampling(max_tokens=32, stop_token_ids=(1,)),
         journal_dir=folder,
@@ -253,23 +238,41 @@ def test_prompts_without_signal_end_in_a_message(server, tmp_path):
         collect(collector, step=1)
 
 
-def test_a_verifier_that_fails_is_named_with_the_prompt(server, tmp_path):
+def test_a_verifier_that_always_fails_ends_it_and_is_named(server, tmp_path):
     collector = make_collector(server, tmp_path, "broken")
-    message = r"reward.verifier=tests.test_collector:broken failed on the prompt '\d+ .*ValueError"
+    message = r"verifiers:broken failed on (\d+) of \1 responses .*ValueError.* the prompt '\d+ "
     with pytest.raises(UserError, match=message):
         collect(collector, step=1)
 
 
-@pytest.mark.parametrize(
-    ("verifier", "cause"),
-    [("by_alarm", r"ValueError: .*\(verifiers run in a thread"), ("leaving", "SystemExit: 3")],
-)
-def test_a_verifier_that_cannot_run_in_a_thread_is_told(server, tmp_path, verifier, cause):
-    collector = make_collector(server, tmp_path, verifier)
-    with BackgroundLoop() as background:
-        with pytest.raises(UserError, match=cause):
-            background.submit(collector.collect(1, 0)).result()
-        assert background.submit(asyncio.sleep(0, "goes on")).result() == "goes on"
+def test_a_verifier_that_fails_sometimes_is_counted_and_replayed(server, tmp_path):
+    collector = make_collector(server, tmp_path, "sometimes_broken")
+    batch = collect(collector, step=1)
+    samples = [sample for group in batch.generated for sample in group.samples]
+    failed = [sample for sample in samples if sample.failure == "error"]
+    texts = [collector.tokenizer.decode(sample.token_ids) for sample in samples]
+    assert [s.failure == "error" for s in samples] == [len(text) % 5 == 0 for text in texts]
+    assert failed and all(sample.reward == sample.accuracy == 0.0 for sample in failed)
+    assert rollout_metrics(batch, 0)["reward/verifier_errors"] == len(failed)
+    assert rollout_metrics(batch, 0)["reward/timeouts"] == 0
+    again = collect(far_away(make_collector(server, tmp_path, "by_spelling")), step=1)
+    assert again.generated == batch.generated  # a mended verifier changes nothing that was taken
+
+
+def test_a_mended_verifier_judges_again_what_the_run_ended_for(server, tmp_path, monkeypatch):
+    mended = tmp_path / "mended"
+    monkeypatch.setenv("MENDED", str(mended))
+    with pytest.raises(UserError, match="not mended"):
+        collect(make_collector(server, tmp_path, "broken_unless_mended"), step=1)
+    mended.touch()
+    batches = []
+    for _ in range(2):
+        collector = make_collector(server, tmp_path, "broken_unless_mended")
+        batches.append(collect(collector, step=1))
+        assert all(s.failure is None for g in batches[-1].generated for s in g.samples)
+        mended.unlink(missing_ok=True)  # the second batch is the journal's
+        collector.judge.close()
+    assert batches[0].num_replayed > 0 and batches[1].groups == batches[0].groups
 
 
 def test_seeded_rollouts_repeat(server, tmp_path):

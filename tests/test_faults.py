@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import signal
@@ -81,22 +80,9 @@ def test_train_against_a_server_that_runs_already_and_dies_and_comes_back(tmp_pa
     assert left_over(tmp_path) == []
 
 
-FIRST_PROMPT = "12 13 15>10:"
-"""Of the quickstart's stream."""
-
-
-def fails_at_the_first(prompt: str, response: str, answer: str) -> float:
-    """NaN for one prompt; a signal in most other groups."""
-    return math.nan if prompt == FIRST_PROMPT else float(len(response) % 2 == 0)
-
-
-def always_fails(prompt: str, response: str, answer: str) -> float:
-    return -math.inf
-
-
 @pytest.mark.slow
 def test_a_reward_that_is_no_number_costs_one_update(tmp_path):
-    verifier = "reward.verifier=tests.test_faults:fails_at_the_first"
+    verifier = "reward.verifier=tests.verifiers:nan_at_the_first"
     done = megafork(*small_run(tmp_path / "run", "parallel.tp=1", verifier), mark=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = lines(tmp_path / "run" / "metrics.jsonl")
@@ -114,7 +100,7 @@ def test_a_reward_that_is_no_number_costs_one_update(tmp_path):
 @pytest.mark.slow
 def test_nothing_but_such_rewards_ends_the_run(tmp_path):
     arguments = ["parallel.tp=2", "training.max_skipped=4"]
-    verifier = "reward.verifier=tests.test_faults:always_fails"
+    verifier = "reward.verifier=tests.verifiers:infinite"
     run_dir = tmp_path / "run"
     done = megafork(*small_run(run_dir, verifier, *arguments), mark=tmp_path)
     assert done.returncode == 2

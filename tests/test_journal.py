@@ -51,7 +51,7 @@ def test_torn_last_line_is_dropped_said_and_overwritten(tmp_path, caplog, cut):
 
 
 def test_a_torn_line_longer_than_a_block_is_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr("megafork.rollout.journal._BLOCK", 16)
+    monkeypatch.setattr("megafork.disk._BLOCK", 16)
     path = tmp_path / "step.jsonl"
     with Journal(path) as journal:
         journal.append(group(0))

@@ -18,6 +18,7 @@ from megafork.rollout.client import RolloutClient, ServerError
 from megafork.rollout.sampling import (
     Completion,
     Sampling,
+    TwoTemperatures,
 )
 from megafork.rollout.vllm_server import VllmServer
 from megafork.weight_sync.transports import (
@@ -178,6 +179,14 @@ def test_bad_prompts_are_refused_and_the_server_lives(running, prompt, cause):
         running.generate(prompt, 1, Sampling(max_tokens=1))
     assert refused.value.status == 400
     assert running.generate(SHORT_PROMPT, 1, Sampling(max_tokens=1))
+
+
+def test_a_server_without_two_temperatures_refuses_them(running):
+    """It would sample at a temperature of 1 and say nothing."""
+    asked = Sampling(max_tokens=1, forking_temperatures=TwoTemperatures(0.672, above=2.0))
+    with pytest.raises(ServerError, match="without two_temperatures") as refused:
+        running.generate(SHORT_PROMPT, 1, asked)
+    assert refused.value.status == 400
 
 
 def test_every_route_but_health_demands_the_key(running):

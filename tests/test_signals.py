@@ -18,6 +18,7 @@ from megafork.errors import Interrupted
 from megafork.interruption import INTERRUPTED, Interruption
 from megafork.rollout.background import BackgroundLoop
 from tests.commands import ROOT, environment, left_over, lines, small_run
+from tests.pages import read_page
 from tests.test_resume import comparable, journalled, replayed_in_one_go, resume
 
 STEPS = 6  # more than a loaded machine gets through before the signal is sent
@@ -73,6 +74,8 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path):
     assert (run_dir / "checkpoints" / f"step_{saved:06d}" / "manifest.json").exists()
     done = list(range(1, saved + 1))
     assert [row["step"] for row in lines(run_dir / "metrics.jsonl")] == done
+    state = read_page(run_dir / "report.html").by_id("state").text
+    assert state.startswith(f"not finished: {saved} of {STEPS} steps")
     before = journalled(run_dir)
     resume(run_dir)
     for name, content in before.items():
@@ -110,6 +113,30 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
     assert list((run_dir / "checkpoints").iterdir()) == []
     told = (tmp_path / "stderr").read_text()
     assert re.fullmatch(r"stopped by (a signal|SIGTERM while it started)", told.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_hung_verifier_does_not_hold_up_a_signal(tmp_path):
+    run_dir, hung = tmp_path / "run", tmp_path / "hung"
+    hung.mkdir()
+    verifier = "reward.verifier=tests.verifiers:hangs_in_the_folder"
+    settings = ["parallel.tp=1", verifier, "reward.timeout_s=600", "eval.prompts=1"]
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megafork", *small_run(run_dir, *settings)],
+            cwd=ROOT,
+            env=environment(run_dir) | {"HUNG": str(hung)},
+            stderr=stderr,
+        )
+    deadline = time.monotonic() + 150
+    while not list(hung.iterdir()):
+        assert process.poll() is None, (tmp_path / "stderr").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == INTERRUPTED
+    assert left_over(run_dir) == []
+    assert "stopped by SIGTERM after step 0" in (tmp_path / "stderr").read_text()
 
 
 def signal_soon(number, seconds):

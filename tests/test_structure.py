@@ -16,9 +16,10 @@ FLOORS = [
     {"data"},
     {"model", "algorithms"},
     {"rewards", "rollout", "weight_sync", "checkpoint", "logging"},
-    {"evaluation"},
+    {"evaluation", "report"},
     {"training"},
     {"scoring", "doctor"},
+    {"analysis"},
     {"cli"},
     {"__main__"},
 ]

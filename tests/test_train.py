@@ -19,6 +19,7 @@ from tests.commands import (
     megafork,
     small_run,
 )
+from tests.pages import read_page
 
 STEP_METRICS = {
     "step",
@@ -148,6 +149,38 @@ def test_the_forking_tokens_are_told(run):
         assert report["highest_entropy"]
         for token in [*report["highest_entropy"], *report["most_selected"]]:
             assert token["text"] == name([token["id"]]) != ""
+
+
+def test_entropies_are_kept_and_reported(run):
+    run_dir, model, done = run
+    name = AutoTokenizer.from_pretrained(model).decode
+    metrics = {row["step"]: row for row in lines(run_dir / "metrics.jsonl")}
+    histograms = lines(run_dir / "entropy_histogram.jsonl")
+    assert [row["step"] for row in histograms] == [1, 2]
+    for row in histograms:
+        kept = sum(row["selected"]) / sum(row["tokens"])
+        assert kept == pytest.approx(metrics[row["step"]]["forking/kept_fraction"])
+    samples = lines(run_dir / "samples.jsonl")
+    assert [row["step"] for row in samples] == [1] * 4 + [2] * 4
+    for row in samples:
+        [group] = [
+            group
+            for group in Journal.read(run_dir / "rollouts" / f"step_{row['step']:06d}.jsonl")
+            if group.prompt_index == row["group"]
+        ]
+        [sample] = [s for s in group.samples if s.uid == row["uid"]]
+        assert (row["prompt_ids"], row["token_ids"]) == (group.prompt_ids, sample.token_ids)
+        assert (row["reward"], row["accuracy"]) == (sample.reward, sample.accuracy)
+        assert row["text"] == [name([token]) for token in sample.token_ids]
+        assert row["prompt"] == name(group.prompt_ids)
+        if row["loss"] and row["threshold"] is not None:  # null for forking.select=random
+            for entropy, selected in zip(row["entropies"], row["selected"], strict=True):
+                above = entropy - row["threshold"]  # 0 may be either with forking.ties=hash
+                assert above >= 0 if selected else above <= 0
+    page = read_page(run_dir / "report.html")
+    assert page.by_id("state").text == "finished: 2 of 2 steps"
+    assert len(page.all("article")) == len(samples)
+    assert f"report      {run_dir}/report.html" in done.stderr
 
 
 def test_sampling_is_not_truncated_by_the_model_folder(run):

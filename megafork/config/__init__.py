@@ -12,30 +12,39 @@ from pydantic import Field
 
 from megafork.config.algorithm import AlgorithmConfig, ForkingConfig, MismatchConfig
 from megafork.config.critic import CriticConfig
+from megafork.config.data import BenchmarkConfig, DataConfig, PromptConfig
+from megafork.config.evaluate import EvaluateConfig, GenerateConfig, GenerationConfig
 from megafork.config.model import ModelConfig, ParallelConfig, TokenizerConfig
 from megafork.config.reference import EntropyBonusConfig, KLConfig
-from megafork.config.rollout import DataConfig, EvalConfig, RewardConfig, RolloutConfig, SyncConfig
+from megafork.config.rollout import EvalConfig, RewardConfig, RolloutConfig, SyncConfig
 from megafork.config.section import Positive, PositiveFloat, Section
+from megafork.config.server import ServerConfig
 from megafork.config.training import CheckpointConfig, RunConfig, TrainingConfig
 from megafork.errors import UserError
 
 __all__ = [
     "AlgorithmConfig",
+    "BenchmarkConfig",
     "CheckpointConfig",
     "CriticConfig",
     "DataConfig",
     "EntropyBonusConfig",
     "EvalConfig",
+    "EvaluateConfig",
     "ForkingConfig",
+    "GenerateConfig",
+    "GenerationConfig",
     "KLConfig",
     "MismatchConfig",
     "ModelConfig",
     "ParallelConfig",
+    "PromptConfig",
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
     "ScoreConfig",
     "Section",
+    "ServerConfig",
     "SyncConfig",
     "TokenizerConfig",
     "TrainConfig",
@@ -66,12 +75,14 @@ class TrainConfig(Section):
 
     def check(self) -> None:
         """Cross-field rules that need no file of the model's. Raises UserError."""
+        self.data.check(needs_answers=True)
         prompts, per_minibatch = self.rollout.prompts_per_step, self.training.prompts_per_minibatch
         if prompts % per_minibatch:
             raise UserError(
                 f"training.prompts_per_minibatch={per_minibatch} must divide "
                 f"rollout.prompts_per_step={prompts}: use one of {_divisors(prompts)}"
             )
+        self.reward.check()
         self._check_selection()
         self._check_unused()
         self._check_objective()

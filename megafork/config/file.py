@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import ValidationError
 
-from megafork.config import Section, TrainConfig
+from megafork.config import GenerateConfig, Section, TrainConfig
 from megafork.errors import UserError
 
 C = TypeVar("C", bound=Section)
@@ -38,7 +38,7 @@ def load_config(kind: type[C], toml_path: str | Path | None, overrides: Sequence
         config = kind.model_validate(raw)
     except ValidationError as error:
         raise UserError(_explain(kind, error, source)) from None
-    if isinstance(config, TrainConfig):
+    if isinstance(config, TrainConfig | GenerateConfig):
         config.check()
     return config
 

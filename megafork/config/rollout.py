@@ -1,4 +1,4 @@
-"""Prompts, generation, rewards, and what keeps the server like the policy."""
+"""Generation, rewards, and what keeps the server like the policy."""
 
 from __future__ import annotations
 
@@ -7,25 +7,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megafork.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
+from megafork.config.server import ServerConfig
+from megafork.errors import UserError
 
 
-class DataConfig(Section):
-    train: str = Field(description="jsonl of {prompt_key, answer_key} rows to train on")
-    eval: str | None = Field(None, description="jsonl of held-out rows, same columns")
-    prompt_key: str = Field("prompt", description="column with the prompt text")
-    answer_key: str = Field("answer", description="column handed to the verifier")
-    chat_template: bool = Field(
-        False, description="wrap the prompt as a user turn of the tokenizer's chat template"
-    )
-    max_prompt_tokens: Positive = Field(1024, description="longer prompts are an error")
-    seed: int = Field(0, description="seed of the order of the prompts, new in every epoch")
-
-
-class RolloutConfig(Section):
+class RolloutConfig(ServerConfig):
     prompts_per_step: Positive = Field(512, description="groups of one rollout batch")
     group_size: Positive = Field(16, description="responses for each prompt")
-    max_response_tokens: Positive = Field(20480, description="longer responses are cut")
-    temperature: PositiveFloat = Field(1.0, description="sampling temperature")
     dynamic_sampling: bool = Field(
         True, description="replace groups whose responses are all right or all wrong (DAPO)"
     )
@@ -59,31 +47,38 @@ class RolloutConfig(Section):
     seeded: bool = Field(
         False, description="a seed for every request: repeatable responses, slower generation"
     )
-    url: str | None = Field(None, description="a running server to use; unset: start one")
-    api_key_env: str = Field(
-        "MEGAFORK_API_KEY",
-        description="variable with the key of url and serve",
-    )
-    python: str | None = Field(None, description="Python that has vLLM; unset: this one")
-    tensor_parallel: Positive = Field(1, description="tensor-parallel size of the server")
-    dtype: Literal["float32", "bfloat16"] | None = Field(
-        None, description="dtype of the server; unset: the policy's"
-    )
-    max_num_seqs: Positive = Field(256, description="responses that the server runs at once")
-    gpu_memory_utilization: Fraction = Field(0.6, description="GPU memory for the server")
-    cpu_kv_cache_gib: Positive = Field(1, description="KV cache of a CPU server, GiB")
-    startup_timeout_s: PositiveFloat = Field(600.0, description="seconds for the server to come up")
-    request_timeout_s: PositiveFloat = Field(3600.0, description="seconds for one request")
     max_restarts: NonNegative = Field(
         3, description="how often a server that died is replaced before a step goes on"
     )
 
 
 class RewardConfig(Section):
-    verifier: str = Field(
-        description="import path MODULE:FUNCTION of (prompt, response, answer) -> reward in 0..1"
+    verifier: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="maths, countdown, exact, reasoning-gym:TASK, or a function of (prompt, "
+        "response, answer) -> reward as MODULE:FUNCTION; or a list of them"
     )
-    accuracy_at: float = Field(1.0, description="a response is right when its reward reaches this")
+    weights: list[float] | None = Field(
+        None,
+        description="of a list of verifiers: the reward is the weighted sum; accuracy is that of "
+        "the first verifier alone",
+    )
+    workers: Positive | None = Field(
+        None, description="processes that verifiers run in; unset: the cores, but 8 at most"
+    )
+    timeout_s: PositiveFloat = Field(
+        10.0, description="seconds for one response; then its worker is killed, and it scores 0"
+    )
+    memory_mib: Annotated[int, Field(ge=64, strict=True)] = Field(
+        2048, description="address space of one worker; what needs more scores 0"
+    )
+    max_failed_fraction: Fraction = Field(
+        0.5,
+        description="the run ends when verifiers give no verdict on more than this share of a "
+        "batch's responses, or on all of them",
+    )
+    accuracy_at: float = Field(
+        1.0, description="a response is right when the (first) verifier's score reaches this"
+    )
     overlong_buffer_tokens: Positive | None = Field(
         None,
         description="soft overlong punishment: the reward falls over the last this many tokens "
@@ -92,6 +87,24 @@ class RewardConfig(Section):
     overlong_penalty: PositiveFloat = Field(
         1.0, description="what the reward has lost at rollout.max_response_tokens"
     )
+
+    @property
+    def verifiers(self) -> list[str]:
+        return [self.verifier] if isinstance(self.verifier, str) else self.verifier
+
+    def check(self) -> None:
+        """Raises UserError when the weights are not those of the verifiers."""
+        names, weights = self.verifiers, self.weights
+        if weights is None and len(names) > 1:
+            raise UserError(
+                f"reward.verifier names {len(names)} verifiers but reward.weights is unset: give "
+                f"as many weights, as in reward.weights={[1.0] + [0.5] * (len(names) - 1)}"
+            )
+        if weights is not None and len(weights) != len(names):
+            raise UserError(
+                f"reward.weights={weights} has {len(weights)} weights for the {len(names)} of "
+                f"reward.verifier={', '.join(names)}: give one for each"
+            )
 
 
 class SyncConfig(Section):

@@ -51,3 +51,9 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     dir: str = Field(description="folder of the run's outputs; must not hold another run")
     tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
+    samples_every: NonNegative = Field(
+        10,
+        description="steps between those of which responses are kept with their entropies, beside "
+        "the first and the last (0: none)",
+    )
+    samples: Positive = Field(4, description="responses that are kept of such a step")

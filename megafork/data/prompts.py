@@ -1,4 +1,4 @@
-"""Training prompts: jsonl rows, tokenized, as an endless stream with a position."""
+"""Prompts for training and evaluation: checked rows, tokenized; for training an endless stream."""
 
 from __future__ import annotations
 
@@ -7,64 +7,160 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from megafork.config import DataConfig
+from megafork.config import PromptConfig
+from megafork.config.data import PLACEHOLDER
+from megafork.data.tables import look_up, read_table
+from megafork.data.tokenizer import Turns
 from megafork.errors import UserError
 
-Encode = Callable[[str], list[int]]
+Encode = Callable[[str | Turns], list[int]]
+
+
+@dataclass(frozen=True)
+class Row:
+    where: str
+    """File and row, for messages"""
+    id: str
+    prompt: str | Turns
+    answer: str
+
+    @property
+    def text(self) -> str:
+        """What the verifier is given as the prompt; of a chat, the last turn's text."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
 
 
 @dataclass(frozen=True)
 class Prompt:
     index: int
-    """Position in the stream (train) or in the file (held-out)."""
+    """Position in the stream (train) or in the file (held-out, benchmarks)."""
     text: str
     answer: str
     ids: list[int]
+    id: str = ""
+    """A benchmark's own name for the problem"""
 
 
-def read_rows(path: str | Path, data: DataConfig) -> list[tuple[str, str]]:
-    """(prompt, answer) of every line. Raises UserError that names the file, line and fault."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"data file {path} does not exist")
-    rows = []
-    with path.open(encoding="utf-8", errors="strict") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    rows.append(_parse(line, f"{path}, line {number}", data))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8: {error}") from None
+def read_rows(path: str | Path, data: PromptConfig, id_key: str = "") -> list[Row]:
+    """All rows of a data file (data/tables.py). Raises UserError naming file, row and fault.
+
+    id_key: the column that tells rows apart; empty: their number does. An empty data.answer_key
+    leaves the answers empty.
+    """
+    keys = [key for key in (id_key, data.prompt_key, data.answer_key) if key]
+    rows: list[Row] = []
+    first: dict[str, str] = {}
+    for where, raw in read_table(path, keys):
+        id_ = _read_id(raw, id_key, where) if id_key else str(len(rows) + 1)
+        if id_ in first:
+            raise UserError(
+                f"{where}: id {id_!r} is that of {first[id_]} too: ids must tell the problems "
+                "apart; give them others, or set data.id_key= (empty) for the numbers of the rows"
+            )
+        first[id_] = where
+        prompt = _read_prompt(raw, data, where)
+        answer = _read_answer(raw, data.answer_key, where) if data.answer_key else ""
+        row = Row(where, id_, prompt, answer)
+        _check_characters(row)
+        rows.append(row)
     if not rows:
         raise UserError(f"data file {path} is empty")
     return rows
 
 
-def _parse(line: str, where: str, data: DataConfig) -> tuple[str, str]:
+def _check_characters(row: Row) -> None:
+    for text in (row.id, row.text, row.answer):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{row.where}: {text[:60]!r} holds half of a surrogate pair, which is no character "
+                f"({error.reason}): mend the row"
+            ) from None
+
+
+def _column(raw: Any, key: str, setting: str, where: str) -> Any:
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: no column {key!r}, the row is not an object")
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
-    for key in (data.prompt_key, data.answer_key):
-        if not isinstance(row, dict) or key not in row:
-            raise UserError(f"{where}: no column {key!r}; set data.prompt_key and data.answer_key")
-    if not isinstance(row[data.prompt_key], str) or not row[data.prompt_key]:
-        raise UserError(f"{where}: {data.prompt_key!r} must be a non-empty string")
-    return row[data.prompt_key], str(row[data.answer_key])
+        return look_up(raw, key)
+    except KeyError:
+        columns = ", ".join(map(repr, raw)) or "none"
+        raise UserError(f"{where}: no column {key!r} (it has {columns}): set {setting}") from None
 
 
-def read_prompts(path: str | Path, data: DataConfig, encode: Encode) -> list[Prompt]:
+def _read_id(raw: Any, key: str, where: str) -> str:
+    value = _column(raw, key, "data.id_key (empty: the number of the row)", where)
+    if not isinstance(value, str | int) or value == "":
+        raise UserError(f"{where}: {key!r} must be a non-empty string or a whole number")
+    return str(value)
+
+
+def _read_prompt(raw: Any, data: PromptConfig, where: str) -> str | Turns:
+    key = data.prompt_key
+    value = _column(raw, key, "data.prompt_key", where)
+    if isinstance(value, list):
+        return _read_turns(value, data, f"{where}: {key!r}")
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: {key!r} must be a non-empty string, or a list of chat turns")
+    return value
+
+
+def _read_turns(value: list[Any], data: PromptConfig, what: str) -> Turns:
+    turns = [
+        {name: turn[name] for name in ("role", "content")}
+        for turn in value
+        if isinstance(turn, dict)
+        and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str)
+    ]
+    if not value or len(turns) != len(value):
+        raise UserError(f"{what} is a list, but not of {{role, content}} turns with text in both")
+    if turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
+        raise UserError(f"{what} must end with a user's turn that is not empty")
+    if not data.chat_template:
+        raise UserError(
+            f"{what} is a list of chat turns, which need the tokenizer's chat template: set "
+            "data.chat_template=true"
+        )
+    if data.template is not None:
+        raise UserError(
+            f"{what} is a list of whole chat turns, but data.template puts text around a problem: "
+            "leave data.template unset"
+        )
+    return turns
+
+
+def _read_answer(raw: Any, key: str, where: str) -> str:
+    """As text; a list of one is that one (OlympiadBench), other lists and objects are JSON."""
+    value = _column(raw, key, "data.answer_key", where)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if value is None:
+        raise UserError(f"{where}: {key!r} is null: every row needs an answer")
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
+
+
+def read_prompts(
+    path: str | Path, data: PromptConfig, encode: Encode, id_key: str = ""
+) -> list[Prompt]:
     """All rows, tokenized: a prompt that is too long is told now, not hours into the run."""
     prompts = []
-    for index, (text, answer) in enumerate(read_rows(path, data)):
-        ids = encode(text)
+    for index, row in enumerate(read_rows(path, data, id_key)):
+        asked = row.prompt
+        if data.template is not None and isinstance(asked, str):
+            asked = data.template.replace(PLACEHOLDER, asked)
+        ids = encode(asked)
         if not 0 < len(ids) <= data.max_prompt_tokens:
             raise UserError(
-                f"{path}: prompt {index + 1} ({text[:60]!r}) has {len(ids)} tokens, "
+                f"{row.where}: the prompt ({row.text[:60]!r}) has {len(ids)} tokens, "
                 f"data.max_prompt_tokens={data.max_prompt_tokens}: raise it or remove the row"
             )
-        prompts.append(Prompt(index, text, answer, ids))
+        prompts.append(Prompt(index, row.text, row.answer, ids, row.id))
     return prompts
 
 

@@ -10,20 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megafork.config import ScoreConfig, TrainConfig
+from megafork.config import GenerateConfig, ScoreConfig, TrainConfig
 from megafork.errors import UserError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 _VOCABULARIES = ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json")
 _HF_CONFIG = "tokenizer_config.json"
+Turns = list[dict[str, str]]
+"""A chat: {"role": ..., "content": ...} each."""
+WithTokenizer = TrainConfig | ScoreConfig | GenerateConfig
 _READ_BY_TRANSFORMERS = ("tokenizer.json", "vocab.json", _HF_CONFIG)
 
 
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no bos, no eos. With a chat template, of it as a user's turn."""
+    def encode(self, text: str | Turns) -> list[int]:
+        """Ids of the text alone: no bos, no eos. With a chat template, of it as a user's turn, or
+        of several turns; only there may `text` be turns."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, without special tokens and without ids that no token has.
@@ -46,7 +50,7 @@ class TokenizerSource:
     """None: transformers reads the folder `path`."""
 
 
-def find_tokenizer(config: TrainConfig | ScoreConfig) -> TokenizerSource:
+def find_tokenizer(config: WithTokenizer) -> TokenizerSource:
     """tokenizer.path, or model.path where it is unset. Raises UserError when nothing reads it.
 
     A folder with tokenizer.model and no file of transformers' own is read by sentencepiece:
@@ -80,18 +84,23 @@ def find_tokenizer(config: TrainConfig | ScoreConfig) -> TokenizerSource:
     return TokenizerSource(setting, path, None)
 
 
-def load_tokenizer(config: TrainConfig | ScoreConfig, *, chat_template: bool) -> Tokenizer:
+def load_tokenizer(
+    config: WithTokenizer, *, chat_template: bool, enable_thinking: bool | None = None
+) -> Tokenizer:
     """The run's tokenizer. Raises UserError that names the setting, the cause and the fix."""
     source = find_tokenizer(config)
     if source.sentencepiece_file is None:
-        return HfTokenizer(source.path, setting=source.setting, chat_template=chat_template)
+        return HfTokenizer(
+            source.path,
+            setting=source.setting,
+            chat_template=chat_template,
+            enable_thinking=enable_thinking,
+        )
     _refuse_chat_template(source, chat_template)
     return SentencePieceTokenizer(source.sentencepiece_file, setting=source.setting)
 
 
-def check_tokenizer(
-    config: TrainConfig | ScoreConfig, vocab_size: int, *, chat_template: bool
-) -> None:
+def check_tokenizer(config: WithTokenizer, vocab_size: int, *, chat_template: bool) -> None:
     """Raise UserError for a tokenizer that cannot be read or has ids that the model has not."""
     source = find_tokenizer(config)
     if source.sentencepiece_file is not None:
@@ -114,7 +123,12 @@ class HfTokenizer:
     """A folder's tokenizer, read by transformers."""
 
     def __init__(
-        self, folder: str | Path, *, chat_template: bool = False, setting: str = ""
+        self,
+        folder: str | Path,
+        *,
+        chat_template: bool = False,
+        enable_thinking: bool | None = None,
+        setting: str = "",
     ) -> None:
         from transformers import AutoTokenizer
 
@@ -130,14 +144,23 @@ class HfTokenizer:
                 f"data.chat_template=true, but the tokenizer of {folder} has no chat template"
             )
         self._chat_template = chat_template
+        self._template_options: dict[str, bool] = {}
+        if enable_thinking is not None:
+            if "enable_thinking" not in str(self._tokenizer.chat_template):
+                raise UserError(
+                    f"data.enable_thinking={str(enable_thinking).lower()}, but the chat template "
+                    f"of {folder} does not know enable_thinking: leave it unset"
+                )
+            self._template_options["enable_thinking"] = enable_thinking
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str | Turns) -> list[int]:
         if self._chat_template:
             return self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
+                [{"role": "user", "content": text}] if isinstance(text, str) else text,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
+                **self._template_options,
             )
         return self._tokenizer.encode(text, add_special_tokens=False)
 
@@ -179,7 +202,7 @@ class SentencePieceTokenizer:
         found = self._processor.eos_id()
         return found if found >= 0 else None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str | Turns) -> list[int]:
         return self._processor.encode(text, add_bos=False, add_eos=False)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,33 +1,66 @@
-"""Accuracy on held-out prompts, with the rollout server generating."""
+"""Evaluation during training, on held-out prompts, with the run's own rollout server."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from megafork.data.prompts import Prompt
 from megafork.data.tokenizer import Tokenizer
+from megafork.evaluation import metrics
+from megafork.evaluation.generation import for_each, groups_at_once
 from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.sampling import Sampling
 
 
-async def accuracy(
+async def sample(
     client: RolloutClient,
     prompts: list[Prompt],
     tokenizer: Tokenizer,
     judge: Judge,
     sampling: Sampling,
     num_samples: int,
-) -> float:
-    """Mean accuracy over prompts and `num_samples` responses each (avg@k)."""
+    max_num_seqs: int,
+) -> list[list[metrics.Scored]]:
+    """`num_samples` responses to each prompt, judged, in the prompts' order.
 
-    async def of_prompt(prompt: Prompt) -> float:
+    Raises UserError when the verifier failed on too many of them.
+    """
+    found: dict[int, list[metrics.Scored]] = {}
+    failures: list[str | None] = []
+
+    async def of_prompt(prompt: Prompt) -> None:
         completions = await client.generate(prompt.ids, num_samples, sampling)
-        right = [
-            judge(prompt.text, tokenizer.decode(c.token_ids), prompt.answer)[1] for c in completions
+        texts = [tokenizer.decode(completion.token_ids) for completion in completions]
+        verdicts = await asyncio.gather(
+            *(judge(prompt.text, text, prompt.answer) for text in texts)
+        )
+        failures.extend(verdict.failure for verdict in verdicts)
+        found[prompt.index] = [
+            metrics.Scored(verdict.accuracy, None, len(completion.token_ids), completion.truncated)
+            for verdict, completion in zip(verdicts, completions, strict=True)
         ]
-        return sum(right) / len(right)
 
     async with client:
-        values = await asyncio.gather(*map(of_prompt, prompts))
-    return sum(values) / len(values)
+        await for_each(prompts, of_prompt, groups_at_once(max_num_seqs, num_samples))
+    judge.check_failures(failures)
+    return [found[prompt.index] for prompt in prompts]
+
+
+def row(problems: list[list[metrics.Scored]]) -> dict[str, Any]:
+    """What eval.jsonl has of one evaluation; eval/accuracy is avg@k, eval/samples all responses."""
+    samples = len(problems[0])
+    accuracy = metrics.avg_at_k(problems)
+    found: dict[str, Any] = {
+        "eval/accuracy": accuracy.value,
+        "eval/accuracy_low": accuracy.low,
+        "eval/accuracy_high": accuracy.high,
+        "eval/problems": len(problems),
+        "eval/samples": len(problems) * samples,
+        "eval/length_mean": metrics.mean_length(problems).value,
+        "eval/truncated_fraction": metrics.truncated_fraction(problems).value,
+    }
+    for k in metrics.powers_up_to(samples)[1:]:
+        found[f"eval/pass@{k}"] = metrics.passes(problems, k).value
+    return found

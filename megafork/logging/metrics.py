@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megafork.errors import UserError
 
 _LINE = (
     ("acc", "reward/accuracy", "{:.3f}"),
@@ -22,6 +25,9 @@ _LINE = (
 )
 
 
+_APPENDED = ("forking_tokens.jsonl", "entropy_histogram.jsonl", "samples.jsonl")
+
+
 class MetricsLog:
     """Appends one object per step. Values that are not finite are written as null."""
 
@@ -30,7 +36,7 @@ class MetricsLog:
     ) -> None:
         """steps_done: rows of later steps are removed; a resumed run writes them again."""
         self._run_dir = run_dir
-        for name in ("metrics.jsonl", "eval.jsonl", "forking_tokens.jsonl"):
+        for name in ("metrics.jsonl", "eval.jsonl", *_APPENDED):
             _forget_after(run_dir / name, steps_done)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._writer: Any = None
@@ -67,20 +73,38 @@ class MetricsLog:
         self._console.print(f"step {step:>4}  " + "  ".join(values), highlight=False)
         self._progress.update(self._task, completed=step)
 
-    def evaluation(self, step: int, accuracy: float, num_samples: int) -> None:
-        """Held-out accuracy after `step` (0: before training), into eval.jsonl."""
+    def evaluation(self, step: int, row: dict[str, Any]) -> None:
+        """What held-out prompts gave after `step` (0: before training), into eval.jsonl."""
         with (self._run_dir / "eval.jsonl").open("a", encoding="utf-8") as file:
-            row = {"step": step, "eval/accuracy": accuracy, "eval/samples": num_samples}
-            file.write(json.dumps(row) + "\n")
-        self.note(f"step {step:>4}  held-out accuracy {accuracy:.3f} ({num_samples} responses)")
+            file.write(json.dumps({"step": step} | row) + "\n")
+        accuracy, low, high = (row[f"eval/accuracy{end}"] for end in ("", "_low", "_high"))
+        interval = f" [{low:.3f}, {high:.3f}]" if low is not None else ""
+        self.note(
+            f"step {step:>4}  held-out accuracy {accuracy:.3f}{interval} "
+            f"({row['eval/samples']} responses)"
+        )
 
     def forking_tokens(self, step: int, report: dict[str, Any]) -> None:
         """Which tokens fork, into forking_tokens.jsonl."""
-        with (self._run_dir / "forking_tokens.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | report, ensure_ascii=False) + "\n")
+        self._append("forking_tokens.jsonl", [{"step": step} | report])
+
+    def entropy_histogram(self, step: int, histogram: dict[str, Any]) -> None:
+        """Into entropy_histogram.jsonl."""
+        self._append("entropy_histogram.jsonl", [{"step": step} | histogram])
+
+    def samples(self, responses: Sequence[dict[str, Any]]) -> None:
+        """A step's, into samples.jsonl, one object each."""
+        self._append("samples.jsonl", responses)
+
+    def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        assert name in _APPENDED
+        if not rows:
+            return
+        with (self._run_dir / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
         self._progress.stop()
@@ -96,14 +120,23 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl or eval.jsonl; none when there is no such file.
+    """The objects of metrics.jsonl or another of a run's files; none when there is no such file.
 
-    A last line without its end, left by a crash, is no row.
+    A last line without its end, left by a crash or about to be written, is no row. Raises
+    UserError that names the line when another one is damaged.
     """
     if not path.exists():
         return []
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    with path.open("rb") as lines:  # the end of a torn line may be half a character
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{path}:{number} is damaged ({error}): remove the line") from None
+    return rows
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -1,56 +1,99 @@
-"""Verifiers: functions (prompt, response, answer) -> reward in 0..1, named by import path."""
+"""What a verifier's scores mean: the reward, and whether the response is right."""
 
 from __future__ import annotations
 
-import importlib
+import asyncio
 import os
-import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 from megafork.config import RewardConfig
 from megafork.errors import UserError
+from megafork.rewards.pool import Failure, WorkerPool
 
-Verifier = Callable[[str, str, str], float]
+_MOST_WORKERS = 8
 
 
-def load_verifier(path: str) -> Verifier:
-    """The function MODULE:FUNCTION. Raises UserError when it cannot be imported."""
-    module_name, colon, function_name = path.partition(":")
-    if not colon:
-        raise UserError(f"reward.verifier={path!r} is not of the form MODULE:FUNCTION")
-    if os.getcwd() not in sys.path:  # a script's own folder; the console command has none
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"reward.verifier={path!r} cannot be imported: {error}") from None
-    if not callable(function):
-        raise UserError(f"reward.verifier={path!r} is a {type(function).__name__}, no function")
-    return function
+@dataclass(frozen=True)
+class Verdict:
+    """What verifiers say of one response."""
+
+    reward: float
+    accuracy: float
+    """1.0: the response is right; else 0.0"""
+    failure: Failure | None = None
+    """Why there is no verdict, and reward and accuracy are 0"""
 
 
 class Judge:
-    """A verifier together with the rule for calling a response right."""
+    """Verifiers in workers of their own, and the rule for calling a response right. Close it.
+
+    Any event loop of any thread can await it. One that is given up (cancelled) costs nothing while
+    no worker has it, and a worker's time until its deadline after that.
+    """
 
     def __init__(self, config: RewardConfig) -> None:
+        config.check()
         self.config = config
-        self.verify = load_verifier(config.verifier)
+        self.causes: dict[str, str] = {}
+        """Of each kind of failure: the first, with its prompt and response"""
+        cores = len(os.sched_getaffinity(0))
+        self._weights = config.weights or [1.0]
+        self._pool = WorkerPool(
+            config.verifiers,
+            workers=config.workers or min(cores, _MOST_WORKERS),
+            timeout_s=config.timeout_s,
+            memory_mib=config.memory_mib,
+        )
 
-    def __call__(self, prompt: str, response: str, answer: str) -> tuple[float, float]:
-        """(reward, accuracy 0 or 1). Raises UserError when the verifier fails or gives no number.
+    async def __call__(self, prompt: str, response: str, answer: str) -> Verdict:
+        """Raises UserError when the verifier says that the data is wrong, or cannot be started.
 
         A reward that is not finite goes through: the update that it would spoil is skipped.
         """
-        try:
-            reward = float(self.verify(prompt, response, answer))
-        except UserError:
-            raise
-        except (Exception, SystemExit) as error:
-            hint = ""
-            if "main thread" in str(error):  # signal.alarm, setitimer
-                hint = " (verifiers run in a thread: a time limit by a signal cannot be set there)"
-            raise UserError(
-                f"reward.verifier={self.config.verifier} failed on the prompt {prompt[:60]!r}, "
-                f"response {response[:60]!r}: {type(error).__name__}: {error}{hint}"
-            ) from error
-        return reward, float(reward >= self.config.accuracy_at)
+        outcome = await asyncio.wrap_future(self._pool.submit(prompt, response, answer))
+        if outcome.failure is not None:
+            self.causes.setdefault(
+                outcome.failure,
+                f"{outcome.cause}, on the prompt {_shown(prompt)}, response {_shown(response)}",
+            )
+            return Verdict(0.0, 0.0, outcome.failure)
+        scores = outcome.scores
+        reward = sum(w * score for w, score in zip(self._weights, scores, strict=True))
+        return Verdict(reward, float(scores[0] >= self.config.accuracy_at))
+
+    def check_failures(self, failures: Sequence[str | None]) -> None:
+        """Raises UserError when too many of these verdicts are none: no run may train on that."""
+        if not self.has_failed(failures):
+            return
+        [(most, _), *_] = (kinds := Counter(f for f in failures if f is not None)).most_common()
+        limit = self.config.max_failed_fraction
+        raise UserError(
+            f"reward.verifier={', '.join(self.config.verifiers)} failed on {kinds.total()} of "
+            f"{len(failures)} responses ({', '.join(f'{n} {k}' for k, n in kinds.items())}), and "
+            f"reward.max_failed_fraction={limit:g}. The first: "
+            f"{self.causes.get(most, 'it was before this run was resumed')}. Mend the verifier, or "
+            f"raise reward.timeout_s={self.config.timeout_s:g} or "
+            f"reward.memory_mib={self.config.memory_mib} if they are too low for it"
+        )
+
+    def has_failed(self, failures: Sequence[str | None]) -> bool:
+        """On so many that the verifier is to blame, not the responses."""
+        share = sum(f is not None for f in failures) / max(len(failures), 1)
+        return share == 1.0 or share > self.config.max_failed_fraction
+
+    def close(self) -> None:
+        """End the workers; verdicts that are being waited for are cancelled."""
+        self._pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")

@@ -222,6 +222,11 @@ class RolloutClient:
         answer = self._request("GET", "/weight_info", timeout_s=_ANSWER_S)
         return version_number(answer["weight_version"])
 
+    def model_path(self) -> str:
+        """The folder that the server loaded, by its own name for it."""
+        answer = self._request("GET", "/v1/models", timeout_s=_ANSWER_S)
+        return answer["data"][0]["root"]
+
     def _request(
         self, method: str, path: str, body: Any = None, timeout_s: float | None = None
     ) -> Any:

@@ -103,7 +103,7 @@ class Collector:
         batch = RolloutBatch()
         admitted = self._recent(self.carried, oldest, batch)
         path = self.journal_dir / f"step_{step:06d}.jsonl"
-        known = {group.prompt_index: group for group in Journal.read(path)}
+        known = await self._mended({g.prompt_index: g for g in Journal.read(path)}, path)
         with Journal(path) as journal:
             async with self.client:
                 for _ in range(self.rollout.max_sampling_rounds):
@@ -111,7 +111,7 @@ class Collector:
                     if missing <= 0:
                         break
                     prompts = self._next_prompts(missing)
-                    replayed = [self._replay(known, prompt, path) for prompt in prompts]
+                    replayed = [await self._replay(known, prompt, path) for prompt in prompts]
                     found = [group for group in replayed if group is not None]
                     groups = [group for group in found if group.is_whole]
                     batch.num_replayed += len(groups)
@@ -121,6 +121,7 @@ class Collector:
                     )
                     groups.sort(key=lambda group: group.prompt_index)
                     batch.generated += groups
+                    self.judge.check_failures(_failures(batch.generated))
                     admitted = admitted + self._admissible(groups, oldest, batch)
         if len(admitted) < wanted:
             raise UserError(
@@ -249,7 +250,7 @@ class Collector:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
-    def _replay(self, known: dict[int, Group], prompt: Prompt, path: Path) -> Group | None:
+    async def _replay(self, known: dict[int, Group], prompt: Prompt, path: Path) -> Group | None:
         """The prompt's group of an interrupted attempt at this step, if it ended there."""
         group = known.get(prompt.index)
         if group is None:
@@ -261,18 +262,33 @@ class Collector:
                 "or delete the file to generate the step's groups again"
             )
         if group.is_whole and not group.is_finite:  # the verifier may have been mended meanwhile
-            group = replace(group, samples=[self._judged(prompt, s) for s in group.samples])
+            group = replace(group, samples=await self._judged(prompt, group.samples))
         return group
 
-    def _judged(self, prompt: Prompt, sample: Sample) -> Sample:
+    async def _mended(self, known: dict[int, Group], path: Path) -> dict[int, Group]:
+        """The journalled groups; where the run ended for their failed verdicts, with new ones."""
+        if not self.judge.has_failed(_failures(known.values())):
+            return known
+        with Journal(path) as journal:
+            for index, group in known.items():
+                if any(_failures([group])):
+                    samples = await self._judged(self.prompts.at(index), group.samples)
+                    known[index] = replace(group, samples=samples)
+                    journal.append(known[index])
+        return known
+
+    async def _judged(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Sample]:
+        return await asyncio.gather(*(self._judged_one(prompt, sample) for sample in samples))
+
+    async def _judged_one(self, prompt: Prompt, sample: Sample) -> Sample:
         text = self.tokenizer.decode(sample.token_ids)
-        reward, accuracy = self.judge(prompt.text, text, prompt.answer)
-        reward -= overlong_punishment(
+        verdict = await self.judge(prompt.text, text, prompt.answer)
+        reward = verdict.reward - overlong_punishment(
             len(sample.token_ids),
             self.judge.config,
             max_response_tokens=self.rollout.max_response_tokens,
         )
-        return replace(sample, reward=reward, accuracy=accuracy)
+        return replace(sample, reward=reward, accuracy=verdict.accuracy, failure=verdict.failure)
 
     async def _generate(self, prompt: Prompt) -> tuple[Group, float]:
         size = self.rollout.group_size
@@ -289,7 +305,7 @@ class Collector:
         samples = [_sample(prompt.index * size + i, c, version) for i, c in enumerate(completions)]
         is_whole = not any(completion.aborted for completion in completions)
         if is_whole:
-            samples = [self._judged(prompt, sample) for sample in samples]
+            samples = await self._judged(prompt, samples)
         group = Group(prompt.index, prompt.ids, version, samples, is_whole)
         return group, time.monotonic() - started
 
@@ -298,6 +314,11 @@ class Collector:
         if not self.rollout.seeded:
             return None
         return (self.prompts.seed * 1_000_003 + prompt.index) * self.rollout.group_size
+
+
+def _failures(groups: Iterable[Group]) -> list[str | None]:
+    """Of each judged response: why there is no verdict, if so."""
+    return [sample.failure for group in groups if group.is_whole for sample in group.samples]
 
 
 def _request_id(prompt: Prompt) -> str:

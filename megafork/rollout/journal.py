@@ -10,16 +10,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from megafork.disk import sync
+from megafork.disk import cut_torn_line, sync
 from megafork.errors import UserError
 from megafork.types import Group, Sample
 
 _log = logging.getLogger(__name__)
-_BLOCK = 1 << 20
 
 
 class Journal:
@@ -31,7 +31,7 @@ class Journal:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(self.path)
+        cut_torn_line(self.path)
         self._file = self.path.open("ab")
         sync(self.path.parent)  # the file's name must survive too
 
@@ -55,20 +55,24 @@ class Journal:
     def read(path: str | Path) -> list[Group]:
         """All groups, in the order they finished; empty when there is no such file.
 
+        Raises UserError as `each` does.
+        """
+        return list(Journal.each(path)) if Path(path).exists() else []
+
+    @staticmethod
+    def each(path: str | Path) -> Iterator[Group]:
+        """The same, one at a time.
+
         A torn last line is dropped with a warning. Raises UserError, naming file and line, when
         any other line is damaged.
         """
         path = Path(path)
-        if not path.exists():
-            return []
-        groups = []
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.endswith(b"\n"):
-                    groups.append(_parse(line, path, number))
+                    yield _parse(line, path, number)
                 else:
                     _log.warning("%s:%d: dropped a group not written to its end", path, number)
-        return groups
 
 
 def group_of(fields: dict[str, Any]) -> Group:
@@ -87,19 +91,3 @@ def _damage(path: Path, number: int, cause: str) -> UserError:
     return UserError(
         f"{path}:{number} is damaged ({cause}); delete the file to generate the step's groups again"
     )
-
-
-def _cut_torn_line(path: Path) -> None:
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end > 0:  # backwards: a step's journal may be gigabytes
-            start = max(0, end - _BLOCK)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        file.truncate(end)

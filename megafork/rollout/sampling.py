@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 # Routes that the server answers itself.
@@ -12,6 +12,19 @@ GENERATE_PATH = "/megafork/generate"  # token ids in, `encode_completions` out
 ABORT_PATH = "/megafork/abort"
 CONNECT_PATH = "/megafork/connect"
 UPDATE_PATH = "/megafork/update"
+
+# Of a request's extra_args: [threshold, temperature above, temperature below].
+TWO_TEMPERATURES = "megafork_two_temperatures"
+
+
+@dataclass(frozen=True)
+class TwoTemperatures:
+    """A token is drawn at `above` where the entropy of softmax(logits) is above the threshold, at
+    `below` elsewhere, a tie included. 0 is greedy."""
+
+    threshold: float  # nats
+    above: float = 1.0
+    below: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,9 @@ class Sampling:
     top_p: float = 1.0  # below 1 the distribution is truncated and so are its log-probabilities
     top_k: int = -1  # -1: every token
     min_p: float = 0.0
+    forking_temperatures: TwoTemperatures | None = None
+    """Instead of the temperature, which then is 1. The server must have been started with
+    two_temperatures=True."""
 
     def request_body(
         self, prompt_ids: list[int], n: int, seed: int | None = None, *, request_id: str
@@ -37,6 +53,9 @@ class Sampling:
         Every parameter that shapes the distribution is stated, so that neither the engine's
         defaults nor the folder's generation_config.json can change it.
         """
+        extra: dict[str, Any] = {}
+        if self.forking_temperatures is not None:
+            extra["extra_args"] = {TWO_TEMPERATURES: list(astuple(self.forking_temperatures))}
         return {
             "prompt_ids": list(prompt_ids),
             "request_id": request_id,
@@ -56,6 +75,7 @@ class Sampling:
                 "stop_token_ids": list(self.stop_token_ids),
                 "logprobs": 0,  # of the sampled token alone
                 "detokenize": False,
+                **extra,
             },
         }
 

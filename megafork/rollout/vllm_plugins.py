@@ -23,6 +23,7 @@ from megafork.rollout.sampling import (
     ABORT_PATH,
     CONNECT_PATH,
     GENERATE_PATH,
+    TWO_TEMPERATURES,
     UPDATE_PATH,
     Completion,
     encode_completions,
@@ -67,6 +68,10 @@ async def _generate(engine: Any, body: dict[str, Any]) -> bytes:
     for token in body["prompt_ids"]:
         if not 0 <= token < vocab_size:  # without a tokenizer vLLM lets it through, and crashes
             raise ValueError(f"prompt token {token} is not in the vocabulary of {vocab_size}")
+    extra = body["sampling_params"].get("extra_args") or {}
+    if TWO_TEMPERATURES in extra and not engine.model_config.logits_processors:
+        # Sampling at a temperature of 1 without a word would be worse.
+        raise ValueError("this server was started without two_temperatures")
     params = SamplingParams(
         **body["sampling_params"], output_kind=RequestOutputKind.FINAL_ONLY, flat_logprobs=True
     )

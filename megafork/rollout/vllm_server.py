@@ -24,6 +24,7 @@ from megafork.rollout.client import RolloutClient
 from megafork.rollout.supervisor import GRACE_S
 
 _PLUGINS = "megafork.rollout.vllm_plugins"
+_TWO_TEMPERATURES = "megafork.rollout.vllm_temperatures:TwoTemperatureProcessor"
 _UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 # torchrun's variables would make vLLM's workers join the trainer's rendezvous.
@@ -45,7 +46,8 @@ class VllmServer:
     device: "cpu" or "cuda". kv_cache_gib sizes the cache on the CPU, gpu_memory_utilization on
     a GPU. environment: further variables of the server, for instance CUDA_VISIBLE_DEVICES.
     python: the interpreter that has vLLM; it may belong to another environment. api_key: unset is a
-    random one.
+    random one. two_temperatures: requests may ask for `Sampling.forking_temperatures`; loading any
+    logits processor makes vLLM's V1 runner on a GPU wait for each step's tokens.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class VllmServer:
         gpu_memory_utilization: float = 0.6,
         kv_cache_gib: int = 1,
         seed: int = 0,
+        two_temperatures: bool = False,
         environment: dict[str, str] | None = None,
     ) -> None:
         self.model_path = Path(model_path).absolute()
@@ -82,6 +85,7 @@ class VllmServer:
         self.gpu_memory_utilization = gpu_memory_utilization
         self.kv_cache_gib = kv_cache_gib
         self.seed = seed
+        self.two_temperatures = two_temperatures
         self.environment = environment or {}
         self.api_key = api_key or secrets.token_urlsafe(32)
         self._lock = threading.Lock()
@@ -193,6 +197,8 @@ class VllmServer:
             "worker-extension-cls": f"{_PLUGINS}.WorkerExtension",
             "uvicorn-log-level": "warning",
         }
+        if self.two_temperatures:
+            options["logits-processors"] = _TWO_TEMPERATURES
         flags = ["skip-tokenizer-init", "disable-uvicorn-access-log", "disable-log-stats"]
         if self.device == "cpu":
             # A seeded request whose prompt is prefilled in chunks ends the engine on the CPU:

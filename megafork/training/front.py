@@ -13,7 +13,7 @@ from megafork.config import TrainConfig
 from megafork.data.prompts import Prompt, PromptStream, read_prompts
 from megafork.data.tokenizer import load_tokenizer
 from megafork.errors import OnEveryRank, ServerDied, UserError
-from megafork.evaluation.heldout import accuracy
+from megafork.evaluation import heldout
 from megafork.interruption import Interruption
 from megafork.logging.metrics import MetricsLog, read_rows
 from megafork.rewards.verifier import Judge
@@ -54,7 +54,11 @@ class Front:
             max_tokens=config.rollout.max_response_tokens,
             stop_token_ids=eos,
         )
-        tokenizer = load_tokenizer(config, chat_template=config.data.chat_template)
+        tokenizer = load_tokenizer(
+            config,
+            chat_template=config.data.chat_template,
+            enable_thinking=config.data.enable_thinking,
+        )
         prompts = read_prompts(config.data.train, config.data, tokenizer.encode)
         self.client = server.connect(interruption.check)
         self.collector = Collector(
@@ -68,8 +72,8 @@ class Front:
         )
         self.heldout: list[Prompt] = []
         if config.data.eval is not None:
-            heldout = read_prompts(config.data.eval, config.data, tokenizer.encode)
-            self.heldout = heldout[: config.eval.prompts]
+            found = read_prompts(config.data.eval, config.data, tokenizer.encode)
+            self.heldout = found[: config.eval.prompts]
         self.probe_prompts = prompts[: config.sync.check_prompts]
         self.log = MetricsLog(
             self.run_dir,
@@ -78,6 +82,7 @@ class Front:
             steps_done=steps_done,
         )
         self.batch: RolloutBatch | None = None
+        self._told_failures: set[str] = set()
         self._background = BackgroundLoop()
         self._background.__enter__()
         self._ahead: dict[int, Job[RolloutBatch]] = {}
@@ -98,6 +103,7 @@ class Front:
     def close(self) -> None:
         """Whatever is being generated is given up."""
         self._background.__exit__()
+        self.collector.judge.close()
         self.log.close()
 
     def collect(self, step: int, policy_version: int) -> list[Group]:
@@ -105,6 +111,7 @@ class Front:
         self.interruption.check()
         self._collect_ahead(step, 0, policy_version)
         self.batch = self._wait(self._ahead[step])
+        self._tell_failures()
         self.state = self.batch.state
         del self._ahead[step]
         rollout = self.config.rollout
@@ -131,19 +138,29 @@ class Front:
         return self._generated(agreement.probe(self.client, self.probe_prompts, self.sampling))
 
     def evaluate(self, step: int) -> float:
-        """Held-out accuracy, also written to eval.jsonl."""
+        """Held-out accuracy (avg@k), also written, with more, to eval.jsonl."""
         collector, config = self.collector, self.config.eval
-        evaluating = accuracy(
+        sampling = replace(self.sampling, temperature=config.temperature)
+        evaluating = heldout.sample(
             self.client,
             self.heldout,
             collector.tokenizer,
             collector.judge,
-            replace(self.sampling, temperature=config.temperature),
+            sampling,
             config.samples,
+            self.config.rollout.max_num_seqs,
         )
-        value = self._generated(evaluating)
-        self.log.evaluation(step, value, len(self.heldout) * config.samples)
-        return value
+        row = heldout.row(self._generated(evaluating))
+        self._tell_failures()
+        self.log.evaluation(step, row)
+        return row["eval/accuracy"]
+
+    def _tell_failures(self) -> None:
+        """Of each kind of a verifier's failures the first of the run; metrics.jsonl counts them."""
+        for kind, cause in dict(self.collector.judge.causes).items():
+            if kind not in self._told_failures:
+                self._told_failures.add(kind)
+                self.log.note(f"warning: no verdict ({kind}), so the response scores 0: {cause}")
 
     def has_evaluated(self, step: int) -> bool:
         return any(row["step"] == step for row in read_rows(self.run_dir / "eval.jsonl"))
@@ -203,6 +220,33 @@ class Front:
             for token in report[name]:
                 token["text"] = self.collector.tokenizer.name(token["id"])
         self.log.forking_tokens(step, report)
+
+    def keep_entropies(
+        self, step: int, histogram: dict[str, Any] | None, responses: Sequence[dict[str, Any]]
+    ) -> None:
+        """Write what there is of a step's entropies, the responses with their text."""
+        tokenizer = self.collector.tokenizer
+        if histogram is not None:
+            self.log.entropy_histogram(step, histogram)
+        self.log.samples(
+            [
+                response
+                | {
+                    "prompt": tokenizer.decode(response["prompt_ids"]),
+                    "text": [tokenizer.name(token) for token in response["token_ids"]],
+                }
+                for response in responses
+            ]
+        )
+
+    def write_report(self) -> None:
+        """RUN/report.html; a run does not fail for it."""
+        from megafork.report.page import write_report  # matplotlib and jinja2 take a second
+
+        try:
+            self.log.note(f"report      {write_report(self.run_dir)}")
+        except (OSError, UserError) as error:
+            self.log.note(f"warning: {self.run_dir}/report.html was not written: {error}")
 
     def keep_skipped(self, step: int, skipped: Sequence[Skipped], *, is_last: bool) -> None:
         """The groups of mini-batches without an update, for a look at them.

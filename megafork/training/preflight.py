@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from megafork.data.tokenizer import SentencePieceTokenizer, check_tokenizer, fin
 from megafork.errors import UserError
 from megafork.launch import under_torchrun
 from megafork.model.shape import ModelShape, read_json
-from megafork.rewards.verifier import load_verifier
-from megafork.rollout.engine import api_key_of
+from megafork.rewards.names import check_verifiers
+from megafork.rollout.engine import check_server
 
 _TRUNCATING = {"top_k": (None, 0, -1), "top_p": (None, 1, 1.0), "min_p": (None, 0, 0.0)}
 
@@ -41,12 +40,8 @@ def check_train(config: TrainConfig) -> None:
     read_rows(config.data.train, config.data)
     if config.data.eval is not None:
         read_rows(config.data.eval, config.data)
-    load_verifier(config.reward.verifier)
-    if config.rollout.url is not None:
-        api_key_of(config.rollout)
-    python = config.rollout.python
-    if python is not None and shutil.which(python) is None:
-        raise UserError(f"rollout.python={python} is not an executable: give a Python with vLLM")
+    check_verifiers(config.reward.verifiers)
+    check_server(config.rollout)
     if not under_torchrun():
         _tell_ignored_sampling(Path(config.model.path))
         _tell_other_eos(config, shape)

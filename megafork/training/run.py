@@ -10,7 +10,7 @@ from megafork.checkpoint.store import CheckpointStore
 from megafork.config import TrainConfig
 from megafork.interruption import Interruption
 from megafork.parallel.topology import Topology, initialize, shutdown
-from megafork.rollout.engine import RolloutServer, host_of
+from megafork.rollout.engine import RolloutServer, host_of, served_policy
 from megafork.training.critic import Critic, make_critic
 from megafork.training.front import Front
 from megafork.training.policy import Policy
@@ -47,8 +47,7 @@ def _train(
     with contextlib.ExitStack() as stack:
         server = None
         if topology.rank == 0:  # it loads while the policy does
-            device = topology.device.type
-            server = stack.enter_context(RolloutServer(config, device, run_dir / "vllm.log"))
+            server = stack.enter_context(_server(config, topology))
         stack.enter_context(topology.whereabouts.told())  # at once: a server's end takes time
         topology.whereabouts.enter("the loading of the model")
         policy = Policy(
@@ -92,6 +91,11 @@ def _train(
         if state is not None:
             trainer.restore(state)
         trainer.run()
+
+
+def _server(config: TrainConfig, topology: Topology) -> RolloutServer:
+    log = Path(config.run.dir) / "vllm.log"
+    return RolloutServer(served_policy(config), config.rollout, topology.device.type, log)
 
 
 def _load_newest(

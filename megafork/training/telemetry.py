@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +39,12 @@ _COUNTS = {
     "head_rows": "update/head_rows",
     "truncated": "mismatch/truncated_tokens",
     "masked": "mismatch/masked_tokens",
+}
+_FAILURES = {
+    "timeout": "reward/timeouts",
+    "memory": "reward/out_of_memory",
+    "death": "reward/worker_deaths",
+    "error": "reward/verifier_errors",
 }
 _LARGEST = "mismatch/max_difference"
 _OF_SELECTION = (
@@ -251,11 +258,14 @@ def rollout_metrics(batch: RolloutBatch, policy_version: int) -> dict[str, float
     had then) or is too old. sampling/length_bias: by how many tokens the mean response that is
     trained on is longer (below 0: shorter) than with those; as aborted ones would have grown, the
     truth lies at or below it.
-    reward/nonfinite: rewards that are no finite number and take no part in reward/mean.
+    reward/nonfinite: rewards that are no finite number and take no part in reward/mean. The counts
+    of responses without a verdict: reward/timeouts, reward/out_of_memory, reward/worker_deaths,
+    reward/verifier_errors; they are wrong and score 0.
     """
     # Groups carried over from the last step can fill a batch alone.
     samples = [s for group in batch.generated or batch.groups for s in group.samples]
     n = len(samples)
+    failures = Counter(s.failure for s in samples)
     rewards = [s.reward for s in samples if math.isfinite(s.reward)]
     stale = sum(group.policy_version != policy_version for group in batch.groups)
     lost = batch.lost_lengths
@@ -270,6 +280,7 @@ def rollout_metrics(batch: RolloutBatch, policy_version: int) -> dict[str, float
         "sampling/length_bias": trained_mean - sum(trained + lost) / len(trained + lost),
         "reward/mean": sum(rewards) / (len(rewards) or math.nan),
         "reward/nonfinite": n - len(rewards),
+        **{name: failures[kind] for kind, name in _FAILURES.items()},
         "reward/accuracy": sum(s.accuracy for s in samples) / n,
         "response/length_mean": sum(len(s.token_ids) for s in samples) / n,
         "response/truncated_fraction": sum(s.truncated for s in samples) / n,

@@ -25,7 +25,9 @@ from megafork.parallel.topology import Topology
 from megafork.training import telemetry
 from megafork.training.critic import Critic
 from megafork.training.front import Front
+from megafork.training.histogram import entropy_histogram
 from megafork.training.policy import Policy
+from megafork.training.samples import is_sampled, sampled_responses
 from megafork.training.step import Clock, Optimized, optimize
 from megafork.training.token_report import token_report
 from megafork.types import Group, TokenTable, token_table
@@ -114,6 +116,8 @@ class Trainer:
         if self._saved_step != self.steps_done:
             self._save(self.steps_done)
         self.store.finish()
+        self.topology.whereabouts.enter("the report")
+        self._on_front(lambda front: front.write_report())
         saved = ", which is saved" if self.steps_done else ""
         return (
             f"stopped by {self.interruption.received or 'a signal'} after step {self.steps_done}"
@@ -145,6 +149,7 @@ class Trainer:
             return
         self.front.log.note(f"checkpoint  {target}")
         self.front.log.note(f"curves      {draw_curves(run_dir)}")
+        self.front.write_report()
         if evaluations := read_rows(run_dir / "eval.jsonl"):
             first, final = (evaluations[i]["eval/accuracy"] for i in (0, -1))
             self.front.log.note(f"held-out accuracy  {first:.1%} before, {final:.1%} after")
@@ -177,8 +182,20 @@ class Trainer:
         report = token_report(done, config.forking, topology)
         if self.front is not None:
             self.front.report_tokens(step, report)
+        self._keep_entropies(done, step)
         metrics = self._metrics(done, table, clock, started=started, trained_by=trained_by)
         return metrics | {"lr": lr, "forking/rho": config.forking.rho_at(step)}, clock
+
+    def _keep_entropies(self, done: Optimized, step: int) -> None:
+        config, topology = self.config, self.topology
+        histogram = entropy_histogram(done, topology)
+        responses: list[dict[str, Any]] = []
+        if is_sampled(step, every=config.run.samples_every, last=config.training.steps):
+            responses = sampled_responses(
+                done, config.run.samples, config.forking, topology, step=step
+            )
+        if self.front is not None:
+            self.front.keep_entropies(step, histogram, responses)
 
     def _metrics(
         self,

@@ -1,0 +1,320 @@
+"""`megafork analyze run`: every analysis of a run, from its folder to tables and figures.
+
+The responses are scored by the model before training, by the kept checkpoints and by the final one,
+each in a process of its own, as a user would by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megafork import launch
+from megafork.analysis.columns import Columns, read_scored
+from megafork.analysis.entropy import entropy_statistics, write_entropy
+from megafork.analysis.from_run import generate_settings, score_settings, verifier_settings
+from megafork.analysis.glyphs import Font
+from megafork.analysis.output import make_folder, write_json
+from megafork.analysis.paired_output import step_of, write_change, write_overlap
+from megafork.analysis.pairs import Scope, entropy_change, overlap
+from megafork.analysis.tokens import rank_tokens, write_tokens
+from megafork.analysis.training import training_table, write_training
+from megafork.config import ScoreConfig, TrainConfig
+from megafork.config.file import load_config
+from megafork.data.tokenizer import Tokenizer, load_tokenizer
+from megafork.errors import PeerError, UserError
+from megafork.interruption import INTERRUPTED, SIGNALS
+from megafork.model.shape import ModelShape
+from megafork.rollout.journal import Journal
+
+ROLLOUTS, GENERATE = "rollouts", "generate"
+INITIAL, FINAL = "initial", "final"
+
+
+@dataclass(frozen=True)
+class RunAnalysis:
+    """What is asked for."""
+
+    run: Path
+    output: Path
+    responses: str
+    """ROLLOUTS, GENERATE, or the path of a jsonl that `megafork score` reads"""
+    samples: int
+    """for each prompt, where responses are generated"""
+    temperatures: bool
+    """also the sweep of two temperatures"""
+    last_steps: int
+    """with ROLLOUTS: of this many steps"""
+    initial: Path | None
+    """HF folder; None: the run's model.path"""
+    all_checkpoints: bool
+    rho: float | None
+    """None: the run's forking.rho"""
+    scope: Scope
+    min_count: int
+    num_words: int
+    font: Font
+    overrides: Sequence[str]
+    """`megafork score`'s"""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the run has, checked."""
+
+    initial: Path
+    final: Path
+    checkpoints: list[tuple[int, Path]]
+    """(step, folder), sharded"""
+    journals: list[Path]
+    table: list[dict[str, Any]]
+    """training_table's"""
+    prompts: str
+    """what is generated from: data.eval, or data.train"""
+    generate_settings: list[str]
+    score_settings: list[str]
+    eval_settings: list[str]
+    vocab_size: int
+    tokenizer: Tokenizer
+    rho: float
+
+    @property
+    def last_step(self) -> int:
+        return self.table[-1]["step"]
+
+
+def analyze_run(asked: RunAnalysis) -> None:
+    """Write responses, scores, tables and figures into asked.output.
+
+    Raises UserError for a run that is not whole, before anything is written.
+    """
+    plan = _plan(asked)
+    folder = make_folder(asked.output)
+    responses = _responses(asked, plan)
+    with tempfile.TemporaryDirectory(prefix=".columns-", dir=folder) as name:
+        spool = Path(name)
+        columns = {
+            label: read_scored(
+                scored, spool / label, encode=plan.tokenizer.encode, vocab_size=plan.vocab_size
+            )
+            for label, scored in _scored(plan, responses, folder, spool)
+        }
+        _write_all(asked, plan, columns)
+    base = columns[INITIAL]
+    write_json(
+        folder / "analysis.json",
+        {
+            "run": str(asked.run),
+            "initial": str(plan.initial),
+            "responses": [str(path) for path in plan.journals] or [str(responses)],
+            "num_responses": base.num_rows,
+            "num_tokens": base.num_tokens,
+            "score_settings": plan.score_settings,
+            "rho": plan.rho,
+            "scope": asked.scope,
+        },
+    )
+
+
+def _plan(asked: RunAnalysis) -> _Plan:
+    if launch.under_torchrun():
+        raise UserError("start `megafork analyze run` plainly: it starts the ranks of each scoring")
+    path = asked.run / "config.toml"
+    if not path.is_file():
+        raise UserError(f"{asked.run}: there is no run in this folder (no config.toml)")
+    config = load_config(TrainConfig, path, [])
+    initial = asked.initial or Path(config.model.path)
+    if not initial.is_dir():
+        raise UserError(
+            f"model.path={initial} of {path} is not there: start in the folder that the run was "
+            "started in, or name the model with --initial"
+        )
+    final = asked.run / "checkpoints" / FINAL
+    if not final.is_dir():
+        raise UserError(f"{final} does not exist: end the run first (megafork train --resume)")
+    if asked.responses not in (ROLLOUTS, GENERATE) and not Path(asked.responses).is_file():
+        raise UserError(
+            f"--responses={asked.responses} is no file: give {ROLLOUTS!r}, {GENERATE!r} or a jsonl "
+            "that `megafork score` reads"
+        )
+    own = config.forking.entropy_temperature or config.rollout.temperature
+    if asked.temperatures and (own, config.rollout.temperature) != (1.0, 1.0):
+        raise UserError(
+            "--temperatures takes its threshold and its baseline at temperature 1, but the run has "
+            f"rollout.temperature={config.rollout.temperature:g} and entropies at {own:g}: use "
+            "`megafork analyze temperatures` by itself"
+        )
+    settings = [*score_settings(config), *asked.overrides]
+    score = load_config(ScoreConfig, None, [f"model.path={json.dumps(str(initial))}", *settings])
+    shape = ModelShape.from_folder(initial)
+    shape.check(score.model, score.parallel)
+    samples = [f"rollout.samples={asked.samples}"]
+    generated = [*generate_settings(config), *samples]
+    table = training_table(asked.run)
+    return _Plan(
+        initial=initial,
+        final=final,
+        checkpoints=_checkpoints(asked.run, table[-1]["step"]) if asked.all_checkpoints else [],
+        journals=_journals(asked.run, asked.last_steps) if asked.responses == ROLLOUTS else [],
+        table=table,
+        prompts=config.data.eval or config.data.train,
+        generate_settings=generated,
+        score_settings=settings,
+        eval_settings=[*generated, *verifier_settings(config)],
+        vocab_size=shape.vocab_size,
+        tokenizer=load_tokenizer(score, chat_template=False),
+        rho=config.forking.rho if asked.rho is None else asked.rho,
+    )
+
+
+def _journals(run: Path, last_steps: int) -> list[Path]:
+    found = sorted((run / "rollouts").glob("step_*.jsonl"))[-last_steps:]
+    if not found:
+        raise UserError(f"{run / 'rollouts'} holds no responses: name a file of some (--responses)")
+    return found
+
+
+def _checkpoints(run: Path, last_step: int) -> list[tuple[int, Path]]:
+    """Those kept before the last step, whose weights are the final folder's."""
+    names = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in (run / "checkpoints").iterdir()]
+    steps = sorted((int(match[1]), path) for match, path in names if match)
+    return [(step, path) for step, path in steps if 0 < step < last_step]
+
+
+def _responses(asked: RunAnalysis, plan: _Plan) -> Path:
+    """The jsonl to score: the user's, or one written into the output folder."""
+    if asked.responses not in (ROLLOUTS, GENERATE):
+        return Path(asked.responses)
+    path = asked.output / "responses.jsonl"
+    if asked.responses == GENERATE:
+        _megafork(
+            *("generate", "--model", plan.final, "--data", plan.prompts, "--output", path),
+            *plan.generate_settings,
+        )
+        return path
+    write_rollouts(plan.journals, path)
+    return path
+
+
+def write_rollouts(journals: Sequence[Path], output: Path) -> None:
+    """The whole groups of RUN/rollouts files, one response a line, as `megafork score` reads them.
+
+    Raises UserError where a journal is damaged or none has a response.
+    """
+    count = 0
+    partial = output.with_name(output.name + ".partial")
+    with partial.open("w", encoding="utf-8") as sink:
+        for path in journals:
+            for group in Journal.each(path):
+                for sample in group.samples if group.is_whole else []:
+                    row = {
+                        "id": sample.uid,
+                        "prompt_ids": group.prompt_ids,
+                        "response_ids": sample.token_ids,
+                        "rollout_logprobs": sample.logprobs,
+                        "finish_reason": "length" if sample.truncated else "stop",
+                        "accuracy": sample.accuracy,
+                        "step": step_of(path.stem),
+                    }
+                    sink.write(json.dumps(row) + "\n")
+                    count += 1
+    if not count:
+        partial.unlink()
+        raise UserError(f"{', '.join(map(str, journals))}: no whole group of responses")
+    partial.replace(output)
+
+
+def _scored(plan: _Plan, responses: Path, folder: Path, spool: Path) -> Iterator[tuple[str, Path]]:
+    """(label, file of scores), as each is scored: the initial model, the checkpoints, the final."""
+
+    def score(model: Path, label: str) -> tuple[str, Path]:
+        output = folder / f"scored_{label}.jsonl"
+        _megafork(
+            *("score", "--model", model, "--input", responses, "--output", output),
+            *plan.score_settings,
+        )
+        return label, output
+
+    yield score(plan.initial, INITIAL)
+    for step, path in plan.checkpoints:
+        # One at a time: a folder of weights is the largest thing here.
+        with tempfile.TemporaryDirectory(dir=spool) as name:
+            model = Path(name) / "hf"
+            _megafork("convert", "megatron-to-hf", "--hf", model, "--megatron", path)
+            yield score(model, f"step_{step:06d}")
+    yield score(plan.final, FINAL)
+
+
+def _write_all(asked: RunAnalysis, plan: _Plan, columns: dict[str, Columns]) -> None:
+    folder, base = asked.output, columns[INITIAL]
+    statistics = {label: entropy_statistics(columns[label]) for label in (INITIAL, FINAL)}
+    for label, found in statistics.items():
+        write_entropy(found, label, folder, f"entropy_{label}")
+        ranked = rank_tokens(columns[label], plan.vocab_size, plan.tokenizer.name, asked.min_count)
+        write_tokens(
+            ranked,
+            label,
+            folder,
+            f"tokens_{label}",
+            num_words=asked.num_words,
+            font=asked.font,
+        )
+    overlaps = [
+        (f"step_{plan.last_step:06d}" if label == FINAL else label, one)
+        for label, other in columns.items()
+        if label != INITIAL
+        for one in [overlap(base, other, plan.rho, asked.scope)]
+    ]
+    write_overlap(overlaps, INITIAL, plan.rho, asked.scope, folder)
+    write_change(entropy_change(base, columns[FINAL]), INITIAL, FINAL, folder)
+    write_training(plan.table, asked.run.resolve().name, folder)
+    if asked.temperatures:
+        _megafork(
+            *("analyze", "temperatures", "--model", plan.final, "--data", plan.prompts),
+            *("--output", folder / "temperatures"),
+            f"sweep.threshold={statistics[FINAL].percentiles[80]:.6g}",
+            *plan.eval_settings,
+        )
+
+
+def _megafork(*arguments: object) -> None:
+    """`megafork ARGUMENTS` in a process of its own, which ends with this one's signals.
+
+    Raises UserError when it fails; it has told why.
+    """
+    command = [sys.executable, "-m", "megafork", *map(str, arguments)]
+    with _ended_by_signals(), subprocess.Popen(command) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            raise
+    if status == launch.USER_ERROR:
+        raise PeerError(f"`megafork {arguments[0]}` failed")
+    if status:
+        raise UserError(f"`{' '.join(command)}` ended with status {status}; see above")
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A signal raises SystemExit, so that what is under way is ended and cleaned up."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(INTERRUPTED)
+
+    before = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,31 @@
+"""The vLLM server that generates, for training (`rollout.*`) and for the other commands."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from megafork.config.section import Fraction, Positive, PositiveFloat, Section
+
+
+class ServerConfig(Section):
+    """What a server needs to know, and what bounds a response."""
+
+    max_response_tokens: Positive = Field(20480, description="longer responses are cut")
+    temperature: PositiveFloat = Field(1.0, description="sampling temperature")
+    url: str | None = Field(None, description="a running server to use; unset: start one")
+    api_key_env: str = Field(
+        "MEGAFORK_API_KEY",
+        description="variable with the key of url and serve",
+    )
+    python: str | None = Field(None, description="Python that has vLLM; unset: this one")
+    tensor_parallel: Positive = Field(1, description="tensor-parallel size of the server")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="dtype of the server; unset: the policy's"
+    )
+    max_num_seqs: Positive = Field(256, description="responses that the server runs at once")
+    gpu_memory_utilization: Fraction = Field(0.6, description="GPU memory for the server")
+    cpu_kv_cache_gib: Positive = Field(1, description="KV cache of a CPU server, GiB")
+    startup_timeout_s: PositiveFloat = Field(600.0, description="seconds for the server to come up")
+    request_timeout_s: PositiveFloat = Field(3600.0, description="seconds for one request")

@@ -1,0 +1,142 @@
+"""Rows of a data file: jsonl, parquet, a folder of datasets' save_to_disk, or a hub's data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megafork.errors import UserError
+
+HUB = "hf:"
+_BATCH_ROWS = 1024
+_KINDS = ".jsonl, .parquet, a folder that datasets' save_to_disk wrote, or hf:owner/name[:split]"
+
+Table = Iterator[tuple[str, Any]]
+"""(where, row): the place for messages, and the row, which jsonl does not promise to be a dict"""
+
+
+def read_table(path: str | Path, columns: Sequence[str]) -> Table:
+    """Rows in order, with at least those of their `columns` (dotted: nested ones) that there are.
+
+    Raises UserError, naming the file and row, for what cannot be read.
+    """
+    name = str(path)
+    if name.startswith(HUB):
+        return _from_hub(name, columns)
+    path = Path(path)
+    if path.is_dir():
+        return _from_folder(path, columns)
+    if not path.is_file():
+        raise UserError(f"data file {path} does not exist: give {_KINDS}")
+    if path.suffix == ".parquet":
+        return _from_parquet(path, columns)
+    return _from_jsonl(path)
+
+
+def stem_of(path: str | Path) -> str:
+    """A data file's short name: aime_2024 of data/aime_2024.jsonl, math-500-test of
+    hf:owner/math-500:test."""
+    name = str(path)
+    if name.startswith(HUB):
+        return name.removeprefix(HUB).split("/", 1)[-1].replace("/", "-").replace(":", "-")
+    found = Path(path)
+    return found.stem if found.suffix in (".jsonl", ".json", ".parquet") else found.absolute().name
+
+
+def look_up(row: dict[str, Any], key: str) -> Any:
+    """row[key], or the nested value that a dotted key leads to. Raises KeyError."""
+    if key in row:
+        return row[key]
+    value: Any = row
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise KeyError(key)
+        value = value[part]
+    return value
+
+
+def _from_jsonl(path: Path) -> Table:
+    with path.open(encoding="utf-8", errors="strict") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _parsed(line, f"{path}, line {number}")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8: {error}: give {_KINDS}") from None
+
+
+def _parsed(line: str, where: str) -> tuple[str, Any]:
+    try:
+        return where, json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+
+
+def _from_parquet(path: Path, columns: Sequence[str]) -> Table:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            kept = _present(columns, file.schema_arrow.names)
+            number = 0
+            for batch in file.iter_batches(_BATCH_ROWS, columns=kept):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as parquet ({error}): copy it again") from None
+
+
+def _from_folder(path: Path, columns: Sequence[str]) -> Table:
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:  # datasets and pyarrow raise what they like
+        raise UserError(f"{path} is no folder of datasets' save_to_disk ({error})") from None
+    if isinstance(found, datasets.DatasetDict):
+        splits = ", ".join(str(path / split) for split in found)
+        raise UserError(f"{path} holds several splits: name one of {splits}")
+    return _rows_of(str(path), found, columns)
+
+
+def _from_hub(name: str, columns: Sequence[str]) -> Table:
+    """hf:owner/name[/config][:split], through `datasets`: from its cache, or from the network."""
+    repository, _, split = name.removeprefix(HUB).partition(":")
+    owner, _, rest = repository.partition("/")
+    short, _, config = rest.partition("/")
+    if not owner or not short:
+        raise UserError(f"{name!r} is not of the form hf:owner/name[/config][:split]")
+    import datasets
+
+    try:
+        found = datasets.load_dataset(f"{owner}/{short}", config or None, split=split or None)
+    except Exception as error:  # the hub, the network and datasets raise what they like
+        cause = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{name} cannot be loaded ({type(error).__name__}: {cause}): it needs the network or "
+            "datasets' cache; without either, give a file, or a folder that save_to_disk wrote"
+        ) from None
+    if isinstance(found, datasets.DatasetDict):
+        if len(found) > 1:
+            raise UserError(
+                f"{name} holds several splits: name one of "
+                f"{', '.join(f'{HUB}{repository}:{split}' for split in found)}"
+            )
+        found = next(iter(found.values()))
+    return _rows_of(name, found, columns)
+
+
+def _rows_of(name: str, found: Any, columns: Sequence[str]) -> Table:
+    rows = found.select_columns(_present(columns, found.column_names))
+    return ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _present(columns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The top-level columns to read; all where none fits, so that a message can name them."""
+    wanted = {key if key in names else key.split(".")[0] for key in columns}
+    kept = [name for name in names if name in wanted]
+    return kept if len(kept) == len(wanted) else list(names)

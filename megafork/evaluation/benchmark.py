@@ -1,0 +1,228 @@
+"""`megafork eval`: benchmarks with one server, every sample kept, results with their intervals."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megafork.config import EvaluateConfig
+from megafork.data.prompts import Prompt
+from megafork.data.tables import stem_of
+from megafork.errors import UserError
+from megafork.evaluation import metrics
+from megafork.evaluation.answers import extract
+from megafork.evaluation.generation import (
+    Input,
+    Job,
+    MakeRows,
+    Rows,
+    check_input,
+    digest,
+    row_of,
+    run_jobs,
+)
+from megafork.evaluation.samples import SETTINGS, SampleFile, check_same, read_settings, write_json
+from megafork.rewards.names import check_verifiers
+from megafork.rewards.verifier import Judge
+from megafork.rollout.sampling import Completion
+
+_INTERVAL = (
+    "95%: Student's t over problems, cut to the possible; Clopper-Pearson where all are 0 or 1"
+)
+Results = dict[str, Any]
+
+
+def evaluate(config: EvaluateConfig, benchmarks: Sequence[str], output: Path) -> Results:
+    """Write OUTPUT/samples/NAME.jsonl of every benchmark and OUTPUT/results.json, print a table.
+
+    Samples that are there already, by the same settings, are not generated again. Raises UserError
+    before anything is started or written, Interrupted after a signal. Returns the results.
+    """
+    files = _files_of(benchmarks, output)
+    check_verifiers(config.reward.verifiers)
+    given = check_input(config, files.values())
+    _check_folder(output, given)
+    results = _results_before(output)
+    jobs = {}
+    for name, path in files.items():
+        prompts = given.prompts(path)
+        target = output / "samples" / f"{name}.jsonl"
+        jobs[name] = Job(
+            prompts, SampleFile(target, given.settings() | digest(prompts), len(prompts))
+        )
+    run_judged(given, list(jobs.values()), config, log_path=_log(output))
+    results |= {"model": str(given.source.folder), "confidence": metrics.CONFIDENCE}
+    results |= {"interval": _INTERVAL, "settings": given.settings()}
+    found = {
+        name: {"file": files[name]}
+        | measure(problems_of(job.file, config.rollout.samples))
+        | {"verifier_failures": _failures_of(job.file)}
+        for name, job in jobs.items()
+    }
+    results["benchmarks"] = results.get("benchmarks", {}) | found
+    target = output / "results.json"
+    write_json(target, results)
+    console = Console()
+    console.print(_table(found))
+    console.print(f"results  {target}", f"samples  {output / 'samples'}", sep="\n", soft_wrap=True)
+    return results
+
+
+def _log(output: Path) -> Path:
+    return output / "vllm.log"
+
+
+def _files_of(benchmarks: Sequence[str], output: Path) -> dict[str, str]:
+    """Benchmarks by the name that their results get."""
+    if not benchmarks:
+        raise UserError("name a benchmark: a .jsonl or .parquet file, a folder, or hf:owner/name")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: give a folder for the results")
+    files: dict[str, str] = {}
+    for path in benchmarks:
+        name = stem_of(path)
+        if name in files:
+            raise UserError(
+                f"the benchmarks {files[name]} and {path} would both be called {name}: rename one, "
+                "or evaluate them into two folders"
+            )
+        files[name] = path
+    return files
+
+
+def _check_folder(output: Path, given: Input) -> None:
+    """Other benchmarks of the folder must be of the same settings: results.json has one for all."""
+    for path in sorted((output / "samples").glob(f"*{SETTINGS}")):
+        check_same(read_settings(path), given.settings(), f"{output}: {path.name}")
+
+
+def _results_before(output: Path) -> Results:
+    """Of other benchmarks in the same folder, whose samples are of the same settings."""
+    path = output / "results.json"
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): remove it") from None
+
+
+def run_judged(
+    given: Input, jobs: Sequence[Job], config: EvaluateConfig, *, log_path: Path
+) -> None:
+    """`run_jobs`, with what the verifier says of each sample.
+
+    Raises UserError when it failed on too many; the samples are kept, with their failures.
+    """
+    with Judge(config.reward) as judge:
+        run_jobs(given, jobs, _rows_by(judge, config, given), log_path=log_path)
+        for job in jobs:
+            try:
+                judge.check_failures([row["failure"] for row in job.file.rows()])
+            except UserError as error:
+                raise UserError(
+                    f"{error}. The samples are in {job.file.path}, without verdicts: move it away "
+                    "to generate and judge them again"
+                ) from None
+
+
+def _failures_of(file: SampleFile) -> dict[str, int]:
+    """How many samples have no verdict, by cause; they count as wrong."""
+    return dict(Counter(row["failure"] for row in file.rows() if row["failure"] is not None))
+
+
+def _rows_by(judge: Judge, config: EvaluateConfig, given: Input) -> MakeRows:
+    """Rows of the samples with what the verifier says of them."""
+
+    async def make_rows(prompt: Prompt, completions: list[Completion]) -> Rows:
+        rows = [row_of(prompt, i, c, given.tokenizer) for i, c in enumerate(completions)]
+        verdicts = await asyncio.gather(
+            *(judge(prompt.text, row["response"], prompt.answer) for row in rows)
+        )
+        for row, verdict, completion in zip(rows, verdicts, completions, strict=True):
+            row["extracted"] = extract(
+                row["response"], config.metrics.extract, truncated=completion.truncated
+            )
+            row |= {"reward": verdict.reward, "accuracy": verdict.accuracy}
+            row["failure"] = verdict.failure
+            row["length"] = len(completion.token_ids)
+        return rows
+
+    return make_rows
+
+
+def problems_of(file: SampleFile, samples: int) -> list[list[metrics.Scored]]:
+    """What the metrics need, `samples` of each problem, read row by row."""
+    scored = (
+        metrics.Scored(
+            row["accuracy"], row["extracted"], row["length"], row["finish_reason"] != "stop"
+        )
+        for row in file.rows()
+    )
+    groups = iter(lambda: list(itertools.islice(scored, samples)), [])
+    return list(groups)
+
+
+def measure(problems: Sequence[Sequence[metrics.Scored]]) -> Results:
+    """All metrics of one benchmark; each with value, low, high and standard_error."""
+    samples = len(problems[0])
+    avg = metrics.avg_at_k(problems).as_dict()
+    avg["sampling_error"] = metrics.sampling_error(
+        [[sample.accuracy for sample in group] for group in problems]
+    )
+    majority = {}
+    for k in metrics.powers_up_to(samples):
+        found, error = metrics.majorities(problems, k)
+        majority[str(k)] = found.as_dict() | {"monte_carlo_error": error}
+    return {
+        "problems": len(problems),
+        "samples": samples,
+        f"avg@{samples}": avg,
+        "pass@k": {
+            str(k): metrics.passes(problems, k).as_dict() for k in metrics.powers_up_to(samples)
+        },
+        "maj@k": majority,
+        "length_mean": metrics.mean_length(problems).as_dict(),
+        "length_max": max(sample.length for group in problems for sample in group),
+        "truncated_fraction": metrics.truncated_fraction(problems).as_dict(),
+    }
+
+
+def _table(benchmarks: Results) -> Table:
+    table = Table(
+        box=box.SIMPLE,
+        collapse_padding=True,  # fits 80 columns
+        caption="in %, with 95% intervals over problems; k = samples",
+    )
+    table.add_column("benchmark")
+    for column in ("problems", "k", "avg@k", "pass@k", "maj@k", "tokens", "cut off"):
+        width = len("10.0-20.0") if "@" in column else None
+        table.add_column(column, justify="right", min_width=width)
+    for name, found in benchmarks.items():
+        n = found["samples"]
+        table.add_row(
+            name,
+            str(found["problems"]),
+            str(n),
+            _percent(found[f"avg@{n}"]),
+            *(_percent(found[key][str(n)]) for key in ("pass@k", "maj@k")),
+            f"{found['length_mean']['value']:.0f}",
+            f"{100 * found['truncated_fraction']['value']:.1f}",
+        )
+    return table
+
+
+def _percent(found: dict[str, Any]) -> str:
+    text = f"{100 * found['value']:.1f}"
+    if found["low"] is None:
+        return text
+    return f"{text}\n{100 * found['low']:.1f}-{100 * found['high']:.1f}"

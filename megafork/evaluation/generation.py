@@ -1,0 +1,289 @@
+"""`megafork generate`, and what `megafork eval` and evaluation in training share with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megafork.config import GenerateConfig, GenerationConfig
+from megafork.data.prompts import Prompt, read_prompts, read_rows
+from megafork.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+from megafork.errors import Interrupted, UserError
+from megafork.evaluation.samples import PROMPTS, SampleFile, Settings
+from megafork.evaluation.source import ModelSource, find_model
+from megafork.interruption import Interruption
+from megafork.model.shape import ModelShape
+from megafork.rollout.background import BackgroundLoop
+from megafork.rollout.client import RolloutClient
+from megafork.rollout.engine import RolloutServer, Served, check_server
+from megafork.rollout.sampling import Completion, Sampling
+
+Rows = list[dict[str, Any]]
+MakeRows = Callable[[Prompt, list[Completion]], Awaitable[Rows]]
+T = TypeVar("T")
+_HOW_FAST = {
+    "rollout": (
+        *("url", "api_key_env", "python", "tensor_parallel", "max_num_seqs"),
+        *("gpu_memory_utilization", "cpu_kv_cache_gib", "startup_timeout_s", "request_timeout_s"),
+    ),
+    "reward": ("workers", "timeout_s", "memory_mib", "max_failed_fraction"),
+}
+"""Settings that change how fast samples come and are judged, not what they are drawn from."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """What is generated from, all of it checked."""
+
+    config: GenerateConfig
+    """model.path is the folder with the model's config and tokenizer"""
+    source: ModelSource
+    shape: ModelShape
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Loaded when all else is checked: importing transformers takes seconds."""
+        data = self.config.data
+        return load_tokenizer(
+            self.config, chat_template=data.chat_template, enable_thinking=data.enable_thinking
+        )
+
+    def prompts(self, path: str) -> list[Prompt]:
+        data = self.config.data
+        return read_prompts(path, data, self.tokenizer.encode, data.id_key)
+
+    def sampling(self) -> Sampling:
+        rollout = self.config.rollout
+        return Sampling(
+            temperature=rollout.temperature,
+            max_tokens=rollout.max_response_tokens,
+            stop_token_ids=self.shape.eos_token_ids,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k or -1,
+        )
+
+    def served(self, folder: Path) -> Served:
+        config = self.config
+        return Served(
+            str(folder),
+            config.rollout.dtype or self.source.dtype(),
+            config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        )
+
+    def settings(self) -> Settings:
+        """All that samples depend on but the prompts, flat; for SampleFile."""
+        dumped = self.config.model_dump(mode="json")
+        flat = {
+            f"{section}.{key}": value
+            for section, table in dumped.items()
+            for key, value in table.items()
+            if key not in _HOW_FAST.get(section, ())
+        }
+        return flat | {
+            "model.path": str(self.source.folder.resolve()),
+            "model.files": self.source.fingerprint(),
+            "rollout.dtype": self.config.rollout.dtype or self.source.dtype(),
+        }
+
+
+def check_input(config: GenerateConfig, files: Iterable[str]) -> Input:
+    """Raises UserError for what can be known to fail before a tokenizer or server is loaded."""
+    source = find_model(config.model.path)
+    shape = source.shape()
+    model = config.model.model_copy(update={"path": str(source.side)})
+    config = config.model_copy(update={"model": model})
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > shape.max_positions:
+        raise UserError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + rollout.max_response_tokens="
+            f"{config.rollout.max_response_tokens} exceeds the model's max_position_embeddings="
+            f"{shape.max_positions}: lower one of them"
+        )
+    if not shape.eos_token_ids:
+        raise UserError(
+            f"{source.side}: neither generation_config.json nor config.json names an eos_token_id, "
+            "so no response could end: add it"
+        )
+    check_server(config.rollout)
+    check_tokenizer(config, shape.vocab_size, chat_template=config.data.chat_template)
+    for file in files:
+        read_rows(file, config.data, config.data.id_key)
+    return Input(config, source, shape)
+
+
+def digest(prompts: Sequence[Prompt]) -> Settings:
+    """What tells a file's prompts, as they are asked, from others."""
+    found = hashlib.sha256()
+    for prompt in prompts:
+        found.update(json.dumps([prompt.id, prompt.text, prompt.answer, prompt.ids]).encode())
+    return {PROMPTS: found.hexdigest()}
+
+
+def generate_file(config: GenerateConfig, data: str, output: Path) -> None:
+    """Write `output`: {id, sample, prompt, prompt_ids, response, response_ids, rollout_logprobs,
+    finish_reason, answer} for every response, in the prompts' order.
+
+    Raises UserError before anything is started or written, Interrupted after a signal.
+    """
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: the folder {output.parent} does not exist")
+    given = check_input(config, [data])
+    prompts = given.prompts(data)
+
+    async def make_rows(prompt: Prompt, completions: list[Completion]) -> Rows:
+        return [
+            row_of(prompt, number, completion, given.tokenizer)
+            # float32's shortest exact form has nine digits
+            | {"rollout_logprobs": [float(f"{x:.9g}") for x in completion.logprobs]}
+            for number, completion in enumerate(completions)
+        ]
+
+    file = SampleFile(output, given.settings() | digest(prompts), len(prompts))
+    log_path = output.with_name(output.name + ".vllm.log")
+    run_jobs(given, [Job(prompts, file)], make_rows, log_path=log_path)
+    log_path.unlink(missing_ok=True)
+    Console().print(f"{len(prompts)} prompts, {config.rollout.samples} responses each: {output}")
+
+
+def row_of(prompt: Prompt, number: int, completion: Completion, tokenizer: Tokenizer) -> dict:
+    """One response as it is written; `megafork score` reads it."""
+    return {
+        "id": prompt.id,
+        "sample": number,
+        "prompt": prompt.text,
+        "prompt_ids": prompt.ids,
+        "response": tokenizer.decode(completion.token_ids),
+        "response_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "answer": prompt.answer,
+    }
+
+
+@dataclass(frozen=True)
+class Job:
+    """Prompts and the file that their samples go to, a group for each prompt."""
+
+    prompts: list[Prompt]
+    file: SampleFile
+    sampling: Sampling | None = None
+    """Unset: the settings'"""
+
+
+def run_jobs(given: Input, jobs: Sequence[Job], make_rows: MakeRows, *, log_path: Path) -> None:
+    """Generate what the files miss, with one server, started if there is anything to do.
+
+    Raises Interrupted when a signal came; what is on disk is gone on with by the next call.
+    """
+    with contextlib.ExitStack() as stack:
+        for job in jobs:
+            job.file.open()
+            stack.callback(job.file.close)
+        todo = [(job, job.prompts[group]) for job in jobs for group in job.file.missing()]
+        if not todo:
+            return
+        interruption = stack.enter_context(Interruption())
+        scratch = log_path.with_name(log_path.name.removesuffix("vllm.log") + "converted_model")
+        folder = stack.enter_context(given.source.as_hf(scratch))
+        interruption.defer()
+        device = _device()
+        knows_two = any(job.sampling and job.sampling.forking_temperatures for job in jobs)
+        served = replace(given.served(folder), two_temperatures=knows_two)
+        server = stack.enter_context(RolloutServer(served, given.config.rollout, device, log_path))
+        try:
+            client = server.connect(interruption.check)
+            _check_weights(client, given.config.rollout, folder)
+            loop = stack.enter_context(BackgroundLoop())
+            work = _generate(given, client, todo, make_rows)
+            interruption.wait(loop.submit(work))
+        except Interrupted as signal:
+            kept = sum(len(job.prompts) - len(job.file.missing()) for job in jobs)
+            raise Interrupted(
+                f"stopped by {signal}: the samples of {kept} of {sum(len(j.prompts) for j in jobs)}"
+                " prompts are kept; the same command goes on from there"
+            ) from None
+
+
+async def _generate(
+    given: Input, client: RolloutClient, todo: Sequence[tuple[Job, Prompt]], make_rows: MakeRows
+) -> None:
+    rollout = given.config.rollout
+    console = Console(stderr=True)
+    progress = Progress(
+        TextColumn("prompts"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+    async def one(item: tuple[Job, Prompt]) -> None:
+        job, prompt = item
+        seed = None
+        if rollout.seed is not None:  # of the prompt alone; response i takes seed + i
+            seed = (rollout.seed * 1_000_003 + prompt.index) * rollout.samples
+        sampling = job.sampling or given.sampling()
+        completions = await client.generate(prompt.ids, rollout.samples, sampling, seed)
+        job.file.append(prompt.index, await make_rows(prompt, completions))
+        progress.advance(task)
+
+    with progress:
+        task = progress.add_task("generate", total=len(todo))
+        async with client:
+            await for_each(todo, one, groups_at_once(rollout.max_num_seqs, rollout.samples))
+
+
+def groups_at_once(max_num_seqs: int, samples: int) -> int:
+    """Requests in flight: two times what the server runs, so that it never waits for the next."""
+    return math.ceil(2 * max_num_seqs / samples)
+
+
+async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_once: int) -> None:
+    """`work` on all items, begun in order. What one raises ends the others."""
+    left = iter(items)
+
+    async def take() -> None:
+        for item in left:
+            await work(item)
+
+    takers = [asyncio.create_task(take()) for _ in range(at_once)]
+    try:
+        await asyncio.gather(*takers)
+    finally:
+        for taker in takers:
+            taker.cancel()
+        await asyncio.gather(*takers, return_exceptions=True)
+
+
+def _check_weights(client: RolloutClient, rollout: GenerationConfig, folder: Path) -> None:
+    """A server of somebody else's must have this model, and no weights that a trainer pushed."""
+    if rollout.url is None:
+        return
+    serves, version = client.model_path(), client.weight_version()
+    if Path(serves).resolve() != folder.resolve():
+        raise UserError(
+            f"rollout.url={rollout.url} serves {serves}, not {folder}: serve that, or unset "
+            "rollout.url"
+        )
+    if version:
+        raise UserError(
+            f"rollout.url={rollout.url} has weights that a training run pushed (version "
+            f"{version}), not those of {folder}: use another server, or unset rollout.url"
+        )
+
+
+def _device() -> str:
+    from megafork.parallel.backend import has_cuda
+
+    return "cuda" if has_cuda() else "cpu"

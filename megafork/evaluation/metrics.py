@@ -1,0 +1,251 @@
+"""avg@k, pass@k, maj@k and their intervals: pure functions of what the samples scored.
+
+For problem p, n samples with accuracies a_1..a_n (1.0: right) and extracted answers. Every estimate
+is a mean over problems of a number for each problem, and problems are the units of its interval:
+docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy
+
+CONFIDENCE = 0.95
+EXACT_SAMPLES = 128
+"""Up to as many samples of a problem maj@k is computed exactly."""
+_DRAWS = 4096
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems with its 95% interval (Student's t over problems, cut to [0, bound])."""
+
+    value: float
+    low: float | None
+    high: float | None
+    """None: one problem has no interval"""
+    standard_error: float | None
+    """Of new problems with new samples: both components"""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def estimate(values: Sequence[float], *, upper: float | None = 1.0) -> Estimate:
+    """Mean of one number for each problem. upper: the largest possible (None: there is none).
+
+    Where all problems agree on 0 or on `upper`, t's interval would have no width; Clopper and
+    Pearson's for as many trials without (or with nothing but) success is given.
+    """
+    count = len(values)
+    if count == 0:
+        raise ValueError("an estimate needs one problem at least")
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Estimate(mean, None, None, None)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    error = math.sqrt(variance / count)
+    margin = t_quantile(0.5 + CONFIDENCE / 2, count - 1) * error
+    low, high = max(0.0, mean - margin), mean + margin
+    if upper is not None:
+        high = min(upper, high)
+        extreme = ((1 - CONFIDENCE) / 2) ** (1 / count)
+        if all(value == 0 for value in values):
+            high = upper * (1 - extreme)
+        elif all(value == upper for value in values):
+            low = upper * extreme
+    return Estimate(mean, low, high, error)
+
+
+def sampling_error(accuracies: Sequence[Sequence[float]]) -> float | None:
+    """Standard error of avg@k if the problems stay and only the samples are drawn anew.
+
+    None where a problem has a single sample.
+    """
+    variances = []
+    for scores in accuracies:
+        if len(scores) < 2:
+            return None
+        variances.append(float(numpy.var(scores, ddof=1)) / len(scores))
+    return math.sqrt(math.fsum(variances)) / len(accuracies)
+
+
+@lru_cache
+def t_quantile(probability: float, degrees: int) -> float:
+    """Of Student's t, by bisection; `probability` above 0.5. Normal beyond 10,000 degrees."""
+    low, high = 0.0, 1.0
+    while _t_cdf(high, degrees) < probability:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_cdf(middle, degrees) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def _t_cdf(t: float, degrees: int) -> float:
+    """For t >= 0. Abramowitz and Stegun 26.7.3 and 26.7.4, finite sums."""
+    if degrees > 10_000:
+        return 0.5 + 0.5 * math.erf(t / math.sqrt(2))
+    angle = math.atan(t / math.sqrt(degrees))
+    sine, square = math.sin(angle), math.cos(angle) ** 2
+    is_odd = degrees % 2
+    term = math.cos(angle) if is_odd else 1.0
+    total = 0.0 if degrees == 1 else term
+    for i in range(3 if is_odd else 2, degrees - 1, 2):
+        term *= square * (i - 1) / i
+        total += term
+    inside = 2 / math.pi * (angle + sine * total) if is_odd else sine * total
+    return 0.5 + inside / 2
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """Probability that k of n samples, drawn without replacement, hold a right one.
+
+    1 - C(n-c, k) / C(n, k), the unbiased estimate of Chen et al. (2021), as a product that neither
+    overflows nor cancels for thousands of samples.
+    """
+    n, c = num_samples, num_right
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k needs 0 <= right={c} <= n={n} and 1 <= k={k} <= n")
+    if n - c < k:
+        return 1.0
+    return -math.expm1(math.fsum(math.log1p(-k / i) for i in range(n - c + 1, n + 1)))
+
+
+@dataclass(frozen=True)
+class Majority:
+    value: float
+    error: float
+    """Standard error of the Monte Carlo; 0: exact"""
+
+
+def majority_at_k(
+    answers: Sequence[str | None], accuracies: Sequence[float], k: int, *, seed: int = 0
+) -> Majority:
+    """Expected accuracy of the answer that most of k samples gave, of n without replacement.
+
+    A None does not vote. Of tied answers each is equally likely to win; no vote at all scores 0.
+    An answer's accuracy is the mean of those that gave it. Exact by generating functions up to
+    EXACT_SAMPLES samples; beyond, the mean of 4096 draws with their standard error.
+    """
+    n = len(answers)
+    if len(accuracies) != n or not 1 <= k <= n:
+        raise ValueError(f"maj@k needs an accuracy for each answer and 1 <= k={k} <= n={n}")
+    votes: dict[str, list[float]] = {}
+    for answer, accuracy in zip(answers, accuracies, strict=True):
+        if answer is not None:
+            votes.setdefault(answer, []).append(accuracy)
+    sizes = [len(scores) for scores in votes.values()]
+    means = [math.fsum(scores) / len(scores) for scores in votes.values()]
+    if not sizes:
+        return Majority(0.0, 0.0)
+    if k == n:  # one subset
+        tied = [mean for size, mean in zip(sizes, means, strict=True) if size == max(sizes)]
+        return Majority(math.fsum(tied) / len(tied), 0.0)
+    if n <= EXACT_SAMPLES:
+        return Majority(_expected_majority(sizes, means, n, k), 0.0)
+    return _drawn_majority(sizes, means, n, k, seed)
+
+
+def _expected_majority(sizes: list[int], means: list[float], n: int, k: int) -> float:
+    """Over the winning number of votes v, polynomials in the votes that are spent: one for each
+    number of answers tied at v, counting subsets, and weighted by the tied answers' accuracies."""
+    silent = [math.comb(n - sum(sizes), i) for i in range(k + 1)]
+    total = 0.0
+    for v in range(1, min(k, max(sizes)) + 1):
+        most_tied = k // v
+        ways = numpy.zeros((most_tied + 1, k + 1))
+        ways[0] = silent
+        weighted = numpy.zeros_like(ways)
+        for size, mean in zip(sizes, means, strict=True):
+            ways_next, weighted_next = ways.copy(), weighted.copy()  # no vote of this answer
+            for u in range(1, min(size, v - 1) + 1):
+                count = float(math.comb(size, u))
+                ways_next[:, u:] += count * ways[:, :-u]
+                weighted_next[:, u:] += count * weighted[:, :-u]
+            if size >= v:
+                count = float(math.comb(size, v))
+                ways_next[1:, v:] += count * ways[:-1, :-v]
+                weighted_next[1:, v:] += count * (weighted[:-1, :-v] + mean * ways[:-1, :-v])
+            ways, weighted = ways_next, weighted_next
+        total += sum(weighted[tied, k] / tied for tied in range(1, most_tied + 1))
+    return float(total / math.comb(n, k))
+
+
+def _drawn_majority(sizes: list[int], means: list[float], n: int, k: int, seed: int) -> Majority:
+    generator = numpy.random.default_rng([seed, n, k])
+    counts = generator.multivariate_hypergeometric(
+        [*sizes, n - sum(sizes)], k, size=_DRAWS, method="marginals"
+    )[:, :-1]
+    most = counts.max(axis=1, keepdims=True)
+    tied = (counts == most) & (most > 0)
+    scores = (tied * numpy.asarray(means)).sum(axis=1) / numpy.maximum(tied.sum(axis=1), 1)
+    return Majority(float(scores.mean()), float(scores.std(ddof=1) / math.sqrt(_DRAWS)))
+
+
+def powers_up_to(n: int) -> list[int]:
+    """1, 2, 4, ... and n."""
+    return sorted({*(2**i for i in range(n.bit_length()) if 2**i <= n), n})
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the metrics need of one sample."""
+
+    accuracy: float
+    extracted: str | None
+    length: int
+    truncated: bool
+
+
+def avg_at_k(problems: Sequence[Sequence[Scored]]) -> Estimate:
+    return _over(problems, lambda samples: _mean(sample.accuracy for sample in samples))
+
+
+def passes(problems: Sequence[Sequence[Scored]], k: int) -> Estimate:
+    """pass@k; a sample counts as right when its accuracy is 1."""
+    return _over(
+        problems,
+        lambda samples: pass_at_k(len(samples), sum(s.accuracy >= 1.0 for s in samples), k),
+    )
+
+
+def majorities(problems: Sequence[Sequence[Scored]], k: int) -> tuple[Estimate, float]:
+    """maj@k, and the Monte Carlo error of its value (0: exact)."""
+    found = [
+        majority_at_k(
+            [sample.extracted for sample in samples], [sample.accuracy for sample in samples], k
+        )
+        for samples in problems
+    ]
+    error = math.sqrt(math.fsum(each.error**2 for each in found)) / len(found)
+    return estimate([each.value for each in found]), error
+
+
+def mean_length(problems: Sequence[Sequence[Scored]]) -> Estimate:
+    """Tokens of a response."""
+    return _over(problems, lambda samples: _mean(s.length for s in samples), upper=None)
+
+
+def truncated_fraction(problems: Sequence[Sequence[Scored]]) -> Estimate:
+    """Responses that did not end by themselves."""
+    return _over(problems, lambda samples: _mean(float(s.truncated) for s in samples))
+
+
+def _over(
+    problems: Sequence[Sequence[Scored]],
+    value: Callable[[Sequence[Scored]], float],
+    *,
+    upper: float | None = 1.0,
+) -> Estimate:
+    return estimate([value(samples) for samples in problems], upper=upper)
+
+
+def _mean(values: Any) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values)

@@ -1,0 +1,89 @@
+"""What a run has left in its folder, read as far as it is there: a run may be live, or old."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megafork.errors import UserError
+from megafork.logging.metrics import read_rows
+
+Row = dict[str, Any]
+_CONFIG = "config.toml"
+_JSONL = {
+    "metrics.jsonl": "no step has ended yet",
+    "eval.jsonl": "nothing was evaluated (data.eval)",
+    "forking_tokens.jsonl": "off (forking.report_tokens=0), or no entropies were known",
+    "entropy_histogram.jsonl": "no entropies were known, or an older version wrote the run",
+    "samples.jsonl": "off (run.samples_every=0), or an older version wrote the run",
+}
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The rows of each file in the order of their steps, none of a step twice."""
+
+    dir: Path
+    settings: str
+    """config.toml as it is; empty where it is not there"""
+    num_steps: int | None
+    """that the settings ask for; None where they do not say"""
+    metrics: Sequence[Row]
+    evaluations: Sequence[Row]
+    tokens: Sequence[Row]
+    histograms: Sequence[Row]
+    samples: Sequence[Row]
+    is_exported: bool
+    """whether the last policy's HF folder is there"""
+    missing: dict[str, str]
+    """what is not there, and why that may be"""
+
+    @property
+    def steps_done(self) -> int:
+        return max((row["step"] for row in self.metrics), default=0)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.is_exported and self.num_steps is not None and self.steps_done >= self.num_steps
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Raises UserError where there is no run, and for a damaged line, which it names."""
+    config, metrics = run_dir / _CONFIG, run_dir / "metrics.jsonl"
+    if not config.is_file() and not metrics.is_file():
+        what = "no run in this folder" if run_dir.is_dir() else "no such folder"
+        raise UserError(
+            f"{run_dir}: {what} (no {_CONFIG}, no {metrics.name}): give the run.dir of a run"
+        )
+    settings = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    rows = {name: read_rows(run_dir / name) for name in _JSONL}
+    missing = {} if settings else {_CONFIG: "the run's settings are unknown"}
+    return RunFiles(
+        dir=run_dir,
+        settings=settings,
+        num_steps=_num_steps(settings),
+        metrics=_once(rows["metrics.jsonl"], "step"),
+        evaluations=_once(rows["eval.jsonl"], "step"),
+        tokens=_once(rows["forking_tokens.jsonl"], "step"),
+        histograms=_once(rows["entropy_histogram.jsonl"], "step"),
+        samples=_once(rows["samples.jsonl"], "step", "uid"),
+        is_exported=(run_dir / "checkpoints" / "final").is_dir(),
+        missing=missing | {name: why for name, why in _JSONL.items() if not rows[name]},
+    )
+
+
+def _num_steps(settings: str) -> int | None:
+    """Another version's settings may be other ones: nothing else of them is read."""
+    try:
+        return int(tomllib.loads(settings)["training"]["steps"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _once(rows: Iterable[Row], *key: str) -> list[Row]:
+    """The last row of each key, where a step was done again; by step, in the file's order."""
+    latest: dict[Hashable, Row] = {tuple(row[name] for name in key): row for row in rows}
+    return sorted(latest.values(), key=lambda row: row["step"])

@@ -1,0 +1,245 @@
+"""Metrics of an evaluation against enumeration of all subsets, and intervals against bootstrap."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import Counter
+from fractions import Fraction
+
+import numpy
+import pytest
+
+from megafork.evaluation import metrics
+from megafork.evaluation.answers import extract, last_boxed
+from megafork.evaluation.metrics import Scored, majority_at_k, pass_at_k, t_quantile
+
+ROUNDING = 1e-12  # sums of a few hundred float64 products
+
+
+def subsets(n, k):
+    return list(itertools.combinations(range(n), k))
+
+
+# ------------------------------------------------------------------------------- pass@k
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
+    for n in range(1, 9):
+        for right in range(n + 1):
+            scores = [1] * right + [0] * (n - right)
+            for k in range(1, n + 1):
+                chosen = subsets(n, k)
+                share = sum(any(scores[i] for i in subset) for subset in chosen) / len(chosen)
+                assert pass_at_k(n, right, k) == pytest.approx(share, abs=ROUNDING)
+
+
+@pytest.mark.parametrize(("n", "right", "k"), [(5000, 1, 1), (5000, 3, 2500), (4096, 40, 64)])
+def test_pass_at_k_of_thousands_is_exact(n, right, k):
+    exact = 1 - Fraction(math.comb(n - right, k), math.comb(n, k))
+    assert pass_at_k(n, right, k) == pytest.approx(float(exact), rel=1e-11)
+
+
+@pytest.mark.parametrize(("n", "right", "k"), [(4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, 5)])
+def test_pass_at_k_refuses_what_cannot_be(n, right, k):
+    with pytest.raises(ValueError, match="pass@k needs"):
+        pass_at_k(n, right, k)
+
+
+# -------------------------------------------------------------------------------- maj@k
+
+
+def majority_by_enumeration(answers, accuracies, k):
+    """Every subset's winners, tied ones with equal shares; a winner scores as one who gave it."""
+    scores = []
+    for subset in subsets(len(answers), k):
+        votes = Counter(answers[i] for i in subset if answers[i] is not None)
+        winners = [a for a, count in votes.items() if count == max(votes.values())]
+        of = {a: [s for b, s in zip(answers, accuracies, strict=True) if a == b] for a in winners}
+        scores.append(numpy.mean([numpy.mean(of[a]) for a in winners]) if winners else 0.0)
+    return numpy.mean(scores)
+
+
+CASES = {
+    "two answers": (list("aabbb"), [1, 1, 0, 0, 0]),
+    "ties": (list("aabbccd"), [1, 1, 0, 0, 0, 0, 0]),
+    "no votes": (["a", None, None, "b", "b", None], [1, 0, 0, 0, 0, 0]),
+    "nobody votes": ([None] * 4, [0, 1, 0, 0]),
+    "all alone": (list("abcdefg"), [0, 0, 1, 0, 1, 0, 0]),
+    "an answer both right and wrong": (list("aaabbc"), [1, 0, 1, 1, 0, 0]),
+    "one": (["a"], [1]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_majority_is_that_of_all_subsets(case):
+    answers, accuracies = CASES[case]
+    for k in range(1, len(answers) + 1):
+        found = majority_at_k(answers, accuracies, k)
+        expected = majority_by_enumeration(answers, accuracies, k)
+        assert found.value == pytest.approx(expected, abs=ROUNDING)
+        assert found.error == 0
+
+
+def test_majority_of_random_votes_is_that_of_all_subsets():
+    generator = random.Random(0)
+    for _ in range(30):
+        n = generator.randint(2, 9)
+        answers = [generator.choice(["a", "b", "c", "d", None]) for _ in range(n)]
+        accuracies = [float(generator.random() < 0.5) for _ in range(n)]
+        k = generator.randint(1, n)
+        expected = majority_by_enumeration(answers, accuracies, k)
+        assert majority_at_k(answers, accuracies, k).value == pytest.approx(expected, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("k", [1, 3, 16, 60])
+def test_many_samples_are_drawn_with_a_stated_error(monkeypatch, k):
+    """The exact path is checked above; the drawn one has to agree with it within its error."""
+    generator = random.Random(k)
+    answers = [generator.choices(["a", "b", "c", None], [5, 4, 2, 3])[0] for _ in range(100)]
+    accuracies = [float(answer == "a") for answer in answers]
+    exact = majority_at_k(answers, accuracies, k)
+    monkeypatch.setattr(metrics, "EXACT_SAMPLES", 0)
+    drawn = majority_at_k(answers, accuracies, k)
+    assert exact.error == 0 < drawn.error < 0.01
+    assert abs(drawn.value - exact.value) < 4 * drawn.error
+    assert drawn == majority_at_k(answers, accuracies, k)  # seeded
+
+
+def test_the_exact_majority_holds_at_its_limit():
+    """k = 1 is avg@1 and k = n one vote; 127 of 128 is the mean over the one left out."""
+    answers = ["a"] * 64 + ["b"] * 63 + ["c"]
+    accuracies = [0.0] * 64 + [1.0] * 63 + [0.0]
+    assert majority_at_k(answers, accuracies, 1).value == pytest.approx(63 / 128, abs=ROUNDING)
+    assert majority_at_k(answers, accuracies, 128).value == 0
+    # Without one of the 64 the two are tied; else "a" wins.
+    expected = 64 / 128 * 0.5
+    assert majority_at_k(answers, accuracies, 127).value == pytest.approx(expected, abs=ROUNDING)
+
+
+# --------------------------------------------------------------------------- intervals
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"),  # printed tables, 97.5%
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (29, 2.0452), (30, 2.0423), (99, 1.9842)],
+)
+def test_t_quantiles_are_those_of_the_tables(degrees, expected):
+    assert t_quantile(0.975, degrees) == pytest.approx(expected, abs=1e-4)
+
+
+def problems_of(generator, count, samples):
+    """Problems of different difficulty, with samples that are right by chance."""
+    chances = generator.beta(0.6, 0.9, size=count)
+    return [
+        [Scored(float(x), None, 1, False) for x in generator.random(samples) < chance]
+        for chance in chances
+    ]
+
+
+@pytest.mark.parametrize("metric", [metrics.avg_at_k, lambda p: metrics.passes(p, 4)])
+def test_intervals_are_those_of_a_bootstrap_over_problems(metric):
+    generator = numpy.random.default_rng(0)
+    problems = problems_of(generator, 60, 8)
+    found = metric(problems)
+    values = numpy.array([metric([samples]).value for samples in problems])
+    means = generator.choice(values, (20_000, len(values))).mean(axis=1)
+    low, high = numpy.quantile(means, [0.025, 0.975])
+    # t is 2% wider than a bootstrap of 60, whose ends are off by 1% of the width in 20,000 draws.
+    width = high - low
+    assert found.value == pytest.approx(values.mean())
+    assert found.low == pytest.approx(low, abs=0.06 * width)
+    assert found.high == pytest.approx(high, abs=0.06 * width)
+    assert found.standard_error == pytest.approx(means.std(), rel=0.03)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """30 problems, as AIME has, drawn from a known distribution of difficulties (mean 0.4)."""
+    generator = numpy.random.default_rng(1)
+    found = [metrics.avg_at_k(problems_of(generator, 30, 4)) for _ in range(1000)]
+    covered = numpy.mean([each.low <= 0.4 <= each.high for each in found])
+    assert 0.925 < covered < 0.975  # 95% within three standard errors of 1000 trials, and t's own
+
+
+def test_the_sampling_error_is_that_of_drawing_the_samples_anew():
+    generator = numpy.random.default_rng(2)
+    chances = generator.beta(0.6, 0.9, size=40)
+    drawn = generator.random((4000, 40, 8)) < chances[:, None]
+    truth = drawn.mean(axis=(1, 2)).std()
+    errors = [metrics.sampling_error(sample.astype(float)) for sample in drawn[:400]]
+    assert numpy.mean(errors) == pytest.approx(truth, rel=0.05)
+    assert metrics.sampling_error([[1.0], [0.0]]) is None
+
+
+def test_where_all_problems_agree_the_interval_still_has_a_width():
+    """Clopper-Pearson by its definition: at its end, 2.5% is left for what was seen."""
+    right = metrics.estimate([1.0] * 30)
+    assert (right.value, right.high) == (1.0, 1.0)
+    assert right.low**30 == pytest.approx(0.025)
+    wrong = metrics.estimate([0.0] * 30)
+    assert (wrong.value, wrong.low) == (0.0, 0.0)
+    assert (1 - wrong.high) ** 30 == pytest.approx(0.025)
+
+
+def test_an_interval_by_hand():
+    """Mean 0.5, variance 0.26 / 2, t of two degrees 4.3027; below 0 there is nothing."""
+    found = metrics.estimate([0.2, 0.4, 0.9], upper=None)
+    assert found.standard_error == pytest.approx((0.13 / 3) ** 0.5)
+    assert found.low == 0
+    assert found.high == pytest.approx(0.5 + 4.3027 * (0.13 / 3) ** 0.5, abs=1e-4)
+
+
+def test_one_problem_has_no_interval():
+    found = metrics.estimate([0.5])
+    assert (found.value, found.low, found.high, found.standard_error) == (0.5, None, None, None)
+
+
+def test_lengths_and_truncation():
+    problems = [
+        [Scored(0, None, 10, False), Scored(0, None, 30, True)],
+        [Scored(0, None, 60, True), Scored(0, None, 100, True)],
+    ]
+    length = metrics.mean_length(problems)
+    assert length.value == 50
+    assert length.high > 100  # 20 and 80, two problems: 50 +- 12.7 * 30, not cut to 1
+    assert metrics.truncated_fraction(problems).value == 0.75
+
+
+# ---------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize(
+    ("response", "box"),
+    [
+        (r"so \boxed{\frac{1}{2}}, then \boxed{ 4 2 }.", "42"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1} and then \boxed{2", "1"),
+        (r"\boxed{1} } } { and", "1"),
+        (r"\boxed{\{1, 2\}}", r"\{1,2\}"),
+        (r"\boxed{a \boxed{b}}", "b"),
+        (r"\boxed  {7}", "7"),
+        (r"\boxed{}", None),
+        (r"\unboxed{3} boxed{3}", None),
+        ("no box", None),
+        (r"\boxed{" * 100_000, None),
+    ],
+)
+def test_the_last_closed_box_counts(response, box):
+    assert last_boxed(response) == box
+
+
+@pytest.mark.parametrize(
+    ("how", "response", "truncated", "answer"),
+    [
+        ("boxed", r"x \boxed{1} y", True, "1"),
+        ("boxed", "1", False, None),
+        ("text", r" x \boxed{1} ", False, r"x \boxed{1}"),
+        ("text", "  ", False, None),
+        ("auto", r"x \boxed{1} y", False, "1"),
+        ("auto", " 6*4=24. ", False, "6*4=24."),
+        ("auto", "6*4=24.", True, None),
+    ],
+)
+def test_what_votes(how, response, truncated, answer):
+    assert extract(response, how, truncated=truncated) == answer
