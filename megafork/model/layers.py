@@ -103,9 +103,7 @@ class PackedAttention(torch.nn.Module):
         return torch.cat(outputs).flatten(1)
 
     @staticmethod
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None
-    ) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None) -> Tensor:
         """[batch, heads, tokens, D] of each; seen: which keys a query sees, None: the past."""
         return F.scaled_dot_product_attention(
             q,

@@ -99,9 +99,7 @@ class Topology:
         return bool(found)
 
 
-def initialize(
-    parallel: ParallelConfig, *, seed: int = 0, gloo_groups: bool = True
-) -> Topology:
+def initialize(parallel: ParallelConfig, *, seed: int = 0, gloo_groups: bool = True) -> Topology:
     """Join the world that torchrun (or a plain start) made and split it as `parallel` says.
 
     gloo_groups: also for objects and tensors of the CPU, beside NCCL's.

@@ -82,6 +82,8 @@ def rehearse(
         parameters = [p for part in stages for p in part.gpt.parameters()]
         for parameter in parameters:
             parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32, device=META)
+            # What megatron's DDP does: a gradient is added to the buffer and let go.
+            parameter.register_post_accumulate_grad_hook(_let_go)
         with cpu_patch.current_device(META):
             held, peak = _run(stages, shape, parallel, topology, lengths, head_rows)
     return StageMemory(
@@ -99,6 +101,10 @@ class _Rehearsed(LiveBytes):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 0
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _let_go(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None) -> Tensor:
