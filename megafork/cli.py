@@ -32,6 +32,7 @@ from megafork.config import (
     TrainConfig,
 )
 from megafork.config.file import known_keys, load_config
+from megafork.config.temperatures import TemperaturesConfig
 from megafork.errors import Interrupted, PeerError, UserError
 from megafork.interruption import INTERRUPTED
 
@@ -270,6 +271,7 @@ class Command(StrEnum):
     score = "score"
     generate = "generate"
     eval = "eval"
+    temperatures = "temperatures"
 
 
 _SETTINGS: dict[Command, type[Section]] = {
@@ -277,12 +279,16 @@ _SETTINGS: dict[Command, type[Section]] = {
     Command.score: ScoreConfig,
     Command.generate: GenerateConfig,
     Command.eval: EvaluateConfig,
+    Command.temperatures: TemperaturesConfig,
 }
 
 
 @app.command()
 def keys(
-    command: Annotated[Command, typer.Argument(help="whose settings")] = Command.train,
+    command: Annotated[
+        Command,
+        typer.Argument(help="whose settings; temperatures: `megafork analyze temperatures`"),
+    ] = Command.train,
 ) -> None:
     """List the settings of a command with their meaning."""
     for key, description in known_keys(_SETTINGS[command]):

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from types import FrameType
 from typing import Any, Protocol, Self, TypeVar
@@ -88,3 +88,18 @@ class Interruption:
         if before:
             raise Interrupted(self.received)
         return result
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """A signal raises SystemExit, so that what is under way is ended and cleaned up."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(INTERRUPTED)
+
+    before = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

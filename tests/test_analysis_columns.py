@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import tracemalloc
 
 import numpy
@@ -10,6 +12,7 @@ import pytest
 
 from megafork.analysis.columns import check_same_responses, read_scored
 from megafork.analysis.entropy import entropy_statistics
+from megafork.analysis.output import spool_beside
 from megafork.analysis.pairs import entropy_change, overlap
 from megafork.analysis.tokens import rank_tokens
 from megafork.errors import UserError
@@ -60,6 +63,7 @@ def test_text_is_tokenized_where_ids_are_asked_for(tmp_path):
         (json.dumps({"entropies": [0.5]}), "neither response_ids nor response"),
         (json.dumps(GOOD | {"response_ids": [2, 40]}), "from 2 to 40, outside .* of 40"),
         (json.dumps(GOOD | {"response_ids": [-1, 4]}), "from -1 to 4, outside"),
+        (json.dumps(GOOD | {"prompt_ids": [2**63]}), r"Expected `int` .*prompt_ids"),
         (json.dumps(GOOD | {"response_ids": "ab"}), r"Expected `array \| null`, got `str`"),
     ],
 )
@@ -123,6 +127,26 @@ def test_the_same_in_other_parts_is_another_response(tmp_path, one, other):
     ]
     with pytest.raises(UserError, match="line 1"):
         check_same_responses(*(read_scored(p, tmp_path / p.stem) for p in paths))
+
+
+def test_text_is_the_same_in_any_spelling(tmp_path):
+    """An accent as it is or as an escape, turns with their keys in any order."""
+    turns = [{"role": "user", "content": "\u00e9"}, {"content": "\u00e9", "role": "user"}]
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, turn, is_ascii in zip(paths, turns, (True, False), strict=True):
+        row = {"prompt": [turn], "response": "\u00fc", "entropies": [1.0]}
+        path.write_text(json.dumps(row, ensure_ascii=is_ascii) + "\n", encoding="utf-8")
+    a, b = (read_scored(path, tmp_path / path.stem) for path in paths)
+    check_same_responses(a, b)
+
+
+def test_a_signal_leaves_no_columns_behind(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="75"), spool_beside(tmp_path) as spool:
+        (spool / "entropies").write_bytes(b"much")
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):

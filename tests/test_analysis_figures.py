@@ -129,6 +129,17 @@ def test_overlap_of_several_steps(tmp_path, scored, figures, scope):
     assert is_drawn(out / "overlap.png")
 
 
+def test_many_steps_in_any_order_are_drawn_in_theirs(tmp_path, scored, figures):
+    steps = [50, 10, 40, 20, 70, 30, 60, 110, 90, 80, 100]
+    others = [tmp_path / f"step_{step}.jsonl" for step in steps]
+    for path in others:
+        path.write_bytes(scored[1].read_bytes())
+    run("overlap", scored[0], *others, "--output", tmp_path / "out", "--rho", 0.125)
+    [[axes]] = figures
+    assert list(axes.lines[0].get_xdata()) == sorted(steps)
+    assert len(axes.texts) == 0 and "top 12.5% by" in axes.get_title()
+
+
 def test_change(tmp_path, scored, figures):
     run("change", *scored, "--output", tmp_path)
     rows, about = table(tmp_path / "change.csv")

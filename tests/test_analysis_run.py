@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
+from megafork.analysis.from_run import score_settings
 from megafork.analysis.glyphs import Font
 from megafork.analysis.run import RunAnalysis, analyze_run, write_rollouts
 from megafork.checkpoint.convert import hf_to_megatron
-from megafork.config import TrainConfig
+from megafork.config import ScoreConfig, TrainConfig
 from megafork.config.file import load_config, save_config
 from megafork.errors import UserError
 from megafork.rollout.journal import Journal
@@ -52,7 +54,12 @@ def make_run(folder):
     config = load_config(
         TrainConfig,
         str(QUICKSTART / "config.toml"),
-        [f"run.dir={folder}", f"model.path={QUICKSTART / 'model'}", "parallel.tp=1"],
+        [
+            f"run.dir={folder}",
+            f"model.path={QUICKSTART / 'model'}",
+            "parallel.tp=1",
+            "training.steps=2",
+        ],
     )
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True)
@@ -179,13 +186,43 @@ def test_a_run_that_is_not_whole(tmp_path, missing, message):
     assert not (tmp_path / "out").exists()
 
 
+def change_settings(run, *settings):
+    save_config(load_config(TrainConfig, run / "config.toml", settings), run / "config.toml")
+
+
+def test_a_run_that_was_made_longer(tmp_path):
+    """The final model is then that of the steps before, until all are done."""
+    run = make_run(tmp_path / "run")
+    change_settings(run, "training.steps=3")
+    with pytest.raises(UserError, match=r"2 of training\.steps=3, so .*final is not its last"):
+        analyze_run(asked(run, tmp_path / "out"))
+
+
+def test_a_run_whose_model_has_gone(tmp_path):
+    run = make_run(tmp_path / "run")
+    change_settings(run, "model.path=nowhere")
+    with pytest.raises(UserError, match=r"model.path=nowhere .* name the model with --initial"):
+        analyze_run(asked(run, tmp_path / "out"))
+
+
+def test_scoring_holds_as_many_tokens_as_training_did():
+    config = load_config(
+        TrainConfig,
+        QUICKSTART / "config.toml",
+        ["training.micro_batch_tokens=48000", "parallel.pp=2", "forking.entropy_temperature=0.5"],
+    )
+    score = load_config(ScoreConfig, None, ["model.path=x", *score_settings(config)])
+    assert (score.micro_batch_tokens, score.temperature) == (48000, 0.5)
+    assert (score.parallel.tp, score.parallel.pp) == (2, 2)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"responses": "nowhere.jsonl"}, "--responses=nowhere.jsonl is no file"),
         ({"overrides": ["parallel.tp=3"]}, "parallel.tp=3"),
         ({"overrides": ["paralel.tp=2"]}, "did you mean parallel"),
-        ({"initial": Path("nowhere")}, "model.path=nowhere .* name the model with --initial"),
+        ({"initial": Path("nowhere")}, "--initial nowhere is no folder"),
     ],
 )
 def test_a_wrong_argument(tmp_path, changes, message):
@@ -196,6 +233,9 @@ def test_a_wrong_argument(tmp_path, changes, message):
 
 def test_rollouts_as_responses(tmp_path):
     journal = Journal(tmp_path / "step_000007.jsonl")
+    first, *_ = make_groups(3)
+    unjudged = [replace(sample, accuracy=0.0, failure="error") for sample in first.samples]
+    journal.append(replace(first, samples=unjudged))  # judged again below, as a resumed run does
     for group in make_groups(3):
         journal.append(group)
     journal.close()
@@ -204,6 +244,7 @@ def test_rollouts_as_responses(tmp_path):
     samples = [s for g in make_groups(3)[:2] for s in g.samples]
     assert [row["response_ids"] for row in rows] == [s.token_ids for s in samples]
     assert [row["id"] for row in rows] == [0, 1, 2, 3]
+    assert [row["accuracy"] for row in rows] == [0.0, 1.0] * 2
     assert {row["step"] for row in rows} == {7}
     assert [row["finish_reason"] for row in rows] == ["stop", "length"] * 2
 

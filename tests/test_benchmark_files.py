@@ -102,6 +102,16 @@ def test_answers_reach_the_verifier_as_text(tmp_path, answer, text):
     assert (row.id, row.answer) == ("7", text)
 
 
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [(b"42", "row 1: 'answer' is bytes"), ([b"4", b"2"], "row 1: .* cannot be written as JSON")],
+)
+def test_an_answer_that_is_no_text_is_told(tmp_path, answer, message):
+    path = written(tmp_path, "parquet", [{"id": 7, "problem": "p", "answer": answer}])
+    with pytest.raises(UserError, match=message):
+        read(path)
+
+
 def test_without_an_id_column_the_row_s_number_is_the_id(tmp_path):
     path = write_jsonl(tmp_path / "b.jsonl", [{"problem": "p", "answer": "1"}] * 3)
     assert [row.id for row in read(path, id_key="")] == ["1", "2", "3"]
@@ -139,6 +149,18 @@ BAD = {
         {"chat_template": True},
     ),
     "half a character": (SURROGATE, "holds half of a surrogate pair"),
+    "half a character in the first turn": (
+        {
+            "id": 1,
+            "problem": [
+                {"role": "system", "content": "\ud83d"},
+                {"role": "user", "content": "p"},
+            ],
+            "answer": "1",
+        },
+        "holds half of a surrogate pair",
+        {"chat_template": True},
+    ),
     "not JSON": ("{", "not JSON"),
     "too deep": ("[" * 100_000, "not JSON"),
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megafork.config import TrainConfig
+from megafork.config import EvaluateConfig, TrainConfig
 from megafork.config.file import known_keys, load_config, save_config
 from megafork.errors import UserError
 
@@ -162,8 +162,12 @@ def test_context_parallel_ranks_share_a_sequence():
 
 
 def test_a_missing_key_says_how_to_set_it():
-    with pytest.raises(UserError, match="training is missing"):
+    with pytest.raises(UserError, match=r"training\.steps is missing"):
         load_config(TrainConfig, None, REQUIRED[:-1])
+    with pytest.raises(UserError, match=r"reward.verifier is missing: .* as reward.verifier=VALUE"):
+        load_config(EvaluateConfig, None, ["model.path=m"])  # no key of the section
+    with pytest.raises(UserError, match=r"reward.verifier is missing"):
+        load_config(EvaluateConfig, None, ["model.path=m", "reward.timeout_s=3"])
 
 
 @pytest.mark.parametrize("content", [None, b"[model\n", b"\xff\xfe"])

@@ -328,9 +328,10 @@ def test_a_file_of_unknown_origin_is_left_alone(tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == "mine\n"
 
 
-@pytest.mark.parametrize("command", ["generate", "eval"])
+@pytest.mark.parametrize("command", ["generate", "eval", "temperatures"])
 def test_keys_lists_the_settings_of_the_command(command):
     done = megafork("keys", command)
     assert done.returncode == 0
     assert ("rollout.samples" in done.stdout, "forking.rho" in done.stdout) == (True, False)
-    assert ("reward.verifier" in done.stdout) == (command == "eval")
+    assert ("reward.verifier" in done.stdout) == (command != "generate")
+    assert ("sweep.threshold" in done.stdout) == (command == "temperatures")

@@ -227,6 +227,14 @@ def test_an_empty_run_a_run_of_nulls_and_a_run_of_one_step(tmp_path):
     assert any(palette.CURVES[0] in m.attributes.get("style", "") for m in markers)  # a dot
 
 
+def test_an_evaluation_without_a_result(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    rows = [{"step": 0, "eval/accuracy": 0.25}, {"step": 3, "eval/accuracy": None}]
+    write_rows(run_dir / "eval.jsonl", rows)
+    headlines = [one.text for one in page_of(run_dir).all("dd")]
+    assert any("25.0% \u2192 25.0%" in text and "step 0 to step 0" in text for text in headlines)
+
+
 def test_a_live_run_is_read_as_far_as_it_is_written(tmp_path):
     run_dir = make_run(tmp_path / "run", asked=9)
     for path in run_dir.glob("*.jsonl"):
@@ -264,9 +272,10 @@ def test_a_folder_without_a_run_and_a_damaged_line_are_told(tmp_path):
     assert not list(tmp_path.iterdir())
     run_dir = make_run(tmp_path / "run")
     whole = write_report(run_dir).read_bytes()
-    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2 is damaged"):
-        write_report(run_dir)
+    for second, cause in (('{"step": 2', ":2 is damaged"), ('{"tokens": 5}', "without a step")):
+        (run_dir / "metrics.jsonl").write_text(f'{{"step": 1}}\n{second}\n{{"step": 3}}\n')
+        with pytest.raises(UserError, match=rf"metrics\.jsonl.*{cause}"):
+            write_report(run_dir)
     assert (run_dir / "report.html").read_bytes() == whole
 
 

@@ -137,6 +137,12 @@ def test_metrics(run):
             assert row["entropy/threshold"] == row["entropy/p80"]
 
 
+def test_no_library_warns(run):
+    _, _, done = run
+    told = done.stdout + done.stderr
+    assert not [line for line in told.splitlines() if "Warning" in line or "corrupted" in line]
+
+
 def test_the_forking_tokens_are_told(run):
     run_dir, model, _ = run
     name = AutoTokenizer.from_pretrained(model).decode

@@ -207,6 +207,15 @@ def test_a_verifier_that_cannot_start_is_told(tmp_path, monkeypatch, source, mes
         verdict(judge, "r")
 
 
+def test_a_worker_that_the_system_refuses_to_start_ends_the_run(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with (
+        judge_of("exact") as judge,
+        pytest.raises(UserError, match=r"cannot be started: .*No such"),
+    ):
+        asyncio.run(asyncio.wait_for(judge("p", "r", "a"), SLACK))
+
+
 def test_weights_sum_and_the_first_alone_decides_accuracy():
     names = ["tests.verifiers:is_first_letter", "tests.verifiers:length"]
     with judge_of(names, weights=[2.0, -0.1], accuracy_at=0.5) as judge:

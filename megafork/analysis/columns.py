@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
 import numpy
@@ -40,7 +40,7 @@ class _Line(msgspec.Struct):
 
     entropies: list[float]
     response_ids: list[int] | None = None
-    prompt_ids: list[int] | None = None
+    prompt_ids: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]] | None = None
     response: msgspec.Raw = msgspec.Raw()
     prompt: msgspec.Raw = msgspec.Raw()
 
@@ -240,8 +240,13 @@ def _key(row: _Line) -> bytes:
     # Where the prompt ends is told by the quotes of a text, and by the tokens' number, which is
     # compared as well.
     for ids, text in ((row.prompt_ids, row.prompt), (row.response_ids, row.response)):
-        digest.update(bytes(text) if ids is None else numpy.array(ids, numpy.int64).tobytes())
+        digest.update(_spelled(text) if ids is None else numpy.array(ids, numpy.int64).tobytes())
     return digest.digest()
+
+
+def _spelled(text: msgspec.Raw) -> bytes:
+    """JSON in one spelling: an accent may be written as it is or as an escape."""
+    return msgspec.json.encode(msgspec.json.decode(text), order="sorted") if text else b""
 
 
 def _fault(line: bytes, error: msgspec.DecodeError) -> str:

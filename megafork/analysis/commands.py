@@ -6,7 +6,6 @@ Arguments are typed and checked here; libraries are imported by the command that
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -238,13 +237,13 @@ def _check_rho(rho: float) -> None:
 @contextmanager
 def _spool(inputs: list[Path], output: Path) -> Iterator[Path]:
     """A folder for columns beside the output, whose disk has to hold both; gone at the end."""
-    from megafork.analysis.output import make_folder
+    from megafork.analysis.output import make_folder, spool_beside
 
     for path in inputs:
         if not path.is_file():
             raise UserError(f"{path} does not exist: give a file that `megafork score` wrote")
-    with tempfile.TemporaryDirectory(prefix=".columns-", dir=make_folder(output)) as folder:
-        yield Path(folder)
+    with spool_beside(make_folder(output)) as folder:
+        yield folder
 
 
 def _tell(output: Path) -> None:

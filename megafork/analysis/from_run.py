@@ -15,10 +15,14 @@ _URL = "rollout.url="
 
 
 def score_settings(config: TrainConfig) -> list[str]:
-    """`megafork score`'s: layout, tokenizer and the temperature of the run's entropies."""
+    """`megafork score`'s: layout, tokenizer, how much a rank holds at a time, and the temperature
+    of the run's entropies."""
     temperature = config.forking.entropy_temperature or config.rollout.temperature
-    sections = _shared(config, ScoreConfig, ("parallel", "tokenizer"))
-    return [*sections, f"temperature={json.dumps(temperature)}"]
+    return [
+        *_shared(config, ScoreConfig, ("parallel", "tokenizer")),
+        f"micro_batch_tokens={config.training.micro_batch_tokens}",
+        f"temperature={json.dumps(temperature)}",
+    ]
 
 
 def generate_settings(config: TrainConfig) -> list[str]:

@@ -11,6 +11,9 @@ import numpy
 from megafork.analysis.output import BLUE, GREY, figure, write_table
 from megafork.analysis.pairs import NUM_BINS, Change, Overlap, Scope
 
+_NAMED_POINTS = 10
+"""Of more, numbers and steps would be written over one another."""
+
 
 def write_overlap(
     found: Sequence[tuple[str, Overlap]], base: str, rho: float, scope: Scope, folder: Path
@@ -38,29 +41,34 @@ def write_overlap(
         "overlap_is": "positions of both / positions of the base; ties at a threshold are kept",
     }
     write_table(folder, "overlap", rows, about)
-    steps = [step_of(label) for label, _ in found]
-    in_steps = len(set(steps)) == len(steps) and None not in steps
+    steps = [step for label, _ in found if (step := step_of(label)) is not None]
+    in_steps = len(set(steps)) == len(found)
     places = steps if in_steps else list(range(len(found)))
+    points = sorted(zip(places, (one for _, one in found), strict=True), key=lambda point: point[0])
     with figure(folder / "overlap.png") as [axes]:
-        shares = [100 * one.overlap for _, one in found]
+        places = [place for place, _ in points]
+        shares = [100 * one.overlap for _, one in points]
         axes.plot(places, shares, "o-", color=BLUE, label=f"with {base}")
         axes.plot(
-            places, [100 * one.by_chance for _, one in found], ":", color=GREY, label="by chance"
+            places, [100 * one.by_chance for _, one in points], ":", color=GREY, label="by chance"
         )
-        for place, share in zip(places, shares, strict=True):
+        has_room = len(points) <= _NAMED_POINTS
+        for place, share in zip(places, shares, strict=True) if has_room else ():
             axes.annotate(
                 f"{share:.1f}", (place, share), (0, 7), textcoords="offset points", ha="center"
             )
         if in_steps:
             axes.set_xlabel("training step")
-            axes.set_xticks(places)
+            if has_room:
+                axes.set_xticks(places)
         else:
             axes.set_xticks(places, [label for label, _ in found])
         axes.margins(x=0.15)
         axes.set_ylim(0, 108)
         axes.set_ylabel("overlap of positions (%)")
         axes.set_title(
-            f"Positions in the top {rho:.0%} by entropy, thresholds by {scope}", fontsize="medium"
+            f"Positions in the top {100 * rho:g}% by entropy, thresholds by {scope}",
+            fontsize="medium",
         )
         axes.legend(frameon=False, loc="lower left")
 

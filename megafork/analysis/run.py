@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from megafork import launch
@@ -24,7 +21,7 @@ from megafork.analysis.columns import Columns, read_scored
 from megafork.analysis.entropy import entropy_statistics, write_entropy
 from megafork.analysis.from_run import generate_settings, score_settings, verifier_settings
 from megafork.analysis.glyphs import Font
-from megafork.analysis.output import make_folder, write_json
+from megafork.analysis.output import make_folder, spool_beside, write_json
 from megafork.analysis.paired_output import step_of, write_change, write_overlap
 from megafork.analysis.pairs import Scope, entropy_change, overlap
 from megafork.analysis.tokens import rank_tokens, write_tokens
@@ -33,7 +30,7 @@ from megafork.config import ScoreConfig, TrainConfig
 from megafork.config.file import load_config
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.errors import PeerError, UserError
-from megafork.interruption import INTERRUPTED, SIGNALS
+from megafork.interruption import ended_by_signals
 from megafork.model.shape import ModelShape
 from megafork.rollout.journal import Journal
 
@@ -101,8 +98,7 @@ def analyze_run(asked: RunAnalysis) -> None:
     plan = _plan(asked)
     folder = make_folder(asked.output)
     responses = _responses(asked, plan)
-    with tempfile.TemporaryDirectory(prefix=".columns-", dir=folder) as name:
-        spool = Path(name)
+    with spool_beside(folder) as spool:
         columns = {
             label: read_scored(
                 scored, spool / label, encode=plan.tokenizer.encode, vocab_size=plan.vocab_size
@@ -133,6 +129,8 @@ def _plan(asked: RunAnalysis) -> _Plan:
     if not path.is_file():
         raise UserError(f"{asked.run}: there is no run in this folder (no config.toml)")
     config = load_config(TrainConfig, path, [])
+    if asked.initial is not None and not asked.initial.is_dir():
+        raise UserError(f"--initial {asked.initial} is no folder: give the model before training")
     initial = asked.initial or Path(config.model.path)
     if not initial.is_dir():
         raise UserError(
@@ -161,6 +159,11 @@ def _plan(asked: RunAnalysis) -> _Plan:
     samples = [f"rollout.samples={asked.samples}"]
     generated = [*generate_settings(config), *samples]
     table = training_table(asked.run)
+    if table[-1]["step"] < config.training.steps:  # a run that was made longer keeps its old model
+        raise UserError(
+            f"{asked.run} has done {table[-1]['step']} of training.steps={config.training.steps}, "
+            f"so {final} is not its last policy: end the run first (megafork train --resume)"
+        )
     return _Plan(
         initial=initial,
         final=final,
@@ -215,7 +218,8 @@ def write_rollouts(journals: Sequence[Path], output: Path) -> None:
     partial = output.with_name(output.name + ".partial")
     with partial.open("w", encoding="utf-8") as sink:
         for path in journals:
-            for group in Journal.each(path):
+            # Of a group that was judged again, the last line counts, as when a step is replayed.
+            for group in {group.prompt_index: group for group in Journal.each(path)}.values():
                 for sample in group.samples if group.is_whole else []:
                     row = {
                         "id": sample.uid,
@@ -293,7 +297,7 @@ def _megafork(*arguments: object) -> None:
     Raises UserError when it fails; it has told why.
     """
     command = [sys.executable, "-m", "megafork", *map(str, arguments)]
-    with _ended_by_signals(), subprocess.Popen(command) as process:
+    with ended_by_signals(), subprocess.Popen(command) as process:
         try:
             status = process.wait()
         except BaseException:
@@ -303,18 +307,3 @@ def _megafork(*arguments: object) -> None:
         raise PeerError(f"`megafork {arguments[0]}` failed")
     if status:
         raise UserError(f"`{' '.join(command)}` ended with status {status}; see above")
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """A signal raises SystemExit, so that what is under way is ended and cleaned up."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        sys.exit(INTERRUPTED)
-
-    before = {number: signal.signal(number, end) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

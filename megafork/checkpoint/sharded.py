@@ -7,6 +7,7 @@ them ("fully_reshardable"). Everything else that a run needs to go on is a JSON 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,9 @@ from megafork.checkpoint.files import torch_save_raises_os_error
 from megafork.checkpoint.writer import renew_results
 from megafork.model.weights import Stage
 from megafork.parallel.topology import Topology
+
+# It warns of an "old incomplete / corrupted checkpoint" where our own files are there before it.
+logging.getLogger(dist_checkpointing.serialization.__name__).setLevel(logging.ERROR)
 
 
 class Saved(Protocol):

@@ -57,6 +57,17 @@ def known_keys(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str
             yield prefix + name, field.description or ""
 
 
+def _needed(kind: type[Section], where: Sequence[int | str]) -> list[str]:
+    """The key that is missing; of a whole section those of its keys that have no default."""
+    key = ".".join(map(str, where))
+    field: Any = kind
+    for name in where:
+        field = field.model_fields[str(name)].annotation
+        if not (isinstance(field, type) and issubclass(field, Section)):
+            return [key]
+    return [f"{key}.{name}" for name, sub in field.model_fields.items() if sub.is_required()]
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -88,7 +99,8 @@ def _explain(kind: type[Section], error: ValidationError, source: str) -> str:
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(keys)}"
             lines.append(f"unknown key {key}{hint}")
         elif problem["type"] == "missing":
-            lines.append(f"{key} is missing: set it in the file or as {key}=VALUE")
+            needed = _needed(kind, problem["loc"])
+            lines += [f"{k} is missing: set it in the file or as {k}=VALUE" for k in needed]
         else:
             lines.append(f"{key}={problem['input']!r}: {problem['msg']}")
     return f"config from {source}: " + "; ".join(lines)

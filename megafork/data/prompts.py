@@ -71,7 +71,8 @@ def read_rows(path: str | Path, data: PromptConfig, id_key: str = "") -> list[Ro
 
 
 def _check_characters(row: Row) -> None:
-    for text in (row.id, row.text, row.answer):
+    turns = [row.prompt] if isinstance(row.prompt, str) else [t["content"] for t in row.prompt]
+    for text in (row.id, *turns, row.answer):
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -140,8 +141,13 @@ def _read_answer(raw: Any, key: str, where: str) -> str:
         value = value[0]
     if value is None:
         raise UserError(f"{where}: {key!r} is null: every row needs an answer")
-    if isinstance(value, list | dict):
-        return json.dumps(value, ensure_ascii=False)
+    try:
+        if isinstance(value, list | dict):
+            return json.dumps(value, ensure_ascii=False)
+    except TypeError as error:  # a table's bytes, dates, decimals
+        raise UserError(f"{where}: {key!r} cannot be written as JSON ({error})") from None
+    if isinstance(value, bytes):
+        raise UserError(f"{where}: {key!r} is bytes, no text: store it as a string")
     return str(value)
 
 

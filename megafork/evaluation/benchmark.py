@@ -7,11 +7,13 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megafork.config import EvaluateConfig
@@ -30,7 +32,14 @@ from megafork.evaluation.generation import (
     row_of,
     run_jobs,
 )
-from megafork.evaluation.samples import SETTINGS, SampleFile, check_same, read_settings, write_json
+from megafork.evaluation.samples import (
+    SETTINGS,
+    SampleFile,
+    check_same,
+    files_with_samples,
+    read_settings,
+    write_json,
+)
 from megafork.rewards.names import check_verifiers
 from megafork.rewards.verifier import Judge
 from megafork.rollout.sampling import Completion
@@ -38,6 +47,7 @@ from megafork.rollout.sampling import Completion
 _INTERVAL = (
     "95%: Student's t over problems, cut to the possible; Clopper-Pearson where all are 0 or 1"
 )
+_ROWS_AT_ONCE = 1024
 Results = dict[str, Any]
 
 
@@ -51,7 +61,7 @@ def evaluate(config: EvaluateConfig, benchmarks: Sequence[str], output: Path) ->
     check_verifiers(config.reward.verifiers)
     given = check_input(config, files.values())
     _check_folder(output, given)
-    results = _results_before(output)
+    results = _results_before(output, given)
     jobs = {}
     for name, path in files.items():
         prompts = given.prompts(path)
@@ -73,7 +83,8 @@ def evaluate(config: EvaluateConfig, benchmarks: Sequence[str], output: Path) ->
     write_json(target, results)
     console = Console()
     console.print(_table(found))
-    console.print(f"results  {target}", f"samples  {output / 'samples'}", sep="\n", soft_wrap=True)
+    told = f"results  {target}\nsamples  {output / 'samples'}"
+    console.print(told, soft_wrap=True, markup=False)
     return results
 
 
@@ -102,18 +113,21 @@ def _files_of(benchmarks: Sequence[str], output: Path) -> dict[str, str]:
 def _check_folder(output: Path, given: Input) -> None:
     """Other benchmarks of the folder must be of the same settings: results.json has one for all."""
     for path in sorted((output / "samples").glob(f"*{SETTINGS}")):
-        check_same(read_settings(path), given.settings(), f"{output}: {path.name}")
+        if files_with_samples(path.with_name(path.name.removesuffix(SETTINGS))):
+            check_same(read_settings(path), given.settings(), f"{output}: {path.name}")
 
 
-def _results_before(output: Path) -> Results:
-    """Of other benchmarks in the same folder, whose samples are of the same settings."""
+def _results_before(output: Path, given: Input) -> Results:
+    """Of other benchmarks in the same folder; their samples may be gone, their settings not."""
     path = output / "results.json"
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): remove it") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        check_same(found["settings"], given.settings(), str(path))
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is not what eval wrote ({error}): remove it") from None
+    return found
 
 
 def run_judged(
@@ -121,18 +135,41 @@ def run_judged(
 ) -> None:
     """`run_jobs`, with what the verifier says of each sample.
 
-    Raises UserError when it failed on too many; the samples are kept, with their failures.
+    Raises UserError when it failed on too many; the samples are kept, with their failures, and the
+    next call judges those again.
     """
     with Judge(config.reward) as judge:
+        for job in jobs:
+            if job.file.is_complete:
+                _judge_again(judge, job.file)
         run_jobs(given, jobs, _rows_by(judge, config, given), log_path=log_path)
         for job in jobs:
             try:
                 judge.check_failures([row["failure"] for row in job.file.rows()])
             except UserError as error:
                 raise UserError(
-                    f"{error}. The samples are in {job.file.path}, without verdicts: move it away "
-                    "to generate and judge them again"
+                    f"{error}. The samples are kept in {job.file.path}: the same command judges "
+                    "those again that have no verdict, and generates none anew"
                 ) from None
+
+
+def _judge_again(judge: Judge, file: SampleFile) -> None:
+    """The rows without a verdict, where an evaluation ended because there were too many."""
+    if not judge.has_failed([row["failure"] for row in file.rows()]):
+        return
+
+    async def judged(row: dict[str, Any]) -> dict[str, Any]:
+        if row["failure"] is None:
+            return row
+        verdict = await judge(row["prompt"], row["response"], row["answer"])
+        return row | asdict(verdict)
+
+    async def all_of(rows: Rows) -> Rows:
+        return await asyncio.gather(*map(judged, rows))
+
+    rows = file.rows()
+    parts = iter(lambda: list(itertools.islice(rows, _ROWS_AT_ONCE)), [])
+    file.rewrite(row for part in parts for row in asyncio.run(all_of(part)))
 
 
 def _failures_of(file: SampleFile) -> dict[str, int]:
@@ -210,7 +247,7 @@ def _table(benchmarks: Results) -> Table:
     for name, found in benchmarks.items():
         n = found["samples"]
         table.add_row(
-            name,
+            escape(name),
             str(found["problems"]),
             str(n),
             _percent(found[f"avg@{n}"]),

@@ -138,6 +138,8 @@ def generate_file(config: GenerateConfig, data: str, output: Path) -> None:
     """
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: the folder {output.parent} does not exist")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder: name the file to write, as in out.jsonl")
     given = check_input(config, [data])
     prompts = given.prompts(data)
 
@@ -153,7 +155,8 @@ def generate_file(config: GenerateConfig, data: str, output: Path) -> None:
     log_path = output.with_name(output.name + ".vllm.log")
     run_jobs(given, [Job(prompts, file)], make_rows, log_path=log_path)
     log_path.unlink(missing_ok=True)
-    Console().print(f"{len(prompts)} prompts, {config.rollout.samples} responses each: {output}")
+    told = f"{len(prompts)} prompts, {config.rollout.samples} responses each: {output}"
+    Console().print(told, soft_wrap=True, markup=False)
 
 
 def row_of(prompt: Prompt, number: int, completion: Completion, tokenizer: Tokenizer) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class SampleFile:
         return [group for group in range(self.num_groups) if group not in self._offsets]
 
     def _check_settings(self) -> None:
-        kept = [path for path in (self.path, self.partial) if path.exists()]
+        kept = files_with_samples(self.path)
         if not kept:
             return
         if not self.settings_path.exists():
@@ -69,8 +69,14 @@ class SampleFile:
         """Before `missing` and `append`. Raises UserError when another process has it open."""
         if self.is_complete:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.partial.open("ab")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.partial.open("ab")
+        except OSError as error:
+            raise UserError(
+                f"{self.partial} cannot be written ({error.strerror}): name another --output, or "
+                "make this one writable"
+            ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -99,25 +105,40 @@ class SampleFile:
     def _complete_if_all(self) -> None:
         if len(self._offsets) < self.num_groups:
             return
-        ordered = self.path.with_name(self.path.name + ".ordered.partial")
-        with self.partial.open("rb") as source, ordered.open("wb") as target:
+        self.rewrite(self._ordered())
+        self._file.close()
+        self.partial.unlink()
+        self.is_complete = True
+
+    def _ordered(self) -> Iterator[dict[str, Any]]:
+        with self.partial.open("rb") as source:
             for group in range(self.num_groups):
                 source.seek(self._offsets[group])
-                for row in json.loads(source.readline())["rows"]:
-                    target.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                yield from json.loads(source.readline())["rows"]
+
+    def rewrite(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Make these the complete file's rows; what was there stays until all are on disk."""
+        ordered = self.path.with_name(self.path.name + ".ordered.partial")
+        with ordered.open("wb") as target:
+            for row in rows:
+                target.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             target.flush()
             os.fsync(target.fileno())
         ordered.replace(self.path)
         sync(self.path.parent)
-        self._file.close()
-        self.partial.unlink()
-        self.is_complete = True
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Of the complete file, in the input's order."""
         with self.path.open(encoding="utf-8") as lines:
             for line in lines:
                 yield json.loads(line)
+
+
+def files_with_samples(path: Path) -> list[Path]:
+    """Of PATH and PATH.partial; a start that came to nothing leaves an empty one."""
+    partial = path.with_name(path.name + ".partial")
+    begun = partial.exists() and partial.stat().st_size > 0
+    return [path] * path.exists() + [partial] * begun
 
 
 def check_same(before: Settings, now: Settings, what: str) -> None:

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megafork.config import TrainConfig
+from megafork.config.file import load_config
 from megafork.errors import UserError
+from megafork.logging.metrics import read_rows
 from megafork.model.shape import ModelShape, read_json
 
 _HF = "hf"
@@ -60,7 +63,7 @@ class ModelSource:
 
 
 def find_model(path: str | Path) -> ModelSource:
-    """Raises UserError for what is no model, and for a run without a final checkpoint."""
+    """Raises UserError for what is no model, and for a run without its final policy."""
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(
@@ -84,4 +87,18 @@ def find_model(path: str | Path) -> ModelSource:
             f"--model {folder}: the run has no final checkpoint; give one of its others: "
             f"{steps or 'there is none'}"
         )
+    _refuse_outdated(folder, final)
     return ModelSource(final, final)
+
+
+def _refuse_outdated(run: Path, final: Path) -> None:
+    """A run that was made longer keeps the final model of before until it ends again."""
+    rows, config = read_rows(run / "metrics.jsonl"), run / "config.toml"
+    if not rows or not config.is_file():
+        return
+    done, steps = rows[-1]["step"], load_config(TrainConfig, config, []).training.steps
+    if done < steps:
+        raise UserError(
+            f"--model {run} has done {done} of training.steps={steps}, so {final} is not its last "
+            f"policy: end the run first (megafork train --resume), or name {final} itself"
+        )

@@ -59,7 +59,7 @@ def read_run(run_dir: Path) -> RunFiles:
             f"{run_dir}: {what} (no {_CONFIG}, no {metrics.name}): give the run.dir of a run"
         )
     settings = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
-    rows = {name: read_rows(run_dir / name) for name in _JSONL}
+    rows = {name: _rows_of_steps(run_dir / name) for name in _JSONL}
     missing = {} if settings else {_CONFIG: "the run's settings are unknown"}
     return RunFiles(
         dir=run_dir,
@@ -73,6 +73,14 @@ def read_run(run_dir: Path) -> RunFiles:
         is_exported=(run_dir / "checkpoints" / "final").is_dir(),
         missing=missing | {name: why for name, why in _JSONL.items() if not rows[name]},
     )
+
+
+def _rows_of_steps(path: Path) -> list[Row]:
+    rows = read_rows(path)
+    for row in rows:
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise UserError(f"{path} is damaged: a row without a step: {str(row)[:80]}")
+    return rows
 
 
 def _num_steps(settings: str) -> int | None:

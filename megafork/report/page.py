@@ -87,10 +87,11 @@ def state_of(run: RunFiles) -> str:
 def headlines(run: RunFiles) -> list[Headline]:
     """The numbers that a reader looks for first, as far as the run has them."""
     found = []
-    if scored := [row["eval/accuracy"] for row in run.evaluations]:
-        before, after = scored[0], scored[-1]
-        at = "step {} to step {}".format(*(run.evaluations[i]["step"] for i in (0, -1)))
-        note = f"{at}, {run.evaluations[-1]['eval/samples']} responses"
+    if scored := [row for row in run.evaluations if row.get("eval/accuracy") is not None]:
+        before, after = (scored[i]["eval/accuracy"] for i in (0, -1))
+        note = f"step {scored[0]['step']} to step {scored[-1]['step']}"
+        if (samples := scored[-1].get("eval/samples")) is not None:
+            note += f", {samples} responses"
         found.append(Headline("Held-out accuracy", f"{before:.1%} \u2192 {after:.1%}", note))
     if trained := _values(run.metrics, "reward/accuracy"):
         value = f"{trained[0]:.1%} \u2192 {trained[-1]:.1%}"

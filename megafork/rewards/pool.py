@@ -134,7 +134,13 @@ class WorkerPool:
             with self._lock:
                 if self._closed:
                     raise CancelledError
-                worker = _Worker(self._names, self._memory_mib)
+                try:
+                    worker = _Worker(self._names, self._memory_mib)
+                except OSError as error:  # a full process table, no memory, no file descriptor
+                    raise UserError(
+                        f"a worker for reward.verifier={', '.join(self._names)} cannot be started: "
+                        f"{error}. Make room for it, or lower reward.workers={len(self._threads)}"
+                    ) from None
                 self._running.add(worker)
             try:
                 said = worker.exchange(b"", _STARTUP_S)

@@ -245,8 +245,9 @@ class Front:
 
         try:
             self.log.note(f"report      {write_report(self.run_dir)}")
-        except (OSError, UserError) as error:
-            self.log.note(f"warning: {self.run_dir}/report.html was not written: {error}")
+        except Exception as error:  # a picture of what is safe on disk is worth no run
+            cause = f"{type(error).__name__}: {error}"
+            self.log.note(f"warning: {self.run_dir}/report.html was not written: {cause}")
 
     def keep_skipped(self, step: int, skipped: Sequence[Skipped], *, is_last: bool) -> None:
         """The groups of mini-batches without an update, for a look at them.

@@ -207,7 +207,7 @@ def lag_metrics(table: TokenTable, policy_version: int) -> dict[str, float]:
     """
     lag_R = policy_version - table.policy_version_R
     largest_B, smallest_B = (
-        torch.zeros(table.num_samples, dtype=torch.int64).index_reduce(
+        torch.zeros(table.num_samples, dtype=torch.int64).scatter_reduce(
             0, table.sample_R, lag_R, how, include_self=False
         )
         for how in ("amax", "amin")
