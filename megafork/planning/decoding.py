@@ -13,7 +13,7 @@ ORDER_SEED = 0
 
 @dataclass(frozen=True)
 class Iteration:
-    """What one decoding step costs: fixed + max(weights, running * per_response) + held * per_kv."""
+    """One decoding step: fixed + max(weights, running * per_response) + held * per_kv_token."""
 
     fixed: float
     """seconds: scheduler, sampling, kernel launches, latency of all-reduces"""

@@ -3,9 +3,9 @@
 Numbers are the vendor's, dense (without sparsity) and of one direction; what of them is reached is
 the business of roofline.py. Sources:
 
-- A100 80 GB (SXM): data sheet "NVIDIA A100 Tensor Core GPU"; DGX A100 640GB: 8 x HDR 200 Gb/s, 2 TB.
+- A100 80 GB (SXM): data sheet "NVIDIA A100 Tensor Core GPU"; DGX A100 640GB: 8 x 200 Gb/s, 2 TB.
 - H100 SXM5: data sheet "NVIDIA H100 Tensor Core GPU", its bf16 figure halved (it is with sparsity);
-  DGX H100: 8 x NDR 400 Gb/s, 2 TB.
+  DGX H100: 8 x 400 Gb/s, 2 TB.
 - H200 SXM: data sheet "NVIDIA H200 Tensor Core GPU"; the rest of the node as DGX H100's.
 - H20: HGX H20 has no public data sheet of NVIDIA's; the figures are those that its sellers agree
   on, the node as DGX H100's.
