@@ -20,10 +20,22 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, device: torch.device, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.peaks: dict[str, int] = {}
+        """of each phase"""
+        self._phase = ""
         self._device = device.type
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._alive: dict[int, int] = {}
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values(), default=0)
+
+    def enter(self, phase: str) -> None:
+        """From here on it is `phase` whose peak is raised."""
+        self._phase = phase
+        self._note()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -38,8 +50,11 @@ class LiveBytes(TorchDispatchMode):
             return
         self._alive[key] = storage.nbytes()
         self.now += self._alive[key]
-        self.peak = max(self.peak, self.now)
+        self._note()
         weakref.finalize(storage, self._remove, key)
 
     def _remove(self, key: int) -> None:
         self.now -= self._alive.pop(key)
+
+    def _note(self) -> None:
+        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), self.now)

@@ -8,45 +8,75 @@ runs in a process that has none.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg  # registers the backend
+from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megafork.config import ModelConfig, ParallelConfig
-from megafork.model.gpt import head_weight
+from megafork.errors import UserError
+from megafork.model.gpt import head_input, head_weight
 from megafork.model.layers import PackedAttention
 from megafork.model.shape import ModelShape
-from megafork.model.weights import Stage, build_stages
+from megafork.model.weights import build_stages
 from megafork.ops.vocab_parallel import linear_logprob_and_entropy
-from megafork.parallel import cpu_patch
+from megafork.parallel import backend, cpu_patch
 from megafork.parallel.topology import Topology, initialize, shutdown
+from megafork.parallel.zigzag import Zigzag
+from megafork.planning import stand_ins
 from megafork.planning.live import LiveBytes
 
 META = torch.device("meta")
 
 
 @dataclass(frozen=True)
-class StageMemory:
-    """What one rank of a pipeline stage holds, in bytes."""
+class MicroBatch:
+    lengths: tuple[int, ...]
+    """tokens that each sequence feeds"""
+    head_rows: int
+    """predictions that go through the head, on each of the cp ranks"""
 
+
+@dataclass(frozen=True)
+class ChunkMemory:
+    """What one model chunk (a rank has vpp of them) takes of a micro-batch, in bytes."""
+
+    held: int
+    """from its forward to its backward"""
+    passing: int
+    """beyond that, at the peak of its layers' forward or backward"""
+    head: int
+    """beyond that, at the peak of the head with the softmax over the vocabulary; 0 without one"""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
     num_parameters: int
     """on this rank"""
     weights: int
-    held_activations: int
-    """of one micro-batch between its forward and its backward"""
-    passing_activations: int
-    """of one micro-batch at its peak, what is held included"""
+    """bytes"""
+    largest_weight: int
+    """bytes"""
+    chunks: tuple[ChunkMemory, ...]
 
 
 @contextmanager
 def world(parallel: ParallelConfig, rank: int) -> Iterator[Topology]:
-    """The topology of `rank` among tp * pp * cp ranks that do not exist."""
+    """The topology of `rank` among tp * pp * cp ranks that do not exist.
+
+    Raises UserError where the process has another world or would use a GPU.
+    """
+    if dist.is_initialized() or backend.has_cuda():
+        raise UserError(
+            "a rehearsal needs a process without a process group and without a GPU: set "
+            "CUDA_VISIBLE_DEVICES= (to nothing), or use `megafork plan`"
+        )
     dist.init_process_group(
         "fake", store=dist.HashStore(), rank=rank, world_size=parallel.model_parallel_size
     )
@@ -60,37 +90,41 @@ def rehearse(
     shape: ModelShape,
     model: ModelConfig,
     parallel: ParallelConfig,
+    micro_batch: MicroBatch,
     *,
-    stage: int,
-    lengths: list[int],
-    head_rows: int,
-) -> StageMemory:
-    """The memory of one rank of pipeline stage `stage`, tensors alone (no allocator, no library).
+    pp_rank: int,
+    device: Literal["cpu", "cuda"],
+) -> Rehearsal:
+    """The memory of one rank at `pp_rank`: tensors alone (no allocator, no library).
 
-    lengths: tokens of each sequence of the micro-batch, of which `head_rows` go through the head.
+    device: whose kernels run.
     """
-    with world(parallel, stage * parallel.tp * parallel.cp) as topology:
+    with world(parallel, pp_rank * parallel.tp * parallel.cp) as topology:
         with META, cpu_patch.current_device(META):
             stages = build_stages(shape, model, parallel, replace(topology, device=META))
-        for part in stages:
-            part.gpt.train()
-            if hasattr(part.gpt, "rotary_pos_emb"):  # cached on the CPU
-                part.gpt.rotary_pos_emb.inv_freq = part.gpt.rotary_pos_emb.inv_freq.to(META)
-            for module in part.gpt.modules():
+        gpts = [stage.gpt for stage in stages]
+        parameters = [p for gpt in gpts for p in gpt.parameters()]
+        for gpt in gpts:
+            gpt.train()
+            if hasattr(gpt, "rotary_pos_emb"):  # cached on the CPU
+                gpt.rotary_pos_emb.inv_freq = gpt.rotary_pos_emb.inv_freq.to(META)
+            for module in gpt.modules():
                 if isinstance(module, PackedAttention):
                     module.attend = _attend  # type: ignore[method-assign]
-        parameters = [p for part in stages for p in part.gpt.parameters()]
         for parameter in parameters:
             parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32, device=META)
             # What megatron's DDP does: a gradient is added to the buffer and let go.
             parameter.register_post_accumulate_grad_hook(_let_go)
-        with cpu_patch.current_device(META):
-            held, peak = _run(stages, shape, parallel, topology, lengths, head_rows)
-    return StageMemory(
+        fused = stand_ins.in_place(gpts) if device == "cuda" else nullcontext()
+        with cpu_patch.current_device(META), fused:
+            run = _Run(shape, parallel, topology, micro_batch, in_triton=device == "cuda")
+            chunks = run.through(gpts)
+    sizes = [p.numel() * p.element_size() for p in parameters]
+    return Rehearsal(
         num_parameters=sum(p.numel() for p in parameters),
-        weights=sum(p.numel() * p.element_size() for p in parameters),
-        held_activations=held,
-        passing_activations=peak,
+        weights=sum(sizes),
+        largest_weight=max(sizes),
+        chunks=chunks,
     )
 
 
@@ -113,52 +147,91 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float |
     return flash(q, k, v, 0.0, seen is None, attn_mask=seen, scale=scale)[0]
 
 
-def _run(
-    stages: list[Stage],
-    shape: ModelShape,
-    parallel: ParallelConfig,
-    topology: Topology,
-    lengths: list[int],
-    head_rows: int,
-) -> tuple[int, int]:
-    """(bytes held between forward and backward, bytes at the peak) of all chunks together."""
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    params = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-    )
-    num_tokens = sum(lengths) // parallel.cp
-    tokens = torch.zeros(1, num_tokens, dtype=torch.int64, device=META)
-    known = [p for part in stages for p in part.gpt.parameters()]
-    known += [p.main_grad for p in known]
-    with _Rehearsed(META, known) as live:
-        outputs, inputs = [], []
-        for part in stages:
-            gpt = part.gpt
-            if not gpt.pre_process:
-                width = num_tokens // (parallel.tp if parallel.sequence_parallel else 1)
-                received = torch.empty(
-                    width, 1, shape.hidden_size, dtype=gpt.config.params_dtype, device=META
-                ).requires_grad_()
-                inputs.append(received)
-                gpt.set_input_tensor(received)
-            output = gpt(tokens, tokens, None, packed_seq_params=params)
-            if gpt.post_process:
-                rows = torch.zeros(head_rows, dtype=torch.int64, device=META)
-                hidden = output[0].index_select(0, rows)
-                logprobs, entropy = linear_logprob_and_entropy(
-                    hidden,
-                    head_weight(gpt),
-                    rows,
-                    tp_group=topology.groups.tp,
-                    vocab_size=shape.vocab_size,
-                )
-                output = logprobs.sum() + entropy.sum()
-            outputs.append(output)
-        held = live.now
-        for output in reversed(outputs):
-            output.backward(torch.ones_like(output))
-    return held, live.peak
+class _Run:
+    """One micro-batch through a rank's chunks: all forward, then all backward."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        parallel: ParallelConfig,
+        topology: Topology,
+        micro_batch: MicroBatch,
+        *,
+        in_triton: bool,
+    ) -> None:
+        self.shape, self.topology, self.in_triton = shape, topology, in_triton
+        part = Zigzag(
+            topology.cp_rank, topology.cp_size, parallel.tp if parallel.sequence_parallel else 1
+        )
+        lengths = [part.padded(length) for length in micro_batch.lengths]
+        padding = -sum(lengths) % part.pack_multiple
+        lengths += [padding] if padding else []
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        self.params = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=max(lengths),
+            max_seqlen_kv=max(lengths),
+        )
+        self.num_tokens = sum(lengths) // topology.cp_size
+        self.tokens = torch.zeros(1, self.num_tokens, dtype=torch.int64, device=META)
+        self.received = self.num_tokens // (parallel.tp if parallel.sequence_parallel else 1)
+        self.num_rows = min(micro_batch.head_rows, self.num_tokens)
+
+    def through(self, gpts: list[GPTModel]) -> tuple[ChunkMemory, ...]:
+        known = [p for gpt in gpts for p in gpt.parameters()]
+        known += [p.main_grad for p in known]
+        with _Rehearsed(META, known) as live:
+            outputs, held = [], [0]
+            for index, gpt in enumerate(gpts):
+                live.enter(f"layers {index}")
+                outputs.append(self._forward(gpt, index, live))
+                held.append(live.now)
+            for index in reversed(range(len(gpts))):
+                live.enter(f"layers {index}")
+                output = outputs.pop()
+                output.backward(torch.ones_like(output))
+                del output
+        return tuple(
+            ChunkMemory(
+                held=after - before,
+                passing=max(0, live.peaks[f"layers {index}"] - after),
+                head=max(0, live.peaks.get(f"head {index}", 0) - after),
+            )
+            for index, (before, after) in enumerate(zip(held, held[1:], strict=False))
+        )
+
+    def _forward(self, gpt: GPTModel, index: int, live: LiveBytes) -> Tensor:
+        if not gpt.pre_process:
+            received = torch.empty(
+                self.received,
+                1,
+                self.shape.hidden_size,
+                dtype=gpt.config.params_dtype,
+                device=META,
+            )
+            gpt.set_input_tensor(received.requires_grad_())
+        hidden = gpt(self.tokens, self.tokens, None, packed_seq_params=self.params)
+        return self._head(gpt, hidden, index, live) if gpt.post_process else hidden
+
+    def _head(self, gpt: GPTModel, hidden_1TH: Tensor, index: int, live: LiveBytes) -> Tensor:
+        slots_N = torch.arange(self.num_rows) * self.num_tokens // max(1, self.num_rows)
+        live.enter(f"head {index}")
+        rows_NH = head_input(gpt, hidden_1TH, slots_N)
+        if self.in_triton:
+            logprobs, entropy = stand_ins.TritonHead.apply(rows_NH, head_weight(gpt))
+        else:
+            logprobs, entropy = linear_logprob_and_entropy(
+                rows_NH,
+                head_weight(gpt),
+                torch.zeros(self.num_rows, dtype=torch.int64, device=META),
+                tp_group=self.topology.groups.tp,
+                vocab_size=self.shape.vocab_size,
+            )
+        live.enter(f"layers {index}")
+        loss = logprobs.sum() + entropy.sum()
+        loss.register_hook(lambda _: live.enter(f"head {index}"))
+        # Once its gradient is there, the layers' backward begins.
+        hidden_1TH.register_hook(lambda _: live.enter(f"layers {index}"))
+        return loss
