@@ -14,7 +14,7 @@ from megafork.model.shape import ModelShape
 from megafork.planning.decoding import Iteration, decode
 from megafork.planning.nodes import NODES, node_type
 from megafork.planning.passes import update_kind
-from megafork.planning.rehearsal import rehearse
+from megafork.planning.rehearsal import MicroBatch, rehearse
 from megafork.planning.roofline import head_share, step_time
 from megafork.planning.work import (
     Lengths,
@@ -79,7 +79,7 @@ def test_parameters_are_those_that_the_models_are_named_for():
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 def test_flops_are_the_real_models(recompute):
     """megatron's GPTModel on the meta device with our head, forward and backward."""
-    lengths, rows = [100, 156], 40
+    lengths, rows = (100, 156), 40
     aten = torch.ops.aten
 
     def added_product(target, left, right, *args, out_shape=None, **kwargs):
@@ -91,9 +91,9 @@ def test_flops_are_the_real_models(recompute):
             SMALL,
             ModelConfig(path="", dtype="float32", recompute=recompute),
             ParallelConfig(),
-            stage=0,
-            lengths=lengths,
-            head_rows=rows,
+            MicroBatch(lengths, head_rows=rows),
+            pp_rank=0,
+            device="cpu",
         )
     products = sum(
         flops
