@@ -7,6 +7,7 @@ runs in a process that has none.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -199,7 +200,7 @@ class _Run:
                 passing=max(0, live.peaks[f"layers {index}"] - after),
                 head=max(0, live.peaks.get(f"head {index}", 0) - after),
             )
-            for index, (before, after) in enumerate(zip(held, held[1:], strict=False))
+            for index, (before, after) in enumerate(itertools.pairwise(held))
         )
 
     def _forward(self, gpt: GPTModel, index: int, live: LiveBytes) -> Tensor:
