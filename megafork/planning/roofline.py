@@ -81,9 +81,9 @@ def step_time(
     lengths = Lengths(mean_prompt_tokens, mean_response_tokens, longest)
     trainer = Trainer(config, shape, node, dp, lengths, efficiency)
     server = _Server(config, shape, node, lengths, efficiency)
-    num_servers = config.rollout.servers * num_train_nodes
-    if num_serve_nodes:
-        num_servers = node.gpus // server.tp * num_serve_nodes
+    num_servers = (
+        node.gpus // server.tp * num_serve_nodes or config.rollout.servers * num_train_nodes
+    )
     responses = config.rollout.prompts_per_step * config.rollout.group_size
     generated = responses / kept_share
     passes = _trainer_passes(config, trainer)
@@ -93,11 +93,7 @@ def step_time(
     if colocated:
         moved = 2 * trainer.state_bytes()
         seconds["move"] = moved / (node.host_link * efficiency.host_link)
-    training = sum(seconds.values()) - seconds["generate"] - seconds["sync"]
     overlaps = config.rollout.max_policy_lag > 0 and not colocated
-    total = seconds["sync"] + (
-        max(seconds["generate"], training) if overlaps else seconds["generate"] + training
-    )
     wire = _added(time.wire_bytes for time in passes.values())
     wire["rollout"] = generated * mean_response_tokens * _RESPONSE_BYTES
     wire["sync"] = float(server.weights)
@@ -105,7 +101,7 @@ def step_time(
         seconds=seconds,
         waiting=_added(time.waiting for time in passes.values()),
         wire_bytes={name: count for name, count in wire.items() if count},
-        total=total,
+        total=_total(seconds, overlaps=overlaps),
         num_gpus=num_train_nodes * node.gpus + (0 if colocated else num_servers * server.tp),
         num_tokens=responses * (mean_prompt_tokens + mean_response_tokens),
         assumptions=_assumptions(config, node, lengths, kept_share, efficiency, trainer, server)
@@ -113,6 +109,12 @@ def step_time(
         + ["float32 goes at bfloat16's rate, which is too fast"] * (trainer.value_bytes == 4)
         + ["generation of the next batch hides behind training"] * overlaps,
     )
+
+
+def _total(seconds: dict[str, float], *, overlaps: bool) -> float:
+    generation, sync = seconds["generate"], seconds["sync"]
+    training = sum(seconds.values()) - generation - sync
+    return sync + (max(generation, training) if overlaps else generation + training)
 
 
 def data_parallel_size(config: TrainConfig, node: NodeType, num_train_nodes: int) -> int:
