@@ -65,13 +65,15 @@ def train(
         bool, typer.Option("--dry-run", help="check and plan everything, start and write nothing")
     ] = False,
     node: Annotated[
-        str, typer.Option(help="of --dry-run: a100-80g, h100, h200, h20, b200 or a TOML file")
-    ] = "h100",
+        str | None,
+        typer.Option(help="of --dry-run: a100-80g, h100 (unset), h200, h20, b200 or a TOML file"),
+    ] = None,
     serve_nodes: Annotated[
-        int, typer.Option(help="of --dry-run: nodes full of rollout servers", min=0)
-    ] = 0,
+        int | None, typer.Option(help="of --dry-run: nodes full of rollout servers", min=0)
+    ] = None,
     mean_response: Annotated[
-        float | None, typer.Option(help="of --dry-run: tokens of a response; unset: a quarter")
+        float | None,
+        typer.Option(help="of --dry-run: tokens; unset: a quarter of the longest response"),
     ] = None,
 ) -> None:
     """Train a policy by reinforcement from verifiable rewards."""
@@ -89,9 +91,16 @@ def train(
         from megafork.planning.dry_run import rehearse_run
 
         rehearse_run(
-            resolved, node, serve_nodes, mean_response, resume=resume is not None, tell=typer.echo
+            resolved,
+            node or "h100",
+            serve_nodes or 0,
+            mean_response,
+            resume=resume is not None,
+            tell=typer.echo,
         )
         return
+    if (node, serve_nodes, mean_response) != (None, None, None):
+        raise UserError("--node, --serve-nodes and --mean-response are for --dry-run: add it")
     from megafork.training.preflight import check_train
 
     check_train(resolved)

@@ -276,6 +276,13 @@ def test_the_command_starts_nothing_and_writes_nothing(tmp_path):
     assert left_over(tmp_path) == []
 
 
+def test_options_of_a_dry_run_start_no_real_one(folder):
+    path = folder("qwen3-8b-base")
+    config = str(EXAMPLES / "qwen3-8b-base" / "config.toml")
+    done = CliRunner().invoke(app, ["train", config, "--node=h200", *overrides(path)])
+    assert str(done.exception).endswith("are for --dry-run: add it")
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 4, 1), (4, 2, 2, 2), (2, 2, 1, 4)])
 def test_ranks_are_where_megatron_puts_them(sizes):
     tp, cp, dp, pp = sizes
