@@ -187,7 +187,8 @@ def small_step_micro_batches():
 
 def nemo_rl(tp, pp, *, lag):
     """NeMo-RL's grpo_math recipes: 64 x 32 responses, 512 to an update, a KL to a reference,
-    packs of max_total_sequence_length=4096, vLLM with 0.6 of the memory, no recomputation."""
+    packs of max_total_sequence_length=4096, no recomputation; one step off-policy,
+    half of the nodes generate."""
     return config(
         parallel={"tp": tp, "pp": pp, "sequence_parallel": tp > 1},
         rollout={
@@ -198,6 +199,7 @@ def nemo_rl(tp, pp, *, lag):
             "max_response_tokens": 4096 - PROMPT,
             "tensor_parallel": tp,
             "servers": 8 // tp,
+            "gpu_memory_utilization": 0.8 if lag else 0.6,
         },
         training={"prompts_per_minibatch": 16, "micro_batch_tokens": 4096},
         forking={"select": "all"},
