@@ -69,13 +69,13 @@ class StageMemory:
         return own + self.critic * own // (own + self.gradients)
 
     @property
-    def tensors(self) -> int:
-        """At the peak."""
-        return self.static + max(self.activations + self.passing, self.transfer)
+    def training(self) -> int:
+        """Tensors at the peak of an update."""
+        return self.static + self.activations + self.passing
 
     @property
     def total(self) -> int:
-        return self.tensors + self.reserve
+        return max(self.training, self.static + self.transfer) + self.reserve
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,8 @@ def _transfer_bytes(config: TrainConfig, rehearsal: Rehearsal) -> int:
     """The largest tensor, gathered and joined, with two buckets; or the reference's swap of it."""
     tp = config.parallel.tp
     gathered = 2 * tp * rehearsal.largest_weight if tp > 1 else 0
-    return max(gathered + 2 * (config.sync.bucket_mib << 20), rehearsal.largest_weight)
+    bucket = min(config.sync.bucket_mib << 20, tp * rehearsal.weights)
+    return max(gathered + 2 * bucket, rehearsal.largest_weight)
 
 
 def _host_memory(
