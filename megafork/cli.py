@@ -61,6 +61,18 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="folder of a run to go on with, at any layout")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check and plan everything, start and write nothing")
+    ] = False,
+    node: Annotated[
+        str, typer.Option(help="of --dry-run: a100-80g, h100, h200, h20, b200 or a TOML file")
+    ] = "h100",
+    serve_nodes: Annotated[
+        int, typer.Option(help="of --dry-run: nodes full of rollout servers", min=0)
+    ] = 0,
+    mean_response: Annotated[
+        float | None, typer.Option(help="of --dry-run: tokens of a response; unset: a quarter")
+    ] = None,
 ) -> None:
     """Train a policy by reinforcement from verifiable rewards."""
     settings = overrides or []
@@ -73,6 +85,13 @@ def train(
     elif config is None:
         raise UserError("give a config file, or --resume with a run's folder")
     resolved = load_config(TrainConfig, config, settings)
+    if dry_run:
+        from megafork.planning.dry_run import rehearse_run
+
+        rehearse_run(
+            resolved, node, serve_nodes, mean_response, resume=resume is not None, tell=typer.echo
+        )
+        return
     from megafork.training.preflight import check_train
 
     check_train(resolved)

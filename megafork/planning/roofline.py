@@ -65,22 +65,25 @@ def step_time(
 ) -> StepTime:
     """What one step of `config` takes on these nodes.
 
-    num_serve_nodes: 0 where rollout.placement=colocated. kept_share: of the generated groups, that
+    num_serve_nodes: full of servers; 0: each training node has rollout.servers, with
+    placement=disaggregated on GPUs beside the node's own. kept_share: of the generated groups, that
     dynamic sampling keeps. Raises UserError where layout and nodes do not go together.
     """
     efficiency = efficiency or Efficiency()
     colocated = config.rollout.placement == "colocated"
     dp = data_parallel_size(config, node, num_train_nodes)
-    if colocated == bool(num_serve_nodes):
+    if colocated and num_serve_nodes:
         raise UserError(
-            f"rollout.placement={config.rollout.placement} with {num_serve_nodes} serving nodes: "
-            + ("colocated servers take the trainer's" if colocated else "give one at least")
+            f"rollout.placement=colocated with {num_serve_nodes} serving nodes: colocated servers "
+            "take the trainer's; give none, or rollout.placement=disaggregated"
         )
     longest = config.rollout.max_response_tokens
     lengths = Lengths(mean_prompt_tokens, mean_response_tokens, longest)
     trainer = Trainer(config, shape, node, dp, lengths, efficiency)
     server = _Server(config, shape, node, lengths, efficiency)
-    num_servers = server.per_node * (num_train_nodes if colocated else num_serve_nodes)
+    num_servers = config.rollout.servers * num_train_nodes
+    if num_serve_nodes:
+        num_servers = node.gpus // server.tp * num_serve_nodes
     responses = config.rollout.prompts_per_step * config.rollout.group_size
     generated = responses / kept_share
     passes = _trainer_passes(config, trainer)
@@ -103,10 +106,11 @@ def step_time(
         waiting=_added(time.waiting for time in passes.values()),
         wire_bytes={name: count for name, count in wire.items() if count},
         total=total,
-        num_gpus=(num_train_nodes + num_serve_nodes) * node.gpus,
+        num_gpus=num_train_nodes * node.gpus + (0 if colocated else num_servers * server.tp),
         num_tokens=responses * (mean_prompt_tokens + mean_response_tokens),
         assumptions=_assumptions(config, node, lengths, kept_share, efficiency, trainer, server)
         + [f"{num_servers} servers of {config.rollout.tensor_parallel} GPUs"]
+        + ["float32 goes at bfloat16's rate, which is too fast"] * (trainer.value_bytes == 4)
         + ["generation of the next batch hides behind training"] * overlaps,
     )
 
@@ -137,10 +141,9 @@ class _Server:
     ) -> None:
         rollout, self.lengths = config.rollout, lengths
         self.tp, self.group_size = rollout.tensor_parallel, rollout.group_size
-        self.per_node = node.gpus // self.tp
-        if rollout.placement == "colocated":
-            self.per_node = rollout.servers
-        if not 0 < self.per_node * self.tp <= node.gpus:
+        colocated = rollout.placement == "colocated"
+        gpus = self.tp * (rollout.servers if colocated else 1)
+        if gpus > node.gpus:
             raise UserError(
                 f"rollout.servers={rollout.servers} * tensor_parallel={self.tp} GPUs do not fit a "
                 f"node of {node.gpus}: lower one of them"
