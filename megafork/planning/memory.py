@@ -54,6 +54,8 @@ class StageMemory:
     """beside them at that moment: a layer's temporaries, or the head's"""
     head: int
     """at the head's own peak: chunks of logits, the softmax's sums, gradients of its rows"""
+    reduction: int
+    """instead of activations, while gradients are reduced: gloo's copy of them; NCCL makes none"""
     transfer: int
     """instead of activations: whole tensors and buckets of a weight sync, the reference's swap"""
     reserve: int
@@ -71,7 +73,7 @@ class StageMemory:
     @property
     def training(self) -> int:
         """Tensors at the peak of an update."""
-        return self.static + self.activations + self.passing
+        return self.static + max(self.activations + self.passing, self.reduction)
 
     @property
     def total(self) -> int:
@@ -209,6 +211,7 @@ def training_memory(
                 activations=held,
                 passing=passing,
                 head=max(chunk.head for chunk in rehearsal.chunks),
+                reduction=_reduction_bytes(rehearsal) if device == "cpu" else 0,
                 transfer=_transfer_bytes(config, rehearsal),
                 reserve=reserve,
             )
@@ -274,6 +277,11 @@ def _critic_bytes(
             number -= padded // parallel.tp * shape.hidden_size
     static = number * (DTYPE_BYTES[config.model.dtype] + _GRADIENT_BYTES)
     return static + _optimizer_bytes(config, dp, number)
+
+
+def _reduction_bytes(rehearsal: Rehearsal) -> int:
+    """Each chunk has a buffer of its own."""
+    return _GRADIENT_BYTES * max(chunk.num_parameters for chunk in rehearsal.chunks)
 
 
 def _transfer_bytes(config: TrainConfig, rehearsal: Rehearsal) -> int:
