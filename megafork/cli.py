@@ -35,6 +35,7 @@ from megafork.config.file import known_keys, load_config
 from megafork.config.temperatures import TemperaturesConfig
 from megafork.errors import Interrupted, PeerError, UserError
 from megafork.interruption import INTERRUPTED
+from megafork.planning.command import plan
 
 _PATIENCE_S = 5.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -202,6 +203,7 @@ convert = typer.Typer(
 )
 app.add_typer(convert, name="convert")
 app.add_typer(analyze, name="analyze")
+app.command()(plan)
 
 
 @convert.command()

@@ -54,6 +54,8 @@ class StageMemory:
     """beside them at that moment: a layer's temporaries, or the head's"""
     head: int
     """at the head's own peak: chunks of logits, the softmax's sums, gradients of its rows"""
+    reduction: int
+    """instead of activations, while gradients are reduced: gloo's copy of them; NCCL makes none"""
     transfer: int
     """instead of activations: whole tensors and buckets of a weight sync, the reference's swap"""
     reserve: int
@@ -69,13 +71,13 @@ class StageMemory:
         return own + self.critic * own // (own + self.gradients)
 
     @property
-    def tensors(self) -> int:
-        """At the peak."""
-        return self.static + max(self.activations + self.passing, self.transfer)
+    def training(self) -> int:
+        """Tensors at the peak of an update."""
+        return self.static + max(self.activations + self.passing, self.reduction)
 
     @property
     def total(self) -> int:
-        return self.tensors + self.reserve
+        return max(self.training, self.static + self.transfer) + self.reserve
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,7 @@ def training_memory(
                 activations=held,
                 passing=passing,
                 head=max(chunk.head for chunk in rehearsal.chunks),
+                reduction=_reduction_bytes(rehearsal) if device == "cpu" else 0,
                 transfer=_transfer_bytes(config, rehearsal),
                 reserve=reserve,
             )
@@ -276,11 +279,17 @@ def _critic_bytes(
     return static + _optimizer_bytes(config, dp, number)
 
 
+def _reduction_bytes(rehearsal: Rehearsal) -> int:
+    """Each chunk has a buffer of its own."""
+    return _GRADIENT_BYTES * max(chunk.num_parameters for chunk in rehearsal.chunks)
+
+
 def _transfer_bytes(config: TrainConfig, rehearsal: Rehearsal) -> int:
     """The largest tensor, gathered and joined, with two buckets; or the reference's swap of it."""
     tp = config.parallel.tp
     gathered = 2 * tp * rehearsal.largest_weight if tp > 1 else 0
-    return max(gathered + 2 * (config.sync.bucket_mib << 20), rehearsal.largest_weight)
+    bucket = min(config.sync.bucket_mib << 20, tp * rehearsal.weights)
+    return max(gathered + 2 * bucket, rehearsal.largest_weight)
 
 
 def _host_memory(

@@ -7,6 +7,7 @@ runs in a process that has none.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -48,6 +49,7 @@ class MicroBatch:
 class ChunkMemory:
     """What one model chunk (a rank has vpp of them) takes of a micro-batch, in bytes."""
 
+    num_parameters: int
     held: int
     """from its forward to its backward"""
     passing: int
@@ -58,13 +60,17 @@ class ChunkMemory:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    num_parameters: int
-    """on this rank"""
+    """Of one rank."""
+
     weights: int
     """bytes"""
     largest_weight: int
     """bytes"""
     chunks: tuple[ChunkMemory, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(chunk.num_parameters for chunk in self.chunks)
 
 
 @contextmanager
@@ -98,8 +104,21 @@ def rehearse(
 ) -> Rehearsal:
     """The memory of one rank at `pp_rank`: tensors alone (no allocator, no library).
 
-    device: whose kernels run.
+    device: whose kernels run. Data-parallel ranks are alike: parallel.dp plays no part.
     """
+    alike = parallel.model_copy(update={"dp": None})
+    return _rehearse(shape, model, alike, micro_batch, pp_rank, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _rehearse(
+    shape: ModelShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    micro_batch: MicroBatch,
+    pp_rank: int,
+    device: Literal["cpu", "cuda"],
+) -> Rehearsal:
     with world(parallel, pp_rank * parallel.tp * parallel.cp) as topology:
         with META, cpu_patch.current_device(META):
             stages = build_stages(shape, model, parallel, replace(topology, device=META))
@@ -122,7 +141,6 @@ def rehearse(
             chunks = run.through(gpts)
     sizes = [p.numel() * p.element_size() for p in parameters]
     return Rehearsal(
-        num_parameters=sum(p.numel() for p in parameters),
         weights=sum(sizes),
         largest_weight=max(sizes),
         chunks=chunks,
@@ -196,6 +214,7 @@ class _Run:
                 del output
         return tuple(
             ChunkMemory(
+                num_parameters=sum(p.numel() for p in gpts[index].parameters()),
                 held=after - before,
                 passing=max(0, live.peaks[f"layers {index}"] - after),
                 head=max(0, live.peaks.get(f"head {index}", 0) - after),
