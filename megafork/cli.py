@@ -53,6 +53,22 @@ Overrides = Annotated[
 ]
 
 
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="check and plan everything, start and write nothing")
+]
+Node = Annotated[
+    str | None,
+    typer.Option(help="of --dry-run: a100-80g, h100 (unset), h200, h20, b200 or a TOML file"),
+]
+ServeNodes = Annotated[
+    int | None, typer.Option(help="of --dry-run: nodes full of rollout servers", min=0)
+]
+MeanResponse = Annotated[
+    float | None,
+    typer.Option(help="of --dry-run: tokens; unset: a quarter of the longest response"),
+]
+
+
 @app.command()
 def train(
     config: Annotated[
@@ -62,20 +78,10 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="folder of a run to go on with, at any layout")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check and plan everything, start and write nothing")
-    ] = False,
-    node: Annotated[
-        str | None,
-        typer.Option(help="of --dry-run: a100-80g, h100 (unset), h200, h20, b200 or a TOML file"),
-    ] = None,
-    serve_nodes: Annotated[
-        int | None, typer.Option(help="of --dry-run: nodes full of rollout servers", min=0)
-    ] = None,
-    mean_response: Annotated[
-        float | None,
-        typer.Option(help="of --dry-run: tokens; unset: a quarter of the longest response"),
-    ] = None,
+    dry_run: DryRun = False,
+    node: Node = None,
+    serve_nodes: ServeNodes = None,
+    mean_response_tokens: MeanResponse = None,
 ) -> None:
     """Train a policy by reinforcement from verifiable rewards."""
     settings = overrides or []
@@ -89,19 +95,22 @@ def train(
         raise UserError("give a config file, or --resume with a run's folder")
     resolved = load_config(TrainConfig, config, settings)
     if dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the plan is of other GPUs than this machine's
         from megafork.planning.dry_run import rehearse_run
 
         rehearse_run(
             resolved,
             node or "h100",
             serve_nodes or 0,
-            mean_response,
+            mean_response_tokens,
             resume=resume is not None,
             tell=typer.echo,
         )
         return
-    if (node, serve_nodes, mean_response) != (None, None, None):
-        raise UserError("--node, --serve-nodes and --mean-response are for --dry-run: add it")
+    if (node, serve_nodes, mean_response_tokens) != (None, None, None):
+        raise UserError(
+            "--node, --serve-nodes and --mean-response-tokens are for --dry-run: add it"
+        )
     from megafork.training.preflight import check_train
 
     check_train(resolved)

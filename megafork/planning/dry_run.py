@@ -21,9 +21,10 @@ from megafork.errors import UserError
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.hf_mapping import rules
 from megafork.model.shape import ModelShape
-from megafork.planning.memory import MemoryPlan, plan_memory
-from megafork.planning.nodes import GIB, NodeType, node_type
-from megafork.planning.roofline import StepTime, step_time
+from megafork.planning.memory import plan_memory
+from megafork.planning.nodes import NodeType, node_type
+from megafork.planning.report import assumption_lines, memory_lines, time_lines
+from megafork.planning.roofline import step_time
 from megafork.training.preflight import check_train
 from megafork.training.run_dir import refuse_other_run
 
@@ -66,9 +67,9 @@ def rehearse_run(
         "config": [tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)).rstrip()],
         "found": facts.lines(),
         "layout": list(layout(shape, config.parallel, memory.dp, nodes.node.gpus)),
-        "memory": list(_memory_lines(memory, nodes.node)),
-        "time": list(_time_lines(time)),
-        "assumed": [f"- {text}" for text in time.assumptions],
+        "memory": list(memory_lines(memory, shape, nodes.node)),
+        "time": list(time_lines(time)),
+        "assumptions": list(assumption_lines(time)),
     }
     for name, lines in sections.items():
         tell("\n".join([f"# {name}", *lines, ""]))
@@ -201,37 +202,3 @@ def _check_urls(url: str | list[str] | None) -> None:
         parts = urlsplit(one)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"rollout.url={one} is no address: give it as http://HOST:PORT")
-
-
-def _memory_lines(plan: MemoryPlan, node: NodeType) -> Iterator[str]:
-    for stage in plan.stages:
-        yield (
-            f"GPU of pipeline rank {stage.pp_rank}: {_gib(stage.total)} of {_gib(node.gpu_memory)}"
-            f" GiB: parameters {_gib(stage.parameters)}, gradients {_gib(stage.gradients)}, "
-            f"optimizer {_gib(stage.optimizer)}, critic {_gib(stage.critic)}, activations "
-            f"{_gib(stage.activations + stage.passing)}, reserve {_gib(stage.reserve)}"
-        )
-    server = plan.server
-    yield (
-        f"GPU of a server: {_gib(server.total)} GiB: weights {_gib(server.weights)}, KV cache "
-        f"{_gib(server.kv_cache)}, which holds {server.whole_responses} responses of full length"
-    )
-    yield f"host of a training node: {_gib(plan.host.total)} of {_gib(node.host_memory)} GiB"
-
-
-def _time_lines(time: StepTime) -> Iterator[str]:
-    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in time.seconds.items())
-    yield f"a step: {time.total:.1f} s ({phases})"
-    waits = [f"{name} {seconds:.1f}" for name, seconds in time.waiting.items() if seconds >= 0.05]
-    if waits:
-        yield f"of it waiting, s: {', '.join(waits)}"
-    yield (
-        f"{time.tokens_per_second_per_gpu:.0f} tokens/s on each of {time.num_gpus} GPUs "
-        f"({time.num_tokens / 1e6:.1f}M tokens a step)"
-    )
-    sent = ", ".join(f"{name} {count / 1e9:.2g}" for name, count in time.wire_bytes.items())
-    yield f"on the wire in a step, GB: {sent}"
-
-
-def _gib(count: float) -> str:
-    return f"{count / GIB:.1f}"
