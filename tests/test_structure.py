@@ -18,6 +18,7 @@ FLOORS = [
     {"rewards", "rollout", "weight_sync", "checkpoint", "logging"},
     {"evaluation", "report"},
     {"training"},
+    {"planning"},
     {"scoring", "doctor"},
     {"analysis"},
     {"cli"},

@@ -12,6 +12,11 @@ from megafork.errors import UserError
 
 
 class RolloutConfig(ServerConfig):
+    placement: Literal["disaggregated", "colocated"] = Field(
+        "disaggregated",
+        description="servers and trainer at the same time, each with memory of its own; or in "
+        "turns on the same GPUs, each putting its memory away for the other",
+    )
     prompts_per_step: Positive = Field(512, description="groups of one rollout batch")
     group_size: Positive = Field(16, description="responses for each prompt")
     dynamic_sampling: bool = Field(

@@ -14,7 +14,12 @@ class ServerConfig(Section):
 
     max_response_tokens: Positive = Field(20480, description="longer responses are cut")
     temperature: PositiveFloat = Field(1.0, description="sampling temperature")
-    url: str | None = Field(None, description="a running server to use; unset: start one")
+    url: str | list[str] | None = Field(
+        None, description="a running server to use, or a list of them; unset: start rollout.servers"
+    )
+    servers: Positive = Field(
+        1, description="servers that a run starts on each node, each with tensor_parallel GPUs"
+    )
     api_key_env: str = Field(
         "MEGAFORK_API_KEY",
         description="variable with the key of url and serve",

@@ -104,9 +104,10 @@ class Topology:
         return bool(found)
 
 
-def initialize(parallel: ParallelConfig, *, seed: int = 0) -> Topology:
+def initialize(parallel: ParallelConfig, *, seed: int = 0, gloo_groups: bool = True) -> Topology:
     """Join the world that torchrun (or a plain start) made and split it as `parallel` says.
 
+    gloo_groups: also for objects and tensors of the CPU, beside NCCL's.
     Raises UserError when the world's size and the layout disagree.
     """
     device = backend.prepare()
@@ -130,6 +131,7 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0) -> Topology:
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         distributed_timeout_minutes=parallel.timeout_minutes,
+        create_gloo_process_groups=gloo_groups,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     tp_rank, pp_rank = dist.get_rank(groups.tp), dist.get_rank(groups.pp)
