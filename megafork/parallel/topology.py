@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -99,6 +100,36 @@ class Topology:
         return bool(found)
 
 
+def find_world(startup_s: float, timeout: datetime.timedelta) -> dict[str, Any]:
+    """Wait until every rank has come to the world's store; the arguments that join it.
+
+    Apart from `timeout`, which has to allow for a generation, so that a machine that is not there
+    is found out soon. Raises UserError that names the absent ranks, or the address.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    limit = datetime.timedelta(seconds=startup_s)
+    try:
+        world, _, _ = next(dist.rendezvous("env://", timeout=limit))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {rank} cannot reach the rendezvous at {where} (parallel.startup_timeout_s="
+            f"{startup_s:g}): is it the first machine's address as seen from here? {error}"
+        ) from None
+    store = dist.PrefixStore("megafork/here", world)
+    store.set(str(rank), socket.gethostname())
+    try:
+        store.wait([str(other) for other in range(world_size)], limit)
+    except RuntimeError:
+        absent = [str(other) for other in range(world_size) if not store.check([str(other)])]
+        raise UserError(
+            f"rank {', '.join(absent)} did not come to {where} within "
+            f"parallel.startup_timeout_s={startup_s:g}: see what holds it up, or allow more"
+        ) from None
+    world.set_timeout(timeout)
+    return {"store": world, "rank": rank, "world_size": world_size}
+
+
 def initialize(parallel: ParallelConfig, *, seed: int = 0) -> Topology:
     """Join the world that torchrun (or a plain start) made and split it as `parallel` says.
 
@@ -110,6 +141,8 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0) -> Topology:
         kwargs: dict[str, Any] = {"backend": backend.communication_backend(), "timeout": timeout}
         if "RANK" not in os.environ:
             kwargs |= {"init_method": f"tcp://127.0.0.1:{free_port()}", "rank": 0, "world_size": 1}
+        else:
+            kwargs |= find_world(parallel.startup_timeout_s, timeout)
         dist.init_process_group(**kwargs)
     world_size = dist.get_world_size()
     dp_size, rest = divmod(world_size, parallel.model_parallel_size)
