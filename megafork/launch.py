@@ -118,7 +118,7 @@ def _here_alone(parallel: ParallelConfig) -> dict[str, Any]:
 
 def _one_of(machines: Machines) -> dict[str, Any]:
     """A static rendezvous: a machine that is lost ends the run, nobody waits for another."""
-    from megafork.parallel.rank_logs import RankLogs
+    from megafork.rank_logs import RankLogs
 
     return {
         "min_nodes": machines.count,

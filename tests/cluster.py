@@ -59,7 +59,7 @@ SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
 ReturnToService=2
 SlurmctldTimeout=30
-SlurmdTimeout=10
+SlurmdTimeout={patience}
 MessageTimeout=5
 TCPTimeout=2
 BatchStartTimeout=10
@@ -106,8 +106,7 @@ class Cluster:
         hosts += [f"{_address(node)} {node}" for node in self.nodes]
         (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
         (self.folder / "plugstack.conf").write_text("")
-        conf = _CONF.format(dir=self.folder, last=len(self.nodes) - 1)
-        (self.folder / "slurm.conf").write_text(conf)
+        self._configure(patience=10)
         self._lab = _start(
             *("unshare", "--net", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"),
             *("sleep", "infinity"),
@@ -201,6 +200,15 @@ class Cluster:
         )  # fmt: skip
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
+
+    def miss_nodes_after(self, seconds: int) -> None:
+        """How long Slurm waits for a node before it gives its jobs back to the queue."""
+        self._configure(seconds)
+        self.run("scontrol", "reconfigure")
+
+    def _configure(self, patience: int) -> None:
+        conf = _CONF.format(dir=self.folder, last=len(self.nodes) - 1, patience=patience)
+        (self.folder / "slurm.conf").write_text(conf)
 
     def state_of(self, job: str) -> dict[str, str]:
         """What `scontrol show job` says."""

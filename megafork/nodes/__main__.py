@@ -53,7 +53,8 @@ def run(
 
     Exits with 0 when the run is complete, 75 when it was asked to stop and has saved, 69 when a
     machine was lost, and otherwise with the status of what failed first, which is told last. The
-    head leaves both in LOGS, as status and cause. $MEGAFORK_API_KEY is the secret that guards, servers and trainer share.
+    head leaves both in LOGS, as status and cause. $MEGAFORK_API_KEY is the secret that guards,
+    servers and trainer share.
     """
     api_key = os.environ.get("MEGAFORK_API_KEY")
     if not api_key:
@@ -80,7 +81,7 @@ def run(
                 environment=machines.environment(),
             )
         ]
-    raise typer.Exit(asyncio.run(_guard(plan, Guard(plan, node, works), node)))
+    raise typer.Exit(asyncio.run(guard_and_tell(plan, Guard(plan, node, works))))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -105,8 +106,9 @@ def _servers(
     return works
 
 
-async def _guard(plan: Plan, guard: Guard, node: str) -> int:
-    if node != plan.head:
+async def guard_and_tell(plan: Plan, guard: Guard) -> int:
+    """The guard's work, and on the first machine the head's; returns the run's exit status."""
+    if guard.node != plan.head:
         return await guard.run()
     head = asyncio.create_task(Head(plan).run())
     own = asyncio.create_task(guard.run())

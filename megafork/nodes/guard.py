@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -55,7 +56,7 @@ class Work:
                 stdout=output,
                 stderr=None if output is None else subprocess.STDOUT,
                 env=os.environ | self.environment | environment | told,
-                preexec_fn=_as_child,
+                preexec_fn=partial(_as_child, os.getpid()),
             )
 
     def has_ended(self) -> bool:
@@ -146,6 +147,8 @@ class Guard:
         for work in self.works:
             if not work.has_ended():
                 continue
+            if self._asked_to_stop and self.node in self.plan.serving:
+                continue  # it was asked, too
             failure = work.failure(self.node)
             if work.restarts:
                 work.restarts -= 1
@@ -194,7 +197,9 @@ class Guard:
             await asyncio.sleep(0.05)
 
 
-def _as_child() -> None:
+def _as_child(guard: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != guard:  # killed before the line above
+        os._exit(1)
     # A launcher sends it to all at once; what can act on it sets a handler, the rest goes on.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -44,6 +44,7 @@ class Head:
         self.peers: dict[str, Peer] = {}
         self.failures: list[Failure] = []
         """In the order in which they were heard of"""
+        self._listeners: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._first_failure = 0.0
         self._stop_file = plan.logs / "stop"
         self._stopping = False
@@ -58,12 +59,23 @@ class Head:
                 while (end := self._verdict()) is None:
                     await self._beat()
             self._tell(end=end.status)
-            deadline = time.monotonic() + _FAREWELL_S
-            while time.monotonic() < deadline and not all(p.gone for p in self.peers.values()):
-                await asyncio.sleep(0.1)
+            await self._part()
         return end
 
+    async def _part(self) -> None:
+        """From those that are still heard of; a guard that has ended its processes is gone."""
+        now = time.monotonic()
+        here = [peer for peer in self.peers.values() if now - peer.heard < _TOGETHER_S]
+        while time.monotonic() < now + _FAREWELL_S and not all(peer.gone for peer in here):
+            await asyncio.sleep(0.1)
+        for writer in self._listeners.values():
+            writer.transport.abort()  # what waits to be sent to lost ones, too
+        await asyncio.gather(*self._listeners)
+
     async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        listener = asyncio.current_task()
+        assert listener is not None
+        self._listeners[listener] = writer
         hello = await receive(reader) or {}
         name, proof = str(hello.get("hello")), str(hello.get("proof"))
         known = name in self.plan.nodes and hmac.compare_digest(proof, self.plan.proof(name))
@@ -116,7 +128,7 @@ class Head:
         now = time.monotonic()
         training = [self.peers[name] for name in self.plan.training]
         all_ended = all(peer.ended for peer in training)
-        if all_ended and not self.failures:
+        if all_ended and not any(f.node in self.plan.training for f in self.failures):
             return End(0)
         if lost := self._lost(now):
             return End(LOST, lost)

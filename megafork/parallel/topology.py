@@ -107,10 +107,18 @@ def find_world(startup_s: float, timeout: datetime.timedelta) -> dict[str, Any]:
     is found out soon. Raises UserError that names the absent ranks, or the address.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     limit = datetime.timedelta(seconds=startup_s)
     try:
-        world, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        world = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            world_size,
+            is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            timeout=limit,
+            wait_for_workers=False,  # it would not say who is missing
+            multi_tenant=True,
+        )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {rank} cannot reach the rendezvous at {where} (parallel.startup_timeout_s="
