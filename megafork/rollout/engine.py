@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
-from megafork.config import ServerConfig, TrainConfig
+from megafork.config import RolloutConfig, ServerConfig, TrainConfig
 from megafork.errors import UserError
 from megafork.parallel.addresses import LOOPBACK, is_loopback
 from megafork.parallel.ports import free_port
@@ -310,6 +310,8 @@ def check_server(rollout: ServerConfig) -> None:
     if rollout.url is not None:
         _check_urls(rollout)
         api_key_of(rollout)
+    if isinstance(rollout, RolloutConfig):
+        _check_count(rollout)
     if rollout.python is not None and shutil.which(rollout.python) is None:
         raise UserError(
             f"rollout.python={rollout.python} is not an executable: give a Python with vLLM"
@@ -331,6 +333,17 @@ def _check_urls(rollout: ServerConfig) -> None:
         raise UserError(
             f"rollout.servers={rollout.servers} are to be started, but rollout.url="
             f"{', '.join(urls)} run already: leave one of the two unset"
+        )
+
+
+def _check_count(rollout: RolloutConfig) -> None:
+    name, count = "rollout.servers", rollout.servers
+    if rollout.urls:
+        name, count = "the number of servers in rollout.url", len(rollout.urls)
+    if count > rollout.prompts_per_step:
+        raise UserError(
+            f"{name}={count} is more than rollout.prompts_per_step={rollout.prompts_per_step}: "
+            "some would never be asked; lower it"
         )
 
 
