@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,8 +32,8 @@ class SmallServer:
     held: requests wait until `release`. asked: prompts in the order in which they came.
     """
 
-    def __init__(self, port: int = 0) -> None:
-        self.version, self.paused, self.port = 0, False, port
+    def __init__(self, port: int = 0, key: str = KEY) -> None:
+        self.version, self.paused, self.port, self.key = 0, False, port, key
         self.asked: list[int] = []
         self.waiting: dict[str, tuple[int, asyncio.Future[str]]] = {}
         self.calls: list[str] = []
@@ -93,7 +96,7 @@ class SmallServer:
             await asyncio.Event().wait()
         if path == "/health":
             return web.Response()
-        if request.headers.get("Authorization") != f"Bearer {KEY}":
+        if request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": {"message": "Unauthorized"}}, status=401)
         self.calls.append(path)
         body = await request.json() if request.can_read_body else {}
@@ -152,3 +155,10 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+if __name__ == "__main__":  # in the place of a Python that has vLLM
+    options = dict(zip(sys.argv[4::2], sys.argv[5::2], strict=False))
+    print("started with", *sys.argv[1:], flush=True)
+    SmallServer(int(options["--port"]), os.environ["VLLM_API_KEY"]).start()
+    signal.pause()

@@ -300,7 +300,10 @@ class RolloutClient:
             raise self._unreachable(error) from error
         if response.status_code != 200:
             raise self._refused(path, response.status_code, response.content)
-        return response.json() if response.content else None
+        try:
+            return response.json() if response.content else None
+        except ValueError:  # some other program's page
+            raise self._refused(path, response.status_code, response.content) from None
 
     def _refused(self, path: str, status: int, payload: bytes) -> ServerError:
         message = _message(payload)

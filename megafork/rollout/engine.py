@@ -137,7 +137,7 @@ class _Kept:
         with self._lock:
             up_since, server = self._up_since, self.server
         if up_since is not None and time.monotonic() - up_since > _SETTLED_S:
-            server.stop()
+            threading.Thread(target=server.stop).start()  # what hangs takes its grace to end
 
     def forgive(self) -> None:
         if self._up_since is not None:

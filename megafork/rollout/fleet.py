@@ -76,7 +76,7 @@ class Fleet(Router):
     def __exit__(self, *exc_info: object) -> None:
         self._closed.set()
         if self._watching.is_alive():
-            self._watching.join()
+            self._watching.join(1.0)  # not for the answer of a server that hangs
 
     def wait_until_up(
         self, timeout_s: float, key: str, check: Callable[[], None] = lambda: None
@@ -115,6 +115,8 @@ class Fleet(Router):
         try:
             server.client.weight_version()
         except ServerError as error:
+            if error.status not in (401, 403):
+                return
             raise UserError(
                 f"no rollout server answers at rollout.url={server.client.url} with the key of "
                 f"{key}: {error}"

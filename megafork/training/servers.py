@@ -53,7 +53,7 @@ class RunServers:
         if rollout.url is not None or int(os.environ.get("LOCAL_RANK", "0")) != 0:
             return []
         num_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.topology.world_size))
-        num_nodes = self.topology.world_size // num_here
+        num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
         first = int(os.environ.get("GROUP_RANK", "0")) * rollout.servers
         logs = log_paths(Path(config.run.dir) / "vllm.log", num_nodes * rollout.servers)
         logs = logs[first : first + rollout.servers]
