@@ -93,6 +93,30 @@ class Topology:
             raise theirs("rank 0 failed")
         return value  # type: ignore[return-value]
 
+    def on_every_rank(self, function: Callable[[], T]) -> list[T]:
+        """Run `function` on every rank; all values, in rank order, reach every rank.
+
+        Where it fails, rank 0 raises a UserError that names the first rank and its cause, and the
+        others a PeerError; an OnEveryRank is raised on all.
+        """
+        value: T | None = None
+        failure: tuple[type[Exception], str] | None = None
+        try:
+            value = function()
+        except (UserError, OnEveryRank) as error:
+            failure = (type(error), str(error))
+        outcomes = self.all_gather_object((value, failure))
+        for rank, (_, failure) in enumerate(outcomes):
+            if failure is None:
+                continue
+            kind, text = failure
+            if issubclass(kind, OnEveryRank):
+                raise kind(text)
+            if self.rank != 0:
+                raise PeerError(text)
+            raise UserError(text if rank == 0 else f"rank {rank}: {text}")
+        return [value for value, _ in outcomes]
+
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
         found = torch.tensor(int(flag), device=self.device)
