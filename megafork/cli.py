@@ -21,7 +21,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from megafork import launch
+from megafork import last_words, launch
 from megafork.analysis.commands import analyze
 from megafork.config import (
     EvaluateConfig,
@@ -347,15 +347,25 @@ def main() -> None:
         sys.exit(INTERRUPTED)
     except OSError as error:
         if error.errno not in _NO_ROOM:
+            _leave_words(error)
             raise
         _end_with(f"{error}: make room and start it again")
     except PeerError:
         sys.exit(launch.USER_ERROR)
     except UserError as error:
         _end_with(str(error))
+    except Exception as error:
+        _leave_words(error)
+        raise
+
+
+def _leave_words(error: Exception) -> None:
+    if words := last_words.of_exception(error):
+        last_words.leave(words)
 
 
 def _end_with(message: str) -> NoReturn:
+    last_words.leave(message)
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (rank {rank})"
     if where:  # what all ranks find, rank 0 tells; then we are ended before we speak
@@ -374,6 +384,7 @@ def _on_ranks(parallel: ParallelConfig, work: Callable[[], None]) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     if launch.under_torchrun():
         launch.end_with_launcher()
+        launch.join_output()
         launch.check_world(parallel)
         work()
     elif parallel.world_size == 1:

@@ -10,7 +10,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "megafork"
 # A module may import from its own floor and from the floors before it.
 FLOORS = [
-    {"errors", "disk", "config", "types", "interruption", "launch", "__init__"},
+    {
+        "errors",
+        "disk",
+        "config",
+        "types",
+        "interruption",
+        "last_words",
+        "launch",
+        "rank_logs",
+        "__init__",
+    },
     {"parallel"},
     {"ops"},
     {"data"},
@@ -19,7 +29,7 @@ FLOORS = [
     {"evaluation", "report"},
     {"training"},
     {"planning"},
-    {"scoring", "doctor"},
+    {"scoring", "doctor", "nodes"},
     {"analysis"},
     {"cli"},
     {"__main__"},

@@ -1,9 +1,8 @@
-"""What only rank 0 has: the rollout server, the data, the verifier, the run's files."""
+"""What only rank 0 has: the rollout servers, the data, the verifier, the run's files."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from megafork.logging.metrics import MetricsLog, read_rows
 from megafork.rewards.verifier import Judge
 from megafork.rollout.background import BackgroundLoop, Job
 from megafork.rollout.collector import Collector, RolloutBatch
-from megafork.rollout.engine import RolloutServer
+from megafork.rollout.fleet import Fleet
 from megafork.rollout.journal import Journal
 from megafork.rollout.sampling import Sampling
 from megafork.training.step import Skipped
@@ -27,11 +26,10 @@ from megafork.types import Group, TokenTable, token_table
 from megafork.weight_sync import agreement
 
 T = TypeVar("T")
-_HEALTH_CHECKS = 3
 
 
 class Front:
-    """Waits for the server, reads the prompts, opens the logs. Close it.
+    """Reads the prompts, opens the logs. Close it. The servers have to be up before it is used.
 
     With rollout.max_policy_lag = n the batches of the n steps after the one that is asked for are
     generated meanwhile, one after the other. What generates raises Interrupted when a signal comes
@@ -41,13 +39,13 @@ class Front:
     def __init__(
         self,
         config: TrainConfig,
-        server: RolloutServer,
+        fleet: Fleet,
         interruption: Interruption,
         eos: tuple[int, ...],
         *,
         steps_done: int = 0,
     ) -> None:
-        self.config, self.server, self.interruption = config, server, interruption
+        self.config, self.client, self.interruption = config, fleet, interruption
         self.run_dir = Path(config.run.dir)
         self.sampling = Sampling(
             temperature=config.rollout.temperature,
@@ -60,7 +58,6 @@ class Front:
             enable_thinking=config.data.enable_thinking,
         )
         prompts = read_prompts(config.data.train, config.data, tokenizer.encode)
-        self.client = server.connect(interruption.check)
         self.collector = Collector(
             client=self.client,
             prompts=PromptStream(prompts, config.data.seed),
@@ -74,13 +71,15 @@ class Front:
         if config.data.eval is not None:
             found = read_prompts(config.data.eval, config.data, tokenizer.encode)
             self.heldout = found[: config.eval.prompts]
-        self.probe_prompts = prompts[: config.sync.check_prompts]
+        # One at least for each server: they are asked in turn.
+        self.probe_prompts = prompts[: max(config.sync.check_prompts, len(fleet.clients))]
         self.log = MetricsLog(
             self.run_dir,
             config.training.steps,
             tensorboard=config.run.tensorboard,
             steps_done=steps_done,
         )
+        fleet.note = self._note_of_servers
         self.batch: RolloutBatch | None = None
         self._table: TokenTable | None = None
         self._told_failures: set[str] = set()
@@ -157,7 +156,7 @@ class Front:
             collector.judge,
             sampling,
             config.samples,
-            self.config.rollout.max_num_seqs,
+            self.config.rollout.max_num_seqs * len(self.client.clients),
         )
         row = heldout.row(self._generated(evaluating))
         self._tell_failures()
@@ -204,22 +203,38 @@ class Front:
         self.collector.restore(self.state)
 
     def check_server(self, cause: Exception) -> None:
-        """After a failure. Raises ServerDied when a new server is needed.
+        """After a failure. Raises ServerDied when no server is left.
 
         One that does not answer is as good as dead. Raises Interrupted when a signal came: it may
-        have ended the server too.
+        have ended the servers too.
         """
-        for _ in range(_HEALTH_CHECKS):
+        self.interruption.check()
+        if not self.client.health():
             self.interruption.check()
-            if self.client.health():
-                return
-            time.sleep(1.0)
-        raise ServerDied(str(cause)) from cause
+            raise ServerDied(str(cause)) from cause
 
-    def replace_server(self, death: ServerDied) -> None:
+    def drop_lost_servers(self, cause: Exception) -> bool:
+        """After a push that failed: whether servers were lost, and others can take it.
+
+        Raises as `check_server` does.
+        """
+        self.interruption.check()
+        num_lost = self.client.drop_lost()
+        self.check_server(cause)
+        return num_lost > 0
+
+    def give_up_server(self, death: ServerDied) -> list[str]:
+        """No server is left. Returns those that do not answer."""
         self.log.note(f"warning: the rollout server died and is replaced. {death}")
         self._give_up_ahead()
-        self.client = self.collector.client = self.server.restart(self.interruption.check)
+        return self.client.silent()
+
+    def wait_for_server(self) -> None:
+        self.client.wait_for_one(self.config.rollout.startup_timeout_s, self.interruption.check)
+
+    def _note_of_servers(self, text: str) -> None:
+        if self.interruption.received is None:  # a signal may have ended them too
+            self.log.note(text)
 
     def report_tokens(self, step: int, report: dict[str, Any] | None) -> None:
         """Write which tokens fork, with their text, where there is something to write."""

@@ -10,11 +10,12 @@ from megafork.checkpoint.store import CheckpointStore
 from megafork.config import TrainConfig
 from megafork.interruption import Interruption
 from megafork.parallel.topology import Topology, initialize, shutdown
-from megafork.rollout.engine import RolloutServer, host_of, served_policy
+from megafork.rollout.engine import host_of
 from megafork.training.critic import Critic, make_critic
 from megafork.training.front import Front
 from megafork.training.policy import Policy
 from megafork.training.run_dir import make_run_dir, reopen_run_dir
+from megafork.training.servers import RunServers
 from megafork.training.trainer import Trainer
 from megafork.weight_sync.push import WeightSync
 
@@ -45,9 +46,7 @@ def _train(
         tokenizer=config.tokenizer.path,
     )
     with contextlib.ExitStack() as stack:
-        server = None
-        if topology.rank == 0:  # it loads while the policy does
-            server = stack.enter_context(_server(config, topology))
+        servers = RunServers(config, topology, stack)  # they load while the policy does
         stack.enter_context(topology.whereabouts.told())  # at once: a server's end takes time
         topology.whereabouts.enter("the loading of the model")
         policy = Policy(
@@ -69,33 +68,31 @@ def _train(
 
         def open_front() -> None:
             nonlocal front
-            assert server is not None
+            assert servers.fleet is not None
             steps_done = state["step"] if state is not None else 0
             eos = policy.shape.eos_token_ids
-            front = Front(config, server, interruption, eos, steps_done=steps_done)
+            front = Front(config, servers.fleet, interruption, eos, steps_done=steps_done)
             stack.callback(front.close)
 
-        topology.whereabouts.enter("the start of the rollout server")
         topology.on_rank_zero(open_front)
+        topology.whereabouts.enter("the start of the rollout servers")
+        servers.wait_until_up(interruption)
         sync = WeightSync(
             policy,
             topology,
-            front.client if front is not None else None,
+            servers.fleet,
             config.sync,
             num_workers=config.rollout.tensor_parallel,
             server_host=host_of(config.rollout),
             in_flight=config.rollout.in_flight_update,
         )
         stack.callback(sync.close)
-        trainer = Trainer(config, topology, policy, sync, front, store, interruption, critic)
+        trainer = Trainer(
+            config, topology, policy, sync, front, store, interruption, servers, critic
+        )
         if state is not None:
             trainer.restore(state)
         trainer.run()
-
-
-def _server(config: TrainConfig, topology: Topology) -> RolloutServer:
-    log = Path(config.run.dir) / "vllm.log"
-    return RolloutServer(served_policy(config), config.rollout, topology.device.type, log)
 
 
 def _load_newest(

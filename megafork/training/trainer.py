@@ -31,6 +31,7 @@ from megafork.training.front import Front
 from megafork.training.histogram import entropy_histogram
 from megafork.training.policy import Policy
 from megafork.training.samples import is_sampled, sampled_responses
+from megafork.training.servers import RunServers
 from megafork.training.step import Clock, Optimized, optimize
 from megafork.training.token_report import token_report
 from megafork.types import Group, TokenTable
@@ -52,12 +53,13 @@ class Trainer:
         front: Front | None,
         store: CheckpointStore,
         interruption: Interruption,
+        servers: RunServers,
         critic: Critic | None = None,
     ) -> None:
         self.config, self.topology, self.policy = config, topology, policy
         self.critic = critic
         self.sync, self.front, self.store = sync, front, store
-        self.interruption = interruption
+        self.interruption, self.servers = interruption, servers
         self.steps_done = self._saved_step = 0
         self.policy_version = 0
         self._stopping = False
@@ -228,6 +230,7 @@ class Trainer:
             metrics |= telemetry.rollout_metrics(batch, trained_by)
             metrics |= telemetry.overlap_metrics(batch, clock.seconds)
             metrics |= telemetry.lag_metrics(batch.groups, trained_by)
+            metrics |= self.front.client.counts()
         return metrics | {
             "tokens": known.num_tokens,
             "throughput/tokens_per_second": known.num_tokens / clock.seconds["total"],
@@ -320,21 +323,27 @@ class Trainer:
         return self._on_front(partial(_give_up, death))
 
     def _replace_server(self, death: ServerDied) -> None:
-        self._on_front(lambda front: front.replace_server(death))
-        client = self.front.client if self.front is not None else None
-        self._checked(lambda: self.sync.connect(client))
+        self.servers.restart(self._on_front(lambda front: front.give_up_server(death)))
+        self._on_front(lambda front: front.wait_for_server())
+        self.sync.version = 0  # whatever it has: it was started again, or missed a push
 
     def _sync(self) -> None:
-        self._checked(lambda: self.sync.push(self.policy_version))
+        """A push to all servers; where it loses some of them, again to the others."""
+        self.servers.restart(self._on_front(lambda front: front.client.silent()))
+        while not self._pushed():
+            pass
+        self.servers.forgive()
 
-    def _checked(self, transfer: Callable[[], None]) -> None:
-        """A transfer whose failure, which all ranks see, may be the server's death."""
+    def _pushed(self) -> bool:
+        """False: servers were lost, and others are left to push to."""
         try:
-            transfer()
+            self.sync.push(self.policy_version)
+            return True
         except UserError as error:
             cause = error
-            self._on_front(lambda front: front.check_server(cause))
-            raise
+        if not self._on_front(lambda front: front.drop_lost_servers(cause)):
+            raise cause
+        return False
 
     def _evaluation_is_due(self, step: int) -> bool:
         every, last = self.config.eval.every, self.config.training.steps

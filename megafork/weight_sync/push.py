@@ -6,8 +6,6 @@ the server's workers; no file is written and no rank sees another stage's weight
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 from collections.abc import Callable, Iterator
 
@@ -16,8 +14,10 @@ from torch import Tensor
 from megafork.config import SyncConfig
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
+from megafork.parallel.addresses import address_towards, on_several_nodes, own_address
 from megafork.parallel.topology import Topology
 from megafork.rollout.client import RolloutClient
+from megafork.rollout.fleet import Fleet
 from megafork.weight_sync.transports import (
     TransferError,
     WeightSender,
@@ -33,35 +33,50 @@ class WeightSync:
         self,
         policy: Scorer,
         topology: Topology,
-        client: RolloutClient | None,
+        client: RolloutClient | Fleet | None,
         sync: SyncConfig,
         *,
         num_workers: int,
         server_host: str = "127.0.0.1",
         in_flight: bool = True,
     ) -> None:
-        """server_host: where the server runs, to find the address that its workers reach us by.
+        """num_workers: of one server.
+        server_host: where the servers run, to find the address that their workers reach us by.
         in_flight: responses that are being generated go on with the new weights; False: a push
         waits for them.
         """
         self.in_flight = in_flight
         self.policy, self.topology = policy, topology
-        self.timeout_s, self.num_workers = sync.timeout_s, num_workers
+        self.timeout_s, self.workers_of_each = sync.timeout_s, num_workers
         self.server_host = server_host
         self.version = 0
-        """What the server has: the last push that succeeded"""
+        """What the servers have: the last push that succeeded"""
+        self.members: list[tuple[str, int]] = []
+        """Servers of the transfer groups"""
         manifest = [(name, shape, policy.dtype) for name, shape in policy.shard_manifest()]
         self.own_buckets = plan_buckets(topology.pp_rank, manifest, sync.bucket_mib << 20)
         self.sender: WeightSender | None = None
         self.connect(client)
 
-    def connect(self, client: RolloutClient | None) -> None:
-        """Build the transfer groups, anew where there are some: to the first server or another.
+    def connect(self, client: RolloutClient | Fleet | None) -> None:
+        """Build the transfer groups, anew where there are some: to these servers.
 
-        Raises UserError, on every rank, when the server's workers do not join.
+        Raises UserError, on every rank, when the servers' workers do not join.
         """
-        self.close()
         self.client, self.version = client, 0
+        self._build(self._wanted_members())
+
+    def _wanted_members(self) -> list[tuple[str, int]]:
+        def ask() -> list[tuple[str, int]]:
+            assert self.client is not None
+            return self.client.members()
+
+        return self.topology.on_rank_zero(ask)
+
+    def _build(self, members: list[tuple[str, int]]) -> None:
+        """One group for each sender, with the workers of all members."""
+        self.close()
+        self.num_workers = self.workers_of_each * len(members)
         offer = None
         if self.topology.is_sender:
             self.sender = WeightSender(
@@ -77,6 +92,7 @@ class WeightSync:
         self.addresses = [address for address, _ in offers]
         self.buckets = [bucket for _, buckets in offers for bucket in buckets]
         self._together(self._join)
+        self.members = members
 
     def push(self, version: int) -> None:
         """Give the server the policy's weights as `version`; nothing cached survives.
@@ -85,13 +101,18 @@ class WeightSync:
         keys and values are computed again. Raises UserError, on every rank, when the server did not
         take the weights.
         """
+        members = self._wanted_members()
+        if members != self.members:
+            self._build(members)
+        self.members = []  # after a failure the groups have to be built again
         # Phase by phase: a rank enters the gathers only when rank 0 is known to come too.
         self._together(self._pause)
         self._together(self._send)
         self._together(lambda: self._finish(version))
-        self.version = version
+        self.version, self.members = version, members
 
     def close(self) -> None:
+        self.members = []
         if self.sender is not None:
             self.sender.close()
             self.sender = None
@@ -121,13 +142,13 @@ class WeightSync:
             return
         self.client.finish_weight_update(version)
         self.client.reset_prefix_cache(running=True)
-        self.client.resume()
         reached = self.client.weight_version()
         if reached != version:
             raise UserError(
                 f"the rollout server says weight version {reached} after a push of {version}: "
                 "does another trainer use the same server?"
             )
+        self.client.resume()
 
     def _send(self) -> None:
         """All tp ranks of a stage run the export together; only its sender is given tensors."""
@@ -179,8 +200,4 @@ def _take(shards: Iterator[tuple[str, Tensor]], names: list[str]) -> Iterator[tu
 
 def _own_address(server_host: str) -> str:
     """This rank's address as the server's workers see it."""
-    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
-        return socket.gethostbyname(socket.gethostname())  # senders on several machines
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((server_host, 9))  # sends nothing; picks the interface towards the host
-        return probe.getsockname()[0]
+    return own_address() if on_several_nodes() else address_towards(server_host)

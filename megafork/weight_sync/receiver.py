@@ -27,8 +27,14 @@ class WeightReceiver:
     """
 
     def __init__(
-        self, worker: Any, senders: list[dict[str, Any]], num_workers: int, timeout_s: float
+        self,
+        worker: Any,
+        senders: list[dict[str, Any]],
+        num_workers: int,
+        timeout_s: float,
+        first_worker: int = 0,
     ) -> None:
+        """num_workers: of all servers together; this server's begin with `first_worker`."""
         self.device = worker.device
         self.vllm_config = worker.vllm_config
         self.model = worker.model_runner.get_model()
@@ -41,8 +47,8 @@ class WeightReceiver:
             self._shapes.pop("lm_head.weight", None)
         self._groups = [
             join_group(
-                sender["host"], sender["port"], 1 + worker.rank, 1 + num_workers, self.device,
-                timeout_s,
+                sender["host"], sender["port"], 1 + first_worker + worker.rank, 1 + num_workers,
+                self.device, timeout_s,
             )
             for sender in senders
         ]  # fmt: skip

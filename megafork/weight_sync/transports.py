@@ -23,6 +23,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from megafork.rollout.client import RolloutClient
+    from megafork.rollout.fleet import Fleet
 
 
 Group = Any  # a ProcessGroupGloo or ProcessGroupNCCL: backends are no dist.ProcessGroup
@@ -153,7 +154,7 @@ def join_group(
 
 
 def push_buckets(
-    client: RolloutClient,
+    client: RolloutClient | Fleet,
     sender: WeightSender,
     plan: list[dict[str, Any]],
     buckets: Iterable[list[tuple[str, Tensor]]],
