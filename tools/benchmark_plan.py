@@ -187,10 +187,8 @@ def planned(folder: Path, config: TrainConfig) -> list[float]:
     sequences = OF_MICRO_BATCH * parallel.cp
     micro_batch = MicroBatch((LENGTH - 1,) * sequences, OF_MICRO_BATCH * (LENGTH - PROMPT))
     torch.set_num_threads(1)
-    stages = training_memory(
-        config, ModelShape.from_folder(folder), parallel.dp or 1, micro_batch, num_micro_batches(config),
-        device="cpu",
-    )  # fmt: skip
+    shape, number = ModelShape.from_folder(folder), num_micro_batches(config)
+    stages = training_memory(config, shape, parallel.dp or 1, micro_batch, number, device="cpu")
     # megatron counts pipeline ranks last.
     in_stage = parallel.world_size // parallel.pp
     return [stages[rank // in_stage].training / MIB for rank in range(parallel.world_size)]

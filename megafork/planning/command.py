@@ -13,6 +13,9 @@ import typer
 from megafork.config import TrainConfig
 from megafork.config.file import load_config
 from megafork.errors import UserError
+from megafork.model.shape import ModelShape
+from megafork.planning.nodes import NodeType, node_type
+from megafork.planning.shapes import named_shape
 
 _UNKNOWN = 'run.dir="unset"', 'data.train="unset"', 'reward.verifier="maths"', "training.steps=1"
 """What a config needs and a plan without one does not know."""
@@ -28,7 +31,7 @@ def plan(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="instead of model.path: qwen3-8b, -14b, -32b, or a folder's config.json"),
+        typer.Option(help="qwen3-8b, -14b, -32b, or an HF folder; unset: model.path"),
     ] = None,
     node: Annotated[
         str, typer.Option(help="a100-80g, h100, h200, h20, b200 or a TOML file")
@@ -36,9 +39,7 @@ def plan(
     nodes: Annotated[int, typer.Option(help="all nodes, trainer's and servers'", min=1)] = 1,
     serve_nodes: Annotated[
         int | None,
-        typer.Option(
-            help="of them, full of servers; unset: half, or the best with --search", min=0
-        ),
+        typer.Option(help="of them, full of servers; unset: half, or what --search finds", min=0),
     ] = None,
     mean_response_tokens: Annotated[
         float | None, typer.Option(help="tokens of a response; unset: a quarter of the longest")
@@ -48,51 +49,69 @@ def plan(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="numbers, in bytes and seconds")] = False,
 ) -> None:
-    """Memory, bytes on the wire and time of a run on a cluster; exit status 1 if it does not fit."""
+    """Memory, bytes on the wire and time of a run; exit status 1 if it does not fit."""
     # A plan is of other GPUs than this machine's, if it has any.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    config = _config(list(arguments or []), model)
+    _check_nodes(nodes, serve_nodes, colocated=config.rollout.placement == "colocated")
+    shape, kind = named_shape(model or config.model.path), node_type(node)
+    tell = _search if find else _plan
+    fits = tell(config, shape, kind, nodes, serve_nodes, mean_response_tokens, as_json=as_json)
+    raise typer.Exit(0 if fits else 1)
+
+
+def _search(
+    config: TrainConfig,
+    shape: ModelShape,
+    node: NodeType,
+    num_nodes: int,
+    serve_nodes: int | None,
+    mean_response_tokens: float | None,
+    *,
+    as_json: bool,
+) -> bool:
+    from megafork.planning import report
+    from megafork.planning.search import search
+
+    found = search(
+        config, shape, node, num_nodes, serve_nodes, mean_response_tokens=mean_response_tokens
+    )
+    if as_json:
+        _tell_json([report.layout_as_json(layout) for layout in found])
+    else:
+        _tell(report.search_lines(found))
+    return bool(found)
+
+
+def _plan(
+    config: TrainConfig,
+    shape: ModelShape,
+    node: NodeType,
+    num_nodes: int,
+    serve_nodes: int | None,
+    mean_response_tokens: float | None,
+    *,
+    as_json: bool,
+) -> bool:
     from megafork.planning import report
     from megafork.planning.memory import plan_memory
-    from megafork.planning.nodes import node_type
-    from megafork.planning.search import Nodes, remedies, search, timed
-    from megafork.planning.shapes import named_shape
+    from megafork.planning.search import Nodes, remedies, timed
 
-    config = _config(list(arguments or []), model)
-    shape, kind = named_shape(model or config.model.path), node_type(node)
     colocated = config.rollout.placement == "colocated"
-    _check_nodes(nodes, serve_nodes, colocated=colocated)
-    if find:
-        found = search(
-            config, shape, kind, nodes, serve_nodes, mean_response_tokens=mean_response_tokens
-        )
-        if as_json:
-            _tell_json(
-                [
-                    {
-                        "changes": one.changes,
-                        "train_nodes": one.nodes.train,
-                        "serve_nodes": one.nodes.serve,
-                    }
-                    | report.as_json(one.memory, one.time, [])
-                    for one in found
-                ]
-            )
-        else:
-            _tell(report.search_lines(found))
-        raise typer.Exit(0 if found else 1)
-    serving = 0 if colocated else nodes // 2 if serve_nodes is None else serve_nodes
-    cluster = Nodes(kind, nodes - serving, serving)
-    memory = plan_memory(config, shape, kind, cluster.train, serving)
-    time = timed(config, shape, cluster, mean_response_tokens)
-    fixes = [] if memory.fits else remedies(config, shape, cluster)
+    serving = 0 if colocated else num_nodes // 2 if serve_nodes is None else serve_nodes
+    nodes = Nodes(node, num_nodes - serving, serving)
+    memory = plan_memory(config, shape, node, nodes.train, nodes.serve)
+    time = timed(config, shape, nodes, mean_response_tokens)
+    fixes = [] if memory.fits else remedies(config, shape, nodes)
     if as_json:
         _tell_json(report.as_json(memory, time, fixes))
-    else:
-        _tell(report.memory_lines(memory, shape, kind))
+        return memory.fits
+    _tell(report.memory_lines(memory, shape, node))
+    if memory.fits:
         _tell(report.time_lines(time))
-        _tell(report.assumption_lines(time))
-        _tell(report.problem_lines(memory, fixes))
-    raise typer.Exit(0 if memory.fits else 1)
+    _tell(report.assumption_lines(time if memory.fits else None))
+    _tell(report.problem_lines(memory, fixes))
+    return memory.fits
 
 
 def _config(arguments: list[str], model: str | None) -> TrainConfig:
@@ -111,12 +130,12 @@ def _check_nodes(nodes: int, serve_nodes: int | None, *, colocated: bool) -> Non
             f"--serve-nodes {serve_nodes} with rollout.placement=colocated, whose servers take the "
             "trainer's GPUs: leave it out, or set rollout.placement=disaggregated"
         )
-    if not colocated and (nodes < 2 or not 0 < (serve_nodes or 1) < nodes or serve_nodes == 0):
+    serving = 1 if serve_nodes is None else serve_nodes
+    if not colocated and not 0 < serving < nodes:
+        given = "" if serve_nodes is None else f" --serve-nodes {serve_nodes}"
         raise UserError(
-            f"--nodes {nodes}"
-            + (f" --serve-nodes {serve_nodes}" if serve_nodes is not None else "")
-            + " leaves no node to train or none to serve: give two or more, of which some serve, or "
-            "set rollout.placement=colocated"
+            f"--nodes {nodes}{given} leaves no node to train or none to serve: give two nodes or "
+            "more, of which some serve, or set rollout.placement=colocated"
         )
 
 

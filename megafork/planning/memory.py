@@ -7,13 +7,20 @@ SLEEPING below: CUDA context, NCCL's buffers, cuBLAS workspaces, the allocator's
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from megafork.config import ParallelConfig, TrainConfig
 from megafork.model.shape import ModelShape, padded_vocab_size
 from megafork.planning.nodes import GIB, NodeType
-from megafork.planning.rehearsal import ChunkMemory, MicroBatch, Rehearsal, rehearse
+from megafork.planning.rehearsal import (
+    ChunkMemory,
+    MicroBatch,
+    Rehearsal,
+    rehearse,
+    rehearse_shallow,
+)
 from megafork.planning.roofline import data_parallel_size
 from megafork.planning.serving import (
     DTYPE_BYTES,
@@ -128,17 +135,27 @@ def plan_memory(
     num_serve_nodes: int = 0,
     *,
     reserve: int = RESERVE,
+    quick: bool = False,
 ) -> MemoryPlan:
     """What `config` needs of these nodes when all responses have their full length.
 
-    num_serve_nodes: beside the training ones. Raises UserError where the model cannot be split
-    this way, where layout and nodes do not go together, and in a process that has a world.
+    num_serve_nodes: beside the training ones. quick: by `rehearse_shallow`.
+
+    Raises UserError where the model cannot be split this way, where layout and nodes do not go
+    together, and in a process that has a world.
     """
     shape.check(config.model, config.parallel)
     dp = data_parallel_size(config, node, num_train_nodes)
     micro_batch, num_micro_batches = worst_micro_batch(config, dp)
     stages = training_memory(
-        config, shape, dp, micro_batch, num_micro_batches, device="cuda", reserve=reserve
+        config,
+        shape,
+        dp,
+        micro_batch,
+        num_micro_batches,
+        device="cuda",
+        reserve=reserve,
+        quick=quick,
     )
     server = server_memory(config, shape, node)
     host = _host_memory(config, node, stages)
@@ -184,6 +201,7 @@ def training_memory(
     *,
     device: Literal["cpu", "cuda"],
     reserve: int = 0,
+    quick: bool = False,
 ) -> tuple[StageMemory, ...]:
     """Of one rank of each pipeline rank. Stages that are alike are rehearsed once."""
     parallel = config.parallel
@@ -194,7 +212,7 @@ def training_memory(
         own = tuple(sizes[pp_rank :: parallel.pp])
         kind = (own, pp_rank == 0, pp_rank == parallel.pp - 1)
         if kind not in rehearsed:
-            rehearsed[kind] = rehearse(
+            rehearsed[kind] = (rehearse_shallow if quick else rehearse)(
                 shape, config.model, parallel, micro_batch, pp_rank=pp_rank, device=device
             )
         rehearsal = rehearsed[kind]
@@ -245,16 +263,12 @@ def peak_in_flight(
     for step in range(len(forward) + ahead):
         if step < len(forward):
             held += chunks[forward[step]].held
-            best = max(best, _at(held, chunks[forward[step]]), key=sum)
+            best = max(best, (held, chunks[forward[step]].passing), key=sum)
         if step >= ahead:  # the same order of rounds, chunks from last to first
             chunk = chunks[vpp - 1 - forward[step - ahead]]
-            best = max(best, _at(held, chunk), key=sum)
+            best = max(best, (held, chunk.passing), key=sum)
             held -= chunk.held
     return best
-
-
-def _at(held: int, chunk: ChunkMemory) -> tuple[int, int]:
-    return held, max(chunk.passing, chunk.head)
 
 
 def _optimizer_bytes(config: TrainConfig, dp: int, num_parameters: int) -> int:
@@ -347,11 +361,11 @@ def _training_problems(
             f"the server's); {have}: raise parallel.tp, pp or rollout.tensor_parallel"
         )
     if turns["server"] > limit:
-        largest = (limit - turns["server"] + config.rollout.gpu_memory_utilization * limit) / limit
+        share = config.rollout.gpu_memory_utilization
+        most = math.floor(100 * (share - (turns["server"] - limit) / limit)) / 100
         problems.append(
             f"the servers' turn needs {turns['server'] / GIB:.1f} GiB; {have}: lower "
-            f"rollout.gpu_memory_utilization={config.rollout.gpu_memory_utilization:g} to "
-            f"{largest:.2f}"
+            f"rollout.gpu_memory_utilization={share:g} to {most:g}"
         )
     return problems
 

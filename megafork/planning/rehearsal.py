@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -52,10 +52,17 @@ class ChunkMemory:
     num_parameters: int
     held: int
     """from its forward to its backward"""
-    passing: int
+    layers: int
     """beyond that, at the peak of its layers' forward or backward"""
     head: int
     """beyond that, at the peak of the head with the softmax over the vocabulary; 0 without one"""
+    embedding: int
+    """instead of that, at the peak of the embedding's backward, which comes last; 0 without one"""
+
+    @property
+    def passing(self) -> int:
+        """Beyond what is held, at the highest of the peaks."""
+        return max(self.layers, self.head, self.embedding - self.held)
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,43 @@ def rehearse(
     """
     alike = parallel.model_copy(update={"dp": None})
     return _rehearse(shape, model, alike, micro_batch, pp_rank, device)
+
+
+def rehearse_shallow(
+    shape: ModelShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    micro_batch: MicroBatch,
+    *,
+    pp_rank: int,
+    device: Literal["cpu", "cuda"],
+) -> Rehearsal:
+    """`rehearse`, from stages of two and of three layers: layers are alike, so all that is held is
+    a straight line. The same numbers, and quicker for deep models."""
+    depths = [len(layers) for layers in shape.stage_layers(parallel)][pp_rank :: parallel.pp]
+    if min(depths) < 2:
+        return rehearse(shape, model, parallel, micro_batch, pp_rank=pp_rank, device=device)
+
+    def of(depth: int) -> Rehearsal:
+        shallow = replace(shape, num_layers=depth * parallel.num_stages)
+        even = parallel.model_copy(update={"pipeline_layers": None})
+        return rehearse(shallow, model, even, micro_batch, pp_rank=pp_rank, device=device)
+
+    two, three = of(2), of(3)
+
+    def at(depth: int, a: int, b: int) -> int:
+        return a + (depth - 2) * (b - a)
+
+    chunks = zip(depths, two.chunks, three.chunks, strict=True)
+    of_layer = (three.weights - two.weights) // len(depths)
+    return Rehearsal(
+        weights=two.weights + (sum(depths) - 2 * len(depths)) * of_layer,
+        largest_weight=two.largest_weight,
+        chunks=tuple(
+            ChunkMemory(*(at(n, getattr(a, f.name), getattr(b, f.name)) for f in fields(a)))
+            for n, a, b in chunks
+        ),
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -166,6 +210,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float |
     return flash(q, k, v, 0.0, seen is None, attn_mask=seen, scale=scale)[0]
 
 
+def _announce(live: LiveBytes, index: int, module: Any, given: Any, embedded: Tensor) -> None:
+    """With the gradient of what the embedding gave, its own backward begins."""
+    embedded.register_hook(lambda _: live.enter(f"embedding {index}"))
+
+
 class _Run:
     """One micro-batch through a rank's chunks: all forward, then all backward."""
 
@@ -216,8 +265,9 @@ class _Run:
             ChunkMemory(
                 num_parameters=sum(p.numel() for p in gpts[index].parameters()),
                 held=after - before,
-                passing=max(0, live.peaks[f"layers {index}"] - after),
+                layers=max(0, live.peaks[f"layers {index}"] - after),
                 head=max(0, live.peaks.get(f"head {index}", 0) - after),
+                embedding=max(0, live.peaks.get(f"embedding {index}", 0) - before),
             )
             for index, (before, after) in enumerate(itertools.pairwise(held))
         )
@@ -232,6 +282,8 @@ class _Run:
                 device=META,
             )
             gpt.set_input_tensor(received.requires_grad_())
+        else:
+            gpt.embedding.register_forward_hook(functools.partial(_announce, live, index))
         hidden = gpt(self.tokens, self.tokens, None, packed_seq_params=self.params)
         return self._head(gpt, hidden, index, live) if gpt.post_process else hidden
 

@@ -92,18 +92,18 @@ def time_lines(time: StepTime) -> Iterator[str]:
     yield ""
     yield "GB on the wire in a step (sync: one weight transfer)"
     yield from table(
-        [list(time.wire_bytes), [f"{count / 1e9:.3g}" for count in time.wire_bytes.values()]]
+        [list(time.wire_bytes), [f"{count / 1e9:,.1f}" for count in time.wire_bytes.values()]]
     )
 
 
-def assumption_lines(time: StepTime) -> Iterator[str]:
+def assumption_lines(time: StepTime | None) -> Iterator[str]:
     yield "assumed"
     for text in (
         "memory: tensors counted on the meta device with the shapes and lifetimes of a GPU's fused "
         "kernels; every token of a micro-batch goes through the head",
         "memory: reserve, engine and sleeping servers are allowances (CUDA context, NCCL, "
         "workspaces, fragmentation), not measured",
-        *time.assumptions,
+        *(time.assumptions if time is not None else []),
     ):
         yield f"- {text}"
 
@@ -179,6 +179,14 @@ def as_json(plan: MemoryPlan, time: StepTime, fixes: Sequence[Changes]) -> dict[
         "time": dataclasses.asdict(time)
         | {"tokens_per_second_per_gpu": time.tokens_per_second_per_gpu},
     }
+
+
+def layout_as_json(layout: Layout) -> dict[str, Any]:
+    return {
+        "changes": layout.changes,
+        "train_nodes": layout.nodes.train,
+        "serve_nodes": layout.nodes.serve,
+    } | as_json(layout.memory, layout.time, [])
 
 
 def gib(count: float) -> str:

@@ -1,7 +1,7 @@
 """Layouts that fit a number of nodes, the quickest first.
 
-Times are cheap (arithmetic), rehearsals are not (up to a second each): layouts are sorted by their
-time, and rehearsed in that order until as many fit as are wanted.
+Times are arithmetic, rehearsals take a tenth of a second each: layouts are sorted by their time,
+and rehearsed in that order until as many fit as are wanted.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def search(
     layouts: list[Layout] = []
     while found and len(layouts) < wanted:
         *_, changes, nodes, time = heapq.heappop(found)
-        plan = plan_memory(changed(config, changes), shape, node, nodes.train, nodes.serve)
+        new = changed(config, changes)
+        plan = plan_memory(new, shape, node, nodes.train, nodes.serve, quick=True)
         if plan.fits:
             layouts.append(Layout(changes, nodes, plan, time))
     return layouts
@@ -125,14 +126,19 @@ def _quickest_server(
     """
     best: tuple[float, Changes] | None = None
     gpus = nodes.node.gpus
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     for tp in (size for size in _SIZES if gpus % size == 0 and shape.num_heads % size == 0):
         changes: Changes = {"rollout.tensor_parallel": tp}
         if config.rollout.placement == "colocated":
             changes["rollout.servers"] = gpus // tp
         # A trainer that goes onto any node, so that only the server decides.
-        alone = {"parallel.tp": 1, "parallel.pp": 1, "parallel.cp": 1, "parallel.vpp": 1}
-        alone |= {"parallel.dp": None, "parallel.pipeline_layers": None}
-        server = changed(config, changes | alone | {"parallel.sequence_parallel": False})
+        alone: Changes = {
+            "parallel.tp": 1, "parallel.pp": 1, "parallel.cp": 1, "parallel.vpp": 1,
+            "parallel.dp": None, "parallel.sequence_parallel": False,
+            "parallel.pipeline_layers": None,
+            "training.micro_batch_tokens": longest,
+        }  # fmt: skip
+        server = changed(config, changes | alone)
         if server_problems(server, server_memory(server, shape, nodes.node), nodes.node):
             continue
         seconds = timed(server, shape, nodes, mean_response_tokens).seconds["generate"]
@@ -190,8 +196,8 @@ def remedies(
         {"parallel.pp": 2 * parallel.pp},
         {"parallel.cp": 2 * parallel.cp},
     ]
-    servers: list[Changes] = [{}, {"rollout.tensor_parallel": 2 * config.rollout.tensor_parallel}]
-    servers.append({"rollout.tensor_parallel": min(nodes.node.gpus, 4 * servers[1][_SERVER_TP])})
+    own = config.rollout.tensor_parallel
+    servers: list[Changes] = [{}, *({"rollout.tensor_parallel": own * n} for n in (2, 4))]
     trainers = [{}, *single]
     trainers += [single[0] | other for other in single[1:]]
     trainers += [single[0] | {"parallel.tp": tp, "parallel.sequence_parallel": True} | single[3]]
@@ -201,9 +207,8 @@ def remedies(
             if any(old.items() <= changes.items() for old in fit):
                 continue
             try:
-                plan = plan_memory(
-                    changed(config, changes), shape, nodes.node, nodes.train, nodes.serve
-                )
+                new = changed(config, changes)
+                plan = plan_memory(new, shape, nodes.node, nodes.train, nodes.serve, quick=True)
             except (UserError, ValueError):
                 continue
             if plan.fits:
@@ -211,6 +216,3 @@ def remedies(
             if len(fit) == wanted:
                 return fit
     return fit
-
-
-_SERVER_TP = "rollout.tensor_parallel"
