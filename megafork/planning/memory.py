@@ -39,6 +39,8 @@ _GRADIENT_BYTES = 4
 _MASTER_AND_MOMENTS = 12
 _ROW_BYTES, _PROMPT_BYTES = 25, 8
 """of a response token and of a prompt's in the token table (types.py)"""
+_COLLECTED_BYTES = 68
+"""of a token and its log-probability in a Sample's lists, before they are rows"""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def plan_memory(
         quick=quick,
     )
     server = server_memory(config, shape, node)
-    host = _host_memory(config, node, stages)
+    host = _host_memory(config, node, stages, dp)
     turns = _turns(config, stages, server)
     problems = [
         *_training_problems(config, node, stages, turns, micro_batch),
@@ -307,19 +309,20 @@ def _transfer_bytes(config: TrainConfig, rehearsal: Rehearsal) -> int:
 
 
 def _host_memory(
-    config: TrainConfig, node: NodeType, stages: tuple[StageMemory, ...]
+    config: TrainConfig, node: NodeType, stages: tuple[StageMemory, ...], dp: int
 ) -> HostMemory:
+    """Of the first node, whose first rank collects the batch."""
     rollout, largest = config.rollout, max(stages, key=lambda stage: stage.num_parameters)
     responses = rollout.prompts_per_step * rollout.group_size
-    table = responses * (
-        _ROW_BYTES * rollout.max_response_tokens + _PROMPT_BYTES * config.data.max_prompt_tokens
-    )
+    prompts = responses * _PROMPT_BYTES * config.data.max_prompt_tokens
+    held = -(-responses // dp) * _ROW_BYTES * rollout.max_response_tokens
+    collected = responses * (_ROW_BYTES + _COLLECTED_BYTES) * rollout.max_response_tokens
     has_reference = bool(config.kl.coefficient or config.forking.compare_every)
     models = 2 if config.algorithm.advantages == "gae" else 1
     state = largest.parameters + _MASTER_AND_MOMENTS * largest.num_parameters
     return HostMemory(
         processes=node.gpus * HOST_PROCESS,
-        token_table=node.gpus * table,
+        token_table=node.gpus * (held + prompts) + collected,
         reference=node.gpus * largest.parameters * has_reference,
         checkpoint=node.gpus * models * state,
         offload=node.gpus * largest.put_away if rollout.placement == "colocated" else 0,
