@@ -240,16 +240,16 @@ def push(
         plan_buckets(i, [(n, tuple(weights[n].shape), weights[n].dtype) for n in half], 100_000)
         for i, half in enumerate(halves)
     ]
-    tensors = [[[(n, weights[n]) for n in b["names"]] for b in plan] for plan in plans]
     assert all(len(plan) > 1 for plan in plans)
 
     def second_stage() -> None:
-        for number, bucket in enumerate(tensors[1]):
+        for number, bucket in enumerate(plans[1]):
             if number == sabotage.get("second_stage_dies_at"):
                 return senders[1].close()
             if number == sabotage.get("second_stage_hangs_at"):
                 return None
-            senders[1].send(bucket)
+            senders[1].send(bucket, [weights[name] for name in bucket["names"]])
+        senders[1].flush()
 
     try:
         client.pause(mode)
@@ -257,7 +257,7 @@ def push(
         with ThreadPoolExecutor(1) as pool:
             other = pool.submit(second_stage)
             try:
-                push_buckets(client, senders[0], plans[0] + plans[1], tensors[0])
+                push_buckets(client, senders[0], plans[0] + plans[1], iter(weights.items()))
             finally:
                 if not sabotage:
                     other.result()

@@ -9,7 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import aiohttp
 import requests
@@ -182,6 +182,23 @@ class RolloutClient:
 
     def resume(self) -> None:
         self._request("POST", "/resume")
+
+    def sleep(self) -> None:
+        """Give up weights and cache; what is in flight is aborted, what comes waits.
+
+        A server on the CPU, or started without sleep mode, keeps its memory and waits all the same.
+        """
+        self._request("POST", "/sleep?level=2&mode=abort")
+
+    def wake_up(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Have the memory of `part` again, with nothing in it: the weights first, to be pushed.
+
+        With the cache, requests go on. Raises ServerError when the server does not wake up.
+        """
+        path = f"/wake_up?tags={part}"
+        status = self._request("POST", path)["status"]
+        if part == "kv_cache" and status != "awake":
+            raise ServerError(path, 200, f"the server is still {status}; wake its weights first")
 
     def reset_prefix_cache(self, running: bool = False) -> None:
         """Forget cached keys and values; `running` also recomputes those of running requests.

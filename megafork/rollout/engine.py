@@ -31,6 +31,8 @@ class Served:
     """Tokens of the longest prompt with the longest response"""
     two_temperatures: bool = False
     """Whether requests may ask for `Sampling.forking_temperatures`"""
+    sleeps: bool = False
+    """Whether its GPUs are another's in turns"""
 
 
 def served_policy(config: TrainConfig) -> Served:
@@ -39,6 +41,7 @@ def served_policy(config: TrainConfig) -> Served:
         config.model.path,
         config.rollout.dtype or config.model.dtype,
         config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        sleeps=config.rollout.placement == "colocated",
     )
 
 
@@ -62,9 +65,13 @@ class RolloutServer:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+        self._background.shutdown()
+
+    def stop(self) -> None:
+        """End one of our own; nothing of it is left, on a GPU either."""
         if self._server is not None:
             self._server.stop()
-        self._background.shutdown()
 
     def _start(self) -> None:
         if self.log_path.exists() and self._num_starts:
@@ -133,6 +140,7 @@ def build_server(
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_gib=rollout.cpu_kv_cache_gib,
         two_temperatures=served.two_temperatures,
+        sleeps=served.sleeps,
     )
 
 

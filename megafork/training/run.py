@@ -49,6 +49,9 @@ def _train(
         if topology.rank == 0:  # it loads while the policy does
             server = stack.enter_context(_server(config, topology))
         stack.enter_context(topology.whereabouts.told())  # at once: a server's end takes time
+        if config.rollout.placement == "colocated":
+            topology.whereabouts.enter("the start of the rollout server")
+            topology.on_rank_zero(lambda: _put_to_sleep(server, interruption))
         topology.whereabouts.enter("the loading of the model")
         policy = Policy(
             config.model,
@@ -85,6 +88,7 @@ def _train(
             num_workers=config.rollout.tensor_parallel,
             server_host=host_of(config.rollout),
             in_flight=config.rollout.in_flight_update,
+            colocated=config.rollout.placement == "colocated",
         )
         stack.callback(sync.close)
         trainer = Trainer(config, topology, policy, sync, front, store, interruption, critic)
@@ -96,6 +100,12 @@ def _train(
 def _server(config: TrainConfig, topology: Topology) -> RolloutServer:
     log = Path(config.run.dir) / "vllm.log"
     return RolloutServer(served_policy(config), config.rollout, topology.device.type, log)
+
+
+def _put_to_sleep(server: RolloutServer | None, interruption: Interruption) -> None:
+    """The devices are the server's until it is up, then ours."""
+    assert server is not None
+    server.connect(interruption.check).sleep()
 
 
 def _load_newest(

@@ -30,6 +30,7 @@ from megafork.training.policy import Policy
 from megafork.training.samples import is_sampled, sampled_responses
 from megafork.training.step import Clock, Optimized, optimize
 from megafork.training.token_report import token_report
+from megafork.training.turns import Turns
 from megafork.types import Group, TokenTable, token_table
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
@@ -54,6 +55,11 @@ class Trainer:
         self.config, self.topology, self.policy = config, topology, policy
         self.critic = critic
         self.sync, self.front, self.store = sync, front, store
+        self.turns = Turns(
+            [policy] if critic is None else [policy, critic],
+            self._on_front,
+            shared=config.rollout.placement == "colocated",
+        )
         self.interruption = interruption
         self.steps_done = self._saved_step = 0
         self.policy_version = 0
@@ -159,6 +165,7 @@ class Trainer:
         config, policy, topology = self.config, self.policy, self.topology
         started = time.monotonic()
         clock = Clock(lambda phase: topology.whereabouts.enter(f"{phase} of step {step}"))
+        self.turns.clock = clock
         trained_by = self.policy_version
         lr = policy.learning_rate
         with clock.measure("generate"):
@@ -269,7 +276,10 @@ class Trainer:
             log.note(f"warning: {warning}")
 
     def _push(self, *, check: bool) -> None:
-        """Give the server the policy's weights as the next version, unless the run is to end."""
+        """Give the server the policy's weights as the next version, unless the run is to end.
+
+        Without a check, one that shares our devices gets them with its next turn.
+        """
         self.policy_version += 1
         self._stopping = self.topology.any_rank(self.interruption.received is not None)
         if self._stopping:
@@ -278,7 +288,7 @@ class Trainer:
         try:
             if check:
                 groups = self._with_server(lambda: self._on_front(lambda front: front.probe()))
-            else:
+            elif not self.turns.shared:
                 self._with_server(lambda: None)
         except Interrupted:  # when the step is in the log
             self._stopping = True
@@ -291,28 +301,45 @@ class Trainer:
 
         Where the server died, a new one gets the weights, and the work is done again.
         """
+
+        def synced() -> T:
+            if self.sync.version != self.policy_version:
+                self._sync()
+            return work()
+
+        with self.turns.generation(lambda: self._whoever_dies(self._sleep)):
+            return self._whoever_dies(synced)
+
+    def _whoever_dies(self, work: Callable[[], T]) -> T:
+        """`work`, again with a new server where one died of it."""
         death: ServerDied | None = None
         for _ in range(1 + self.config.rollout.max_restarts):
             try:
                 if death is not None:
                     self._replace_server(death)
-                if self.sync.version != self.policy_version:
-                    self._sync()
                 return work()
             except ServerDied as error:
                 death = error
         return self._on_front(partial(_give_up, death))
 
     def _replace_server(self, death: ServerDied) -> None:
+        self.turns.leave()  # a new one takes all of its memory at once
         self._on_front(lambda front: front.replace_server(death))
+        if self.turns.shared:
+            self._sleep()
         client = self.front.client if self.front is not None else None
         self._checked(lambda: self.sync.connect(client))
 
     def _sync(self) -> None:
-        self._checked(lambda: self.sync.push(self.policy_version))
+        push = partial(self.sync.push, self.policy_version)
+        self._checked(lambda: self.turns.hand_over(push))
+
+    def _sleep(self) -> None:
+        self.sync.forget()
+        self._checked(lambda: self._on_front(lambda front: front.client.sleep()))
 
     def _checked(self, transfer: Callable[[], None]) -> None:
-        """A transfer whose failure, which all ranks see, may be the server's death."""
+        """A word with the server whose failure, which all ranks see, may be its death."""
         try:
             transfer()
         except UserError as error:
@@ -326,6 +353,7 @@ class Trainer:
         return is_due and self.config.data.eval is not None
 
     def _evaluate(self, step: int) -> dict[str, float]:
+        self.turns.clock = Clock()  # its turn is part of the evaluation
         self.topology.whereabouts.enter(f"the evaluation of step {step}")
         value = self._with_server(lambda: self._on_front(lambda front: front.evaluate(step)))
         return {"eval/accuracy": value}

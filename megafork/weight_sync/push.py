@@ -1,7 +1,7 @@
 """Pushes the policy's weights to the rollout server: every pipeline stage sends its own.
 
-Weights leave under their HF names, in bounded buckets, through a group of the stage's sender and
-the server's workers; no file is written and no rank sees another stage's weights.
+Weights leave under their HF names, in bounded buckets, from the stage's sender to the server's
+workers; no file is written and no rank sees another stage's weights.
 """
 
 from __future__ import annotations
@@ -9,20 +9,23 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from torch import Tensor
+import torch
 
 from megafork.config import SyncConfig
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
 from megafork.parallel.topology import Topology
 from megafork.rollout.client import RolloutClient
+from megafork.weight_sync.local import LocalSender
 from megafork.weight_sync.transports import (
+    Sender,
     TransferError,
     WeightSender,
     plan_buckets,
     push_buckets,
+    send_buckets,
 )
 
 
@@ -39,12 +42,16 @@ class WeightSync:
         num_workers: int,
         server_host: str = "127.0.0.1",
         in_flight: bool = True,
+        colocated: bool = False,
     ) -> None:
         """server_host: where the server runs, to find the address that its workers reach us by.
         in_flight: responses that are being generated go on with the new weights; False: a push
-        waits for them.
+        waits for them. colocated: the server, which may share our GPUs, sleeps around a push.
+
+        Raises UserError where sync.transport=local has no way to the server.
         """
-        self.in_flight = in_flight
+        self.in_flight, self.colocated = in_flight, colocated
+        self.local = _is_local(sync, colocated)
         self.policy, self.topology = policy, topology
         self.timeout_s, self.num_workers = sync.timeout_s, num_workers
         self.server_host = server_host
@@ -52,7 +59,7 @@ class WeightSync:
         """What the server has: the last push that succeeded"""
         manifest = [(name, shape, policy.dtype) for name, shape in policy.shard_manifest()]
         self.own_buckets = plan_buckets(topology.pp_rank, manifest, sync.bucket_mib << 20)
-        self.sender: WeightSender | None = None
+        self.sender: Sender | None = None
         self.connect(client)
 
     def connect(self, client: RolloutClient | None) -> None:
@@ -64,13 +71,7 @@ class WeightSync:
         self.client, self.version = client, 0
         offer = None
         if self.topology.is_sender:
-            self.sender = WeightSender(
-                self.topology.pp_rank,
-                _own_address(self.server_host),
-                self.num_workers,
-                self.topology.device,
-                self.timeout_s,
-            )
+            self.sender = self._make_sender()
             offer = (self.sender.address, self.own_buckets)
         # Global ranks grow with the stage, so this is the order of the stages.
         offers = [o for o in self.topology.all_gather_object(offer) if o is not None]
@@ -91,10 +92,23 @@ class WeightSync:
         self._together(lambda: self._finish(version))
         self.version = version
 
+    def forget(self) -> None:
+        """The server has given its weights up."""
+        self.version = 0
+
     def close(self) -> None:
         if self.sender is not None:
             self.sender.close()
             self.sender = None
+
+    def _make_sender(self) -> Sender:
+        stage, device = self.topology.pp_rank, self.topology.device
+        if self.local:
+            return LocalSender(stage, self.own_buckets, self.num_workers, device, self.timeout_s)
+        # NCCL does not connect two ranks on one GPU; gloo goes through the host's memory.
+        wire = torch.device("cpu") if self.colocated else device
+        address = _own_address(self.server_host)
+        return WeightSender(stage, address, self.num_workers, wire, self.timeout_s)
 
     def _join(self) -> None:
         if self.sender is None:
@@ -113,15 +127,17 @@ class WeightSync:
 
     def _pause(self) -> None:
         if self.client is not None:
-            self.client.pause("keep" if self.in_flight else "wait")
+            if not self.colocated:
+                self.client.pause("keep" if self.in_flight else "wait")
             self.client.start_weight_update()
 
     def _finish(self, version: int) -> None:
         if self.client is None:
             return
         self.client.finish_weight_update(version)
-        self.client.reset_prefix_cache(running=True)
-        self.client.resume()
+        if not self.colocated:  # what sleeps has no cache, and wakes up by another word
+            self.client.reset_prefix_cache(running=True)
+            self.client.resume()
         reached = self.client.weight_version()
         if reached != version:
             raise UserError(
@@ -135,13 +151,10 @@ class WeightSync:
             return
         shards = self.policy.export_shards()
         try:
-            if self.sender is not None:
-                tensors = (list(_take(shards, bucket["names"])) for bucket in self.own_buckets)
-                if self.client is not None:
-                    push_buckets(self.client, self.sender, self.buckets, tensors)
-                else:
-                    for bucket in tensors:
-                        self.sender.send(bucket)
+            if self.sender is not None and self.client is not None:
+                push_buckets(self.client, self.sender, self.buckets, shards)
+            elif self.sender is not None:
+                send_buckets(self.sender, self.own_buckets, shards)
         finally:
             for _ in shards:  # after a failure too, or the other tp ranks wait for ever
                 pass
@@ -163,23 +176,31 @@ class WeightSync:
         self.topology.on_rank_zero(report)
 
 
-def _connect(sender: WeightSender, failures: list[TransferError]) -> None:
+def _connect(sender: Sender, failures: list[TransferError]) -> None:
     try:
         sender.connect()
     except TransferError as error:
         failures.append(error)
 
 
-def _take(shards: Iterator[tuple[str, Tensor]], names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        exported, tensor = next(shards)
-        assert exported == name, f"the export gave {exported} where its manifest says {name}"
-        yield name, tensor
+def _is_local(sync: SyncConfig, colocated: bool) -> bool:
+    if sync.transport == "auto":
+        return colocated and _on_one_machine()
+    if sync.transport == "local" and not _on_one_machine():
+        raise UserError(
+            "sync.transport=local reaches servers on this machine alone, but the trainer's ranks "
+            "are on several: use auto or broadcast"
+        )
+    return sync.transport == "local"
+
+
+def _on_one_machine() -> bool:
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
 
 
 def _own_address(server_host: str) -> str:
     """This rank's address as the server's workers see it."""
-    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+    if not _on_one_machine():
         return socket.gethostbyname(socket.gethostname())  # senders on several machines
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((server_host, 9))  # sends nothing; picks the interface towards the host
