@@ -311,6 +311,45 @@ def test_weights_that_change_in_the_middle_of_responses(running):
             assert error.abs().max() < LOGPROB_TOL
 
 
+def test_a_server_that_sleeps_is_pushed_to_and_lets_requests_wait(running):
+    """What is in flight is aborted; what comes is sampled later, from the new weights."""
+    client, folder = running.client, running.folders[0]
+    version = client.weight_version() + 1
+    weights = state_dict(folder, running.tied)
+    manifest = [(name, tuple(t.shape), t.dtype) for name, t in weights.items()]
+    plan = plan_buckets(0, manifest, 100_000)
+
+    async def sleep_in_the_middle():
+        async with client:
+            long = asyncio.create_task(
+                client.generate(SHORT_PROMPT, 48, Sampling(max_tokens=250), request_id="cut")
+            )
+            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=20))
+            await asyncio.to_thread(client.sleep)
+            return await long
+
+    cut = asyncio.run(sleep_in_the_middle())
+    assert all(r.aborted and 0 < len(r.token_ids) < 250 for r in cut)
+    client.sleep()  # it does already
+    assert client.health()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(running.generate, LONG_PROMPT, 4, Sampling(max_tokens=30))
+        client.wake_up("weights")
+        [sender] = connect(client, 1, 20.0)
+        client.start_weight_update()
+        push_buckets(client, sender, plan, iter(weights.items()))
+        client.finish_weight_update(version)
+        assert not waiting.done()
+        client.wake_up("kv_cache")
+        responses = waiting.result()
+    assert max_logprob_error(folder, LONG_PROMPT, responses, 1.0) < LOGPROB_TOL
+    assert all(r.versions == [(version, 0)] for r in responses)
+    client.sleep()
+    with pytest.raises(ServerError, match="still sleeping; wake its weights first"):
+        client.wake_up("kv_cache")
+    client.wake_up("weights")
+
+
 def test_aborted_requests_give_what_they_have(running):
     async def abort_the_long_one():
         client = running.client
