@@ -53,19 +53,7 @@ def _train(
             topology.whereabouts.enter("the start of the rollout server")
             topology.on_rank_zero(lambda: _put_to_sleep(server, interruption))
         topology.whereabouts.enter("the loading of the model")
-        policy = Policy(
-            config.model,
-            config.parallel,
-            topology,
-            training=config.training,
-            algorithm=config.algorithm,
-            forking=config.forking,
-            mismatch=config.mismatch,
-            kl=config.kl,
-            entropy_bonus=config.entropy_bonus,
-            max_response_tokens=config.rollout.max_response_tokens,
-            temperature=config.rollout.temperature,
-        )
+        policy = _make_policy(config, topology)
         critic = make_critic(config, topology)
         state = _load_newest(store, policy, critic) if resume else None
         front = None
@@ -95,6 +83,22 @@ def _train(
         if state is not None:
             trainer.restore(state)
         trainer.run()
+
+
+def _make_policy(config: TrainConfig, topology: Topology) -> Policy:
+    return Policy(
+        config.model,
+        config.parallel,
+        topology,
+        training=config.training,
+        algorithm=config.algorithm,
+        forking=config.forking,
+        mismatch=config.mismatch,
+        kl=config.kl,
+        entropy_bonus=config.entropy_bonus,
+        max_response_tokens=config.rollout.max_response_tokens,
+        temperature=config.rollout.temperature,
+    )
 
 
 def _server(config: TrainConfig, topology: Topology) -> RolloutServer:

@@ -180,6 +180,8 @@ class WeightSender:
         )
         self._group: Group | None = None
         self._in_flight: deque[tuple[Any, Tensor, Bucket]] = deque()
+        self._free: Tensor | None = None
+        """Memory of a bucket that has gone, for the next one: new memory costs the CPU more"""
 
     @property
     def address(self) -> dict[str, Any]:
@@ -205,26 +207,32 @@ class WeightSender:
         """As of `Sender`: it is filled while the one before it is on the wire."""
         assert self._group is not None, "connect() comes first"
         self._settle(leave=1)
-        flat = torch.empty(num_elements(bucket), dtype=dtype_of(bucket), device=self.device)
+        size = num_elements(bucket) * dtype_of(bucket).itemsize
+        memory, self._free = self._free, None
+        if memory is None or len(memory) < size:
+            memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        flat = memory[:size].view(dtype_of(bucket))
         with torch.no_grad():
             fill(flat, tensors)
         try:
-            self._in_flight.append((self._group.broadcast(flat, 0), flat, bucket))
+            self._in_flight.append((self._group.broadcast(flat, 0), memory, bucket))
         except RuntimeError as error:
             raise self._failure(bucket, error) from error
-        self.bytes_sent += flat.nbytes
+        self.bytes_sent += size
 
     def flush(self) -> None:
         """As of `Sender`."""
         self._settle(leave=0)
+        self._free = None
 
     def _settle(self, *, leave: int) -> None:
         while len(self._in_flight) > leave:
-            work, _, bucket = self._in_flight.popleft()
+            work, memory, bucket = self._in_flight.popleft()
             try:
                 work.wait()
             except RuntimeError as error:
                 raise self._failure(bucket, error) from error
+            self._free = memory
 
     def _failure(self, bucket: Bucket, error: RuntimeError) -> TransferError:
         return TransferError(f"sender {self.sender}, bucket {names_of(bucket)}: {error}")
@@ -232,7 +240,7 @@ class WeightSender:
     def close(self) -> None:
         """As of `Sender`."""
         self._in_flight.clear()
-        self._group = None
+        self._free = self._group = None
         self._store = None
 
 
