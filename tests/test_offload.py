@@ -68,6 +68,7 @@ def trained(folder, layout, dtype, offloads):
         policy.onload()
         now = {name: t.untyped_storage()._cdata for name, t in own_tensors(policy).items()}
         assert now == views
+        assert not any(buffer.grad_data.any() for ddp in policy.ddp for buffer in ddp.buffers)
     tensors = {name: t.clone() for name, t in own_tensors(policy).items()}
     table = make_table()
     scores = policy.score(table)

@@ -51,8 +51,11 @@ class Recorder:
         }
         self.events.append((what, [name for name, there in parts.items() if there]))
 
-    def generate(self, work=lambda: None, pushes=1):
-        with self.turns.generation(lambda: self.note("sleep")):
+    def sleep(self):
+        self.note("sleep")
+
+    def generate(self, work=lambda: None, pushes=1, sleep=None):
+        with self.turns.generation(sleep or self.sleep):
             for _ in range(pushes):
                 self.turns.hand_over(lambda: self.note("push"))
             self.note("generate")
@@ -75,7 +78,7 @@ def orders(folder, critic_folder):
     record = Recorder(policy, critic, shared=True)
     record.generate()
     record.note("train")
-    with record.turns.generation(lambda: record.note("sleep")):
+    with record.turns.generation(record.sleep):
         record.generate(pushes=2)  # within another one; a server was replaced in it
         record.note("within")
     record.note("train")
@@ -84,9 +87,10 @@ def orders(folder, critic_folder):
     def interrupt():
         raise Interrupted
 
-    with pytest.raises(Interrupted):
-        record.generate(interrupt)
-    record.note("save")
+    for when in ({"work": interrupt}, {"sleep": interrupt}):
+        with pytest.raises(Interrupted):
+            record.generate(**when)
+        record.note("save")
     found["interrupted"], record.events = record.events, []
 
     def fail():
@@ -115,7 +119,7 @@ def test_who_is_on_the_device_when(tmp_path):
         *again, ("within", []), ("sleep", []), ("train", ALL),
     ]  # fmt: skip
     # The servers may have had the signal too: they are ended, and their memory is free.
-    assert found["interrupted"] == [*TURN, ("stop", []), ("save", ALL)]
+    assert found["interrupted"] == [*TURN, ("stop", []), ("save", ALL)] * 2
     assert found["disaggregated"] == [("push", ALL), ("generate", ALL)]
 
 
@@ -137,7 +141,10 @@ def test_a_phase_within_another_is_counted_once(monkeypatch):
                 take(16)
     with clock.measure("score"):
         take(32)
-    assert clock.seconds == {"generate": 5, "offload": 18, "sync": 8, "score": 32}
+        with pytest.raises(ZeroDivisionError), clock.measure("sync"):
+            take(64)
+            _ = 1 / 0
+    assert clock.seconds == {"generate": 5, "offload": 18, "sync": 8, "score": 96}
 
 
 # ---- settings ----

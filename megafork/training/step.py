@@ -34,7 +34,11 @@ class Clock:
         self.enter(phase)
         started, outer = time.monotonic(), self._within
         self._within = 0.0
-        yield
+        try:
+            yield
+        except BaseException:
+            self._within += outer
+            raise
         taken = time.monotonic() - started
         self.seconds[phase] = self.seconds.get(phase, 0.0) + taken - self._within
         self._within = outer + taken

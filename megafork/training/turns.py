@@ -55,15 +55,15 @@ class Turns:
         self._generating = True
         try:
             yield
+            if self.turn != "trainer":
+                sleep()
         except Interrupted:
             self.on_front(lambda front: front.server.stop())
             self._take_back()
             raise
         finally:
             self._generating = False
-        if self.turn != "trainer":
-            sleep()
-            self._take_back()
+        self._take_back()
 
     def hand_over(self, push: Callable[[], None]) -> None:
         """The servers' turn, who sleep, with the policy's weights, which `push` gives them."""
