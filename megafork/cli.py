@@ -21,7 +21,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from megafork import launch
+from megafork import last_words, launch
 from megafork.analysis.commands import analyze
 from megafork.config import (
     EvaluateConfig,
@@ -35,6 +35,7 @@ from megafork.config.file import known_keys, load_config
 from megafork.config.temperatures import TemperaturesConfig
 from megafork.errors import Interrupted, PeerError, UserError
 from megafork.interruption import INTERRUPTED
+from megafork.planning.command import plan
 
 _PATIENCE_S = 5.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -52,6 +53,22 @@ Overrides = Annotated[
 ]
 
 
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="check and plan everything, start and write nothing")
+]
+Node = Annotated[
+    str | None,
+    typer.Option(help="of --dry-run: a100-80g, h100 (unset), h200, h20, b200 or a TOML file"),
+]
+ServeNodes = Annotated[
+    int | None, typer.Option(help="of --dry-run: nodes full of rollout servers", min=0)
+]
+MeanResponse = Annotated[
+    float | None,
+    typer.Option(help="of --dry-run: tokens; unset: a quarter of the longest response"),
+]
+
+
 @app.command()
 def train(
     config: Annotated[
@@ -61,6 +78,10 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="folder of a run to go on with, at any layout")
     ] = None,
+    dry_run: DryRun = False,
+    node: Node = None,
+    serve_nodes: ServeNodes = None,
+    mean_response_tokens: MeanResponse = None,
 ) -> None:
     """Train a policy by reinforcement from verifiable rewards."""
     settings = overrides or []
@@ -73,6 +94,23 @@ def train(
     elif config is None:
         raise UserError("give a config file, or --resume with a run's folder")
     resolved = load_config(TrainConfig, config, settings)
+    if dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the plan is of other GPUs than this machine's
+        from megafork.planning.dry_run import rehearse_run
+
+        rehearse_run(
+            resolved,
+            node or "h100",
+            serve_nodes or 0,
+            mean_response_tokens,
+            resume=resume is not None,
+            tell=typer.echo,
+        )
+        return
+    if (node, serve_nodes, mean_response_tokens) != (None, None, None):
+        raise UserError(
+            "--node, --serve-nodes and --mean-response-tokens are for --dry-run: add it"
+        )
     from megafork.training.preflight import check_train
 
     check_train(resolved)
@@ -174,6 +212,7 @@ convert = typer.Typer(
 )
 app.add_typer(convert, name="convert")
 app.add_typer(analyze, name="analyze")
+app.command()(plan)
 
 
 @convert.command()
@@ -308,15 +347,25 @@ def main() -> None:
         sys.exit(INTERRUPTED)
     except OSError as error:
         if error.errno not in _NO_ROOM:
+            _leave_words(error)
             raise
         _end_with(f"{error}: make room and start it again")
     except PeerError:
         sys.exit(launch.USER_ERROR)
     except UserError as error:
         _end_with(str(error))
+    except Exception as error:
+        _leave_words(error)
+        raise
+
+
+def _leave_words(error: Exception) -> None:
+    if words := last_words.of_exception(error):
+        last_words.leave(words)
 
 
 def _end_with(message: str) -> NoReturn:
+    last_words.leave(message)
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (rank {rank})"
     if where:  # what all ranks find, rank 0 tells; then we are ended before we speak
@@ -335,6 +384,7 @@ def _on_ranks(parallel: ParallelConfig, work: Callable[[], None]) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     if launch.under_torchrun():
         launch.end_with_launcher()
+        launch.join_output()
         launch.check_world(parallel)
         work()
     elif parallel.world_size == 1:

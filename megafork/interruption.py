@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from types import FrameType
@@ -18,6 +19,9 @@ R = TypeVar("R", covariant=True)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 INTERRUPTED = 75
 """Exit status of a run that a signal ended and that can go on (EX_TEMPFAIL of sysexits.h)."""
+STOP_FILE = "MEGAFORK_STOP_FILE"
+"""Names a file; when it appears, that is a SIGUSR1. A signal during the imports would be lost."""
+_LOOK_S = 0.5
 
 
 class Job(Protocol[R]):
@@ -41,15 +45,29 @@ class Interruption:
         self._deferred = False
         self._give_up: Callable[[], object] | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._left = threading.Event()
+        self._watcher: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        if path := os.environ.get(STOP_FILE):
+            self._watcher = threading.Thread(target=self._watch, args=(path,), daemon=True)
+            self._watcher.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        self._left.set()
+        if self._watcher is not None:
+            self._watcher.join()
         interrupted = self.received is not None or kind is Interrupted  # by another rank's signal
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if interrupted else handler)
+
+    def _watch(self, path: str) -> None:
+        while not self._left.wait(_LOOK_S):
+            if os.path.exists(path):
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+                return
 
     def defer(self) -> None:
         """From here on there is something to save first."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import logging
 import os
 import signal
 import sys
+from dataclasses import asdict, dataclass
 from types import FrameType
+from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 
+from megafork import last_words
 from megafork.config import ParallelConfig
 from megafork.errors import UserError
 from megafork.interruption import INTERRUPTED, SIGNALS
@@ -19,7 +23,39 @@ from megafork.interruption import INTERRUPTED, SIGNALS
 USER_ERROR = 2
 """Exit status after a UserError, which the rank has told."""
 _LAUNCHER = "MEGAFORK_LAUNCHER_PID"
+_MACHINES = "MEGAFORK_MACHINES"
+ENDPOINT = "MEGAFORK_ENDPOINT"
+"""host:port of the first machine's rendezvous, which is found when all machines are there"""
+JOINED = "MEGAFORK_JOINED_OUTPUT"
+"""Set for a rank whose errors belong into the file that has its output"""
+_RENDEZVOUS_S = 60
+"""The machines are known to be there: an address that does not answer by now is wrong."""
 _PR_SET_PDEATHSIG = 1
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The machines that share a run, as megafork.nodes tells each of them."""
+
+    count: int
+    this: int
+    ranks_each: int
+    logs: str
+    """Folder of the ranks' logs"""
+
+    def environment(self) -> dict[str, str]:
+        return {_MACHINES: json.dumps(asdict(self))}
+
+    @classmethod
+    def from_environment(cls) -> Self | None:
+        told = os.environ.get(_MACHINES)
+        return None if told is None else cls(**json.loads(told))
+
+    def log_of(self, rank: int) -> str:
+        return f"{self.logs}/rank-{rank}.log"
 
 
 def under_torchrun() -> bool:
@@ -39,15 +75,11 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str]) -> int:
     os.environ[_LAUNCHER] = str(os.getpid())
     for module in ("multiprocessing.api", "agent.server.api"):  # the ranks tell it themselves
         logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)
+    machines = Machines.from_environment()
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=parallel.world_size,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        run_id=f"megafork-{os.getpid()}",
         max_restarts=0,
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # its grace of 30 s is too short for the others
+        **(_here_alone(parallel) if machines is None else _one_of(machines)),
     )
     passed_on: list[int] = []
 
@@ -60,15 +92,65 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "megafork", *arguments)
     except ChildFailedError as error:
-        rank, first = error.get_first_failure()
+        rank, first = _first_failure(error)
         if -first.exitcode in passed_on:
             print("stopped by a signal", file=sys.stderr)
             return INTERRUPTED
-        if first.exitcode not in (USER_ERROR, INTERRUPTED):
+        if first.exitcode not in (USER_ERROR, INTERRUPTED) and machines is None:
             how = f"by signal {-first.exitcode}" if first.exitcode < 0 else f"{first.exitcode}"
             print(f"error: rank {rank} was the first to end, with status {how}", file=sys.stderr)
+        if machines is not None:
+            _leave_words_of(rank, first, machines.log_of(rank))
         return first.exitcode if first.exitcode > 0 else 1
     return 0
+
+
+def _here_alone(parallel: ParallelConfig) -> dict[str, Any]:
+    return {
+        "min_nodes": 1,
+        "max_nodes": 1,
+        "nproc_per_node": parallel.world_size,
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "127.0.0.1:0",
+        "run_id": f"megafork-{os.getpid()}",
+    }
+
+
+def _one_of(machines: Machines) -> dict[str, Any]:
+    """A static rendezvous: a machine that is lost ends the run, nobody waits for another."""
+    from megafork.rank_logs import RankLogs
+
+    return {
+        "min_nodes": machines.count,
+        "max_nodes": machines.count,
+        "nproc_per_node": machines.ranks_each,
+        "rdzv_backend": "static",
+        "rdzv_endpoint": os.environ[ENDPOINT],
+        "rdzv_configs": {"rank": machines.this, "timeout": _RENDEZVOUS_S},
+        "run_id": "megafork",
+        "logs_specs": RankLogs(machines.log_of),
+        "log_line_prefix_template": "[rank ${rank}] ",
+    }
+
+
+def _first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """Of a rank that says why, or was killed; others have ended because of one."""
+    told = {r: f for r, f in error.failures.items() if _words_of(f) or f.exitcode < 0}
+    error.failures = told or error.failures
+    return error.get_first_failure()
+
+
+def _words_of(failure: ProcessFailure) -> str | None:
+    message: Any = failure.message  # a str of torch's own where the rank left no words
+    return message["message"] if isinstance(message, dict) else None
+
+
+def _leave_words_of(rank: int, failure: ProcessFailure, log: str) -> None:
+    words, status = _words_of(failure), failure.exitcode
+    if status < 0:
+        last_words.leave(f"rank {rank} was killed by signal {-status}", log)
+    elif words is not None:
+        last_words.leave(f"rank {rank} ended with status {status}: {words}", log)
 
 
 def _signal_ranks(number: int) -> None:
@@ -90,6 +172,12 @@ def end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(launcher):  # killed before the line above
         sys.exit(1)
+
+
+def join_output() -> None:
+    """A rank with a log of its own: what it says of errors goes there too."""
+    if JOINED in os.environ:
+        os.dup2(1, 2)
 
 
 def check_world(parallel: ParallelConfig) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,18 +64,30 @@ class Group:
 
 @dataclass(frozen=True)
 class TokenTable:
+    """All samples of a batch, with the rows of those samples whose tokens are here.
+
+    What a sample is (lengths, reward, place in the loss) every rank knows of all of them, so plans
+    and denominators need no word between ranks. Rows are where they are worked on: `held_B` says
+    of which samples (training/exchange.py moves them; a table made from groups holds all).
+    """
+
     uid_B: Tensor
     """int64, unique over the whole run"""
     group_B: Tensor
     """int64, the group's prompt index"""
-    prompt_ids_P: Tensor
-    prompt_offsets: Tensor
-    """int64 [B+1]: sample b's prompt is prompt_ids_P[prompt_offsets[b] : prompt_offsets[b+1]]"""
-    offsets: Tensor
-    """int64 [B+1]: sample b's rows are offsets[b] .. offsets[b+1]-1"""
+    prompt_lengths_B: Tensor
+    """int64"""
+    response_lengths_B: Tensor
+    """int64, of all samples"""
+    num_loss_tokens_B: Tensor
+    """int64, of all samples: each one's tokens of the loss mask"""
     reward_B: Tensor
     accuracy_B: Tensor
     truncated_B: Tensor
+    held_B: Tensor
+    """bool: whose rows are here"""
+    prompt_ids_P: Tensor
+    """int64, of all samples, one after the other"""
     token_R: Tensor
     """int64, the response's token ids, EOS included"""
     rollout_logprob_R: Tensor
@@ -92,35 +105,43 @@ class TokenTable:
 
     @property
     def num_rows(self) -> int:
+        """Rows that are here."""
         return len(self.token_R)
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens of all samples."""
+        return int(self.response_lengths_B.sum())
 
     @property
     def num_loss_tokens(self) -> int:
         """The loss denominator: tokens of the loss mask over all ranks."""
-        return int(self.loss_mask_R.sum())
-
-    @property
-    def num_loss_tokens_B(self) -> Tensor:
-        """int64 [B]: each sample's tokens of the loss mask, over all ranks."""
-        return torch.bincount(self.sample_R[self.loss_mask_R], minlength=self.num_samples)
+        return int(self.num_loss_tokens_B.sum())
 
     @property
     def num_loss_sequences(self) -> int:
         """Samples with a token in the loss mask, over all ranks."""
         return int((self.num_loss_tokens_B > 0).sum())
 
-    @property
-    def response_lengths_B(self) -> Tensor:
-        return self.offsets.diff()
+    @cached_property
+    def held_lengths_B(self) -> Tensor:
+        """int64: rows of each sample that are here, all or none."""
+        return torch.where(self.held_B, self.response_lengths_B, 0)
 
-    @property
-    def prompt_lengths_B(self) -> Tensor:
-        return self.prompt_offsets.diff()
+    @cached_property
+    def offsets(self) -> Tensor:
+        """int64 [B+1]: sample b's rows are offsets[b] .. offsets[b+1]-1; none if not held."""
+        return _offsets(self.held_lengths_B)
+
+    @cached_property
+    def prompt_offsets(self) -> Tensor:
+        """int64 [B+1]: where each sample's prompt begins in prompt_ids_P."""
+        return _offsets(self.prompt_lengths_B)
 
     @property
     def sample_R(self) -> Tensor:
         """int64: which sample a row belongs to."""
-        return torch.repeat_interleave(torch.arange(self.num_samples), self.response_lengths_B)
+        return torch.repeat_interleave(torch.arange(self.num_samples), self.held_lengths_B)
 
     @property
     def position_R(self) -> Tensor:
@@ -141,18 +162,35 @@ class TokenTable:
     def take(self, samples: Sequence[int] | Tensor) -> TokenTable:
         """The table of these samples, in this order."""
         picked = torch.as_tensor(samples, dtype=torch.int64)
-        rows = _ranges(self.offsets, picked)
-        prompts = _ranges(self.prompt_offsets, picked)
+        rows = self.rows_of(picked)
         return TokenTable(
-            prompt_ids_P=self.prompt_ids_P[prompts],
-            prompt_offsets=_offsets(self.prompt_lengths_B[picked]),
-            offsets=_offsets(self.response_lengths_B[picked]),
+            prompt_ids_P=self.prompt_ids_P[_ranges(self.prompt_offsets, picked)],
             **{name: getattr(self, name)[picked] for name in _PER_SAMPLE},
             **{name: getattr(self, name)[rows] for name in _PER_ROW},
         )
 
+    def rows_of(self, samples: Tensor) -> Tensor:
+        """int64: the rows of these samples, in this order."""
+        return _ranges(self.offsets, samples)
+
+    def with_rows(self, held_B: Tensor, **columns: Tensor) -> TokenTable:
+        """The same samples with the rows of those in held_B, one after the other."""
+        return replace(self, held_B=held_B, **columns)
+
+    def without_rows(self) -> TokenTable:
+        """What every rank knows."""
+        nothing = {name: getattr(self, name)[:0] for name in _PER_ROW}
+        return self.with_rows(torch.zeros_like(self.held_B), **nothing)
+
     def with_columns(self, **columns: Tensor) -> TokenTable:
+        assert "loss_mask_R" not in columns, "with_loss_mask counts its tokens too"
         return replace(self, **columns)
+
+    def with_loss_mask(self, loss_mask_R: Tensor) -> TokenTable:
+        """Of a table that holds all rows."""
+        assert self.held_B.all()
+        counts_B = torch.bincount(self.sample_R[loss_mask_R], minlength=self.num_samples)
+        return replace(self, loss_mask_R=loss_mask_R, num_loss_tokens_B=counts_B)
 
     def minibatches(self, groups_per_minibatch: int, seed: int) -> list[TokenTable]:
         """Split by whole groups in a seeded order that depends on the groups' indices only.
@@ -169,7 +207,17 @@ class TokenTable:
         ]
 
 
-_PER_SAMPLE = ("uid_B", "group_B", "reward_B", "accuracy_B", "truncated_B")
+_PER_SAMPLE = (
+    "uid_B",
+    "group_B",
+    "prompt_lengths_B",
+    "response_lengths_B",
+    "num_loss_tokens_B",
+    "reward_B",
+    "accuracy_B",
+    "truncated_B",
+    "held_B",
+)
 _PER_ROW = ("token_R", "rollout_logprob_R", "policy_version_R", "loss_mask_R", "advantage_R")
 
 
@@ -179,24 +227,25 @@ def token_table(groups: Sequence[Group], *, overlong_filtering: bool = False) ->
     overlong_filtering: truncated responses keep their rows but leave the loss mask.
     """
     samples = [(group, sample) for group in groups for sample in group.samples]
-    lengths = torch.tensor([len(s.token_ids) for _, s in samples], dtype=torch.int64)
+    lengths_B = torch.tensor([len(s.token_ids) for _, s in samples], dtype=torch.int64)
     truncated_B = torch.tensor([s.truncated for _, s in samples], dtype=torch.bool)
-    prompt_lengths = torch.tensor([len(g.prompt_ids) for g, _ in samples], dtype=torch.int64)
     in_loss_B = ~truncated_B if overlong_filtering else torch.ones_like(truncated_B)
     return TokenTable(
         uid_B=torch.tensor([s.uid for _, s in samples], dtype=torch.int64),
         group_B=torch.tensor([g.prompt_index for g, _ in samples], dtype=torch.int64),
         prompt_ids_P=_flat([g.prompt_ids for g, _ in samples], torch.int64),
-        prompt_offsets=_offsets(prompt_lengths),
-        offsets=_offsets(lengths),
+        prompt_lengths_B=torch.tensor([len(g.prompt_ids) for g, _ in samples], dtype=torch.int64),
+        response_lengths_B=lengths_B,
+        num_loss_tokens_B=torch.where(in_loss_B, lengths_B, 0),
         reward_B=torch.tensor([s.reward for _, s in samples], dtype=torch.float32),
         accuracy_B=torch.tensor([s.accuracy for _, s in samples], dtype=torch.float32),
         truncated_B=truncated_B,
+        held_B=torch.ones_like(truncated_B),
         token_R=_flat([s.token_ids for _, s in samples], torch.int64),
         rollout_logprob_R=_flat([s.logprobs for _, s in samples], torch.float32),
         policy_version_R=_flat([_versions(g, s) for g, s in samples], torch.int64),
-        loss_mask_R=in_loss_B.repeat_interleave(lengths),
-        advantage_R=torch.full((int(lengths.sum()),), torch.nan),
+        loss_mask_R=in_loss_B.repeat_interleave(lengths_B),
+        advantage_R=torch.full((int(lengths_B.sum()),), torch.nan),
     )
 
 

@@ -60,7 +60,7 @@ def engine_offset(rows):
 def table_of(rollout_logprobs):
     table = make_table()
     loss_mask = ~torch.isin(table.sample_R, torch.tensor(OUTSIDE_LOSS))
-    return table.with_columns(loss_mask_R=loss_mask, rollout_logprob_R=rollout_logprobs.float())
+    return table.with_columns(rollout_logprob_R=rollout_logprobs.float()).with_loss_mask(loss_mask)
 
 
 class Reference:

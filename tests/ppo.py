@@ -93,8 +93,9 @@ def one_ppo_step(folder, critic_folder, layout, settings, critic_settings):
     metrics = policy.update(table, shifted, mask)
     critic_metrics = critic.apply(critic.judged_update(table, shifted, mask))
     return {
-        "values": values,
-        "advantages": table.advantage_R,
+        "rows": scores.rows_N,
+        "values": values[scores.rows_N],
+        "advantages": table.advantage_R[scores.rows_N],
         "estimated": done.metrics,
         "gradients": gradients,
         "metrics": (metrics, critic_metrics),

@@ -15,6 +15,10 @@ if [[ ${1:-} == --mcore-0.19 ]]; then
   mcore_path=$PWD/.venv/mcore-0.19
 fi
 
+# The tests on a real Slurm are skipped where it is missing, but never in continuous integration.
+if [[ ${CI:-} == true && $EUID == 0 ]]; then
+  tests/install_slurm.sh
+fi
 tools/setup_cpu.sh "${setup_args[@]}"
 bin=$PWD/.venv/bin
 export PATH=$bin:$PATH

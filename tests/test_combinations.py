@@ -80,7 +80,10 @@ def batch(policy, with_critic, spoilt):
     """Mini-batches whose engine is not quite the policy; `spoilt`: a response with a NaN reward."""
     table = make_ppo_table(seed=15)
     scores = policy.score(table)
-    own = policy.on_every_rank(scores.rows_N, scores.old_logprobs_N, table.num_rows)
+    own = torch.zeros(table.num_rows)
+    if policy.topology.is_last_stage and policy.topology.tp_rank == 0:
+        own[scores.rows_N] = scores.old_logprobs_N
+    torch.distributed.all_reduce(own)
     engines = own + 0.3 * torch.sin(torch.arange(table.num_rows).float() * 1.3)
     table = table.with_columns(rollout_logprob_R=engines)
     if not with_critic:

@@ -91,9 +91,12 @@ def test_a_ppo_step_is_that_of_one_process(folders_of, case, of_critic, tied):
     world = ParallelConfig(**layout).world_size
     ranks = run_ranks(world, one_ppo_step, *folders, layout, settings, own_settings)
     ours = {}, {}
+    of_row = {}
     for rank in ranks:
-        assert torch.equal(rank["values"], ranks[0]["values"])  # the same bits on every rank
-        assert torch.equal(rank["advantages"], ranks[0]["advantages"])
+        for column in ("values", "advantages"):
+            assert len(rank[column]) == len(rank["rows"])
+            for row, value in zip(rank["rows"].tolist(), rank[column].tolist(), strict=True):
+                assert of_row.setdefault((column, row), value) == value  # the same bits
         for gradients, own in zip(ours, rank["gradients"], strict=True):
             gradients |= own
         for metrics, norm in zip(rank["metrics"], truth["norms"], strict=True):
@@ -103,11 +106,12 @@ def test_a_ppo_step_is_that_of_one_process(folders_of, case, of_critic, tied):
                 assert metrics["loss"] == pytest.approx(loss, abs=1e-6)
             counts = rank["metrics"][1]
             assert (counts["rows"], counts["clipped"]) == (truth["rows"], truth["clipped"])
-        assert {n: rank["estimated"][n] for n in truth["estimated"]} == pytest.approx(
-            truth["estimated"], abs=1e-5
-        )
-    assert (ranks[0]["values"] - truth["values"]).abs().max() <= 1e-5
-    assert (ranks[0]["advantages"] - truth["advantages"]).abs().max() <= 1e-5
+            assert {n: rank["estimated"][n] for n in truth["estimated"]} == pytest.approx(
+                truth["estimated"], abs=1e-5
+            )
+    for column in ("values", "advantages"):
+        found = torch.tensor([of_row[column, row] for row in range(len(truth[column]))])
+        assert (found - truth[column]).abs().max() <= 1e-5
     assert sum("loss" in rank["metrics"][1] for rank in ranks) == world // layout.get("pp", 1)
     for gradients, theirs in zip(ours, truth["gradients"], strict=True):
         assert set(gradients) == set(theirs)
@@ -150,7 +154,8 @@ def test_three_updates_are_those_of_one_process(folders_of, case):
                 assert {n: their[n] for n in names} == pytest.approx(
                     {n: our[n] for n in names}, rel=1e-4, abs=1e-5
                 )
-        assert {n: rank[2][n] for n in values} == pytest.approx(values, abs=1e-5)
+        if not math.isnan(rank[2]["value/mean"]):  # the last stage
+            assert {n: rank[2][n] for n in values} == pytest.approx(values, abs=1e-5)
         loaded |= rank[3]
     assert set(loaded) == set(weights)
     assert max(float((loaded[n] - weights[n]).abs().max()) for n in weights) <= 1e-5
@@ -203,7 +208,7 @@ def test_a_new_value_head_is_zero_and_learns(folders_of, layout, tied, dtype):
     first, second = {}, {}
     for values, (before, after), shapes, later in ranks:
         assert not values.any()
-        assert later.abs().min() > 0 and torch.equal(later, ranks[0][-1])
+        assert later.abs().gt(0).all() and torch.equal(later, ranks[-1][-1][: len(later)])
         first |= before
         second |= after
         found = {n: what for n, what in shapes.items() if "output_layer" in n}
@@ -277,10 +282,12 @@ def with_a_bad_critic(folders, layout):
 @pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pp": 2}], ids=str)
 def test_a_nan_of_the_critic_costs_its_minibatch_alone(folders_of, layout):
     world = ParallelConfig(**layout).world_size
+    known = []
     for skipped, updates, values in run_ranks(world, with_a_bad_critic, folders_of(False), layout):
         assert skipped == [(1, "a value of the critic is not finite")]
         assert updates == 2
-        assert all(map(math.isfinite, values.values()))
+        known.append(all(map(math.isfinite, values.values())))
+    assert known == [False] * (layout.get("pp", 1) - 1) + [True] * layout.get("tp", 1)
 
 
 def load_one(path):

@@ -160,7 +160,7 @@ def every_case(folder, ref_folder, layout, settings, rollout_logprobs, mask, cas
     )  # fmt: skip
     table = make_table()
     loss_mask = ~torch.isin(table.sample_R, torch.tensor((3, 10)))
-    table = table.with_columns(loss_mask_R=loss_mask, rollout_logprob_R=rollout_logprobs)
+    table = table.with_columns(rollout_logprob_R=rollout_logprobs).with_loss_mask(loss_mask)
     scores = policy.score(table)
     with policy.reference.in_place():
         by_reference = policy.score(table)

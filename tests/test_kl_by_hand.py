@@ -119,9 +119,8 @@ def test_rows_that_the_terms_need(kl, bonus, needed):
     firsts = [int(o) for o in table.offsets[:-1]]
     rows = torch.tensor([first + i for first in firsts for i in range(2)])
     in_loss = table.sample_R < 2
-    table = table.with_columns(
-        loss_mask_R=in_loss, advantage_R=torch.tensor([1.0, 0.0, 1.0])[table.sample_R]
-    )
+    table = table.with_columns(advantage_R=torch.tensor([1.0, 0.0, 1.0])[table.sample_R])
+    table = table.with_loss_mask(in_loss)
     found = losses.loss_rows(
         table,
         rows,

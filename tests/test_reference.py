@@ -256,7 +256,7 @@ def score_by_hand(own, other, in_loss, rho, scope):
             Sample(i, [5] * (len(own) // 2), [0.0] * (len(own) // 2), False) for i in range(2)
         ]
         table = token_table([Group(0, [3, 4], 0, samples)])
-        table = table.with_columns(loss_mask_R=torch.tensor(in_loss, dtype=torch.bool))
+        table = table.with_loss_mask(torch.tensor(in_loss, dtype=torch.bool))
         scores = policy.score(table)
         by_reference = replace(scores, entropy_N=torch.tensor(other)[scores.rows_N])
         scores = replace(scores, entropy_N=torch.tensor(own)[scores.rows_N], reference=by_reference)

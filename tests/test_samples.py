@@ -36,7 +36,7 @@ def make_minibatches():
     and rounding would choose among them."""
     table = make_table(seed=19)
     cut_B = torch.arange(table.num_samples) % 5 == 1
-    table = table.with_columns(truncated_B=cut_B, loss_mask_R=~cut_B[table.sample_R])
+    table = table.with_columns(truncated_B=cut_B).with_loss_mask(~cut_B[table.sample_R])
     return table.minibatches(3, seed=0)
 
 
@@ -136,7 +136,7 @@ def histogram_of(folder, values):
     policy = make_policy(folder, {})
     table = make_table().take([0, 1, 2])
     scores = policy.score(table)
-    table = table.with_columns(loss_mask_R=torch.arange(table.num_rows) < len(values))
+    table = table.with_loss_mask(torch.arange(table.num_rows) < len(values))
     entropies = torch.zeros(len(scores.rows_N))
     for row, value in enumerate(values):
         entropies[scores.rows_N == row] = value
@@ -203,7 +203,7 @@ def test_few_responses_are_all_taken_once_and_cut_ones_last():
     table = make_table(seed=15).take([0, 1, 2, 3])  # of one group
     table = table.with_columns(accuracy_B=torch.zeros(4))
     assert sorted(one.uid for one in pick_responses([table], 9, step=1)) == [0, 1, 2, 3]
-    cut = table.with_columns(loss_mask_R=table.sample_R != 2)
+    cut = table.with_loss_mask(table.sample_R != 2)
     for step in range(1, 9):
         assert [one.uid for one in pick_responses([cut], 4, step=step)][-1] == 2
     assert pick_responses([], 4, step=1) == []

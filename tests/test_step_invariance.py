@@ -126,7 +126,7 @@ def select_with_filtered(folder, layout):
     forking = {"population": "response"}
     policy = make_policy(folder, layout, forking=forking, micro_batch_tokens=40)
     table = make_table()
-    table = table.with_columns(loss_mask_R=table.sample_R % 3 != 1)
+    table = table.with_loss_mask(table.sample_R % 3 != 1)
     scores = policy.score(table)
     [mask], selection = policy.select([table], [scores], step=1)
     return scores.rows_N[mask].tolist(), selection

@@ -10,7 +10,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "megafork"
 # A module may import from its own floor and from the floors before it.
 FLOORS = [
-    {"errors", "disk", "config", "types", "interruption", "launch", "__init__"},
+    {
+        "errors",
+        "disk",
+        "config",
+        "types",
+        "interruption",
+        "last_words",
+        "launch",
+        "rank_logs",
+        "__init__",
+    },
     {"parallel"},
     {"ops"},
     {"data"},
@@ -18,7 +28,8 @@ FLOORS = [
     {"rewards", "rollout", "weight_sync", "checkpoint", "logging"},
     {"evaluation", "report"},
     {"training"},
-    {"scoring", "doctor"},
+    {"planning"},
+    {"scoring", "doctor", "nodes"},
     {"analysis"},
     {"cli"},
     {"__main__"},

@@ -22,7 +22,9 @@ def make_minibatches():
     """Two of three prompts each, with ids folded to 2..10 so that they repeat; some responses are
     out of the loss."""
     table = make_table(seed=15)
-    table = table.with_columns(token_R=table.token_R % 9 + 2, loss_mask_R=table.sample_R % 5 != 1)
+    table = table.with_columns(token_R=table.token_R % 9 + 2).with_loss_mask(
+        table.sample_R % 5 != 1
+    )
     return table.minibatches(3, seed=0)
 
 

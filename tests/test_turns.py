@@ -37,11 +37,13 @@ class Recorder:
     def __init__(self, policy, critic, *, shared):
         self.policy, self.critic = policy, critic
         self.events = []
-        client = SimpleNamespace(wake_up=self.note)
-        front = SimpleNamespace(
-            client=client, server=SimpleNamespace(stop=lambda: self.note("stop"))
+        front = SimpleNamespace(client=SimpleNamespace(wake_up=self.note))
+        self.turns = Turns(
+            [self.policy, self.critic],
+            lambda work: work(front),
+            lambda: self.note("stop"),
+            shared=shared,
         )
-        self.turns = Turns([self.policy, self.critic], lambda work: work(front), shared=shared)
 
     def note(self, what):
         parts = {

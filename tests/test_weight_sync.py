@@ -92,18 +92,19 @@ def test_log_probabilities_agree_after_every_push(server, layout):
     assert running.client().weight_version() == version + 1
 
 
-def make_sync(url, api_key, folder, layout):
+def make_sync(client, folder, layout):
+    """client: of rank 0"""
     parallel = ParallelConfig(**layout, timeout_minutes=1.0)
     topology = initialize(parallel)
     model = ModelConfig(path=str(folder), dtype="float32")
     scorer = Scorer(model, parallel, topology, micro_batch_tokens=256, temperature=0.8)
-    client = RolloutClient(url, api_key) if topology.rank == 0 else None
+    client = client if topology.rank == 0 else None
     return WeightSync(scorer, topology, client, SyncConfig(timeout_s=20), num_workers=1)
 
 
 def push_of_another_shape(url, api_key, folder):
     """The error of a push on this rank: (its type, its text)."""
-    sync = make_sync(url, api_key, folder, {"tp": 2})
+    sync = make_sync(RolloutClient(url, api_key), folder, {"tp": 2})
     with pytest.raises(UserError) as caught:
         sync.push(99)
     return caught.type, str(caught.value)
@@ -127,7 +128,7 @@ def test_a_push_that_fails_is_told_by_rank_zero_and_hangs_nobody(tmp_path):
 
 def push_to_a_server_that_dies(dying, process_group, other, folder, layout):
     """Its errors, and the agreement with another server after a push to that one."""
-    sync = make_sync(*dying, folder, layout)
+    sync = make_sync(RolloutClient(*dying), folder, layout)
     topology = sync.topology
     if topology.rank == 0:
         send = sync.sender.send

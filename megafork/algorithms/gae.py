@@ -11,6 +11,7 @@ Shapes: B samples, R rows of the token table, N rows that a rank works on.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 _EPSILON = 1e-8
@@ -50,17 +51,28 @@ def gae(
     return advantages_R.float(), (advantages_R + values_R).float()
 
 
-def masked_mean_and_variance(values: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Of the masked values, in float64; the sample variance (n - 1), 0 of fewer than two."""
+def masked_mean_and_variance(
+    values: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None
+) -> tuple[float, float]:
+    """Of the masked values, in float64; the sample variance (n - 1), 0 of fewer than two.
+
+    group: whose ranks have one part of the values each, on its device.
+    """
     kept = values[mask].double()
-    if len(kept) < 2:
-        return float(kept.mean()) if len(kept) else 0.0, 0.0
-    return float(kept.mean()), float(kept.var())
+
+    def over_all(total: Tensor) -> Tensor:
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        return total
+
+    total, count = over_all(torch.stack([kept.sum(), mask.double().sum()])).tolist()
+    mean = total / max(count, 1)
+    squares = float(over_all(((kept - mean) ** 2).sum()))
+    return mean, squares / (count - 1) if count >= 2 else 0.0
 
 
-def whitened(advantages_R: Tensor, loss_mask_R: Tensor) -> Tensor:
-    """Shifted and scaled to mean 0 and variance 1 over the loss tokens. float32 [R]."""
-    mean, variance = masked_mean_and_variance(advantages_R, loss_mask_R)
+def whitened(advantages_R: Tensor, mean: float, variance: float) -> Tensor:
+    """Shifted and scaled so that these, of the loss tokens, become 0 and 1. float32 [R]."""
     return ((advantages_R.double() - mean) / (variance + _EPSILON) ** 0.5).float()
 
 
@@ -89,8 +101,13 @@ def value_loss(
     return 0.5 * squared_N.sum() / denominator, clipped_N
 
 
-def explained_variance(values_R: Tensor, returns_R: Tensor, loss_mask_R: Tensor) -> float:
+def explained_variance(
+    values_R: Tensor,
+    returns_R: Tensor,
+    loss_mask_R: Tensor,
+    group: dist.ProcessGroup | None = None,
+) -> float:
     """1 - Var(return - value) / Var(return) over the loss tokens; NaN where returns are equal."""
-    _, of_returns = masked_mean_and_variance(returns_R, loss_mask_R)
-    _, of_errors = masked_mean_and_variance(returns_R - values_R, loss_mask_R)
+    _, of_returns = masked_mean_and_variance(returns_R, loss_mask_R, group)
+    _, of_errors = masked_mean_and_variance(returns_R - values_R, loss_mask_R, group)
     return 1.0 - of_errors / of_returns if of_returns else torch.nan

@@ -51,6 +51,10 @@ class ParallelConfig(Section):
         60.0, description="a collective that waits longer ends the run (generation included)"
     )
 
+    startup_timeout_s: PositiveFloat = Field(
+        300.0, description="seconds for all ranks to come to the rendezvous when a run starts"
+    )
+
     @property
     def model_parallel_size(self) -> int:
         return self.tp * self.pp * self.cp

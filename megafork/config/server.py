@@ -34,3 +34,9 @@ class ServerConfig(Section):
     cpu_kv_cache_gib: Positive = Field(1, description="KV cache of a CPU server, GiB")
     startup_timeout_s: PositiveFloat = Field(600.0, description="seconds for the server to come up")
     request_timeout_s: PositiveFloat = Field(3600.0, description="seconds for one request")
+
+    @property
+    def urls(self) -> list[str]:
+        """Of the servers that run already; empty: servers are to be started."""
+        given = [self.url] if isinstance(self.url, str) else self.url or []
+        return [url.rstrip("/") for url in given]

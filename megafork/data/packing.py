@@ -104,6 +104,7 @@ def build_pack(
     table: TokenTable, samples: Sequence[int], *, part: Zigzag, device: torch.device
 ) -> Pack:
     """Join prompt and response of `samples` into one pack and take this rank's part of it."""
+    assert table.held_B[list(samples)].all(), "rows that are not here"
     tokens: list[Tensor] = []
     row_of_slot: list[Tensor] = []
     lengths: list[int] = []

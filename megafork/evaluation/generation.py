@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,8 @@ from megafork.interruption import Interruption
 from megafork.model.shape import ModelShape
 from megafork.rollout.background import BackgroundLoop
 from megafork.rollout.client import RolloutClient
-from megafork.rollout.engine import RolloutServer, Served, check_server
+from megafork.rollout.engine import Served, api_key_of, check_server, log_paths, start_here
+from megafork.rollout.fleet import Fleet
 from megafork.rollout.sampling import Completion, Sampling
 
 Rows = list[dict[str, Any]]
@@ -34,7 +35,7 @@ MakeRows = Callable[[Prompt, list[Completion]], Awaitable[Rows]]
 T = TypeVar("T")
 _HOW_FAST = {
     "rollout": (
-        *("url", "api_key_env", "python", "tensor_parallel", "max_num_seqs"),
+        *("url", "servers", "api_key_env", "python", "tensor_parallel", "max_num_seqs"),
         *("gpu_memory_utilization", "cpu_kv_cache_gib", "startup_timeout_s", "request_timeout_s"),
     ),
     "reward": ("workers", "timeout_s", "memory_mib", "max_failed_fraction"),
@@ -154,7 +155,8 @@ def generate_file(config: GenerateConfig, data: str, output: Path) -> None:
     file = SampleFile(output, given.settings() | digest(prompts), len(prompts))
     log_path = output.with_name(output.name + ".vllm.log")
     run_jobs(given, [Job(prompts, file)], make_rows, log_path=log_path)
-    log_path.unlink(missing_ok=True)
+    for log in log_paths(log_path, config.rollout.servers):
+        log.unlink(missing_ok=True)
     told = f"{len(prompts)} prompts, {config.rollout.samples} responses each: {output}"
     Console().print(told, soft_wrap=True, markup=False)
 
@@ -202,12 +204,13 @@ def run_jobs(given: Input, jobs: Sequence[Job], make_rows: MakeRows, *, log_path
         device = _device()
         knows_two = any(job.sampling and job.sampling.forking_temperatures for job in jobs)
         served = replace(given.served(folder), two_temperatures=knows_two)
-        server = stack.enter_context(RolloutServer(served, given.config.rollout, device, log_path))
         try:
-            client = server.connect(interruption.check)
-            _check_weights(client, given.config.rollout, folder)
+            fleet = stack.enter_context(
+                _servers(given.config.rollout, served, device, log_path, interruption)
+            )
+            _check_weights(fleet, given.config.rollout, folder)
             loop = stack.enter_context(BackgroundLoop())
-            work = _generate(given, client, todo, make_rows)
+            work = _generate(given, fleet, todo, make_rows)
             interruption.wait(loop.submit(work))
         except Interrupted as signal:
             kept = sum(len(job.prompts) - len(job.file.missing()) for job in jobs)
@@ -217,8 +220,27 @@ def run_jobs(given: Input, jobs: Sequence[Job], make_rows: MakeRows, *, log_path
             ) from None
 
 
+@contextlib.contextmanager
+def _servers(
+    rollout: GenerationConfig, served: Served, device: str, log: Path, interruption: Interruption
+) -> Iterator[Fleet]:
+    """rollout.url's, or as many as rollout.servers says, started and ended here; all of them up."""
+    with contextlib.ExitStack() as stack:
+        if rollout.url is not None:
+            key, timeout_s = api_key_of(rollout), rollout.request_timeout_s
+            clients = [RolloutClient(url, key, timeout_s=timeout_s) for url in rollout.urls]
+        else:
+            logs = log_paths(log, rollout.servers)
+            local = stack.enter_context(start_here(served, rollout, device, logs))
+            clients = local.clients(rollout.request_timeout_s)
+            local.wait(interruption.check)
+        fleet = stack.enter_context(Fleet(clients, max_num_seqs=rollout.max_num_seqs))
+        fleet.wait_until_up(rollout.startup_timeout_s, rollout.api_key_env, interruption.check)
+        yield fleet
+
+
 async def _generate(
-    given: Input, client: RolloutClient, todo: Sequence[tuple[Job, Prompt]], make_rows: MakeRows
+    given: Input, fleet: Fleet, todo: Sequence[tuple[Job, Prompt]], make_rows: MakeRows
 ) -> None:
     rollout = given.config.rollout
     console = Console(stderr=True)
@@ -237,14 +259,15 @@ async def _generate(
         if rollout.seed is not None:  # of the prompt alone; response i takes seed + i
             seed = (rollout.seed * 1_000_003 + prompt.index) * rollout.samples
         sampling = job.sampling or given.sampling()
-        completions = await client.generate(prompt.ids, rollout.samples, sampling, seed)
+        completions = await fleet.generate(prompt.ids, rollout.samples, sampling, seed)
         job.file.append(prompt.index, await make_rows(prompt, completions))
         progress.advance(task)
 
     with progress:
         task = progress.add_task("generate", total=len(todo))
-        async with client:
-            await for_each(todo, one, groups_at_once(rollout.max_num_seqs, rollout.samples))
+        async with fleet:
+            at_once = groups_at_once(rollout.max_num_seqs, rollout.samples) * len(fleet.clients)
+            await for_each(todo, one, at_once)
 
 
 def groups_at_once(max_num_seqs: int, samples: int) -> int:
@@ -269,21 +292,22 @@ async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_
         await asyncio.gather(*takers, return_exceptions=True)
 
 
-def _check_weights(client: RolloutClient, rollout: GenerationConfig, folder: Path) -> None:
+def _check_weights(fleet: Fleet, rollout: GenerationConfig, folder: Path) -> None:
     """A server of somebody else's must have this model, and no weights that a trainer pushed."""
     if rollout.url is None:
         return
-    serves, version = client.model_path(), client.weight_version()
-    if Path(serves).resolve() != folder.resolve():
-        raise UserError(
-            f"rollout.url={rollout.url} serves {serves}, not {folder}: serve that, or unset "
-            "rollout.url"
-        )
-    if version:
-        raise UserError(
-            f"rollout.url={rollout.url} has weights that a training run pushed (version "
-            f"{version}), not those of {folder}: use another server, or unset rollout.url"
-        )
+    for client in fleet.clients:
+        serves, version = client.model_path(), client.weight_version()
+        if Path(serves).resolve() != folder.resolve():
+            raise UserError(
+                f"rollout.url={client.url} serves {serves}, not {folder}: serve that, or unset "
+                "rollout.url"
+            )
+        if version:
+            raise UserError(
+                f"rollout.url={client.url} has weights that a training run pushed (version "
+                f"{version}), not those of {folder}: use another server, or unset rollout.url"
+            )
 
 
 def _device() -> str:

@@ -11,11 +11,12 @@ from megafork.evaluation import metrics
 from megafork.evaluation.generation import for_each, groups_at_once
 from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
+from megafork.rollout.fleet import Fleet
 from megafork.rollout.sampling import Sampling
 
 
 async def sample(
-    client: RolloutClient,
+    client: RolloutClient | Fleet,
     prompts: list[Prompt],
     tokenizer: Tokenizer,
     judge: Judge,

@@ -97,18 +97,23 @@ class PackedAttention(torch.nn.Module):
             if position_parts is not None:
                 position = _pad(position_parts[start:stop])[:, None, :, None]
                 seen = torch.arange(k.shape[2], device=k.device) <= position
-            out = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=seen,
-                is_causal=seen is None,
-                scale=self.softmax_scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            ).transpose(1, 2)
+            out = self.attend(q, k, v, seen, self.softmax_scale).transpose(1, 2)
             own = self._own(lengths[start:stop])
             outputs += [row[:n] for row, n in zip(out, own, strict=True)]
         return torch.cat(outputs).flatten(1)
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None) -> Tensor:
+        """[batch, heads, tokens, D] of each; seen: which keys a query sees, None: the past."""
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=seen,
+            is_causal=seen is None,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
 
     def _own(self, lengths: list[int]) -> list[int]:
         """Tokens of each sequence on this rank."""

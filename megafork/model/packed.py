@@ -1,8 +1,8 @@
 """A model in its layout, and megatron's schedule over packs of a token table.
 
 What happens with the hidden states of the last stage is for those who use it: log-probabilities
-and entropies (scorer.py), values (training/critic.py). Every rank holds the same token table and so
-knows every plan, denominator and shape without asking.
+and entropies (scorer.py), values (training/critic.py). Every rank knows the lengths of all samples
+of a token table, and so every plan, denominator and shape, without asking.
 """
 
 from __future__ import annotations
@@ -56,39 +56,41 @@ class PackedModel:
         """What the schedule runs: the stages, or what a subclass wraps them in."""
 
     def packs(self, table: TokenTable) -> list[Pack]:
-        """This rank's part of its micro-batches of the table."""
+        """This rank's part of its micro-batches of the table, whose rows it has to hold."""
         self._check(table)
-        plan = plan_micro_batches(
+        return [
+            build_pack(table, samples, part=self.part, device=self.topology.device)
+            for samples in self._plan(table)[self.topology.dp_rank]
+        ]
+
+    def replicas(self, table: TokenTable) -> Tensor:
+        """int64 [B]: the data-parallel rank that each sample's micro-batch is on. Needs no rows."""
+        replica_B = torch.empty(table.num_samples, dtype=torch.int64)
+        for rank, micro_batches in enumerate(self._plan(table)):
+            replica_B[[sample for samples in micro_batches for sample in samples]] = rank
+        return replica_B
+
+    def _plan(self, table: TokenTable) -> list[list[list[int]]]:
+        """Samples by data-parallel rank and micro-batch."""
+        return plan_micro_batches(
             [self.part.padded(length) for length in fed_lengths(table)],
             dp_size=self.topology.dp_size,
             token_budget=self.micro_batch_tokens,
             cp_size=self.topology.cp_size,
             count_multiple=self.count_multiple,
         )
-        return [
-            build_pack(table, samples, part=self.part, device=self.topology.device)
-            for samples in plan[self.topology.dp_rank]
-        ]
-
-    def on_every_rank(self, rows_N: Tensor, values_N: Tensor, num_rows: int) -> Tensor:
-        """float32 [num_rows] on the CPU: each row's value from the rank that holds it. Collective.
-
-        Tensor-parallel rank 0 alone speaks, so all ranks get the same bits; only the last stage
-        has rows.
-        """
-        values_R = torch.zeros(num_rows, device=self.topology.device)
-        if self.topology.is_last_stage and self.topology.tp_rank == 0:
-            values_R[rows_N.to(self.topology.device)] = values_N.to(self.topology.device)
-        dist.all_reduce(values_R)
-        return values_R.cpu()
 
     def _check(self, table: TokenTable) -> None:
+        """Raises UserError on all ranks or none. Collective."""
         vocab, positions = self.shape.vocab_size, self.shape.max_positions
-        tokens = torch.cat([table.prompt_ids_P, table.token_R])
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
+        tokens = torch.cat([table.prompt_ids_P, table.token_R, torch.zeros(1, dtype=torch.int64)])
+        span = torch.stack([-tokens.min(), tokens.max()]).to(self.topology.device)
+        dist.all_reduce(span, op=dist.ReduceOp.MAX)
+        smallest, largest = -int(span[0]), int(span[1])
+        if not 0 <= smallest <= largest < vocab:
             raise UserError(
-                f"token ids span {int(tokens.min())}..{int(tokens.max())}, but the model's "
-                f"vocabulary has {vocab}: is this the model's own tokenizer?"
+                f"token id {smallest if smallest < 0 else largest} is not in the model's "
+                f"vocabulary of {vocab}: is this the model's own tokenizer?"
             )
         longest = max(fed_lengths(table), default=0)
         if longest > positions:

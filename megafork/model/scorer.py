@@ -1,7 +1,6 @@
 """A model in its layout that scores token tables: log-probability and entropy of every token.
 
-Values of tokens exist on the last pipeline stage, on the rank that holds the token's pack; every
-rank holds the same token table and so knows every plan, denominator and shape without asking.
+Values of tokens exist on the last pipeline stage, on the rank that holds the token's pack.
 """
 
 from __future__ import annotations

@@ -237,7 +237,7 @@ class Blocks:
     def __init__(self, logits: Tensor, *dtypes: torch.dtype):
         self.num_rows, self.num_columns = logits.shape
         threads = torch.get_num_threads() if logits.device.type == "cpu" else 1
-        size = _BLOCK * threads if logits.device.type == "cpu" else _GPU_BLOCK
+        size = _GPU_BLOCK if logits.is_cuda else _BLOCK * threads  # meta: as one thread of a CPU
         across = -(-self.num_columns // size) or 1
         self.width = -(-self.num_columns // across) or 1
         self.height = max(1, min(size // self.width, self.num_rows))

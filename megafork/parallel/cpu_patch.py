@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -90,3 +90,14 @@ def apply() -> None:
     logging.getLogger(rng.__name__).setLevel(logging.ERROR)
     # Gradient clipping and the optimizers ask for the type "torch.cuda.FloatTensor".
     torch.Tensor.type = _type_as_on_cuda(torch.Tensor.type)  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def current_device(device: torch.device) -> Iterator[None]:
+    """What megatron-core allocates goes to `device` meanwhile."""
+    before = torch.cuda.current_device
+    torch.cuda.current_device = lambda: device  # type: ignore[assignment,return-value]
+    try:
+        yield
+    finally:
+        torch.cuda.current_device = before

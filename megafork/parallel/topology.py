@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -46,6 +47,11 @@ class Topology:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_replica_leader(self) -> bool:
+        """The first of the tp * pp * cp ranks that hold one copy of the model; rank 0 is one."""
+        return self.tp_rank == self.pp_rank == self.cp_rank == 0
 
     @property
     def is_first_replica(self) -> bool:
@@ -92,6 +98,30 @@ class Topology:
             raise theirs("rank 0 failed")
         return value  # type: ignore[return-value]
 
+    def on_every_rank(self, function: Callable[[], T]) -> list[T]:
+        """Run `function` on every rank; all values, in rank order, reach every rank.
+
+        Where it fails, rank 0 raises a UserError that names the first rank and its cause, and the
+        others a PeerError; an OnEveryRank is raised on all.
+        """
+        value: T | None = None
+        failure: tuple[type[Exception], str] | None = None
+        try:
+            value = function()
+        except (UserError, OnEveryRank) as error:
+            failure = (type(error), str(error))
+        outcomes = self.all_gather_object((value, failure))
+        for rank, (_, failure) in enumerate(outcomes):
+            if failure is None:
+                continue
+            kind, text = failure
+            if issubclass(kind, OnEveryRank):
+                raise kind(text)
+            if self.rank != 0:
+                raise PeerError(text)
+            raise UserError(text if rank == 0 else f"rank {rank}: {text}")
+        return [value for value, _ in outcomes]
+
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
         found = torch.tensor(int(flag), device=self.device)
@@ -99,9 +129,48 @@ class Topology:
         return bool(found)
 
 
-def initialize(parallel: ParallelConfig, *, seed: int = 0) -> Topology:
+def find_world(startup_s: float, timeout: datetime.timedelta) -> dict[str, Any]:
+    """Wait until every rank has come to the world's store; the arguments that join it.
+
+    Apart from `timeout`, which has to allow for a generation, so that a machine that is not there
+    is found out soon. Raises UserError that names the absent ranks, or the address.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    limit = datetime.timedelta(seconds=startup_s)
+    try:
+        world = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            world_size,
+            is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            timeout=limit,
+            wait_for_workers=False,  # it would not say who is missing
+            multi_tenant=True,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {rank} cannot reach the rendezvous at {where} (parallel.startup_timeout_s="
+            f"{startup_s:g}): is it the first machine's address as seen from here? {error}"
+        ) from None
+    store = dist.PrefixStore("megafork/here", world)
+    store.set(str(rank), socket.gethostname())
+    try:
+        store.wait([str(other) for other in range(world_size)], limit)
+    except RuntimeError:
+        absent = [str(other) for other in range(world_size) if not store.check([str(other)])]
+        raise UserError(
+            f"rank {', '.join(absent)} did not come to {where} within "
+            f"parallel.startup_timeout_s={startup_s:g}: see what holds it up, or allow more"
+        ) from None
+    world.set_timeout(timeout)
+    return {"store": world, "rank": rank, "world_size": world_size}
+
+
+def initialize(parallel: ParallelConfig, *, seed: int = 0, gloo_groups: bool = True) -> Topology:
     """Join the world that torchrun (or a plain start) made and split it as `parallel` says.
 
+    gloo_groups: also for objects and tensors of the CPU, beside NCCL's.
     Raises UserError when the world's size and the layout disagree.
     """
     device = backend.prepare()
@@ -110,6 +179,8 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0) -> Topology:
         kwargs: dict[str, Any] = {"backend": backend.communication_backend(), "timeout": timeout}
         if "RANK" not in os.environ:
             kwargs |= {"init_method": f"tcp://127.0.0.1:{free_port()}", "rank": 0, "world_size": 1}
+        else:
+            kwargs |= find_world(parallel.startup_timeout_s, timeout)
         dist.init_process_group(**kwargs)
     world_size = dist.get_world_size()
     dp_size, rest = divmod(world_size, parallel.model_parallel_size)
@@ -125,6 +196,7 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0) -> Topology:
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         distributed_timeout_minutes=parallel.timeout_minutes,
+        create_gloo_process_groups=gloo_groups,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     tp_rank, pp_rank = dist.get_rank(groups.tp), dist.get_rank(groups.pp)

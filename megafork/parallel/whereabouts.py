@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from megafork import last_words
 from megafork.errors import PeerError
 
 _TIMED_OUT = re.compile("timed? ?out", re.IGNORECASE)
@@ -63,11 +64,15 @@ class Whereabouts:
         if b"timed out" not in waiting.values() or self._store.add("told", 1) > 1:
             return
         absent = [self._last_seen(r, now) for r in waits if r not in waiting]
-        print(
-            f"error (rank {self.rank}): in {self._where} a collective was not done within "
+        message = (
+            f"in {self._where} a collective was not done within "
             f"parallel.timeout_minutes={self.timeout_minutes:g}. "
             + ("; ".join(absent) or "Every rank waits for another: is the network whole?")
-            + f"\n  Look at these processes (py-spy dump --pid), or allow more time. {error}",
+        )
+        last_words.leave(message)
+        print(
+            f"error (rank {self.rank}): {message}\n"
+            f"  Look at these processes (py-spy dump --pid), or allow more time. {error}",
             file=sys.stderr,
             flush=True,
         )

@@ -133,6 +133,16 @@ CHARTS = (
         ),
     ),
     Chart("Skipped updates", "updates", (("update/skipped", "skipped"),)),
+    Chart(
+        "Rollout servers",
+        "servers",
+        (
+            ("rollout/servers", "that generate"),
+            ("rollout/servers_lost", "lost in the step"),
+            ("rollout/servers_replaced", "joined again in the step"),
+        ),
+        needs=("rollout/servers_lost",),
+    ),
     Chart("Throughput", "tokens per second", (("throughput/tokens_per_second", "trained on"),)),
     Chart(
         "Lag",

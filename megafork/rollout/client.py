@@ -30,6 +30,9 @@ _ATTEMPTS = 5  # the first one included; waits of 0.5, 1, 2 and 4 s in between
 _LOG_LINES = 8
 _ANSWER_S = 30.0
 """What the server answers from memory, it answers within this."""
+_CONNECT_S = 10.0
+_MARGIN_S = 30.0
+"""Of a transfer's request over the transfer's own time-out, whose cause is the better one"""
 
 
 class ServerError(UserError):
@@ -40,6 +43,14 @@ class ServerError(UserError):
         self.status = status
 
 
+class ServerLost(UserError):
+    """The server does not answer, or it is not the one that has our weights."""
+
+
+class ServerSlow(ServerLost):
+    """A request took longer than the client allows."""
+
+
 class RolloutClient:
     """Talks to one server. Safe to use from several event loops, one after the other or at once.
 
@@ -47,8 +58,8 @@ class RolloutClient:
     log_path: the server's log, quoted when the server cannot be reached.
 
     `generate` is idempotent and retried on connection errors; requests that change the server are
-    not. Errors: UserError when the server cannot be reached or takes longer than timeout_s,
-    ServerError when it says no.
+    not. Errors: ServerLost when the server cannot be reached or was started again, ServerSlow when
+    it takes longer than timeout_s, ServerError when it says no.
     """
 
     def __init__(
@@ -59,6 +70,7 @@ class RolloutClient:
         self.log_path = log_path
         self._headers = {"Authorization": f"Bearer {api_key}"}
         self._version: int | None = None
+        self._transfer_timeout_s = timeout_s
         self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
         self._users: Counter[asyncio.AbstractEventLoop] = Counter()
 
@@ -86,16 +98,18 @@ class RolloutClient:
         ended has its stop token last, with its log-probability.
         """
         name = request_id or uuid.uuid4().hex
+        given = self.version
         body = sampling.request_body(prompt_ids, n, seed, request_id=name)
 
         try:
             answer = await self._retried(lambda: self._post(GENERATE_PATH, body))
         except TimeoutError:
-            raise UserError(
+            raise ServerSlow(
                 f"a group of {n} responses took longer than rollout.request_timeout_s="
                 f"{self.timeout_s:g}: raise it or lower rollout.max_response_tokens"
             ) from None
         completions = decode_completions(answer)
+        self._refuse_older_weights(completions, given)
         if request_id is None and any(completion.aborted for completion in completions):
             raise UserError(f"the rollout server at {self.url} aborted a request")
         return completions
@@ -128,7 +142,7 @@ class RolloutClient:
             self._sessions[loop] = aiohttp.ClientSession(
                 headers=self._headers,
                 connector=aiohttp.TCPConnector(limit=0),  # the engine queues, not the client
-                timeout=aiohttp.ClientTimeout(total=self.timeout_s),
+                timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=_CONNECT_S),
             )
         return self._sessions[loop]
 
@@ -148,13 +162,40 @@ class RolloutClient:
 
     # -------------------------------------------------------------- administration
 
-    def health(self) -> bool:
-        """Whether the server answers to this API key, its engine lives and has our weights."""
+    def members(self) -> list[tuple[str, int]]:
+        """The servers that a push reaches, and how often each was replaced."""
+        return [(self.url, 0)]
+
+    def is_alive(self) -> bool:
+        """Whether the server answers, and knows of no failure of its engine."""
         try:
-            self._request("GET", "/health", timeout_s=5.0)
-            return self._version in (None, self.weight_version())
+            self._request("GET", "/health", timeout_s=_CONNECT_S)
+            return True
         except UserError:
             return False
+
+    def health(self) -> bool:
+        """Whether the server answers to this API key, its engine lives and has our weights."""
+        return self.ailment() is None
+
+    def ailment(self) -> str | None:
+        """What `health` lacks."""
+        try:
+            self._request("GET", "/health", timeout_s=_CONNECT_S)
+            version = self.weight_version()
+        except UserError as error:
+            return str(error)
+        return None if self._version in (None, version) else str(self._started_again(version))
+
+    def forget_version(self) -> None:
+        """Whatever weights the server has from now on, `health` takes them."""
+        self._version = None
+
+    def _refuse_older_weights(self, completions: list[Completion], given: int) -> None:
+        """given: the version that the server had when it was asked."""
+        for completion in completions:
+            if completion.versions and completion.versions[0][0] < given:
+                raise self._started_again(completion.versions[0][0])
 
     def _refuse_another_server(self) -> None:
         """One that someone has started again must not answer what was asked of the former."""
@@ -166,10 +207,13 @@ class RolloutClient:
         except UserError:  # does not answer: the next attempt will tell
             return
         if version not in (before, self._version, before + 1):  # a push may be under way
-            raise UserError(
-                f"the rollout server at {self.url} was started again: it has weights {version}, "
-                f"not {self._version}"
-            )
+            raise self._started_again(version)
+
+    def _started_again(self, version: int) -> ServerLost:
+        return ServerLost(
+            f"the rollout server at {self.url} was started again: it has weights {version}, "
+            f"not {self._version}"
+        )
 
     def pause(self, mode: str = "wait") -> None:
         """Stop scheduling and drop the prefix cache; the weights may then change.
@@ -210,15 +254,27 @@ class RolloutClient:
             raise ServerError(path, 200, "running requests hold the cache; pause first")
 
     def init_transfer(
-        self, senders: list[dict[str, Any]], num_workers: int, timeout_s: float = 300.0
+        self,
+        senders: list[dict[str, Any]],
+        num_workers: int,
+        timeout_s: float = 300.0,
+        *,
+        first_worker: int = 0,
     ) -> None:
         """Join the workers to each sender's group; returns when all groups are up.
 
-        senders: {"host": str, "port": int} of every `WeightSender`, in the order of their numbers.
+        senders: the address of every `Sender`, in the order of their numbers.
+        num_workers: of a group, all servers together; this one's begin with `first_worker`.
         timeout_s: how long a worker waits for a sender, here and in every broadcast.
         """
-        body = {"senders": senders, "num_workers": num_workers, "timeout_s": timeout_s}
-        self._request("POST", CONNECT_PATH, body)
+        self._transfer_timeout_s = timeout_s + _MARGIN_S
+        body = {
+            "senders": senders,
+            "num_workers": num_workers,
+            "first_worker": first_worker,
+            "timeout_s": timeout_s,
+        }
+        self._request("POST", CONNECT_PATH, body, self._transfer_timeout_s)
 
     def start_weight_update(self) -> None:
         """Raises ServerError unless the server is paused: nothing may be sampled meanwhile."""
@@ -227,7 +283,7 @@ class RolloutClient:
 
     def update_weights(self, buckets: list[dict[str, Any]]) -> None:
         """Receive the buckets, in this order, from their senders; blocks until all are loaded."""
-        self._request("POST", UPDATE_PATH, {"buckets": buckets})
+        self._request("POST", UPDATE_PATH, {"buckets": buckets}, self._transfer_timeout_s)
 
     def finish_weight_update(self, weight_version: int) -> None:
         """Name the version of the weights that were loaded."""
@@ -255,13 +311,16 @@ class RolloutClient:
                     self.url + path,
                     json=body,
                     headers=self._headers,
-                    timeout=timeout_s or self.timeout_s,
+                    timeout=(_CONNECT_S, timeout_s or self.timeout_s),
                 )
         except requests.RequestException as error:
             raise self._unreachable(error) from error
         if response.status_code != 200:
             raise self._refused(path, response.status_code, response.content)
-        return response.json() if response.content else None
+        try:
+            return response.json() if response.content else None
+        except ValueError:  # some other program's page
+            raise self._refused(path, response.status_code, response.content) from None
 
     def _refused(self, path: str, status: int, payload: bytes) -> ServerError:
         message = _message(payload)
@@ -269,12 +328,12 @@ class RolloutClient:
             message += f" (log: {self.log_path})"
         return ServerError(path, status, message)
 
-    def _unreachable(self, error: Exception) -> UserError:
+    def _unreachable(self, error: Exception) -> ServerLost:
         message = f"the rollout server at {self.url} does not answer ({type(error).__name__})"
         if self.log_path is not None and self.log_path.exists():
             last = self.log_path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-            return UserError("\n  ".join([f"{message}. The end of {self.log_path}:", *last]))
-        return UserError(f"{message}: {error}. Is the server running?")
+            return ServerLost("\n  ".join([f"{message}. The end of {self.log_path}:", *last]))
+        return ServerLost(f"{message}: {error}. Is the server running?")
 
 
 def _message(payload: bytes) -> str:

@@ -23,6 +23,7 @@ from megafork.errors import UserError
 from megafork.rewards.overlong import overlong_punishment
 from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
+from megafork.rollout.fleet import Fleet
 from megafork.rollout.journal import Journal, group_of
 from megafork.rollout.sampling import Completion, Sampling
 from megafork.types import Group, Sample
@@ -54,7 +55,7 @@ class RolloutBatch:
 
 @dataclass
 class Collector:
-    client: RolloutClient
+    client: RolloutClient | Fleet
     prompts: PromptStream
     tokenizer: Tokenizer
     judge: Judge

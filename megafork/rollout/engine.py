@@ -1,24 +1,34 @@
-"""The rollout server of a run: started by the trainer, or one that runs already."""
+"""The rollout servers of a run: those that this node starts, and what all of them serve."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
-from megafork.config import ServerConfig, TrainConfig
+from megafork.config import RolloutConfig, ServerConfig, TrainConfig
 from megafork.errors import UserError
+from megafork.parallel.addresses import LOOPBACK, is_loopback
+from megafork.parallel.ports import free_port
 from megafork.rollout.client import RolloutClient
+from megafork.rollout.placement import gpus_of_servers, visible_gpus, with_trainers
 from megafork.rollout.vllm_server import VllmServer
+
+_SETTLED_S = 20.0
+"""A server that came up more recently may not yet be known to answer."""
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,72 +55,223 @@ def served_policy(config: TrainConfig) -> Served:
     )
 
 
-class RolloutServer:
-    """One of our own, started in the background and ended with the context; or rollout.url's.
+class LocalServers:
+    """The rollout servers of this node: started in the background, again when they end, and ended
+    with the context.
 
-    A server that died is replaced by `restart`, as often as the caller likes. Its log stays beside
-    the new one's.
+    Their addresses and their key stay the same. A server that ends is started again at most
+    max_restarts times before `forgive` says that the run went on with it. The log of one that ended
+    stays beside the new one's.
     """
 
-    def __init__(self, served: Served, rollout: ServerConfig, device: str, log_path: Path) -> None:
-        self.served, self.rollout, self.device, self.log_path = served, rollout, device, log_path
-        self._server: VllmServer | None = None
-        self._started: Future[None] | None = None
-        self._background = ThreadPoolExecutor(1)
-        self._num_starts = 0
+    def __init__(
+        self,
+        makers: Sequence[Callable[[], VllmServer]],
+        max_restarts: int = 0,
+        *,
+        when_asked: bool = False,
+    ) -> None:
+        """makers: each makes one server, not started, always with the same port and key.
+        when_asked: what has ended is started again by `start_again` alone."""
+        self._kept = [_Kept(make, max_restarts, when_asked) for make in makers]
+
+    @property
+    def urls(self) -> list[str]:
+        return [kept.server.url for kept in self._kept]
+
+    def clients(self, timeout_s: float) -> list[RolloutClient]:
+        return [kept.server.client(timeout_s) for kept in self._kept]
 
     def __enter__(self) -> Self:
-        if self.rollout.url is None:
-            self._start()
+        for kept in self._kept:
+            kept.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
-        self._background.shutdown()
 
     def stop(self) -> None:
-        """End one of our own; nothing of it is left, on a GPU either."""
-        if self._server is not None:
-            self._server.stop()
+        """For good; nothing of them is left, on a GPU either."""
+        with ThreadPoolExecutor(len(self._kept)) as pool:
+            list(pool.map(_Kept.end, self._kept))
 
-    def _start(self) -> None:
-        if self.log_path.exists() and self._num_starts:
-            self.log_path.rename(self.log_path.with_suffix(f".{self._num_starts}.log"))
-        self._num_starts += 1
-        self._server = build_server(self.served, self.rollout, self.device, self.log_path)
-        self._started = self._background.submit(self._server.start)
+    def end(self, urls: Sequence[str]) -> None:
+        """Those of `urls`, as if they had ended."""
+        chosen = [kept.server for kept in self._kept if kept.server.url in urls]
+        with ThreadPoolExecutor(len(self._kept)) as pool:
+            list(pool.map(VllmServer.stop, chosen))
 
-    def connect(self, check: Callable[[], None] = lambda: None) -> RolloutClient:
-        """Wait until the server answers. Raises UserError when it does not come up.
+    def start_again(self, urls: Sequence[str], check: Callable[[], None] = lambda: None) -> None:
+        """End those of `urls`; returns when new ones answer, or are given up. check: see `wait`."""
+        self.end(urls)
+        chosen = [kept for kept in self._kept if kept.server.url in urls]
+        for kept in chosen:
+            kept.wanted.set()
+        while any(kept.wanted.is_set() and kept.failure is None for kept in chosen):
+            check()
+            time.sleep(_POLL_S)
+
+    def wait(self, check: Callable[[], None] = lambda: None) -> None:
+        """Until all have answered for the first time. Raises UserError when one does not come up.
 
         check: called every second; what it raises ends the waiting.
         """
-        if self._server is None or self._started is None:
-            return _connect(self.rollout)
-        while not self._started.done():
-            check()
-            wait([self._started], timeout=1.0)
-        self._started.result()
-        return self._server.client(timeout_s=self.rollout.request_timeout_s)
+        for kept in self._kept:
+            while not kept.first_start.wait(1.0):
+                check()
+            if kept.failure is not None:
+                raise kept.failure
 
-    def restart(self, check: Callable[[], None] = lambda: None) -> RolloutClient:
-        """The client of a new server; of rollout.url's when it answers again.
+    def restart(self, urls: Sequence[str]) -> None:
+        """Those of `urls` that run and yet do not answer; one that has just begun is let be."""
+        for kept in self._kept:
+            if kept.server.url in urls:
+                kept.restart()
 
-        Raises UserError when none comes up within rollout.startup_timeout_s.
-        """
-        if self._server is not None:
-            self._server.stop()
-            self._start()
-            return self.connect(check)
-        deadline = time.monotonic() + self.rollout.startup_timeout_s
+    def forgive(self) -> None:
+        """The run has gone on: those that are up have all their restarts again."""
+        for kept in self._kept:
+            kept.forgive()
+
+    def given_up(self) -> dict[str, str]:
+        """Of each server, by its URL, that is not started again: why."""
+        return {k.server.url: str(k.failure) for k in self._kept if k.failure is not None}
+
+
+class _Kept:
+    """One server, and the thread that starts it again."""
+
+    def __init__(self, make: Callable[[], VllmServer], max_restarts: int, when_asked: bool) -> None:
+        self.make, self.max_restarts, self.when_asked = make, max_restarts, when_asked
+        self.server = make()
+        self.failure: UserError | None = None
+        """Why it is not started again"""
+        self.first_start = threading.Event()
+        self.wanted = threading.Event()
+        """It may be started; with when_asked until it is up"""
+        self.wanted.set()
+        self._up_since: float | None = None
+        self._num_restarts = self._num_logs = 0
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="rollout server")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        with self._lock:
+            self._ended.set()
+            self.wanted.set()
+            server = self.server
+        server.stop()
+        self._thread.join()
+
+    def restart(self) -> None:
+        with self._lock:
+            up_since, server = self._up_since, self.server
+        if up_since is not None and time.monotonic() - up_since > _SETTLED_S:
+            threading.Thread(target=server.stop).start()  # what hangs takes its grace to end
+
+    def forgive(self) -> None:
+        if self._up_since is not None:
+            self._num_restarts = 0
+
+    def _keep(self) -> None:
         while True:
-            check()
-            try:
-                return self.connect()
-            except UserError:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(1.0)
+            failure = self._run()
+            self.wanted.wait()
+            with self._lock:
+                if self._ended.is_set():
+                    return
+                if not self.first_start.is_set() or self._num_restarts >= self.max_restarts:
+                    self.failure = failure
+                    if self.first_start.is_set():
+                        print(
+                            f"warning: {failure}; it is not started again "
+                            f"(rollout.max_restarts={self.max_restarts})",
+                            file=sys.stderr,
+                            flush=True,
+                        )
+                    self.first_start.set()
+                    return
+                self._num_restarts += 1
+                self._num_logs += 1
+                log = self.server.log_path
+                if log.exists():
+                    log.rename(log.with_suffix(f".{self._num_logs}.log"))
+                self.server = self.make()
+
+    def _run(self) -> UserError:
+        """The server from its start to its end. Returns why it ended."""
+        server = self.server
+        try:
+            server.start()
+        except UserError as error:
+            return error
+        self._up_since = time.monotonic()
+        self.first_start.set()
+        with self._lock:
+            if self.when_asked and not self._ended.is_set():
+                self.wanted.clear()
+        while server.is_running() and not self._ended.wait(_POLL_S):
+            pass
+        self._up_since = None
+        server.stop()
+        return UserError(f"the rollout server at {server.url} ended; its log is {server.log_path}")
+
+
+def start_here(
+    served: Served,
+    rollout: ServerConfig,
+    device: str,
+    logs: Sequence[Path],
+    *,
+    api_key: str | None = None,
+    host: str = LOOPBACK,
+    max_restarts: int = 0,
+    num_trainers: int = 0,
+    shared: bool = False,
+) -> LocalServers:
+    """rollout.servers servers on this machine, to be entered. Raises UserError for too few GPUs.
+
+    api_key: of all of them; unset is a random one. num_trainers, shared: see gpus_of_servers.
+    """
+    environments: list[dict[str, str]] = [{} for _ in logs]
+    if device == "cuda":
+        visible = visible_gpus()
+        gpus = gpus_of_servers(rollout, visible, num_trainers=num_trainers, shared=shared)
+        seen = [with_trainers(own, visible) if num_trainers else own for own in gpus]
+        environments = [{"CUDA_VISIBLE_DEVICES": ",".join(names)} for names in seen]
+    ports: set[int] = set()
+    while len(ports) < len(logs):
+        ports.add(free_port(host))
+    api_key = api_key or secrets.token_urlsafe(32)
+    return LocalServers(
+        [
+            partial(
+                build_server,
+                served,
+                rollout,
+                device,
+                log,
+                host=host,
+                port=port,
+                api_key=api_key,
+                environment=environment,
+            )
+            for log, port, environment in zip(logs, sorted(ports), environments, strict=True)
+        ],
+        max_restarts,
+        when_asked=shared,
+    )
+
+
+def log_paths(log: Path, num_servers: int) -> list[Path]:
+    """`log` of one server; of several with their numbers."""
+    if num_servers == 1:
+        return [log]
+    return [log.with_name(f"{log.stem}-{i}{log.suffix}") for i in range(num_servers)]
 
 
 def build_server(
@@ -122,6 +283,7 @@ def build_server(
     host: str = "127.0.0.1",
     port: int | None = None,
     api_key: str | None = None,
+    environment: dict[str, str] | None = None,
 ) -> VllmServer:
     """A server of one's own, not yet started."""
     return VllmServer(
@@ -141,6 +303,7 @@ def build_server(
         kv_cache_gib=rollout.cpu_kv_cache_gib,
         two_temperatures=served.two_temperatures,
         sleeps=served.sleeps,
+        environment=environment,
     )
 
 
@@ -167,9 +330,10 @@ def serve(config: TrainConfig, device: str, log_path: Path, host: str, port: int
 
 
 def host_of(rollout: ServerConfig) -> str:
-    """Where the server runs: rollout.url's host, or this machine."""
-    host = urlsplit(rollout.url).hostname if rollout.url is not None else None
-    return host or "127.0.0.1"
+    """Where the servers run, for whoever has to be reached by all of them."""
+    hosts = [urlsplit(url).hostname or LOOPBACK for url in rollout.urls] or [LOOPBACK]
+    elsewhere = [host for host in hosts if not is_loopback(socket.gethostbyname(host))]
+    return (elsewhere or hosts)[0]
 
 
 def api_key_of(rollout: ServerConfig) -> str:
@@ -183,23 +347,52 @@ def api_key_of(rollout: ServerConfig) -> str:
 
 
 def check_server(rollout: ServerConfig) -> None:
-    """Raise UserError for a server that can be known not to start, or not to be reached."""
+    """Raise UserError for servers that can be known not to start, or not to be reached."""
     if rollout.url is not None:
+        _check_urls(rollout)
         api_key_of(rollout)
+    if isinstance(rollout, RolloutConfig):
+        _check_count(rollout)
     if rollout.python is not None and shutil.which(rollout.python) is None:
         raise UserError(
             f"rollout.python={rollout.python} is not an executable: give a Python with vLLM"
         )
 
 
-def _connect(rollout: ServerConfig) -> RolloutClient:
-    assert rollout.url is not None
-    client = RolloutClient(
-        rollout.url.rstrip("/"), api_key_of(rollout), timeout_s=rollout.request_timeout_s
-    )
-    if not client.health():
+def _check_urls(rollout: ServerConfig) -> None:
+    urls = rollout.urls
+    if not urls:
+        raise UserError("rollout.url=[] names no server: give one, or leave it unset")
+    for url in urls:
+        if not _is_base_url(url):
+            raise UserError(
+                f"rollout.url={url} is not the address of a server: give http://HOST:PORT"
+            )
+        if urls.count(url) > 1:
+            raise UserError(f"rollout.url names {url} {urls.count(url)} times: name it once")
+    if rollout.servers != 1:
         raise UserError(
-            f"no rollout server answers at rollout.url={rollout.url} with the key of "
-            f"{rollout.api_key_env}: start one with `megafork serve`, or unset rollout.url"
+            f"rollout.servers={rollout.servers} are to be started, but rollout.url="
+            f"{', '.join(urls)} run already: leave one of the two unset"
         )
-    return client
+
+
+def _check_count(rollout: RolloutConfig) -> None:
+    name, count = "rollout.servers", rollout.servers
+    if rollout.urls:
+        name, count = "the number of servers in rollout.url", len(rollout.urls)
+    if count > rollout.prompts_per_step:
+        raise UserError(
+            f"{name}={count} is more than rollout.prompts_per_step={rollout.prompts_per_step}: "
+            "some would never be asked; lower it"
+        )
+
+
+def _is_base_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    bare = f"{parts.scheme}://{parts.hostname or ''}" + (f":{port}" if port else "")
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and url.lower() == bare

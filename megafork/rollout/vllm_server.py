@@ -159,7 +159,8 @@ class VllmServer:
                 self._import_path = None
 
     def is_running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        process = self._process  # `stop` may come in another thread
+        return process is not None and process.poll() is None
 
     def __enter__(self) -> Self:
         self.start()

@@ -62,7 +62,10 @@ class Critic(Learner):
         self.start_learning(training.model_copy(update=own), name="the critic")
 
     def values(self, table: TokenTable) -> Tensor:
-        """float32 [R]: what each row's state is worth, the same bits on every rank. No gradient."""
+        """float32 [R]: what each row's state is worth, 0 outside this replica's micro-batches.
+
+        On the last stage, the same bits on all ranks of a replica; nothing before it. No gradient.
+        """
         packs = self.packs(table)
         for module in self.modules:
             module.eval()
@@ -73,11 +76,16 @@ class Critic(Learner):
 
         with torch.no_grad():
             outputs = self.run_hidden(packs, collect, forward_only=True)
-        rows_N, values_N = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-        if self.topology.is_last_stage:
-            rows_N = torch.cat([pack.rows_N for pack in packs])
-            values_N = torch.cat([output["values"] for output in outputs])
-        return self.on_every_rank(rows_N, values_N, table.num_rows)
+        if not self.topology.is_last_stage:
+            return torch.zeros(0)
+        values_R = torch.zeros(table.num_rows)
+        for pack, output in zip(packs, outputs, strict=True):
+            values_R[pack.rows_N] = output["values"]
+        values_R = values_R.to(self.topology.device)
+        tp, cp = self.topology.groups.tp, self.topology.groups.cp
+        dist.broadcast(values_R, src=dist.get_global_rank(tp, 0), group=tp)
+        dist.all_reduce(values_R, group=cp)  # each rank has the slots of its own
+        return values_R.cpu()
 
     def judged_update(self, table: TokenTable, scores: Scores, mask_N: Tensor) -> Judged:
         """The first half of an update on the mini-batch, as of `Policy`.
@@ -173,9 +181,9 @@ class Estimated:
     """A rollout batch with what the critic thinks of it, mini-batch by mini-batch."""
 
     tables: list[TokenTable]
-    """with advantages, where they could be scored"""
+    """with advantages on the last stage, where they could be scored"""
     scores: list[Scores | str]
-    """with old values and returns, or why there is no update; the same reasons on all ranks"""
+    """with old values and returns; or why there is no update, the same on all ranks"""
     metrics: dict[str, float]
 
 
@@ -184,46 +192,58 @@ def estimate_advantages(
 ) -> Estimated:
     """GAE of every mini-batch that could be scored, whitened over the loss tokens of all of them.
 
-    Every rank has the values of all rows, and so computes the same advantages without a further
-    word: nothing here depends on the layout but the values' rounding. The metrics are of the loss
-    tokens, before whitening; NaN where no mini-batch could be scored.
+    A rank of the last stage has the values of its replica's sequences and so their advantages; what
+    is over all of them is reduced, in float64. Earlier stages need neither. The metrics are of the
+    loss tokens, before whitening; NaN where no mini-batch could be scored.
     """
+    topology = critic.topology
     metrics = dict.fromkeys(_ESTIMATED, math.nan) | {"critic/lr": critic.learning_rate}
     done = Estimated(list(tables), list(scored), metrics)
-    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    found: dict[int, tuple[Scores, Tensor]] = {}
     for index, (table, scores) in enumerate(zip(tables, scored, strict=True)):
         if isinstance(scores, str):
             continue
         values_R = critic.values(table)
-        if not values_R.isfinite().all():
+        if topology.any_rank(not values_R.isfinite().all()):
             done.scores[index] = "a value of the critic is not finite"
-            continue
-        advantages_R, returns_R = gae(
+        else:
+            found[index] = scores, values_R
+            # Before the last stage these stay, empty.
+            done.scores[index] = replace(scores, old_values_N=values_R, returns_N=values_R)
+    if found and topology.is_last_stage:
+        _estimate(critic, found, done)
+    return done
+
+
+def _estimate(critic: Critic, found: dict[int, tuple[Scores, Tensor]], done: Estimated) -> None:
+    """Fill in advantages, returns and metrics. Last stage only, all its ranks together."""
+    advantages: dict[int, Tensor] = {}
+    columns = []
+    for index, (scores, values_R) in found.items():
+        table, rows_N = done.tables[index], scores.rows_N
+        advantages[index], returns_R = gae(
             values_R,
             table.reward_B,
             table.offsets,
             gamma=critic.config.gamma,
             gae_lambda=critic.config.gae_lambda,
         )
-        found[index] = values_R, advantages_R, returns_R
-        done.scores[index] = replace(
-            scores, old_values_N=values_R[scores.rows_N], returns_N=returns_R[scores.rows_N]
-        )
-    if not found:
-        return done
-    values, advantages, returns = (torch.cat(part) for part in zip(*found.values(), strict=True))
-    mask = torch.cat([tables[index].loss_mask_R for index in found])
-    mean, variance = masked_mean_and_variance(advantages, mask)
+        own = values_R[rows_N], returns_R[rows_N]
+        columns.append((*own, advantages[index][rows_N], table.loss_mask_R[rows_N]))
+        done.scores[index] = replace(scores, old_values_N=own[0], returns_N=own[1])
+    device, group = critic.topology.device, critic.topology.groups.dp_cp
+    values_N, returns_N, advantages_N, mask_N = (
+        torch.cat(parts).to(device) for parts in zip(*columns, strict=True)
+    )
+    mean, variance = masked_mean_and_variance(advantages_N, mask_N, group)
     of_batch = (
-        masked_mean_and_variance(values, mask)[0],
-        explained_variance(values, returns, mask),
+        masked_mean_and_variance(values_N, mask_N, group)[0],
+        explained_variance(values_N, returns_N, mask_N, group),
         mean,
         variance**0.5,
     )
     done.metrics.update(zip(_ESTIMATED, of_batch, strict=True))
-    if critic.whiten:
-        advantages = whitened(advantages, mask)
-    parts = advantages.split([tables[index].num_rows for index in found])
-    for index, part in zip(found, parts, strict=True):
-        done.tables[index] = tables[index].with_columns(advantage_R=part)
-    return done
+    for index, advantages_R in advantages.items():
+        if critic.whiten:
+            advantages_R = whitened(advantages_R, mean, variance)
+        done.tables[index] = done.tables[index].with_columns(advantage_R=advantages_R)

@@ -1,13 +1,12 @@
-"""What only rank 0 has: the rollout server, the data, the verifier, the run's files."""
+"""What only rank 0 has: the rollout servers, the data, the verifier, the run's files."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from megafork.config import TrainConfig
 from megafork.data.prompts import Prompt, PromptStream, read_prompts
@@ -19,19 +18,18 @@ from megafork.logging.metrics import MetricsLog, read_rows
 from megafork.rewards.verifier import Judge
 from megafork.rollout.background import BackgroundLoop, Job
 from megafork.rollout.collector import Collector, RolloutBatch
-from megafork.rollout.engine import RolloutServer
+from megafork.rollout.fleet import Fleet
 from megafork.rollout.journal import Journal
 from megafork.rollout.sampling import Sampling
 from megafork.training.step import Skipped
-from megafork.types import Group
+from megafork.types import Group, TokenTable, token_table
 from megafork.weight_sync import agreement
 
 T = TypeVar("T")
-_HEALTH_CHECKS = 3
 
 
 class Front:
-    """Waits for the server, reads the prompts, opens the logs. Close it.
+    """Reads the prompts, opens the logs. Close it. The servers have to be up before it is used.
 
     With rollout.max_policy_lag = n the batches of the n steps after the one that is asked for are
     generated meanwhile, one after the other. What generates raises Interrupted when a signal comes
@@ -41,13 +39,13 @@ class Front:
     def __init__(
         self,
         config: TrainConfig,
-        server: RolloutServer,
+        fleet: Fleet,
         interruption: Interruption,
         eos: tuple[int, ...],
         *,
         steps_done: int = 0,
     ) -> None:
-        self.config, self.server, self.interruption = config, server, interruption
+        self.config, self.client, self.interruption = config, fleet, interruption
         self.run_dir = Path(config.run.dir)
         self.sampling = Sampling(
             temperature=config.rollout.temperature,
@@ -60,7 +58,6 @@ class Front:
             enable_thinking=config.data.enable_thinking,
         )
         prompts = read_prompts(config.data.train, config.data, tokenizer.encode)
-        self.client = server.connect(interruption.check)
         self.collector = Collector(
             client=self.client,
             prompts=PromptStream(prompts, config.data.seed),
@@ -74,14 +71,17 @@ class Front:
         if config.data.eval is not None:
             found = read_prompts(config.data.eval, config.data, tokenizer.encode)
             self.heldout = found[: config.eval.prompts]
-        self.probe_prompts = prompts[: config.sync.check_prompts]
+        # One at least for each server: they are asked in turn.
+        self.probe_prompts = prompts[: max(config.sync.check_prompts, len(fleet.clients))]
         self.log = MetricsLog(
             self.run_dir,
             config.training.steps,
             tensorboard=config.run.tensorboard,
             steps_done=steps_done,
         )
+        fleet.note = self._note_of_servers
         self.batch: RolloutBatch | None = None
+        self._table: TokenTable | None = None
         self._told_failures: set[str] = set()
         self._background = BackgroundLoop()
         self._background.__enter__()
@@ -106,8 +106,8 @@ class Front:
         self.collector.judge.close()
         self.log.close()
 
-    def collect(self, step: int, policy_version: int) -> list[Group]:
-        """The groups of a step that the current policy version, handed in, trains on."""
+    def collect(self, step: int, policy_version: int) -> TokenTable:
+        """What all ranks need to know of the batch that the current policy version trains on."""
         self.interruption.check()
         self._collect_ahead(step, 0, policy_version)
         self.batch = self._wait(self._ahead[step])
@@ -119,7 +119,15 @@ class Front:
         for lag in range(1, rollout.max_policy_lag - carries + 1):
             if step + lag <= self.config.training.steps:
                 self._collect_ahead(step + lag, lag, policy_version)
-        return self.batch.groups
+        filtering = self.config.algorithm.overlong_filtering
+        self._table = token_table(self.batch.groups, overlong_filtering=filtering)
+        return self._table.without_rows()
+
+    def take_table(self) -> TokenTable:
+        """Of the step's batch, with all rows; once."""
+        table, self._table = self._table, None
+        assert table is not None
+        return table
 
     def _collect_ahead(self, step: int, lag: int, policy_version: int) -> None:
         """Begin with a step's batch, after those of the steps before it, unless it has begun."""
@@ -148,7 +156,7 @@ class Front:
             collector.judge,
             sampling,
             config.samples,
-            self.config.rollout.max_num_seqs,
+            self.config.rollout.max_num_seqs * len(self.client.clients),
         )
         row = heldout.row(self._generated(evaluating))
         self._tell_failures()
@@ -195,22 +203,44 @@ class Front:
         self.collector.restore(self.state)
 
     def check_server(self, cause: Exception) -> None:
-        """After a failure. Raises ServerDied when a new server is needed.
+        """After a failure. Raises ServerDied when no server is left.
 
         One that does not answer is as good as dead. Raises Interrupted when a signal came: it may
-        have ended the server too.
+        have ended the servers too.
         """
-        for _ in range(_HEALTH_CHECKS):
+        self.interruption.check()
+        if not self.client.health():
             self.interruption.check()
-            if self.client.health():
-                return
-            time.sleep(1.0)
-        raise ServerDied(str(cause)) from cause
+            raise ServerDied(str(cause)) from cause
 
-    def replace_server(self, death: ServerDied) -> None:
+    def drop_lost_servers(self, cause: Exception) -> bool:
+        """After a push that failed: whether servers were lost, and others can take it.
+
+        Raises as `check_server` does.
+        """
+        self.interruption.check()
+        num_lost = self.client.drop_lost()
+        self.check_server(cause)
+        return num_lost > 0
+
+    def give_up_server(self, death: ServerDied) -> list[str]:
+        """No server is left. Returns those that do not answer."""
         self.log.note(f"warning: the rollout server died and is replaced. {death}")
         self._give_up_ahead()
-        self.client = self.collector.client = self.server.restart(self.interruption.check)
+        return self.client.silent()
+
+    def wait_for_server(self) -> None:
+        self.client.wait_for_one(self.config.rollout.startup_timeout_s, self.interruption.check)
+
+    def give_up(self, death: ServerDied) -> NoReturn:
+        raise UserError(
+            f"the rollout server died, and rollout.max_restarts={self.config.rollout.max_restarts} "
+            f"new ones did not do: {death}"
+        )
+
+    def _note_of_servers(self, text: str) -> None:
+        if self.interruption.received is None:  # a signal may have ended them too
+            self.log.note(text)
 
     def report_tokens(self, step: int, report: dict[str, Any] | None) -> None:
         """Write which tokens fork, with their text, where there is something to write."""

@@ -10,11 +10,12 @@ from megafork.checkpoint.store import CheckpointStore
 from megafork.config import TrainConfig
 from megafork.interruption import Interruption
 from megafork.parallel.topology import Topology, initialize, shutdown
-from megafork.rollout.engine import RolloutServer, host_of, served_policy
+from megafork.rollout.engine import host_of
 from megafork.training.critic import Critic, make_critic
 from megafork.training.front import Front
 from megafork.training.policy import Policy
 from megafork.training.run_dir import make_run_dir, reopen_run_dir
+from megafork.training.servers import RunServers
 from megafork.training.trainer import Trainer
 from megafork.weight_sync.push import WeightSync
 
@@ -45,13 +46,13 @@ def _train(
         tokenizer=config.tokenizer.path,
     )
     with contextlib.ExitStack() as stack:
-        server = None
-        if topology.rank == 0:  # it loads while the policy does
-            server = stack.enter_context(_server(config, topology))
+        servers = RunServers(config, topology, stack)  # they load while the policy does
         stack.enter_context(topology.whereabouts.told())  # at once: a server's end takes time
-        if config.rollout.placement == "colocated":
-            topology.whereabouts.enter("the start of the rollout server")
-            topology.on_rank_zero(lambda: _put_to_sleep(server, interruption))
+        colocated = config.rollout.placement == "colocated"
+        if colocated:  # the devices are the servers' until they are up, then ours
+            topology.whereabouts.enter("the start of the rollout servers")
+            servers.wait_until_up(interruption)
+            servers.put_to_sleep(interruption)
         topology.whereabouts.enter("the loading of the model")
         policy = _make_policy(config, topology)
         critic = make_critic(config, topology)
@@ -60,26 +61,30 @@ def _train(
 
         def open_front() -> None:
             nonlocal front
-            assert server is not None
+            assert servers.fleet is not None
             steps_done = state["step"] if state is not None else 0
             eos = policy.shape.eos_token_ids
-            front = Front(config, server, interruption, eos, steps_done=steps_done)
+            front = Front(config, servers.fleet, interruption, eos, steps_done=steps_done)
             stack.callback(front.close)
 
-        topology.whereabouts.enter("the start of the rollout server")
         topology.on_rank_zero(open_front)
+        if not colocated:
+            topology.whereabouts.enter("the start of the rollout servers")
+            servers.wait_until_up(interruption)
         sync = WeightSync(
             policy,
             topology,
-            front.client if front is not None else None,
+            servers.fleet,
             config.sync,
             num_workers=config.rollout.tensor_parallel,
             server_host=host_of(config.rollout),
             in_flight=config.rollout.in_flight_update,
-            colocated=config.rollout.placement == "colocated",
+            colocated=colocated,
         )
         stack.callback(sync.close)
-        trainer = Trainer(config, topology, policy, sync, front, store, interruption, critic)
+        trainer = Trainer(
+            config, topology, policy, sync, front, store, interruption, servers, critic
+        )
         if state is not None:
             trainer.restore(state)
         trainer.run()
@@ -99,17 +104,6 @@ def _make_policy(config: TrainConfig, topology: Topology) -> Policy:
         max_response_tokens=config.rollout.max_response_tokens,
         temperature=config.rollout.temperature,
     )
-
-
-def _server(config: TrainConfig, topology: Topology) -> RolloutServer:
-    log = Path(config.run.dir) / "vllm.log"
-    return RolloutServer(served_policy(config), config.rollout, topology.device.type, log)
-
-
-def _put_to_sleep(server: RolloutServer | None, interruption: Interruption) -> None:
-    """The devices are the server's until it is up, then ours."""
-    assert server is not None
-    server.connect(interruption.check).sleep()
 
 
 def _load_newest(

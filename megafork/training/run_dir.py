@@ -15,17 +15,22 @@ def make_run_dir(config: TrainConfig, run_dir: Path) -> None:
     Raises UserError when it holds another run's groups or metrics, or cannot be written. A start
     that failed before the first group left nothing that matters.
     """
-    if any((run_dir / "rollouts").glob("*.jsonl")):
-        raise UserError(
-            f"run.dir={run_dir} holds another run (rollouts): go on with it (megafork train "
-            f"--resume {run_dir}), choose another folder or remove it"
-        )
+    refuse_other_run(run_dir)
     try:
         for folder in ("rollouts", "checkpoints"):
             (run_dir / folder).mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.toml")
     except OSError as error:
         raise UserError(f"run.dir={run_dir} cannot be written: {error}") from None
+
+
+def refuse_other_run(run_dir: Path) -> None:
+    """Raise UserError when the folder holds another run's groups."""
+    if any((run_dir / "rollouts").glob("*.jsonl")):
+        raise UserError(
+            f"run.dir={run_dir} holds another run (rollouts): go on with it (megafork train "
+            f"--resume {run_dir}), choose another folder or remove it"
+        )
 
 
 def reopen_run_dir(config: TrainConfig, run_dir: Path) -> None:

@@ -54,8 +54,8 @@ def sampled_responses(
     if picked and topology.is_last_stage:
         values = _gathered(done, picked, topology)
         responses = [
-            _response(done, one, forking, entropy_R, selected_R.bool(), step)
-            for one, (entropy_R, selected_R) in zip(picked, values, strict=True)
+            _response(done, one, forking, tokens, step)
+            for one, tokens in zip(picked, values, strict=True)
         ]
     return topology.broadcast_object(responses, src=topology.last_stage_rank) or []
 
@@ -94,49 +94,59 @@ def pick_responses(tables: Sequence[TokenTable], count: int, *, step: int) -> li
     return picked[:count]
 
 
-def _gathered(done: Optimized, picked: Sequence[_Picked], topology: Topology) -> list[Tensor]:
-    """Of each response [2, tokens]: its entropies, and 1 where a token is selected.
+@dataclass(frozen=True)
+class _Tokens:
+    """Of one response's rows (float64, exact)."""
 
-    Every token is on one rank of dp_cp and zero on the others, so the sum has its bits.
-    """
+    entropy_R: Tensor
+    selected_R: Tensor
+    id_R: Tensor
+    rollout_logprob_R: Tensor
+    in_loss_R: Tensor
+    advantage_R: Tensor
+
+
+def _gathered(done: Optimized, picked: Sequence[_Picked], topology: Topology) -> list[_Tokens]:
+    """Every token is on one rank of dp_cp and zero on the others, so the sum has its bits."""
     own = []
     for one in picked:
         table, scores = done.tables[one.minibatch], done.scores[one.minibatch]
-        rows = table.rows(one.sample)
-        here_N = (scores.rows_N >= rows.start) & (scores.rows_N < rows.stop)
-        values = torch.zeros(2, rows.stop - rows.start)
-        values[:, scores.rows_N[here_N] - rows.start] = torch.stack(
-            [scores.entropy_N[here_N], done.masks[one.minibatch][here_N].float()]
+        columns = torch.zeros(6, int(table.response_lengths_B[one.sample]), dtype=torch.float64)
+        here_N = table.sample_R[scores.rows_N] == one.sample
+        rows = scores.rows_N[here_N]
+        columns[:, table.position_R[rows]] = torch.stack(
+            [
+                scores.entropy_N[here_N].double(),
+                done.masks[one.minibatch][here_N].double(),
+                table.token_R[rows].double(),
+                table.rollout_logprob_R[rows].double(),
+                table.loss_mask_R[rows].double(),
+                table.advantage_R[rows].double(),
+            ]
         )
-        own.append(values)
+        own.append(columns)
     summed = torch.cat(own, 1).to(topology.device)
     dist.all_reduce(summed, group=topology.groups.dp_cp)
-    return list(summed.cpu().split([values.shape[1] for values in own], 1))
+    return [_Tokens(*part) for part in summed.cpu().split([len(c[0]) for c in own], 1)]
 
 
 def _response(
-    done: Optimized,
-    one: _Picked,
-    forking: ForkingConfig,
-    entropy_R: Tensor,
-    selected_R: Tensor,
-    step: int,
+    done: Optimized, one: _Picked, forking: ForkingConfig, tokens: _Tokens, step: int
 ) -> dict[str, Any]:
     table = done.tables[one.minibatch]
-    rows = table.rows(one.sample)
     has_entropies = done.scores[one.minibatch].has_entropies
-    in_loss_R = table.loss_mask_R[rows]
-    threshold = _threshold(done, one, forking, entropy_R, in_loss_R, step)
-    advantage = float(table.advantage_R[rows].double().mean())
+    in_loss_R = tokens.in_loss_R.bool()
+    threshold = _threshold(done, one, forking, tokens.entropy_R.float(), in_loss_R, step)
+    advantage = float(tokens.advantage_R.mean())
     return {
         "step": step,
         "uid": one.uid,
         "group": one.group,
         "prompt_ids": table.prompt(one.sample).tolist(),
-        "token_ids": table.token_R[rows].tolist(),
-        "entropies": _shortest(entropy_R) if has_entropies else None,
-        "selected": selected_R.tolist(),
-        "rollout_logprobs": _shortest(table.rollout_logprob_R[rows]),
+        "token_ids": tokens.id_R.long().tolist(),
+        "entropies": _shortest(tokens.entropy_R) if has_entropies else None,
+        "selected": tokens.selected_R.bool().tolist(),
+        "rollout_logprobs": _shortest(tokens.rollout_logprob_R),
         "reward": _shortest(table.reward_B)[one.sample],
         "accuracy": float(table.accuracy_B[one.sample]),
         "advantage": None if math.isnan(advantage) else advantage,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megafork.algorithms.forking import Selection
 from megafork.model.scorer import Scores
+from megafork.parallel.topology import Topology
 from megafork.training.critic import Critic, estimate_advantages
 from megafork.training.guard import UpdateRefused
 from megafork.training.policy import Policy
@@ -125,16 +126,21 @@ def optimize(
     return done
 
 
-def _data_fault(table: TokenTable) -> str | None:
-    """What makes a mini-batch unfit to train on before it is scored."""
-    for name, column, uids in (
-        ("reward", table.reward_B, table.uid_B),
-        ("rollout_logprob", table.rollout_logprob_R, table.uid_B[table.sample_R]),
-    ):
-        bad = ~column.isfinite()
-        if bad.any():
-            return f"a {name} of response {int(uids[bad][0])} is {float(column[bad][0])}"
-    return None
+def _data_fault(table: TokenTable, topology: Topology) -> str | None:
+    """What makes a mini-batch unfit to train on before it is scored; the same on all ranks."""
+    bad_B = ~table.reward_B.isfinite()
+    if bad_B.any():
+        uid, reward = int(table.uid_B[bad_B][0]), float(table.reward_B[bad_B][0])
+        return f"a reward of response {uid} is {reward}"
+    bad_R = ~table.rollout_logprob_R.isfinite()
+    if not topology.any_rank(bool(bad_R.any())):
+        return None
+    found = zip(
+        table.sample_R[bad_R].tolist(), table.rollout_logprob_R[bad_R].tolist(), strict=True
+    )
+    everywhere = [one for one in topology.all_gather_object(next(found, None)) if one is not None]
+    sample, logprob = min(everywhere, key=lambda one: one[0])
+    return f"a rollout_logprob of response {int(table.uid_B[sample])} is {logprob}"
 
 
 def _score_first(policy: Policy, table: TokenTable) -> Scores | str:
@@ -142,12 +148,12 @@ def _score_first(policy: Policy, table: TokenTable) -> Scores | str:
     entropies = policy.needs_entropies and policy.forking.entropy_of == "old"
     if entropies or not policy.ratio_to_engine:
         return _score(policy, table)
-    return _data_fault(table) or policy.unscored(table)
+    return _data_fault(table, policy.topology) or policy.unscored(table)
 
 
 def _score(policy: Policy, table: TokenTable, whose: str = "policy") -> Scores | str:
     """The scores, or what is wrong; the same on all ranks."""
-    fault = _data_fault(table)
+    fault = _data_fault(table, policy.topology)
     if fault is not None:
         return fault
     scores = policy.score(table)

@@ -17,7 +17,7 @@ from megafork.ops.top_fraction import top_fraction_threshold
 from megafork.parallel.topology import Topology
 from megafork.rollout.collector import RolloutBatch
 from megafork.training.step import Optimized
-from megafork.types import TokenTable
+from megafork.types import Group, TokenTable
 
 _PERCENTILES = {"entropy/p50": 0.5, "entropy/p80": 0.2, "entropy/p95": 0.05}
 _MEANS = (
@@ -200,22 +200,28 @@ def update_metrics(
     }
 
 
-def lag_metrics(table: TokenTable, policy_version: int) -> dict[str, float]:
+def lag_metrics(groups: Sequence[Group], policy_version: int) -> dict[str, float]:
     """How many policy versions the tokens are behind the one that trains on them.
 
     lag/in_flight_fraction: responses that saw their weights change.
     """
-    lag_R = policy_version - table.policy_version_R
-    largest_B, smallest_B = (
-        torch.zeros(table.num_samples, dtype=torch.int64).scatter_reduce(
-            0, table.sample_R, lag_R, how, include_self=False
-        )
-        for how in ("amax", "amin")
-    )
+    tokens, behind, largest, in_flight, responses = 0, 0, 0, 0, 0
+    for group in groups:
+        lag = policy_version - group.policy_version
+        for sample in group.samples:
+            length = len(sample.token_ids)
+            changes = [first for first in sample.version_changes if first < length]
+            tokens += length
+            behind += lag * length - sum(length - first for first in changes)
+            largest = (
+                max(largest, lag - sum(first == 0 for first in changes)) if length else largest
+            )
+            in_flight += any(first > 0 for first in changes)
+            responses += 1
     return {
-        "lag/mean": float(lag_R.double().mean()),
-        "lag/max": int(lag_R.max()),
-        "lag/in_flight_fraction": float((largest_B != smallest_B).double().mean()),
+        "lag/mean": behind / tokens,
+        "lag/max": largest,
+        "lag/in_flight_fraction": in_flight / responses,
     }
 
 

@@ -1,7 +1,7 @@
 """The training loop: generate, score, select, update, sync.
 
-Rank 0 talks to the rollout server and writes the run's files; what it collects is broadcast, and
-from then on every rank computes from the same token table.
+Rank 0 talks to the rollout server and writes the run's files. Of what it collects every rank learns
+what the samples are, and gets the rows of those that it works on.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
+
+import torch
 
 from megafork.algorithms.advantages import group_relative_advantages
 from megafork.algorithms.forking import warn_of_ties
@@ -24,14 +26,16 @@ from megafork.logging.metrics import read_rows
 from megafork.parallel.topology import Topology
 from megafork.training import telemetry
 from megafork.training.critic import Critic
+from megafork.training.exchange import redistribute
 from megafork.training.front import Front
 from megafork.training.histogram import entropy_histogram
 from megafork.training.policy import Policy
 from megafork.training.samples import is_sampled, sampled_responses
+from megafork.training.servers import RunServers
 from megafork.training.step import Clock, Optimized, optimize
 from megafork.training.token_report import token_report
 from megafork.training.turns import Turns
-from megafork.types import Group, TokenTable, token_table
+from megafork.types import Group, TokenTable
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
 
@@ -50,6 +54,7 @@ class Trainer:
         front: Front | None,
         store: CheckpointStore,
         interruption: Interruption,
+        servers: RunServers,
         critic: Critic | None = None,
     ) -> None:
         self.config, self.topology, self.policy = config, topology, policy
@@ -58,9 +63,10 @@ class Trainer:
         self.turns = Turns(
             [policy] if critic is None else [policy, critic],
             self._on_front,
+            servers.stop,
             shared=config.rollout.placement == "colocated",
         )
-        self.interruption = interruption
+        self.interruption, self.servers = interruption, servers
         self.steps_done = self._saved_step = 0
         self.policy_version = 0
         self._stopping = False
@@ -169,16 +175,11 @@ class Trainer:
         trained_by = self.policy_version
         lr = policy.learning_rate
         with clock.measure("generate"):
-            groups = self._with_server(
+            known = self._with_server(
                 lambda: self._on_front(lambda front: front.collect(step, trained_by))
             )
-        table = token_table(groups, overlong_filtering=config.algorithm.overlong_filtering)
-        if self.critic is None:
-            advantages = group_relative_advantages(
-                table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage
-            )
-            table = table.with_columns(advantage_R=advantages[table.sample_R])
-        minibatches = self._minibatches(table, step)
+        with clock.measure("exchange"):
+            minibatches = self._minibatches(known, step)
         done = optimize(policy, minibatches, step=step, clock=clock, critic=self.critic)
         if done.skipped:
             is_last = policy.guard.is_exhausted
@@ -190,7 +191,7 @@ class Trainer:
         if self.front is not None:
             self.front.report_tokens(step, report)
         self._keep_entropies(done, step)
-        metrics = self._metrics(done, table, clock, started=started, trained_by=trained_by)
+        metrics = self._metrics(done, known, clock, started=started, trained_by=trained_by)
         return metrics | {"lr": lr, "forking/rho": config.forking.rho_at(step)}, clock
 
     def _keep_entropies(self, done: Optimized, step: int) -> None:
@@ -207,7 +208,7 @@ class Trainer:
     def _metrics(
         self,
         done: Optimized,
-        table: TokenTable,
+        known: TokenTable,
         clock: Clock,
         *,
         started: float,
@@ -236,29 +237,48 @@ class Trainer:
             clock.seconds["reward"] = batch.reward_seconds
             metrics |= telemetry.rollout_metrics(batch, trained_by)
             metrics |= telemetry.overlap_metrics(batch, clock.seconds)
-        return (
-            metrics
-            | telemetry.lag_metrics(table, trained_by)
-            | {
-                "tokens": table.num_rows,
-                "throughput/tokens_per_second": table.num_rows / clock.seconds["total"],
-                "policy_version": self.policy_version,
-                "update/skipped": len(done.skipped),
-            }
-        )
+            metrics |= telemetry.lag_metrics(batch.groups, trained_by)
+            metrics |= self.front.client.counts()
+        return metrics | {
+            "tokens": known.num_tokens,
+            "throughput/tokens_per_second": known.num_tokens / clock.seconds["total"],
+            "policy_version": self.policy_version,
+            "update/skipped": len(done.skipped),
+        }
 
-    def _minibatches(self, table: TokenTable, step: int) -> list[TokenTable]:
-        """By whole groups; one that overlong filtering has emptied is left out."""
+    def _minibatches(self, known: TokenTable, step: int) -> list[TokenTable]:
+        """By whole groups, each with the rows that this rank works on and their advantages.
+
+        known: what every rank knows of the batch, whose rows are rank 0's. A mini-batch that
+        overlong filtering has emptied is left out.
+        """
         training = self.config.training
-        minibatches = table.minibatches(training.prompts_per_minibatch, seed=training.seed + step)
-        minibatches = [m for m in minibatches if m.num_loss_tokens]
-        if not minibatches:
+
+        def in_order(table: TokenTable) -> list[TokenTable]:
+            parts = table.minibatches(training.prompts_per_minibatch, seed=training.seed + step)
+            return [part for part in parts if part.num_loss_tokens]
+
+        replica_of: dict[int, int] = {}
+        for part in in_order(known):
+            replicas = self.policy.replicas(part).tolist()
+            replica_of.update(zip(part.uid_B.tolist(), replicas, strict=True))
+        if not replica_of:
             raise UserError(
                 f"step {step}: every response was cut at rollout.max_response_tokens="
                 f"{self.config.rollout.max_response_tokens} and algorithm.overlong_filtering left "
                 "nothing to train on: raise the one or turn off the other"
             )
-        return minibatches
+        replica_B = torch.tensor([replica_of.get(uid, -1) for uid in known.uid_B.tolist()])
+        table = known if self.front is None else self.front.take_table()
+        table = redistribute(table, torch.zeros_like(replica_B), replica_B, self.topology)
+        if self.critic is None:
+            advantages_B = group_relative_advantages(
+                table.reward_B,
+                table.group_B,
+                normalize=self.config.algorithm.normalize_advantage,
+            )
+            table = table.with_columns(advantage_R=advantages_B[table.sample_R])
+        return in_order(table)
 
     def _log(self, step: int, metrics: dict[str, float], clock: Clock) -> None:
         if self.front is None or self.front.batch is None:
@@ -307,12 +327,12 @@ class Trainer:
                 self._sync()
             return work()
 
-        with self.turns.generation(lambda: self._whoever_dies(self._sleep)):
+        with self.turns.generation(self._sleep):
             return self._whoever_dies(synced)
 
     def _whoever_dies(self, work: Callable[[], T]) -> T:
         """`work`, again with a new server where one died of it."""
-        death: ServerDied | None = None
+        death = None
         for _ in range(1 + self.config.rollout.max_restarts):
             try:
                 if death is not None:
@@ -320,32 +340,44 @@ class Trainer:
                 return work()
             except ServerDied as error:
                 death = error
-        return self._on_front(partial(_give_up, death))
+        assert death is not None
+        return self._on_front(lambda front: front.give_up(death))
 
     def _replace_server(self, death: ServerDied) -> None:
-        self.turns.leave()  # a new one takes all of its memory at once
-        self._on_front(lambda front: front.replace_server(death))
-        if self.turns.shared:
-            self._sleep()
-        client = self.front.client if self.front is not None else None
-        self._checked(lambda: self.sync.connect(client))
+        silent = self._on_front(lambda front: front.give_up_server(death))
+        if not self.turns.shared:  # else those to come wait for their turn
+            self.servers.restart(silent)
+            self._on_front(lambda front: front.wait_for_server())
+        self.sync.forget()
 
     def _sync(self) -> None:
-        push = partial(self.sync.push, self.policy_version)
-        self._checked(lambda: self.turns.hand_over(push))
+        """A push to all servers; where it loses some of them, again to the others."""
+        lost = self._on_front(lambda front: front.client.silent())
+        if not self.turns.shared:
+            self.servers.restart(lost)
+        elif lost:
+            self.turns.leave()  # a new one takes all of its memory at once
+            self.servers.start_again(lost, self.interruption)
+            self._sleep()
+        while not self._pushed():
+            if self.turns.shared:
+                self._sleep()
+        self.servers.forgive()
 
     def _sleep(self) -> None:
         self.sync.forget()
-        self._checked(lambda: self._on_front(lambda front: front.client.sleep()))
+        self.servers.put_to_sleep(self.interruption)
 
-    def _checked(self, transfer: Callable[[], None]) -> None:
-        """A word with the server whose failure, which all ranks see, may be its death."""
+    def _pushed(self) -> bool:
+        """False: servers were lost, and others are left to push to."""
         try:
-            transfer()
+            self.turns.hand_over(partial(self.sync.push, self.policy_version))
+            return True
         except UserError as error:
             cause = error
-            self._on_front(lambda front: front.check_server(cause))
-            raise
+        if not self._on_front(lambda front: front.drop_lost_servers(cause)):
+            raise cause
+        return False
 
     def _evaluation_is_due(self, step: int) -> bool:
         every, last = self.config.eval.every, self.config.training.steps
@@ -366,10 +398,3 @@ class Trainer:
             return function(self.front)
 
         return self.topology.on_rank_zero(call)
-
-
-def _give_up(death: ServerDied | None, front: Front) -> NoReturn:
-    raise UserError(
-        f"the rollout server died, and rollout.max_restarts={front.config.rollout.max_restarts} "
-        f"new ones did not do: {death}"
-    )

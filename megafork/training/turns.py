@@ -27,15 +27,22 @@ class Turns:
 
     learners: the policy, and the critic if there is one. shared: False is the disaggregated
     placement, in which it is always everyone's turn. on_front: `Trainer._on_front`, whose failures
-    all ranks see.
+    all ranks see. stop: ends the servers of all nodes.
 
     Where a generation ends with the run (an exception other than Interrupted), the turn is left as
     it is: then the ranks may not be together any more.
     """
 
-    def __init__(self, learners: Sequence[Learner], on_front: OnFront, *, shared: bool) -> None:
+    def __init__(
+        self,
+        learners: Sequence[Learner],
+        on_front: OnFront,
+        stop: Callable[[], None],
+        *,
+        shared: bool,
+    ) -> None:
         self.policy, *self.others = learners
-        self.on_front, self.shared = on_front, shared
+        self.on_front, self.stop, self.shared = on_front, stop, shared
         self.turn: Literal["trainer", "handover", "servers"] = "trainer"
         self.clock = Clock()
         """Of what it does: the phases offload, sync and onload"""
@@ -45,8 +52,8 @@ class Turns:
     def generation(self, sleep: Callable[[], None]) -> Iterator[None]:
         """Inside, `hand_over` gives the servers their turn; after it, it is the trainer's again.
 
-        sleep: puts the servers to sleep, replacing those that cannot be. A signal has them ended
-        instead, for it may have reached them too and nothing is generated after it. Inside another
+        sleep: puts the servers to sleep, and ends those that cannot be. A signal has all of them
+        ended, for it may have reached them too and nothing is generated after it. Inside another
         one it does nothing.
         """
         if not self.shared or self._generating:
@@ -58,7 +65,7 @@ class Turns:
             if self.turn != "trainer":
                 sleep()
         except Interrupted:
-            self.on_front(lambda front: front.server.stop())
+            self.stop()
             self._take_back()
             raise
         finally:

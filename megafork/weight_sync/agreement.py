@@ -19,6 +19,7 @@ from megafork.errors import UserError
 from megafork.model.scorer import Scorer
 from megafork.parallel.topology import Topology
 from megafork.rollout.client import RolloutClient
+from megafork.rollout.fleet import Fleet
 from megafork.rollout.sampling import Sampling
 from megafork.types import Group, Sample, token_table
 
@@ -34,7 +35,9 @@ class Agreement:
     num_tokens: int
 
 
-async def probe(client: RolloutClient, prompts: list[Prompt], sampling: Sampling) -> list[Group]:
+async def probe(
+    client: RolloutClient | Fleet, prompts: list[Prompt], sampling: Sampling
+) -> list[Group]:
     """One response to each prompt."""
     async with client:
         answers = await asyncio.gather(*(client.generate(p.ids, 1, sampling) for p in prompts))

@@ -6,8 +6,6 @@ workers; no file is written and no rank sees another stage's weights.
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 from collections.abc import Callable
 
@@ -16,8 +14,10 @@ import torch
 from megafork.config import SyncConfig
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
+from megafork.parallel.addresses import address_towards, on_several_nodes, own_address
 from megafork.parallel.topology import Topology
 from megafork.rollout.client import RolloutClient
+from megafork.rollout.fleet import Fleet
 from megafork.weight_sync.local import LocalSender
 from megafork.weight_sync.transports import (
     Sender,
@@ -36,7 +36,7 @@ class WeightSync:
         self,
         policy: Scorer,
         topology: Topology,
-        client: RolloutClient | None,
+        client: RolloutClient | Fleet | None,
         sync: SyncConfig,
         *,
         num_workers: int,
@@ -44,31 +44,46 @@ class WeightSync:
         in_flight: bool = True,
         colocated: bool = False,
     ) -> None:
-        """server_host: where the server runs, to find the address that its workers reach us by.
+        """num_workers: of one server.
+        server_host: where the servers run, to find the address that their workers reach us by.
         in_flight: responses that are being generated go on with the new weights; False: a push
-        waits for them. colocated: the server, which may share our GPUs, sleeps around a push.
+        waits for them. colocated: the servers, which may share our GPUs, sleep around a push.
 
-        Raises UserError where sync.transport=local has no way to the server.
+        Raises UserError where sync.transport=local has no way to the servers.
         """
         self.in_flight, self.colocated = in_flight, colocated
         self.local = _is_local(sync, colocated)
         self.policy, self.topology = policy, topology
-        self.timeout_s, self.num_workers = sync.timeout_s, num_workers
+        self.timeout_s, self.workers_of_each = sync.timeout_s, num_workers
         self.server_host = server_host
         self.version = 0
-        """What the server has: the last push that succeeded"""
+        """What the servers have: the last push that succeeded"""
+        self.members: list[tuple[str, int]] = []
+        """Servers of the transfer groups"""
         manifest = [(name, shape, policy.dtype) for name, shape in policy.shard_manifest()]
         self.own_buckets = plan_buckets(topology.pp_rank, manifest, sync.bucket_mib << 20)
         self.sender: Sender | None = None
         self.connect(client)
 
-    def connect(self, client: RolloutClient | None) -> None:
-        """Build the transfer groups, anew where there are some: to the first server or another.
+    def connect(self, client: RolloutClient | Fleet | None) -> None:
+        """Build the transfer groups, anew where there are some: to these servers.
 
-        Raises UserError, on every rank, when the server's workers do not join.
+        Raises UserError, on every rank, when the servers' workers do not join.
         """
-        self.close()
         self.client, self.version = client, 0
+        self._build(self._wanted_members())
+
+    def _wanted_members(self) -> list[tuple[str, int]]:
+        def ask() -> list[tuple[str, int]]:
+            assert self.client is not None
+            return self.client.members()
+
+        return self.topology.on_rank_zero(ask)
+
+    def _build(self, members: list[tuple[str, int]]) -> None:
+        """One group for each sender, with the workers of all members."""
+        self.close()
+        self.num_workers = self.workers_of_each * len(members)
         offer = None
         if self.topology.is_sender:
             self.sender = self._make_sender()
@@ -78,6 +93,7 @@ class WeightSync:
         self.addresses = [address for address, _ in offers]
         self.buckets = [bucket for _, buckets in offers for bucket in buckets]
         self._together(self._join)
+        self.members = members
 
     def push(self, version: int) -> None:
         """Give the server the policy's weights as `version`; nothing cached survives.
@@ -86,17 +102,22 @@ class WeightSync:
         keys and values are computed again. Raises UserError, on every rank, when the server did not
         take the weights.
         """
+        members = self._wanted_members()
+        if members != self.members:
+            self._build(members)
+        self.members = []  # after a failure the groups have to be built again
         # Phase by phase: a rank enters the gathers only when rank 0 is known to come too.
         self._together(self._pause)
         self._together(self._send)
         self._together(lambda: self._finish(version))
-        self.version = version
+        self.version, self.members = version, members
 
     def forget(self) -> None:
-        """The server has given its weights up."""
+        """The servers have given their weights up, or some missed them."""
         self.version = 0
 
     def close(self) -> None:
+        self.members = []
         if self.sender is not None:
             self.sender.close()
             self.sender = None
@@ -137,13 +158,14 @@ class WeightSync:
         self.client.finish_weight_update(version)
         if not self.colocated:  # what sleeps has no cache, and wakes up by another word
             self.client.reset_prefix_cache(running=True)
-            self.client.resume()
         reached = self.client.weight_version()
         if reached != version:
             raise UserError(
                 f"the rollout server says weight version {reached} after a push of {version}: "
                 "does another trainer use the same server?"
             )
+        if not self.colocated:
+            self.client.resume()
 
     def _send(self) -> None:
         """All tp ranks of a stage run the export together; only its sender is given tensors."""
@@ -185,8 +207,8 @@ def _connect(sender: Sender, failures: list[TransferError]) -> None:
 
 def _is_local(sync: SyncConfig, colocated: bool) -> bool:
     if sync.transport == "auto":
-        return colocated and _on_one_machine()
-    if sync.transport == "local" and not _on_one_machine():
+        return colocated and not on_several_nodes()
+    if sync.transport == "local" and on_several_nodes():
         raise UserError(
             "sync.transport=local reaches servers on this machine alone, but the trainer's ranks "
             "are on several: use auto or broadcast"
@@ -194,14 +216,6 @@ def _is_local(sync: SyncConfig, colocated: bool) -> bool:
     return sync.transport == "local"
 
 
-def _on_one_machine() -> bool:
-    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-
-
 def _own_address(server_host: str) -> str:
     """This rank's address as the server's workers see it."""
-    if not _on_one_machine():
-        return socket.gethostbyname(socket.gethostname())  # senders on several machines
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((server_host, 9))  # sends nothing; picks the interface towards the host
-        return probe.getsockname()[0]
+    return own_address() if on_several_nodes() else address_towards(server_host)

@@ -28,8 +28,14 @@ class WeightReceiver:
     """
 
     def __init__(
-        self, worker: Any, senders: list[dict[str, Any]], num_workers: int, timeout_s: float
+        self,
+        worker: Any,
+        senders: list[dict[str, Any]],
+        num_workers: int,
+        timeout_s: float,
+        first_worker: int = 0,
     ) -> None:
+        """num_workers: of all servers together; this server's begin with `first_worker`."""
         self.device = worker.device
         self.vllm_config = worker.vllm_config
         self.model = worker.model_runner.get_model()
@@ -40,10 +46,11 @@ class WeightReceiver:
         self._shapes = _checkpoint_shapes(Path(model_config.model))
         if tied:
             self._shapes.pop("lm_head.weight", None)
+        rank = 1 + first_worker + worker.rank
         self._links: list[Link] = [
             LocalLink(sender, self.device, timeout_s)
             if "socket" in sender
-            else BroadcastLink(sender, 1 + worker.rank, num_workers, self.device, timeout_s)
+            else BroadcastLink(sender, rank, num_workers, self.device, timeout_s)
             for sender in senders
         ]
 

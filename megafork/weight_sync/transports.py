@@ -26,6 +26,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from megafork.rollout.client import RolloutClient
+    from megafork.rollout.fleet import Fleet
 
 
 Group = Any  # a ProcessGroupGloo or ProcessGroupNCCL: backends are no dist.ProcessGroup
@@ -305,7 +306,7 @@ def send_buckets(
 
 
 def push_buckets(
-    client: RolloutClient,
+    client: RolloutClient | Fleet,
     sender: Sender,
     plan: Sequence[Bucket],
     weights: Iterator[tuple[str, Tensor]],

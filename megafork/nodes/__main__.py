@@ -1,0 +1,130 @@
+"""`python -m megafork.nodes run ...`, on every machine of a run, and `... run-dir CONFIG`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megafork.config import TrainConfig
+from megafork.config.file import load_config
+from megafork.errors import UserError
+from megafork.launch import USER_ERROR, Machines
+from megafork.nodes.guard import Guard, Work
+from megafork.nodes.head import End, Head
+from megafork.nodes.plan import Plan
+
+_SERVER_RESTARTS = 3
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+Config = Annotated[Path, typer.Argument(help="the run's TOML file")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value")]
+
+
+@app.command()
+def run_dir(config: Config, overrides: Overrides = None) -> None:
+    """Print run.dir, which may come from the file or from an override."""
+    typer.echo(load_config(TrainConfig, config, overrides or []).run.dir)
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    train: Annotated[str, typer.Option(help="machines with ranks, NAME,NAME; first the head")] = "",
+    serve: Annotated[str, typer.Option(help="machines with rollout servers, NAME,NAME")] = "",
+    logs: Annotated[Path, typer.Option(help="folder for this attempt's logs")] = Path("logs"),
+    resume: Annotated[Path | None, typer.Option(help="the run's folder, to go on with it")] = None,
+    ranks: Annotated[int, typer.Option(help="ranks on each training machine", min=1)] = 1,
+    servers: Annotated[int, typer.Option(help="servers on each serving machine", min=1)] = 1,
+    port: Annotated[int, typer.Option(help="of the head, for the guards")] = 20_000,
+    serve_port: Annotated[int, typer.Option(help="of a machine's first server")] = 20_001,
+    startup_s: Annotated[float, typer.Option(help="seconds for all guards to come")] = 60.0,
+    lost_after_s: Annotated[float, typer.Option(help="of silence: the machine is lost")] = 30.0,
+) -> None:
+    """Guard this machine, $SLURMD_NODENAME or its host name, which --train or --serve names.
+
+    Exits with 0 when the run is complete, 75 when it was asked to stop and has saved, 69 when a
+    machine was lost, and otherwise with the status of what failed first, which is told last. The
+    head leaves both in LOGS, as status and cause. $MEGAFORK_API_KEY is the secret that guards,
+    servers and trainer share.
+    """
+    api_key = os.environ.get("MEGAFORK_API_KEY")
+    if not api_key:
+        raise UserError("MEGAFORK_API_KEY is not set: give all machines of the run the same secret")
+    training, serving = _names(train), _names(serve)
+    plan = Plan(training, serving, port, api_key.encode(), logs, startup_s, lost_after_s)
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    if plan.nodes.count(node) != 1:
+        raise UserError(f"this machine, {node}, has to be named once in --train or --serve")
+    logs.mkdir(parents=True, exist_ok=True)
+    settings = overrides or []
+    if node in serving:
+        works = _servers(config, settings, node, logs, servers, serve_port)
+    else:
+        urls = [f"http://{n}:{serve_port + i}" for n in serving for i in range(servers)]
+        if urls:
+            settings = [*settings, f"rollout.url={json.dumps(urls[0] if len(urls) == 1 else urls)}"]
+        start = ["--resume", str(resume)] if resume is not None else [str(config)]
+        machines = Machines(len(training), training.index(node), ranks, str(logs))
+        works = [
+            Work(
+                "megafork-train",
+                [sys.executable, "-m", "megafork", "train", *start, *settings],
+                environment=machines.environment(),
+            )
+        ]
+    raise typer.Exit(asyncio.run(guard_and_tell(plan, Guard(plan, node, works))))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
+def _servers(
+    config: Path, settings: list[str], node: str, logs: Path, count: int, first_port: int
+) -> list[Work]:
+    works = []
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    share = len(devices) // count
+    for i in range(count):
+        log = logs / f"serve-{node}-{i}.log"
+        command = [sys.executable, "-m", "megafork", "serve", str(config), *settings]
+        command += ["--host", node, "--port", str(first_port + i)]
+        command += ["--log", str(logs / f"vllm-{node}-{i}.log")]
+        own = {}
+        if count > 1 and share:
+            own["CUDA_VISIBLE_DEVICES"] = ",".join(devices[i * share : (i + 1) * share])
+        works.append(Work(f"server-{i}", command, log, _SERVER_RESTARTS, own))
+    return works
+
+
+async def guard_and_tell(plan: Plan, guard: Guard) -> int:
+    """The guard's work, and on the first machine the head's; returns the run's exit status."""
+    if guard.node != plan.head:
+        return await guard.run()
+    head = asyncio.create_task(Head(plan).run())
+    own = asyncio.create_task(guard.run())
+    await asyncio.wait([head, own], return_when=asyncio.FIRST_EXCEPTION)
+    end: End = head.result()
+    if end.cause:
+        told = f"error: {end.cause}"
+        (plan.logs / "cause").write_text(told + "\n")
+        print(told, file=sys.stderr, flush=True)
+    (plan.logs / "status").write_text(f"{end.status}\n")
+    return end.status
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)

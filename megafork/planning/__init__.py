@@ -1,0 +1,1 @@
+"""`megafork plan`: what a layout needs of a cluster, before a GPU is asked for."""

@@ -1,0 +1,204 @@
+"""`megafork train --dry-run`: all that can be known of a run before anything is started or written.
+
+The model's folder needs config.json and the tokenizer; weights are checked where they are and
+missed where they are not, so that a run can be planned before 65 GB are fetched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import tomli_w
+
+from megafork.config import ParallelConfig, TrainConfig
+from megafork.data.prompts import read_prompts
+from megafork.data.tokenizer import load_tokenizer
+from megafork.errors import UserError
+from megafork.model.hf_folder import SafetensorsFolder
+from megafork.model.hf_mapping import rules
+from megafork.model.shape import ModelShape
+from megafork.planning.memory import plan_memory
+from megafork.planning.nodes import NodeType, node_type
+from megafork.planning.report import assumption_lines, memory_lines, time_lines
+from megafork.planning.roofline import step_time
+from megafork.training.preflight import check_train
+from megafork.training.run_dir import refuse_other_run
+
+_ASSUMED_SHARE = 0.25
+"""of the longest response, that the mean one has where nobody says"""
+
+
+def rehearse_run(
+    config: TrainConfig,
+    node_name: str,
+    num_serve_nodes: int,
+    mean_response_tokens: float | None,
+    *,
+    resume: bool,
+    tell: Callable[[str], object],
+) -> None:
+    """Check the config, its files and folders, and tell config, layout, memory and time.
+
+    Raises UserError, last of all where the plan does not fit the node.
+    """
+    node = node_type(node_name)
+    check_train(config)
+    _check_run_dir(Path(config.run.dir), resume=resume)
+    _check_urls(config.rollout.url)
+    shape = ModelShape.from_folder(config.model.path)
+    facts = _Facts.of(config, shape)
+    nodes = _Nodes.of(config, node)
+    mean = mean_response_tokens or _ASSUMED_SHARE * config.rollout.max_response_tokens
+    memory = plan_memory(config, shape, nodes.node, nodes.number, num_serve_nodes)
+    time = step_time(
+        config,
+        shape,
+        nodes.node,
+        nodes.number,
+        num_serve_nodes,
+        mean_response_tokens=mean,
+        mean_prompt_tokens=facts.mean_prompt,
+    )
+    sections = {
+        "config": [tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)).rstrip()],
+        "found": facts.lines(),
+        "layout": list(layout(shape, config.parallel, memory.dp, nodes.node.gpus)),
+        "memory": list(memory_lines(memory, shape, nodes.node)),
+        "time": list(time_lines(time)),
+        "assumptions": list(assumption_lines(time)),
+    }
+    for name, lines in sections.items():
+        tell("\n".join([f"# {name}", *lines, ""]))
+    if memory.problems:
+        raise UserError("the plan does not fit: " + "; ".join(memory.problems))
+
+
+def layout(shape: ModelShape, parallel: ParallelConfig, dp: int, gpus: int) -> Iterator[str]:
+    """Which rank is where, a line for each node, in megatron's order: tp, cp, dp, pp."""
+    stages = shape.stage_layers(parallel)
+    ranks = range(parallel.model_parallel_size * dp)
+    for first in range(0, len(ranks), gpus):
+        own = ranks[first : first + gpus]
+        coordinates = [place(rank, parallel, dp) for rank in own]
+        parts = [f"ranks {_span(own)}"]
+        for axis, name in enumerate(("tp", "cp", "dp", "pp")):
+            parts.append(f"{name} {_span(sorted({c[axis] for c in coordinates}))}")
+        layers = [
+            _span(stages[stage])
+            for pp in sorted({c[3] for c in coordinates})
+            for stage in range(pp, len(stages), parallel.pp)
+        ]
+        yield f"node {first // gpus}: {', '.join(parts)}, layers {' and '.join(layers)}"
+
+
+def place(rank: int, parallel: ParallelConfig, dp: int) -> tuple[int, int, int, int]:
+    """(tp, cp, dp, pp) of a rank."""
+    rest, tp = divmod(rank, parallel.tp)
+    rest, cp = divmod(rest, parallel.cp)
+    pp, of_dp = divmod(rest, dp)
+    return tp, cp, of_dp, pp
+
+
+def _span(values: range | list[int]) -> str:
+    return f"{values[0]}-{values[-1]}" if len(values) > 1 else f"{values[0]}"
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    node: NodeType
+    number: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, node: NodeType) -> _Nodes:
+        """As many as parallel.dp asks for; a part of one where that is enough."""
+        world = config.parallel.world_size
+        if world < node.gpus:
+            return cls(node.model_copy(update={"gpus": world}), 1)
+        number, rest = divmod(world, node.gpus)
+        if rest:
+            raise UserError(
+                f"parallel.dp * tp * pp * cp = {world} ranks do not fill nodes of {node.gpus} "
+                "GPUs: change parallel.dp or --node"
+            )
+        return cls(node, number)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the files say."""
+
+    weights: str
+    prompts: int
+    mean_prompt: int
+    longest_prompt: int
+    heldout: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, shape: ModelShape) -> _Facts:
+        tokenizer = load_tokenizer(
+            config,
+            chat_template=config.data.chat_template,
+            enable_thinking=config.data.enable_thinking,
+        )
+        prompts = read_prompts(config.data.train, config.data, tokenizer.encode)
+        lengths = [len(prompt.ids) for prompt in prompts]
+        heldout = 0
+        if config.data.eval is not None:
+            heldout = len(read_prompts(config.data.eval, config.data, tokenizer.encode))
+        return cls(
+            weights=_weights(Path(config.model.path), shape),
+            prompts=len(prompts),
+            mean_prompt=round(sum(lengths) / len(lengths)),
+            longest_prompt=max(lengths),
+            heldout=heldout,
+        )
+
+    def lines(self) -> list[str]:
+        return [
+            f"weights   {self.weights}",
+            f"prompts   {self.prompts}; {self.mean_prompt} tokens on average, "
+            f"{self.longest_prompt} at most",
+            f"held out  {self.heldout} prompts",
+        ]
+
+
+def _weights(folder: Path, shape: ModelShape) -> str:
+    """Raises UserError where there are some and not those that config.json asks for."""
+    if not any(folder.glob("*.safetensors*")):
+        return f"not in {folder} yet: fetch them before the run"
+    files = SafetensorsFolder(folder)
+    everything = rules(
+        shape,
+        layers=range(shape.num_layers),
+        first_stage=True,
+        last_stage=True,
+        padded_vocab_size=shape.vocab_size,
+        transformer_engine=False,
+    )
+    for rule in everything:
+        for name, expected in zip(rule.hf, rule.hf_shapes, strict=True):
+            files.check_holds(name)
+            files.check_shape(name, expected)
+    return f"{len(files.names)} tensors in {folder}"
+
+
+def _check_run_dir(run_dir: Path, *, resume: bool) -> None:
+    if not resume:
+        refuse_other_run(run_dir)
+    existing = next(path for path in (run_dir, *run_dir.resolve().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"run.dir={run_dir} cannot be written: {existing} is no folder that one may write to"
+        )
+
+
+def _check_urls(url: str | list[str] | None) -> None:
+    """Whether one answers is not asked: servers may come up with the run."""
+    for one in [url] if isinstance(url, str) else url or []:
+        parts = urlsplit(one)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"rollout.url={one} is no address: give it as http://HOST:PORT")

@@ -1,0 +1,50 @@
+"""Which GPUs of a node its rollout servers take."""
+
+from __future__ import annotations
+
+import os
+
+from megafork.config import ServerConfig
+from megafork.errors import UserError
+
+
+def gpus_of_servers(
+    rollout: ServerConfig, visible: list[str], *, num_trainers: int, shared: bool
+) -> list[list[str]]:
+    """Of each of the node's `rollout.servers` the GPUs, among the `visible` ones.
+
+    num_trainers: ranks that train on this node, on the first GPUs. shared: servers take the first
+    ones too, in turns with the trainers (rollout.placement = "colocated"); else those after the
+    trainers'. A node that has exactly the trainers' GPUs is shared in any case, at the same time:
+    rollout.gpu_memory_utilization is then the servers' part.
+    Raises UserError where there are too few.
+    """
+    tp, needed = rollout.tensor_parallel, rollout.servers * rollout.tensor_parallel
+    first = 0 if shared or len(visible) == num_trainers else num_trainers
+    if first + needed > len(visible):
+        after = f" after the {num_trainers} of the trainer's ranks" if first else ""
+        raise UserError(
+            f"rollout.servers={rollout.servers} with rollout.tensor_parallel={tp} need {needed} "
+            f"GPUs{after}, but this node has {len(visible)} ({','.join(visible) or 'none'}): start "
+            "fewer servers or ranks, or share the trainer's GPUs with rollout.placement=colocated"
+        )
+    return [visible[first + i * tp : first + (i + 1) * tp] for i in range(rollout.servers)]
+
+
+def with_trainers(own: list[str], visible: list[str]) -> list[str]:
+    """What a server sees that takes its `own` GPUs.
+
+    Those come first, which vLLM goes by; then the others, whose memory it opens where a trainer's
+    weights are in it (sync.transport=local).
+    """
+    return own + [gpu for gpu in visible if gpu not in own]
+
+
+def visible_gpus() -> list[str]:
+    """By the names that CUDA_VISIBLE_DEVICES takes."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip()]
+    import torch  # seconds, which commands without a GPU need not wait
+
+    return [str(number) for number in range(torch.cuda.device_count())]

@@ -1,0 +1,35 @@
+"""Planned memory against real training steps in real processes (tools/benchmark_plan.py)."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools.benchmark_plan import LAYOUTS, MODELS, TINY, compare, save_model
+
+WITHIN = 0.05
+"""Tensors are planned; what is measured has some 15 MiB of interpreter and libraries in it."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    save_model(root / "tiny", TINY)
+    for name, model in MODELS.items():
+        save_model(root / name, model.config)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", ["tp1", "tp2-sp-full", "pp2"])
+def test_planned_memory_is_measured(folders, model, layout):
+    for rank, (plan, real) in enumerate(compare(folders / model, folders / "tiny", model, layout)):
+        assert real > 250
+        assert abs(plan / real - 1) <= WITHIN, f"rank {rank}: {plan:.1f} planned, {real:.1f} MiB"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"tp1", "tp2-sp-full", "pp2"}))
+def test_other_layouts_too(folders, layout):
+    for plan, real in compare(folders / "qwen3", folders / "tiny", "qwen3", layout):
+        assert abs(plan / real - 1) <= WITHIN, f"{plan:.1f} planned, {real:.1f} MiB"
