@@ -232,7 +232,7 @@ class RolloutClient:
 
         A server on the CPU, or started without sleep mode, keeps its memory and waits all the same.
         """
-        self._request("POST", "/sleep?level=2&mode=abort")
+        self._request("POST", "/sleep?level=2&mode=abort", timeout_s=self._transfer_timeout_s)
 
     def wake_up(self, part: Literal["weights", "kv_cache"]) -> None:
         """Have the memory of `part` again, with nothing in it: the weights first, to be pushed.

@@ -232,16 +232,18 @@ def start_here(
     max_restarts: int = 0,
     num_trainers: int = 0,
     shared: bool = False,
+    sees_trainers: bool = False,
 ) -> LocalServers:
     """rollout.servers servers on this machine, to be entered. Raises UserError for too few GPUs.
 
     api_key: of all of them; unset is a random one. num_trainers, shared: see gpus_of_servers.
+    sees_trainers: whether they open memory of other GPUs than their own.
     """
     environments: list[dict[str, str]] = [{} for _ in logs]
     if device == "cuda":
         visible = visible_gpus()
         gpus = gpus_of_servers(rollout, visible, num_trainers=num_trainers, shared=shared)
-        seen = [with_trainers(own, visible) if num_trainers else own for own in gpus]
+        seen = [with_trainers(own, visible) if sees_trainers else own for own in gpus]
         environments = [{"CUDA_VISIBLE_DEVICES": ",".join(names)} for names in seen]
     ports: set[int] = set()
     while len(ports) < len(logs):

@@ -15,6 +15,7 @@ from megafork.parallel.topology import Topology
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.engine import LocalServers, api_key_of, log_paths, served_policy, start_here
 from megafork.rollout.fleet import Fleet
+from megafork.weight_sync.push import is_local
 
 
 class RunServers:
@@ -59,6 +60,7 @@ class RunServers:
         first = int(os.environ.get("GROUP_RANK", "0")) * rollout.servers
         logs = log_paths(Path(config.run.dir) / "vllm.log", num_nodes * rollout.servers)
         logs = logs[first : first + rollout.servers]
+        colocated = rollout.placement == "colocated"
         self.local = start_here(
             served_policy(config),
             rollout,
@@ -68,7 +70,8 @@ class RunServers:
             host=own_address(),
             max_restarts=rollout.max_restarts,
             num_trainers=num_here,
-            shared=rollout.placement == "colocated",
+            shared=colocated,
+            sees_trainers=is_local(config.sync, colocated),
         )
         stack.enter_context(self.local)
         return list(zip(self.local.urls, logs, strict=True))
@@ -86,8 +89,7 @@ class RunServers:
         self.topology.on_rank_zero(wait)
 
     def put_to_sleep(self, interruption: Interruption) -> None:
-        """Collective: after it no server holds memory of its devices. Those that do not go to sleep
-        are ended.
+        """Collective; those that do not go to sleep are ended, so that their devices are free.
 
         Raises Interrupted when a signal came that may have ended one.
         """
@@ -104,8 +106,10 @@ class RunServers:
             self._on_each_node(lambda local: local.end(awake))
 
     def start_again(self, urls: list[str], interruption: Interruption) -> None:
-        """Collective, of servers in turns: end these where they run, and wait until new ones answer
-        or are given up. They are awake then, and members of the next push."""
+        """Collective, of servers in turns: end these; returns when new ones answer or are given up.
+
+        They are awake then, and wait for the next push.
+        """
         self._on_each_node(lambda local: local.start_again(urls, interruption.check))
 
         def look() -> None:

@@ -345,9 +345,10 @@ class Trainer:
 
     def _replace_server(self, death: ServerDied) -> None:
         silent = self._on_front(lambda front: front.give_up_server(death))
-        if not self.turns.shared:  # else those to come wait for their turn
-            self.servers.restart(silent)
-            self._on_front(lambda front: front.wait_for_server())
+        if self.turns.shared:  # new ones come with the next push
+            return self._sleep()
+        self.servers.restart(silent)
+        self._on_front(lambda front: front.wait_for_server())
         self.sync.forget()
 
     def _sync(self) -> None:

@@ -52,7 +52,7 @@ class WeightSync:
         Raises UserError where sync.transport=local has no way to the servers.
         """
         self.in_flight, self.colocated = in_flight, colocated
-        self.local = _is_local(sync, colocated)
+        self.local = is_local(sync, colocated)
         self.policy, self.topology = policy, topology
         self.timeout_s, self.workers_of_each = sync.timeout_s, num_workers
         self.server_host = server_host
@@ -205,7 +205,8 @@ def _connect(sender: Sender, failures: list[TransferError]) -> None:
         failures.append(error)
 
 
-def _is_local(sync: SyncConfig, colocated: bool) -> bool:
+def is_local(sync: SyncConfig, colocated: bool) -> bool:
+    """Whether weights go through local memory. Raises UserError where that has no way."""
     if sync.transport == "auto":
         return colocated and not on_several_nodes()
     if sync.transport == "local" and on_several_nodes():
