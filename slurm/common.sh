@@ -5,6 +5,7 @@
 PYTHON=${PYTHON:-$MEGAFORK_HOME/.venv/bin/python}
 [[ -x $PYTHON ]] || PYTHON=$(command -v python3)
 
+export PYTHONPATH=$MEGAFORK_HOME${PYTHONPATH:+:$PYTHONPATH}
 # How often a job that was stopped, or lost a node, goes back into the queue.
 MAX_REQUEUES=${MAX_REQUEUES:-20}
 # Further words for srun, as --container-image=...

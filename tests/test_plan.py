@@ -23,6 +23,7 @@ from megafork.planning.memory import (
 )
 from megafork.planning.nodes import NODES
 from megafork.planning.rehearsal import ChunkMemory, MicroBatch, rehearse, rehearse_shallow
+from megafork.planning.report import overrides
 from megafork.planning.search import changed, search
 from megafork.planning.serving import server_memory
 from megafork.planning.shapes import SHAPES
@@ -198,13 +199,17 @@ def run(*arguments):
 
 
 def test_what_does_not_fit_is_named_and_the_advice_fits():
-    bad = "--model", "qwen3-14b", "--nodes", "2", "parallel.tp=4", "parallel.sequence_parallel=true"
+    layout = "parallel.dp=8", "rollout.gpu_memory_utilization=0.35"
+    bad = "--model", "qwen3-14b", "--nodes", "2", *layout
     result = run(*bad)
     assert result.exit_code == 1
-    assert "set model.recompute=full (now none)" in result.output
-    advice = next(x for x in result.output.splitlines() if x.startswith("fits with: "))
-    good = run(*bad, *advice.removeprefix("fits with: ").split())
-    assert good.exit_code == 0, good.output
+    assert "parameters, gradients and optimizer alone take" in result.output
+    assert "raise rollout.tensor_parallel=1" in result.output
+    fits = [x.removeprefix("fits with: ") for x in result.output.splitlines() if "fits with" in x]
+    assert fits and all("parallel.dp=4" in advice for advice in fits)
+    for advice in fits:
+        good = run(*bad, *advice.split())
+        assert good.exit_code == 0, good.output
     for word in ("it fits", "KV cache", "tokens/s/GPU", "data_parallel", "assumed", "optimizer"):
         assert word in good.output
 
@@ -240,11 +245,12 @@ def test_mistakes_are_named(arguments, words):
 
 
 def test_a_search_gives_layouts_that_fit_the_quickest_first():
-    config = settings(responses=8192)
+    config = settings("parallel.dp=8", responses=8192)
     shape, node = SHAPES["qwen3-8b"], NODES["h100"]
     found = search(config, shape, node, 2, 1, wanted=4)
     speeds = [layout.time.tokens_per_second_per_gpu for layout in found]
     assert len(found) == 4 and speeds == sorted(speeds, reverse=True)
     for layout in found:
-        exact = plan_memory(changed(config, layout.changes), shape, node, 1, 1)
+        said = settings("parallel.dp=8", *overrides(layout.changes).split(), responses=8192)
+        exact = plan_memory(said, shape, node, 1, 1)
         assert exact.fits and exact.stages == layout.memory.stages

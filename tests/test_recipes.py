@@ -237,7 +237,10 @@ FAULTS = {
     "another run": (a_run_there, "holds another run"),
     "no folder": (a_file_there, r"cannot be written: .*/file is no folder"),
     "other weights": (other_weights, r"has shape .* but its config.json asks for \[151936, 4096\]"),
-    "address": (an_address("node7:8000"), "rollout.url=node7:8000 is no address: give it as http"),
+    "address": (
+        an_address("node7:8000"),
+        "rollout.url=node7:8000 is not the address of a server: give http",
+    ),
     "ranks": (lambda path: ["parallel.dp=3"], "= 12 ranks do not fill nodes of 8 GPUs"),
     "verifier": (lambda path: ["reward.verifier=no:f"], "'no:f' cannot be imported"),
     "data": (lambda path: ["data.train=nothing.jsonl"], "nothing.jsonl does not exist"),

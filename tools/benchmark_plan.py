@@ -49,6 +49,8 @@ _COMMON = {"max_position_embeddings": 1024, "eos_token_id": 1, "pad_token_id": 0
 class Model:
     config: Any
     dtype: str = "float32"
+    uneven: str | None = None
+    """its layers in four stages"""
 
 
 MODELS = {
@@ -73,6 +75,7 @@ MODELS = {
             **_COMMON,
         ),
         dtype="bfloat16",
+        uneven="[1,2,2,1]",
     ),
 }  # fmt: skip
 LAYOUTS = {
@@ -98,6 +101,9 @@ def save_model(folder: Path, config: Any) -> None:
 
 
 def settings(folder: Path, model: Model, layout: str) -> TrainConfig:
+    stages = LAYOUTS[layout]
+    if model.uneven is not None and "parallel.vpp=2" in stages:
+        stages += (f"parallel.pipeline_layers={model.uneven}",)
     return load_config(
         TrainConfig,
         None,
@@ -105,7 +111,7 @@ def settings(folder: Path, model: Model, layout: str) -> TrainConfig:
             'run.dir="none"', 'data.train="none"', 'reward.verifier="maths"', "training.steps=1",
             f'model.path="{folder}"', f'model.dtype="{model.dtype}"', 'forking.select="all"',
             f"rollout.max_response_tokens={LENGTH - PROMPT}", f"data.max_prompt_tokens={PROMPT}",
-            f"training.micro_batch_tokens={OF_MICRO_BATCH * (LENGTH - 1)}", *LAYOUTS[layout],
+            f"training.micro_batch_tokens={OF_MICRO_BATCH * (LENGTH - 1)}", *stages,
         ],
     )  # fmt: skip
 
@@ -126,8 +132,10 @@ def _job(tiny: Path, config: TrainConfig) -> Job:
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
     topology = initialize(config.parallel)
 
+    even = config.parallel.model_copy(update={"pipeline_layers": None})
+
     def warm_up() -> None:
-        _steps(config, topology, tiny)
+        _steps(config.model_copy(update={"parallel": even}), topology, tiny)
 
     def work() -> list[float]:
         return _steps(config, topology, Path(config.model.path))

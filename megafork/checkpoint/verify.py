@@ -165,8 +165,9 @@ def _megatron_logits(
                 parameter.fill_(torch.nan)  # what the checkpoint does not replace will be seen
     sharded.load(megatron, scorer.stages, None, topology)
     found: list[tuple[Tensor, Tensor]] = []
+    packs_left = iter(scorer.packs(table))  # collective: every rank asks
     if topology.is_last_stage:
-        gpt, packs_left = scorer.stages[-1].gpt, iter(scorer.packs(table))
+        gpt = scorer.stages[-1].gpt
 
         def keep(_: Any, inputs: Any, hidden_1TH: Tensor) -> None:
             pack, weight = next(packs_left), head_weight(gpt)

@@ -56,7 +56,7 @@ class PackedModel:
         """What the schedule runs: the stages, or what a subclass wraps them in."""
 
     def packs(self, table: TokenTable) -> list[Pack]:
-        """This rank's part of its micro-batches of the table, whose rows it has to hold."""
+        """This rank's part of its micro-batches of the table, whose rows it holds. Collective."""
         self._check(table)
         return [
             build_pack(table, samples, part=self.part, device=self.topology.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -21,6 +22,7 @@ from megafork.nodes.head import End, Head
 from megafork.nodes.plan import Plan
 
 _SERVER_RESTARTS = 3
+_PATIENCE_S = 1.0
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -110,15 +112,17 @@ async def guard_and_tell(plan: Plan, guard: Guard) -> int:
     """The guard's work, and on the first machine the head's; returns the run's exit status."""
     if guard.node != plan.head:
         return await guard.run()
-    head = asyncio.create_task(Head(plan).run())
     own = asyncio.create_task(guard.run())
-    await asyncio.wait([head, own], return_when=asyncio.FIRST_EXCEPTION)
-    end: End = head.result()
+    end: End = await Head(plan).run()
+    if not (await asyncio.wait([own], timeout=_PATIENCE_S))[0]:
+        own.cancel()  # it never reached the head
     if end.cause:
         told = f"error: {end.cause}"
         (plan.logs / "cause").write_text(told + "\n")
         print(told, file=sys.stderr, flush=True)
     (plan.logs / "status").write_text(f"{end.status}\n")
+    with contextlib.suppress(asyncio.CancelledError):
+        await own  # raises what it failed of
     return end.status
 
 

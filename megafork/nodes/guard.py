@@ -83,6 +83,7 @@ class Guard:
         self._folder = Path(tempfile.mkdtemp(prefix="megafork-guard-"))
         self._stop_file = self._folder / "stop"
         self._asked_to_stop = False
+        self._writer: asyncio.StreamWriter | None = None
 
     async def run(self) -> int:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what loses its parent stays ours
@@ -92,7 +93,9 @@ class Guard:
         try:
             return await self._run()
         finally:
-            await self._kill_all()
+            await self._kill_all()  # before the head hears that we are gone
+            if self._writer is not None:
+                self._writer.close()
             shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _run(self) -> int:
@@ -100,6 +103,7 @@ class Guard:
         if connection is None:
             return self._lose(f"no answer within {self.plan.startup_s:g} s")
         reader, writer = connection
+        self._writer = writer
         listening = asyncio.create_task(self._listen(reader))
         writer.write(pack(hello=self.node, proof=self.plan.proof(self.node)))
         ended = False
@@ -108,14 +112,13 @@ class Guard:
             if self._environment and not ended:
                 ended = self._look_after(writer)
             if listening.done():
+                listening.result()  # of a command that cannot be started
                 return self._lose("its guard is gone")
             if time.monotonic() - self._heard > self.plan.lost_after_s:
                 return self._lose(f"nothing heard for {self.plan.lost_after_s:g} s")
             await asyncio.sleep(BEAT_S / 4)
         if self._end in (0, INTERRUPTED):
             await self._part()
-        await self._kill_all()  # before the head hears that we are gone
-        writer.close()
         return self._end
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:

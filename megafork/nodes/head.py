@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megafork.interruption import INTERRUPTED
+from megafork.launch import USER_ERROR
 from megafork.nodes.plan import BEAT_S, LOST, MAX_LINE, Failure, Plan, pack, receive
 from megafork.parallel.ports import free_port
 
@@ -47,11 +48,14 @@ class Head:
         self._listeners: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._first_failure = 0.0
         self._stop_file = plan.logs / "stop"
-        self._stopping = False
 
     async def run(self) -> End:
         """From the first guard that comes to the last one that leaves."""
-        server = await asyncio.start_server(self._listen, port=self.plan.port, limit=MAX_LINE)
+        try:
+            server = await asyncio.start_server(self._listen, port=self.plan.port, limit=MAX_LINE)
+        except OSError as error:
+            return End(USER_ERROR, f"{self.plan.head}: port {self.plan.port} (--port): {error}")
+        watching = asyncio.create_task(self._watch_stop_file())
         async with server:
             end = await self._all_come()
             if end is None:
@@ -59,6 +63,7 @@ class Head:
                 while (end := self._verdict()) is None:
                     await self._beat()
             self._tell(end=end.status)
+            watching.cancel()
             await self._part()
         return end
 
@@ -109,13 +114,16 @@ class Head:
         return None
 
     async def _beat(self) -> None:
-        if not self._stopping and self._stop_file.exists():
-            self._stop()
         self._tell(beat=1)
         await asyncio.sleep(BEAT_S / 4)
 
+    async def _watch_stop_file(self) -> None:
+        # In a thread: a file system that does not answer is no reason to fall silent.
+        while not await asyncio.to_thread(self._stop_file.exists):
+            await asyncio.sleep(0.5)
+        self._stop()
+
     def _stop(self) -> None:
-        self._stopping = True
         self._tell(stop=1)
 
     def _tell(self, **message: Any) -> None:

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import tomli_w
 
@@ -48,7 +47,6 @@ def rehearse_run(
     node = node_type(node_name)
     check_train(config)
     _check_run_dir(Path(config.run.dir), resume=resume)
-    _check_urls(config.rollout.url)
     shape = ModelShape.from_folder(config.model.path)
     facts = _Facts.of(config, shape)
     nodes = _Nodes.of(config, node)
@@ -194,11 +192,3 @@ def _check_run_dir(run_dir: Path, *, resume: bool) -> None:
         raise UserError(
             f"run.dir={run_dir} cannot be written: {existing} is no folder that one may write to"
         )
-
-
-def _check_urls(url: str | list[str] | None) -> None:
-    """Whether one answers is not asked: servers may come up with the run."""
-    for one in [url] if isinstance(url, str) else url or []:
-        parts = urlsplit(one)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"rollout.url={one} is no address: give it as http://HOST:PORT")

@@ -103,6 +103,7 @@ def search(
         new = changed(config, changes)
         plan = plan_memory(new, shape, node, nodes.train, nodes.serve, quick=True)
         if plan.fits:
+            changes |= {"parallel.dp": plan.dp}  # the config may have another
             layouts.append(Layout(changes, nodes, plan, time))
     return layouts
 
@@ -186,7 +187,7 @@ def remedies(
     config: TrainConfig, shape: ModelShape, nodes: Nodes, *, wanted: int = 3
 ) -> list[Changes]:
     """Changes with which the plan was found to fit, the smallest first."""
-    parallel, fit = config.parallel, list[Changes]()
+    parallel, fit, smaller = config.parallel, list[Changes](), list[Changes]()
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     tp = 2 * parallel.tp
     single: list[Changes] = [
@@ -204,7 +205,7 @@ def remedies(
     for server in servers:
         for trainer in trainers:
             changes = trainer | server | {"parallel.dp": None}
-            if any(old.items() <= changes.items() for old in fit):
+            if any(known.items() <= changes.items() for known in smaller):
                 continue
             try:
                 new = changed(config, changes)
@@ -212,7 +213,8 @@ def remedies(
             except (UserError, ValueError):
                 continue
             if plan.fits:
-                fit.append(changes)
+                smaller.append(trainer | server)
+                fit.append(changes | {"parallel.dp": plan.dp})
             if len(fit) == wanted:
                 return fit
     return fit
