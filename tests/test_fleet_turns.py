@@ -115,7 +115,7 @@ def test_a_server_that_is_well_and_does_not_sleep_is_an_error():
     with running(2) as servers, in_turns(servers) as fleet:
         hand_over(fleet, 1)
         servers[0].fail_next = "/sleep"
-        with pytest.raises(ServerError, match="/sleep.* failed with HTTP 500: told to fail"):
+        with pytest.raises(ServerError, match=r"/sleep.* failed with HTTP 500: told to fail"):
             fleet.sleep()
         assert fleet.num_live == 2 and servers[1].asleep == WHOLE
 

@@ -373,12 +373,11 @@ class Trainer:
         """False: servers were lost, and others are left to push to."""
         try:
             self.turns.hand_over(partial(self.sync.push, self.policy_version))
-            return True
-        except UserError as error:
-            cause = error
-        if not self._on_front(lambda front: front.drop_lost_servers(cause)):
-            raise cause
-        return False
+        except UserError as cause:
+            if not self._on_front(lambda front: front.drop_lost_servers(cause)):
+                raise
+            return False
+        return True
 
     def _evaluation_is_due(self, step: int) -> bool:
         every, last = self.config.eval.every, self.config.training.steps
