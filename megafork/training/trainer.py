@@ -373,8 +373,8 @@ class Trainer:
         """False: servers were lost, and others are left to push to."""
         try:
             self.turns.hand_over(partial(self.sync.push, self.policy_version))
-        except UserError as cause:
-            if not self._on_front(lambda front: front.drop_lost_servers(cause)):
+        except UserError as error:
+            if not self._on_front(lambda front: front.drop_lost_servers(error)):
                 raise
             return False
         return True
