@@ -374,7 +374,7 @@ class Trainer:
         try:
             self.turns.hand_over(partial(self.sync.push, self.policy_version))
         except UserError as error:
-            if not self._on_front(lambda front: front.drop_lost_servers(error)):
+            if not self._on_front(partial(Front.drop_lost_servers, cause=error)):
                 raise
             return False
         return True
