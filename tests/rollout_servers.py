@@ -29,6 +29,7 @@ KEY = "key"
 class SmallServer:
     """Answers prompt [a, b, ...] with n responses [a, seed + i]. Weights are their version alone.
 
+    Asleep it takes no weights before their memory is awake, as little as a GPU would.
     held: requests wait until `release`. asked: prompts in the order in which they came.
     """
 
@@ -39,6 +40,7 @@ class SmallServer:
         self.calls: list[str] = []
         self.bodies: dict[str, dict] = {}
         self.held = self.silent = False
+        self.asleep: set[str] = set()
         self.fail_next: str | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -106,6 +108,9 @@ class SmallServer:
             return web.json_response({"error": {"message": "told to fail"}}, status=500)
         if path == GENERATE_PATH:
             return await self._generate(body)
+        if path == "/wake_up":
+            self.asleep.discard(request.query["tags"])
+            self.paused = bool(self.asleep)
         return web.json_response(self._administer(path, body))
 
     def _administer(self, path: str, body: dict) -> dict:
@@ -115,11 +120,17 @@ class SmallServer:
                     self._end(name, "abort")
         elif path in ("/pause", "/resume"):
             self.paused = path == "/pause"
+        elif path == "/sleep":
+            self.asleep, self.paused = {"weights", "kv_cache"}, True
+        elif path == UPDATE_PATH:
+            assert self.paused and "weights" not in self.asleep
         elif path == "/update_weight_version":
             self.version = int(body["new_version"])
-        elif path not in (CONNECT_PATH, UPDATE_PATH, "/reset_prefix_cache"):
-            assert path in ("/weight_info", "/is_paused"), path
-        return {"weight_version": self.version, "is_paused": self.paused, "success": True}
+        elif path not in (CONNECT_PATH, "/reset_prefix_cache"):
+            assert path in ("/weight_info", "/is_paused", "/wake_up"), path
+        status = "asleep" if self.asleep else "awake"
+        info = {"weight_version": self.version, "is_paused": self.paused, "status": status}
+        return info | {"success": True}
 
     async def _generate(self, body: dict) -> web.Response:
         prompt, params = body["prompt_ids"], body["sampling_params"]

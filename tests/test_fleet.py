@@ -19,7 +19,7 @@ from megafork.rollout.background import BackgroundLoop
 from megafork.rollout.client import ServerLost, ServerSlow
 from megafork.rollout.engine import check_server
 from megafork.rollout.fleet import Fleet
-from megafork.rollout.placement import gpus_of_servers
+from megafork.rollout.placement import gpus_of_servers, with_trainers
 from megafork.rollout.sampling import CONNECT_PATH, GENERATE_PATH, UPDATE_PATH, Sampling
 from tests.rollout_servers import SmallServer, running, wait_for
 
@@ -99,6 +99,7 @@ def test_gpus_of_servers():
     assert of(["GPU-b", "GPU-a", "7"], num_trainers=1, tp=2) == [["GPU-a", "7"]]
     assert of(["3"], num_trainers=1) == [["3"]]  # one GPU for both, at the same time
     assert of(["3"], num_trainers=0) == [["3"]]  # an evaluation
+    assert with_trainers(["2", "3"], eight[:5]) == ["2", "3", "0", "1", "4"]
     for visible, options in (
         (eight, {"servers": 3, "tp": 2}),
         (eight, {"servers": 5, "tp": 2, "shared": True}),

@@ -174,9 +174,9 @@ def push_while_one_dies(places, process_group, folder):
         if topology.rank == 0:
             send = sync.sender.send
 
-            def kill_and_send(bucket):
+            def kill_and_send(bucket, tensors):
                 os.killpg(process_group, signal.SIGKILL)
-                send(bucket)
+                send(bucket, tensors)
 
             sync.sender.send = kill_and_send
         with pytest.raises(UserError) as caught:

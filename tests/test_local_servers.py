@@ -110,3 +110,47 @@ def test_ports_differ_and_keys_are_shared(start):
     assert len(set(local.urls)) == 8
     assert len({kept.server.api_key for kept in local._kept}) == 1
     assert all(isinstance(client, RolloutClient) for client in local.clients(1.0))
+
+
+def test_servers_in_turns_are_started_again_when_asked(start):
+    with start(2, max_restarts=1, shared=True) as local:
+        local.wait()
+        clients, before = local.clients(10.0), groups(local)
+        kill(local, 0)
+        wait_for(lambda: local._kept[0]._up_since is None)
+        local.end([clients[1].url])
+        assert all(gone_within(process_group, 1) for process_group in before)
+        wait_for(lambda: local._kept[1]._up_since is None)
+        assert not any(client.is_alive() for client in clients)
+        local.start_again([clients[1].url])
+        assert [client.is_alive() for client in clients] == [False, True]
+        assert groups(local)[0] == before[0]  # it had no successor
+        local.start_again([clients[0].url])
+        assert clients[0].is_alive()
+        hung = groups(local)[1]
+        max(members(hung), key=psutil.Process.create_time).suspend()
+        local.start_again([clients[1].url])  # once too often, without forgive
+        assert gone_within(hung, 1)
+        assert list(local.given_up()) == [clients[1].url]
+        assert clients[0].is_alive()
+        with pytest.raises(ZeroDivisionError):
+            local.start_again([clients[0].url], lambda: 1 / 0)
+
+
+def test_a_server_that_is_ended_while_it_starts_leaves_nothing(start):
+    with start(1, max_restarts=5, shared=True) as local:
+        local.wait()
+        url = local.urls[0]
+
+        class Stopped(Exception):
+            pass
+
+        def stop():
+            raise Stopped
+
+        with pytest.raises(Stopped):
+            local.start_again([url], stop)
+        local.stop()
+        last = groups(local)[0]
+        assert local.given_up() == {}
+    assert last is None or gone_within(last, 1)

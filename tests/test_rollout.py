@@ -240,16 +240,16 @@ def push(
         plan_buckets(i, [(n, tuple(weights[n].shape), weights[n].dtype) for n in half], 100_000)
         for i, half in enumerate(halves)
     ]
-    tensors = [[[(n, weights[n]) for n in b["names"]] for b in plan] for plan in plans]
     assert all(len(plan) > 1 for plan in plans)
 
     def second_stage() -> None:
-        for number, bucket in enumerate(tensors[1]):
+        for number, bucket in enumerate(plans[1]):
             if number == sabotage.get("second_stage_dies_at"):
                 return senders[1].close()
             if number == sabotage.get("second_stage_hangs_at"):
                 return None
-            senders[1].send(bucket)
+            senders[1].send(bucket, [weights[name] for name in bucket["names"]])
+        senders[1].flush()
 
     try:
         client.pause(mode)
@@ -257,7 +257,7 @@ def push(
         with ThreadPoolExecutor(1) as pool:
             other = pool.submit(second_stage)
             try:
-                push_buckets(client, senders[0], plans[0] + plans[1], tensors[0])
+                push_buckets(client, senders[0], plans[0] + plans[1], iter(weights.items()))
             finally:
                 if not sabotage:
                     other.result()
@@ -309,6 +309,45 @@ def test_weights_that_change_in_the_middle_of_responses(running):
             expected, _ = logprobs_and_entropies(logits, response.token_ids)
             error = expected[first:end] - torch.tensor(response.logprobs[first:end])
             assert error.abs().max() < LOGPROB_TOL
+
+
+def test_a_server_that_sleeps_is_pushed_to_and_lets_requests_wait(running):
+    """What is in flight is aborted; what comes is sampled later, from the new weights."""
+    client, folder = running.client, running.folders[0]
+    version = client.weight_version() + 1
+    weights = state_dict(folder, running.tied)
+    manifest = [(name, tuple(t.shape), t.dtype) for name, t in weights.items()]
+    plan = plan_buckets(0, manifest, 100_000)
+
+    async def sleep_in_the_middle():
+        async with client:
+            long = asyncio.create_task(
+                client.generate(SHORT_PROMPT, 48, Sampling(max_tokens=250), request_id="cut")
+            )
+            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=20))
+            await asyncio.to_thread(client.sleep)
+            return await long
+
+    cut = asyncio.run(sleep_in_the_middle())
+    assert all(r.aborted and 0 < len(r.token_ids) < 250 for r in cut)
+    client.sleep()  # it does already
+    assert client.health()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(running.generate, LONG_PROMPT, 4, Sampling(max_tokens=30))
+        client.wake_up("weights")
+        [sender] = connect(client, 1, 20.0)
+        client.start_weight_update()
+        push_buckets(client, sender, plan, iter(weights.items()))
+        client.finish_weight_update(version)
+        assert not waiting.done()
+        client.wake_up("kv_cache")
+        responses = waiting.result()
+    assert max_logprob_error(folder, LONG_PROMPT, responses, 1.0) < LOGPROB_TOL
+    assert all(r.versions == [(version, 0)] for r in responses)
+    client.sleep()
+    with pytest.raises(ServerError, match="still sleeping; wake its weights first"):
+        client.wake_up("kv_cache")
+    client.wake_up("weights")
 
 
 def test_aborted_requests_give_what_they_have(running):

@@ -133,9 +133,9 @@ def push_to_a_server_that_dies(dying, process_group, other, folder, layout):
     if topology.rank == 0:
         send = sync.sender.send
 
-        def kill_and_send(bucket):
+        def kill_and_send(bucket, tensors):
             os.killpg(process_group, signal.SIGKILL)
-            send(bucket)
+            send(bucket, tensors)
 
         sync.sender.send = kill_and_send
     with pytest.raises(UserError) as caught:

@@ -38,7 +38,9 @@ class Saved(Protocol):
     """What a second model shows of itself to be saved."""
 
     stages: list[Stage]
-    optimizer: MegatronOptimizer
+
+    @property
+    def optimizer(self) -> MegatronOptimizer: ...
 
 
 def contents(

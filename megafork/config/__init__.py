@@ -87,6 +87,7 @@ class TrainConfig(Section):
         self._check_unused()
         self._check_objective()
         self._check_asynchrony()
+        self._check_placement()
         self._check_reference()
         self._check_critic()
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
@@ -195,6 +196,34 @@ class TrainConfig(Section):
                 f"the weight update with rollout.max_policy_lag={rollout.max_policy_lag} and on "
                 f"what is quick with rollout.tail={rollout.tail}: use max_policy_lag=0 and "
                 "tail=wait, or seeded=false"
+            )
+
+    def _check_placement(self) -> None:
+        rollout = self.rollout
+        if self.sync.transport == "local" and rollout.url is not None:
+            raise UserError(
+                f"sync.transport=local is for servers that the trainer starts, but rollout.url="
+                f"{rollout.url} names one that runs already: use transport=broadcast, or unset url"
+            )
+        if rollout.placement == "disaggregated":
+            return
+        if rollout.url is not None:
+            raise UserError(
+                f"rollout.placement=colocated has the trainer start servers on its own GPUs, but "
+                f"rollout.url={rollout.url} names one that runs already: unset url, or use "
+                "placement=disaggregated"
+            )
+        if rollout.tail == "carry":
+            raise UserError(
+                "rollout.tail=carry lets responses go on while the policy trains, but with "
+                "rollout.placement=colocated the server sleeps then: use tail=wait or tail=abort, "
+                "or placement=disaggregated"
+            )
+        if rollout.max_policy_lag:
+            raise UserError(
+                f"rollout.max_policy_lag={rollout.max_policy_lag} generates while the policy "
+                "trains, but with rollout.placement=colocated the server sleeps then: use "
+                "max_policy_lag=0, or placement=disaggregated"
             )
 
     def _check_objective(self) -> None:

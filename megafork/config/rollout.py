@@ -113,7 +113,15 @@ class RewardConfig(Section):
 
 
 class SyncConfig(Section):
-    bucket_mib: Positive = Field(256, description="weights travel in buckets of this size")
+    transport: Literal["auto", "broadcast", "local"] = Field(
+        "auto",
+        description="how weights reach the server: broadcast (NCCL or gloo), or through memory "
+        "that it shares with a trainer on the same machine; auto: local with "
+        "rollout.placement=colocated on one machine, else broadcast",
+    )
+    bucket_mib: Positive = Field(
+        256, description="weights travel in buckets of this size, of which two are there at a time"
+    )
     check_every: NonNegative = Field(
         10, description="steps between comparisons of trainer and server (0: the first push only)"
     )

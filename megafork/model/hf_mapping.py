@@ -1,8 +1,9 @@
 """The one table between HF names and megatron-core names: load, save and weight sync use it.
 
 Each rule ties one megatron parameter to one or more HF tensors and says how the parameter is cut
-over the tensor-parallel ranks, along `dim`. `read` takes a rank's slice from HF tensors, `merge`
-puts the slices of all ranks together as HF tensors. Works for weights and for their gradients.
+over the tensor-parallel ranks, along `dim`. `read` takes a rank's slice from HF tensors, `parts`
+takes it apart into this rank's slices of those, `merge` puts the slices of all ranks together as HF
+tensors. Works for weights and for their gradients.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ class Replicated:
     def read(self, read: ReadSlice, names: Sequence[str], rank: int, size: int) -> Tensor:
         return read(names[0], None, 0, 0)
 
+    def parts(self, shard: Tensor, size: int) -> Sequence[Tensor]:
+        return [shard]
+
     def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
         return [shards[0]]
 
@@ -43,9 +47,11 @@ class Split:
         step = self.length // size
         return torch.cat([read(n, self.dim, rank * step, (rank + 1) * step) for n in names])
 
+    def parts(self, shard: Tensor, size: int) -> Sequence[Tensor]:
+        return shard.chunk(shard.shape[self.dim] * size // self.length, self.dim)
+
     def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        num_tensors = shards[0].shape[self.dim] * len(shards) // self.length
-        parts = [shard.chunk(num_tensors, self.dim) for shard in shards]
+        parts = [self.parts(shard, len(shards)) for shard in shards]
         return [torch.cat(pieces, self.dim) for pieces in zip(*parts, strict=True)]
 
 
@@ -62,6 +68,10 @@ class VocabSplit:
         start, stop = (min(edge * step, self.vocab_size) for edge in (rank, rank + 1))
         rows = read(names[0], 0, start, stop)
         return torch.cat([rows, rows.new_zeros(step - rows.shape[0], rows.shape[1])])
+
+    def parts(self, shard: Tensor, size: int) -> Sequence[Tensor]:
+        """Padding included: the last ranks may hold nothing else."""
+        return [shard]
 
     def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
         return [torch.cat(list(shards))[: self.vocab_size]]
@@ -90,13 +100,16 @@ class QkvSplit:
         by_kv_head = [x.reshape(kv_heads, -1, *hidden) for x in (q, k, v)]
         return torch.cat(by_kv_head, 1).reshape(q_rows + 2 * kv_rows, *hidden)
 
-    def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        full = torch.cat(list(shards))
-        hidden = full.shape[1:]
-        per_kv_head = full.reshape(self.num_kv_heads, -1, *hidden)
+    def parts(self, shard: Tensor, size: int) -> Sequence[Tensor]:
+        hidden = shard.shape[1:]
+        per_kv_head = shard.reshape(self.num_kv_heads // size, -1, *hidden)
         group = self.num_heads // self.num_kv_heads
         parts = per_kv_head.split((group * self.head_dim, self.head_dim, self.head_dim), 1)
         return [part.reshape(-1, *hidden) for part in parts]
+
+    def merge(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        parts = [self.parts(shard, len(shards)) for shard in shards]
+        return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
     def _rows(self, kv_heads: int) -> tuple[int, int]:
         group = self.num_heads // self.num_kv_heads

@@ -14,7 +14,7 @@ from torch import Tensor
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.model.gpt import Head, build_chunks
 from megafork.model.hf_folder import SafetensorsFolder
-from megafork.model.hf_mapping import Replicated, Rule, rules
+from megafork.model.hf_mapping import Rule, rules
 from megafork.model.shape import ModelShape, padded_vocab_size
 from megafork.parallel import backend
 from megafork.parallel.topology import Topology
@@ -104,18 +104,20 @@ def export_weights(
     topology: Topology,
     value_of: Callable[[Tensor], Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """This rank's tensors by HF name, one rule at a time, on tp rank 0.
+    """This rank's tensors by HF name, on tp rank 0, which holds one of them at a time.
 
-    All tensor-parallel ranks must iterate together; the others get nothing. `value_of` picks what
-    to export of a parameter (its weight, its gradient).
+    All tensor-parallel ranks must iterate together; the others get nothing. Each takes its own
+    shard apart, so that slices of one HF tensor are gathered and no fused matrix. `value_of` picks
+    what to export of a parameter (its weight, its gradient).
     """
     for rule, parameter in _parameters(stages):
         if not rule.exported:
             continue
-        value = value_of(parameter)
-        shards = _gather(value, topology, whole=isinstance(rule.sharding, Replicated))
-        if topology.tp_rank == 0:
-            yield from zip(rule.hf, rule.sharding.merge(shards), strict=True)
+        parts = rule.sharding.parts(value_of(parameter), topology.tp_size)
+        for name, shape, part in zip(rule.hf, rule.hf_shapes, parts, strict=True):
+            whole = _gather(part, rule.sharding.dim, topology)
+            if whole is not None:
+                yield name, whole[: shape[0]]  # without the vocabulary's padding
 
 
 def _parameters(stages: Sequence[Stage]) -> Iterator[tuple[Rule, torch.nn.Parameter]]:
@@ -123,14 +125,17 @@ def _parameters(stages: Sequence[Stage]) -> Iterator[tuple[Rule, torch.nn.Parame
         yield from stage.parameters()
 
 
-def _gather(value: Tensor, topology: Topology, *, whole: bool) -> list[Tensor]:
-    if whole or topology.tp_size == 1:
-        return [value]
-    group = topology.groups.tp
-    shards = (
-        [torch.empty_like(value) for _ in range(topology.tp_size)]
-        if topology.tp_rank == 0
-        else None
-    )
-    dist.gather(value.contiguous(), shards, dst=dist.get_global_rank(group, 0), group=group)
-    return shards or []
+def _gather(part: Tensor, dim: int | None, topology: Topology) -> Tensor | None:
+    """The whole tensor on tp rank 0."""
+    size, group = topology.tp_size, topology.groups.tp
+    if dim is None or size == 1:
+        return part if topology.tp_rank == 0 else None
+    target = dist.get_global_rank(group, 0)
+    if topology.tp_rank:
+        dist.gather(part.contiguous(), None, dst=target, group=group)
+        return None
+    # Rows arrive in their place; columns need one more copy.
+    whole = part.new_empty(size * part.shape[0], *part.shape[1:])
+    shards = list(whole.chunk(size))
+    dist.gather(part.contiguous(), shards, dst=target, group=group)
+    return whole if dim == 0 else torch.cat(shards, dim)

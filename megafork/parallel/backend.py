@@ -32,3 +32,9 @@ def prepare() -> torch.device:
 
 def communication_backend() -> str:
     return "nccl" if has_cuda() else "gloo"
+
+
+def return_free_memory() -> None:
+    """Of torch's own cache, to the device, where another process may take it."""
+    if has_cuda():
+        torch.cuda.empty_cache()

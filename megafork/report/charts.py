@@ -184,6 +184,8 @@ def _time(rows: Sequence[Row]) -> Drawing:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     title = "Time of a step"
     note = "Rewards are computed within generate."
+    if any(row.get("time/offload") for row in rows):
+        note += " Other has the ways between device and host (time/offload, time/onload)."
     metrics = tuple(f"time/{name}" for name in (*_PHASES, "total"))
     return Drawing(title, _svg(figure, axes, title), metrics, note)
 

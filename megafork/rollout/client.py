@@ -9,7 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import aiohttp
 import requests
@@ -227,6 +227,23 @@ class RolloutClient:
     def resume(self) -> None:
         self._request("POST", "/resume")
 
+    def sleep(self) -> None:
+        """Give up weights and cache; what is in flight is aborted, what comes waits.
+
+        A server on the CPU, or started without sleep mode, keeps its memory and waits all the same.
+        """
+        self._request("POST", "/sleep?level=2&mode=abort", timeout_s=self._transfer_timeout_s)
+
+    def wake_up(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Have the memory of `part` again, with nothing in it: the weights first, to be pushed.
+
+        With the cache, requests go on. Raises ServerError when the server does not wake up.
+        """
+        path = f"/wake_up?tags={part}"
+        status = self._request("POST", path)["status"]
+        if part == "kv_cache" and status != "awake":
+            raise ServerError(path, 200, f"the server is still {status}; wake its weights first")
+
     def reset_prefix_cache(self, running: bool = False) -> None:
         """Forget cached keys and values; `running` also recomputes those of running requests.
 
@@ -246,7 +263,7 @@ class RolloutClient:
     ) -> None:
         """Join the workers to each sender's group; returns when all groups are up.
 
-        senders: {"host": str, "port": int} of every `WeightSender`, in the order of their numbers.
+        senders: the address of every `Sender`, in the order of their numbers.
         num_workers: of a group, all servers together; this one's begin with `first_worker`.
         timeout_s: how long a worker waits for a sender, here and in every broadcast.
         """

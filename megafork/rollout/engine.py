@@ -23,7 +23,7 @@ from megafork.errors import UserError
 from megafork.parallel.addresses import LOOPBACK, is_loopback
 from megafork.parallel.ports import free_port
 from megafork.rollout.client import RolloutClient
-from megafork.rollout.placement import gpus_of_servers, visible_gpus
+from megafork.rollout.placement import gpus_of_servers, visible_gpus, with_trainers
 from megafork.rollout.vllm_server import VllmServer
 
 _SETTLED_S = 20.0
@@ -41,6 +41,8 @@ class Served:
     """Tokens of the longest prompt with the longest response"""
     two_temperatures: bool = False
     """Whether requests may ask for `Sampling.forking_temperatures`"""
+    sleeps: bool = False
+    """Whether its GPUs are another's in turns"""
 
 
 def served_policy(config: TrainConfig) -> Served:
@@ -49,6 +51,7 @@ def served_policy(config: TrainConfig) -> Served:
         config.model.path,
         config.rollout.dtype or config.model.dtype,
         config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        sleeps=config.rollout.placement == "colocated",
     )
 
 
@@ -61,9 +64,16 @@ class LocalServers:
     stays beside the new one's.
     """
 
-    def __init__(self, makers: Sequence[Callable[[], VllmServer]], max_restarts: int = 0) -> None:
-        """makers: each makes one server, not started, always with the same port and key."""
-        self._kept = [_Kept(make, max_restarts) for make in makers]
+    def __init__(
+        self,
+        makers: Sequence[Callable[[], VllmServer]],
+        max_restarts: int = 0,
+        *,
+        when_asked: bool = False,
+    ) -> None:
+        """makers: each makes one server, not started, always with the same port and key.
+        when_asked: what has ended is started again by `start_again` alone."""
+        self._kept = [_Kept(make, max_restarts, when_asked) for make in makers]
 
     @property
     def urls(self) -> list[str]:
@@ -78,8 +88,28 @@ class LocalServers:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """For good; nothing of them is left, on a GPU either."""
         with ThreadPoolExecutor(len(self._kept)) as pool:
             list(pool.map(_Kept.end, self._kept))
+
+    def end(self, urls: Sequence[str]) -> None:
+        """Those of `urls`, as if they had ended."""
+        chosen = [kept.server for kept in self._kept if kept.server.url in urls]
+        with ThreadPoolExecutor(len(self._kept)) as pool:
+            list(pool.map(VllmServer.stop, chosen))
+
+    def start_again(self, urls: Sequence[str], check: Callable[[], None] = lambda: None) -> None:
+        """End those of `urls`; returns when new ones answer, or are given up. check: see `wait`."""
+        self.end(urls)
+        chosen = [kept for kept in self._kept if kept.server.url in urls]
+        for kept in chosen:
+            kept.wanted.set()
+        while any(kept.wanted.is_set() and kept.failure is None for kept in chosen):
+            check()
+            time.sleep(_POLL_S)
 
     def wait(self, check: Callable[[], None] = lambda: None) -> None:
         """Until all have answered for the first time. Raises UserError when one does not come up.
@@ -111,12 +141,15 @@ class LocalServers:
 class _Kept:
     """One server, and the thread that starts it again."""
 
-    def __init__(self, make: Callable[[], VllmServer], max_restarts: int) -> None:
-        self.make, self.max_restarts = make, max_restarts
+    def __init__(self, make: Callable[[], VllmServer], max_restarts: int, when_asked: bool) -> None:
+        self.make, self.max_restarts, self.when_asked = make, max_restarts, when_asked
         self.server = make()
         self.failure: UserError | None = None
         """Why it is not started again"""
         self.first_start = threading.Event()
+        self.wanted = threading.Event()
+        """It may be started; with when_asked until it is up"""
+        self.wanted.set()
         self._up_since: float | None = None
         self._num_restarts = self._num_logs = 0
         self._lock = threading.Lock()
@@ -129,6 +162,7 @@ class _Kept:
     def end(self) -> None:
         with self._lock:
             self._ended.set()
+            self.wanted.set()
             server = self.server
         server.stop()
         self._thread.join()
@@ -146,6 +180,7 @@ class _Kept:
     def _keep(self) -> None:
         while True:
             failure = self._run()
+            self.wanted.wait()
             with self._lock:
                 if self._ended.is_set():
                     return
@@ -176,6 +211,9 @@ class _Kept:
             return error
         self._up_since = time.monotonic()
         self.first_start.set()
+        with self._lock:
+            if self.when_asked and not self._ended.is_set():
+                self.wanted.clear()
         while server.is_running() and not self._ended.wait(_POLL_S):
             pass
         self._up_since = None
@@ -194,16 +232,19 @@ def start_here(
     max_restarts: int = 0,
     num_trainers: int = 0,
     shared: bool = False,
+    sees_trainers: bool = False,
 ) -> LocalServers:
     """rollout.servers servers on this machine, to be entered. Raises UserError for too few GPUs.
 
     api_key: of all of them; unset is a random one. num_trainers, shared: see gpus_of_servers.
+    sees_trainers: whether they open memory of other GPUs than their own.
     """
     environments: list[dict[str, str]] = [{} for _ in logs]
     if device == "cuda":
         visible = visible_gpus()
         gpus = gpus_of_servers(rollout, visible, num_trainers=num_trainers, shared=shared)
-        environments = [{"CUDA_VISIBLE_DEVICES": ",".join(of_server)} for of_server in gpus]
+        seen = [with_trainers(own, visible) if sees_trainers else own for own in gpus]
+        environments = [{"CUDA_VISIBLE_DEVICES": ",".join(names)} for names in seen]
     ports: set[int] = set()
     while len(ports) < len(logs):
         ports.add(free_port(host))
@@ -224,6 +265,7 @@ def start_here(
             for log, port, environment in zip(logs, sorted(ports), environments, strict=True)
         ],
         max_restarts,
+        when_asked=shared,
     )
 
 
@@ -262,6 +304,7 @@ def build_server(
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_gib=rollout.cpu_kv_cache_gib,
         two_temperatures=served.two_temperatures,
+        sleeps=served.sleeps,
         environment=environment,
     )
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from megafork.errors import UserError
 from megafork.rollout.client import RolloutClient, ServerError, ServerLost
@@ -31,7 +31,8 @@ class Fleet(Router):
     reaches those that the last `members` named. Enter it before use.
 
     max_restarts: pushes in a row that may fail for a server; then it is left out for good.
-    given_up: the cause, by its URL, of each server that nobody starts again.
+    given_up: the cause, by its URL, of each server that nobody starts again. in_turns: with the
+    trainer, on the same devices. Then a server that was lost is back when `look_again` finds it.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class Fleet(Router):
         max_num_seqs: int,
         max_restarts: int = 0,
         given_up: Callable[[], dict[str, str]] = dict,
+        in_turns: bool = False,
     ) -> None:
         super().__init__(clients, max_num_seqs)
         self._max_restarts, self._given_up = max_restarts, given_up
+        self._watched = ("live",) if in_turns else ("live", "away")
         self._members: list[tuple[Server, int]] = []
         """Of the last push, with their num_drains then"""
         self._version: int | None = None
@@ -185,7 +188,11 @@ class Fleet(Router):
 
     def _watch(self) -> None:
         while not self._closed.wait(_WATCH_S if self.num_live else 1.0):
-            self._each(self._look_at, self._in_state("live", "away"))
+            self._each(self._look_at, self._in_state(*self._watched))
+
+    def look_again(self) -> None:
+        """At those that were lost."""
+        self._each(self._look_at, self._in_state("away"))
 
     def _look_at(self, server: Server) -> None:
         drains = server.num_drains
@@ -212,12 +219,46 @@ class Fleet(Router):
 
     # -------------------------------------------------------------- administration
 
+    def sleep(self) -> list[str]:
+        """All that live or are back give up weights and cache.
+
+        Returns the URLs of all others, whatever they hold: those that were lost, now or before.
+        Raises ServerError of one that is well and says no.
+        """
+        asleep: list[Server] = []
+
+        def put(server: Server) -> None:
+            drains = server.num_drains
+            try:
+                server.client.sleep()
+                asleep.append(server)
+            except ServerLost as error:
+                self._drain(server, str(error), drains)
+            except ServerError:
+                self._drain_unless_well(server)
+                if server.num_drains == drains:
+                    raise
+
+        self._each(put, self._in_state("live", "back"))
+        return [server.client.url for server in self._servers if server not in asleep]
+
+    def wake_up(self, part: Literal["weights", "kv_cache"]) -> None:
+        """With the weights, those that the next push is for; with the cache they have taken it."""
+        if part == "weights":
+            self.members()
+        self._all(lambda client: client.wake_up(part))
+        if part == "kv_cache":
+            self._join_members()
+
     def pause(self, mode: str = "wait") -> None:
         self._all(lambda client: client.pause(mode))
 
     def resume(self) -> None:
         """Those that had been lost, and have the weights of the others now, join them."""
         self._all(lambda client: client.resume())
+        self._join_members()
+
+    def _join_members(self) -> None:
         with self._lock:
             for server, drains in self._members:
                 if server.state == "back" and server.num_drains == drains:

@@ -31,6 +31,15 @@ def gpus_of_servers(
     return [visible[first + i * tp : first + (i + 1) * tp] for i in range(rollout.servers)]
 
 
+def with_trainers(own: list[str], visible: list[str]) -> list[str]:
+    """What a server sees that takes its `own` GPUs.
+
+    Those come first, which vLLM goes by; then the others, whose memory it opens where a trainer's
+    weights are in it (sync.transport=local).
+    """
+    return own + [gpu for gpu in visible if gpu not in own]
+
+
 def visible_gpus() -> list[str]:
     """By the names that CUDA_VISIBLE_DEVICES takes."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -47,7 +47,8 @@ class VllmServer:
     a GPU. environment: further variables of the server, for instance CUDA_VISIBLE_DEVICES.
     python: the interpreter that has vLLM; it may belong to another environment. api_key: unset is a
     random one. two_temperatures: requests may ask for `Sampling.forking_temperatures`; loading any
-    logits processor makes vLLM's V1 runner on a GPU wait for each step's tokens.
+    logits processor makes vLLM's V1 runner on a GPU wait for each step's tokens. sleeps:
+    `RolloutClient.sleep` gives a GPU's memory up.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class VllmServer:
         kv_cache_gib: int = 1,
         seed: int = 0,
         two_temperatures: bool = False,
+        sleeps: bool = False,
         environment: dict[str, str] | None = None,
     ) -> None:
         self.model_path = Path(model_path).absolute()
@@ -86,6 +88,7 @@ class VllmServer:
         self.kv_cache_gib = kv_cache_gib
         self.seed = seed
         self.two_temperatures = two_temperatures
+        self.sleeps = sleeps
         self.environment = environment or {}
         self.api_key = api_key or secrets.token_urlsafe(32)
         self._lock = threading.Lock()
@@ -211,6 +214,8 @@ class VllmServer:
                 options["distributed-executor-backend"] = _UNIPROC
         else:
             options["gpu-memory-utilization"] = self.gpu_memory_utilization
+            if self.sleeps:
+                flags.append("enable-sleep-mode")
         command = [self.python, "-m", "megafork.rollout.vllm_cli", str(self.model_path)]
         for name, value in options.items():
             command += [f"--{name}", str(value)]

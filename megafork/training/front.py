@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from megafork.config import TrainConfig
 from megafork.data.prompts import Prompt, PromptStream, read_prompts
@@ -231,6 +231,12 @@ class Front:
 
     def wait_for_server(self) -> None:
         self.client.wait_for_one(self.config.rollout.startup_timeout_s, self.interruption.check)
+
+    def give_up(self, death: ServerDied) -> NoReturn:
+        raise UserError(
+            f"the rollout server died, and rollout.max_restarts={self.config.rollout.max_restarts} "
+            f"new ones did not do: {death}"
+        )
 
     def _note_of_servers(self, text: str) -> None:
         if self.interruption.received is None:  # a signal may have ended them too

@@ -8,16 +8,23 @@ mini-batch both make their update or neither does (training/step.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+
 from megafork.config import TrainingConfig
 from megafork.model.packed import PackedModel
+from megafork.parallel import backend
+from megafork.parallel.host_memory import HostMemory, storages
 from megafork.training.guard import UpdateGuard, UpdateRefused
 from megafork.training.optimizer import (
     build_optimizer,
+    gradient_buffers,
     learning_rate,
+    optimizer_tensors,
     set_hyperparameters,
     wrap_data_parallel,
 )
@@ -45,9 +52,63 @@ class Learner(PackedModel):
         self.guard = UpdateGuard(training)
         self.ddp = wrap_data_parallel([stage.gpt for stage in self.stages], self.topology)
         self.modules = list(self.ddp)
-        self.optimizer = build_optimizer(self.ddp, training)
+        self._optimizer = build_optimizer(self.ddp, training)
+        self._weights_home = HostMemory(self.topology.device)
+        self._optimizer_home = HostMemory(self.topology.device)
+        self._released: list[tuple[torch.UntypedStorage, int]] = []
+        self.has_weights = self.has_optimizer = True
+        """Whether they are on the device"""
+
+    @property
+    def optimizer(self) -> MegatronOptimizer:
+        assert self.has_optimizer, "the optimizer is put away: onload() comes first"
+        return self._optimizer
+
+    def offload(self, *, weights: bool = True) -> None:
+        """Put everything away in host memory, or all but the weights; what is away stays away.
+
+        Gradients are dropped: an update begins by clearing them. Until `onload` no verb may be
+        used; with the weights left in place they may be scored with and exported.
+        """
+        device = self.topology.device
+        of_weights = storages((tensor for s in self.stages for tensor in _tensors(s.gpt)), device)
+        if self.has_optimizer:
+            self._optimizer.zero_grad()
+            of_gradients = storages(gradient_buffers(self.ddp), device)
+            of_optimizer = storages(optimizer_tensors(self._optimizer), device)
+            # In float32 the main parameters are views of the weights.
+            own = of_optimizer.keys() - of_weights.keys() - of_gradients.keys()
+            self._optimizer_home.put_away(of_optimizer[address] for address in own)
+            self._released = [(storage, storage.nbytes()) for storage in of_gradients.values()]
+            for storage in of_gradients.values():
+                storage.resize_(0)
+            self.has_optimizer = False
+        if weights and self.has_weights:
+            self._weights_home.put_away(of_weights.values())
+            self.has_weights = False
+        backend.return_free_memory()
+
+    def onload(self, *, optimizer: bool = True) -> None:
+        """Bring everything back, or the weights alone, bit for bit; gradients are zero."""
+        if not self.has_weights:
+            self._weights_home.bring_back()
+            self.has_weights = True
+        if optimizer and not self.has_optimizer:
+            self._optimizer_home.bring_back()
+            for storage, size in self._released:
+                storage.resize_(size)
+            self._released = []
+            for gradients in gradient_buffers(self.ddp):
+                gradients.zero_()
+            self.has_optimizer = True
+
+    def run_hidden(self, *arguments: Any, **options: Any) -> list[dict]:
+        """As of `PackedModel`. Not while the weights are put away."""
+        assert self.has_weights, "the weights are put away: onload() comes first"
+        return super().run_hidden(*arguments, **options)
 
     def clear_gradients(self) -> None:
+        assert self.has_optimizer, "the gradients are put away: onload() comes first"
         for ddp in self.ddp:
             ddp.train()
             ddp.zero_grad_buffer()
@@ -91,3 +152,8 @@ class Learner(PackedModel):
     def learning_rate(self) -> float:
         """Of the next update."""
         return learning_rate(self.training, self.num_updates)
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()

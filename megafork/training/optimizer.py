@@ -6,7 +6,7 @@ summed: no averaging over data-parallel ranks, no division by token or micro-bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,12 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.transformer.module import Float16Module
 
 from megafork.config import TrainingConfig
@@ -94,6 +99,23 @@ def build_optimizer(
         use_distributed_optimizer=True,
     )
     return get_megatron_optimizer(config, list(stages))
+
+
+def gradient_buffers(stages: Sequence[DistributedDataParallel]) -> Iterator[torch.Tensor]:
+    """The flat tensors that all gradients of this rank are views of."""
+    for ddp in stages:
+        for buffer in ddp.buffers + ddp.expert_parallel_buffers:
+            yield buffer.grad_data
+
+
+def optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
+    """Main parameters and what the inner optimizers keep of each."""
+    chained = isinstance(optimizer, ChainedOptimizer)
+    for part in optimizer.chained_optimizers if chained else [optimizer]:
+        for group in part.optimizer.param_groups:
+            yield from group["params"]
+        for kept in part.optimizer.state.values():
+            yield from (value for value in kept.values() if isinstance(value, torch.Tensor))
 
 
 def set_hyperparameters(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -79,6 +79,11 @@ class Policy(Scorer, Learner):
         self.reference: Reference | None = None
         if kl.coefficient or forking.compare_every:
             self.reference = Reference(self, kl.reference or model.path)
+
+    def export_shards(self) -> Iterator[tuple[str, Tensor]]:
+        """As of `Scorer`. Not while the weights are put away."""
+        assert self.has_weights, "the weights are put away: onload() comes first"
+        return super().export_shards()
 
     def select(
         self, tables: Sequence[TokenTable], scores: Sequence[Scores], *, step: int

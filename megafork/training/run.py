@@ -48,20 +48,13 @@ def _train(
     with contextlib.ExitStack() as stack:
         servers = RunServers(config, topology, stack)  # they load while the policy does
         stack.enter_context(topology.whereabouts.told())  # at once: a server's end takes time
+        colocated = config.rollout.placement == "colocated"
+        if colocated:  # the devices are the servers' until they are up, then ours
+            topology.whereabouts.enter("the start of the rollout servers")
+            servers.wait_until_up(interruption)
+            servers.put_to_sleep(interruption)
         topology.whereabouts.enter("the loading of the model")
-        policy = Policy(
-            config.model,
-            config.parallel,
-            topology,
-            training=config.training,
-            algorithm=config.algorithm,
-            forking=config.forking,
-            mismatch=config.mismatch,
-            kl=config.kl,
-            entropy_bonus=config.entropy_bonus,
-            max_response_tokens=config.rollout.max_response_tokens,
-            temperature=config.rollout.temperature,
-        )
+        policy = _make_policy(config, topology)
         critic = make_critic(config, topology)
         state = _load_newest(store, policy, critic) if resume else None
         front = None
@@ -75,8 +68,9 @@ def _train(
             stack.callback(front.close)
 
         topology.on_rank_zero(open_front)
-        topology.whereabouts.enter("the start of the rollout servers")
-        servers.wait_until_up(interruption)
+        if not colocated:
+            topology.whereabouts.enter("the start of the rollout servers")
+            servers.wait_until_up(interruption)
         sync = WeightSync(
             policy,
             topology,
@@ -85,6 +79,7 @@ def _train(
             num_workers=config.rollout.tensor_parallel,
             server_host=host_of(config.rollout),
             in_flight=config.rollout.in_flight_update,
+            colocated=colocated,
         )
         stack.callback(sync.close)
         trainer = Trainer(
@@ -93,6 +88,22 @@ def _train(
         if state is not None:
             trainer.restore(state)
         trainer.run()
+
+
+def _make_policy(config: TrainConfig, topology: Topology) -> Policy:
+    return Policy(
+        config.model,
+        config.parallel,
+        topology,
+        training=config.training,
+        algorithm=config.algorithm,
+        forking=config.forking,
+        mismatch=config.mismatch,
+        kl=config.kl,
+        entropy_bonus=config.entropy_bonus,
+        max_response_tokens=config.rollout.max_response_tokens,
+        temperature=config.rollout.temperature,
+    )
 
 
 def _load_newest(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 from megafork.config import TrainConfig
@@ -14,6 +15,7 @@ from megafork.parallel.topology import Topology
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.engine import LocalServers, api_key_of, log_paths, served_policy, start_here
 from megafork.rollout.fleet import Fleet
+from megafork.weight_sync.push import is_local
 
 
 class RunServers:
@@ -42,6 +44,7 @@ class RunServers:
                 max_num_seqs=self.rollout.max_num_seqs,
                 max_restarts=self.rollout.max_restarts,
                 given_up=self.local.given_up if self.local is not None else dict,
+                in_turns=self.rollout.placement == "colocated",
             )
             stack.enter_context(self.fleet)
 
@@ -57,6 +60,7 @@ class RunServers:
         first = int(os.environ.get("GROUP_RANK", "0")) * rollout.servers
         logs = log_paths(Path(config.run.dir) / "vllm.log", num_nodes * rollout.servers)
         logs = logs[first : first + rollout.servers]
+        colocated = rollout.placement == "colocated"
         self.local = start_here(
             served_policy(config),
             rollout,
@@ -66,17 +70,16 @@ class RunServers:
             host=own_address(),
             max_restarts=rollout.max_restarts,
             num_trainers=num_here,
-            shared=rollout.placement == "colocated",
+            shared=colocated,
+            sees_trainers=is_local(config.sync, colocated),
         )
         stack.enter_context(self.local)
         return list(zip(self.local.urls, logs, strict=True))
 
     def wait_until_up(self, interruption: Interruption) -> None:
         """Collective. Raises UserError, with the cause, when a server does not come up."""
-        local, fleet, rollout = self.local, self.fleet, self.rollout
-        self.topology.on_every_rank(
-            lambda: local.wait(interruption.check) if local is not None else None
-        )
+        fleet, rollout = self.fleet, self.rollout
+        self._on_each_node(lambda local: local.wait(interruption.check))
 
         def wait() -> None:
             assert fleet is not None
@@ -84,6 +87,44 @@ class RunServers:
             fleet.wait_until_up(timeout_s, key, interruption.check)
 
         self.topology.on_rank_zero(wait)
+
+    def put_to_sleep(self, interruption: Interruption) -> None:
+        """Collective; those that do not go to sleep are ended, so that their devices are free.
+
+        Raises Interrupted when a signal came that may have ended one.
+        """
+
+        def put() -> list[str]:
+            assert self.fleet is not None
+            awake = self.fleet.sleep()
+            if awake:
+                interruption.check()
+            return awake
+
+        awake = self.topology.on_rank_zero(put)
+        if awake:
+            self._on_each_node(lambda local: local.end(awake))
+
+    def start_again(self, urls: list[str], interruption: Interruption) -> None:
+        """Collective, of servers in turns: end these; returns when new ones answer or are given up.
+
+        They are awake then, and wait for the next push.
+        """
+        self._on_each_node(lambda local: local.start_again(urls, interruption.check))
+
+        def look() -> None:
+            assert self.fleet is not None
+            self.fleet.look_again()
+
+        self.topology.on_rank_zero(look)
+
+    def stop(self) -> None:
+        """Collective: end all that were started, for good."""
+        self._on_each_node(lambda local: local.stop())
+
+    def _on_each_node(self, work: Callable[[LocalServers], None]) -> None:
+        local = self.local
+        self.topology.on_every_rank(lambda: work(local) if local is not None else None)
 
     def restart(self, urls: list[str]) -> None:
         """Those of this node that run and do not answer."""

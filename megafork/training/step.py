@@ -21,17 +21,28 @@ from megafork.types import TokenTable
 
 @dataclass
 class Clock:
-    """Seconds of each phase of a step; `enter` is told when one begins."""
+    """Seconds of each phase of a step; `enter` is told when one begins.
+
+    A phase within another one is not counted in that.
+    """
 
     enter: Callable[[str], None] = lambda phase: None
     seconds: dict[str, float] = field(default_factory=dict)
+    _within: float = 0.0
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
         self.enter(phase)
-        started = time.monotonic()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
+        started, outer = time.monotonic(), self._within
+        self._within = 0.0
+        try:
+            yield
+        except BaseException:
+            self._within += outer
+            raise
+        taken = time.monotonic() - started
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + taken - self._within
+        self._within = outer + taken
 
 
 @dataclass(frozen=True)

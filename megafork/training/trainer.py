@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -34,6 +34,7 @@ from megafork.training.samples import is_sampled, sampled_responses
 from megafork.training.servers import RunServers
 from megafork.training.step import Clock, Optimized, optimize
 from megafork.training.token_report import token_report
+from megafork.training.turns import Turns
 from megafork.types import Group, TokenTable
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
@@ -59,6 +60,12 @@ class Trainer:
         self.config, self.topology, self.policy = config, topology, policy
         self.critic = critic
         self.sync, self.front, self.store = sync, front, store
+        self.turns = Turns(
+            [policy] if critic is None else [policy, critic],
+            self._on_front,
+            servers.stop,
+            shared=config.rollout.placement == "colocated",
+        )
         self.interruption, self.servers = interruption, servers
         self.steps_done = self._saved_step = 0
         self.policy_version = 0
@@ -164,6 +171,7 @@ class Trainer:
         config, policy, topology = self.config, self.policy, self.topology
         started = time.monotonic()
         clock = Clock(lambda phase: topology.whereabouts.enter(f"{phase} of step {step}"))
+        self.turns.clock = clock
         trained_by = self.policy_version
         lr = policy.learning_rate
         with clock.measure("generate"):
@@ -288,7 +296,10 @@ class Trainer:
             log.note(f"warning: {warning}")
 
     def _push(self, *, check: bool) -> None:
-        """Give the server the policy's weights as the next version, unless the run is to end."""
+        """Give the server the policy's weights as the next version, unless the run is to end.
+
+        Without a check, one that shares our devices gets them with its next turn.
+        """
         self.policy_version += 1
         self._stopping = self.topology.any_rank(self.interruption.received is not None)
         if self._stopping:
@@ -297,7 +308,7 @@ class Trainer:
         try:
             if check:
                 groups = self._with_server(lambda: self._on_front(lambda front: front.probe()))
-            else:
+            elif not self.turns.shared:
                 self._with_server(lambda: None)
         except Interrupted:  # when the step is in the log
             self._stopping = True
@@ -310,40 +321,63 @@ class Trainer:
 
         Where the server died, a new one gets the weights, and the work is done again.
         """
-        death: ServerDied | None = None
+
+        def synced() -> T:
+            if self.sync.version != self.policy_version:
+                self._sync()
+            return work()
+
+        with self.turns.generation(self._sleep):
+            return self._whoever_dies(synced)
+
+    def _whoever_dies(self, work: Callable[[], T]) -> T:
+        """`work`, again with a new server where one died of it."""
+        death = None
         for _ in range(1 + self.config.rollout.max_restarts):
             try:
                 if death is not None:
                     self._replace_server(death)
-                if self.sync.version != self.policy_version:
-                    self._sync()
                 return work()
             except ServerDied as error:
                 death = error
-        return self._on_front(partial(_give_up, death))
+        assert death is not None
+        return self._on_front(lambda front: front.give_up(death))
 
     def _replace_server(self, death: ServerDied) -> None:
-        self.servers.restart(self._on_front(lambda front: front.give_up_server(death)))
+        silent = self._on_front(lambda front: front.give_up_server(death))
+        if self.turns.shared:  # new ones come with the next push
+            return self._sleep()
+        self.servers.restart(silent)
         self._on_front(lambda front: front.wait_for_server())
-        self.sync.version = 0  # whatever it has: it was started again, or missed a push
+        self.sync.forget()
 
     def _sync(self) -> None:
         """A push to all servers; where it loses some of them, again to the others."""
-        self.servers.restart(self._on_front(lambda front: front.client.silent()))
+        lost = self._on_front(lambda front: front.client.silent())
+        if not self.turns.shared:
+            self.servers.restart(lost)
+        elif lost:
+            self.turns.leave()  # a new one takes all of its memory at once
+            self.servers.start_again(lost, self.interruption)
+            self._sleep()
         while not self._pushed():
-            pass
+            if self.turns.shared:
+                self._sleep()
         self.servers.forgive()
+
+    def _sleep(self) -> None:
+        self.sync.forget()
+        self.servers.put_to_sleep(self.interruption)
 
     def _pushed(self) -> bool:
         """False: servers were lost, and others are left to push to."""
         try:
-            self.sync.push(self.policy_version)
-            return True
+            self.turns.hand_over(partial(self.sync.push, self.policy_version))
         except UserError as error:
-            cause = error
-        if not self._on_front(lambda front: front.drop_lost_servers(cause)):
-            raise cause
-        return False
+            if not self._on_front(partial(Front.drop_lost_servers, cause=error)):
+                raise
+            return False
+        return True
 
     def _evaluation_is_due(self, step: int) -> bool:
         every, last = self.config.eval.every, self.config.training.steps
@@ -351,6 +385,7 @@ class Trainer:
         return is_due and self.config.data.eval is not None
 
     def _evaluate(self, step: int) -> dict[str, float]:
+        self.turns.clock = Clock()  # its turn is part of the evaluation
         self.topology.whereabouts.enter(f"the evaluation of step {step}")
         value = self._with_server(lambda: self._on_front(lambda front: front.evaluate(step)))
         return {"eval/accuracy": value}
@@ -363,10 +398,3 @@ class Trainer:
             return function(self.front)
 
         return self.topology.on_rank_zero(call)
-
-
-def _give_up(death: ServerDied | None, front: Front) -> NoReturn:
-    raise UserError(
-        f"the rollout server died, and rollout.max_restarts={front.config.rollout.max_restarts} "
-        f"new ones did not do: {death}"
-    )

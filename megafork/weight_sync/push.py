@@ -1,15 +1,15 @@
 """Pushes the policy's weights to the rollout server: every pipeline stage sends its own.
 
-Weights leave under their HF names, in bounded buckets, through a group of the stage's sender and
-the server's workers; no file is written and no rank sees another stage's weights.
+Weights leave under their HF names, in bounded buckets, from the stage's sender to the server's
+workers; no file is written and no rank sees another stage's weights.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from torch import Tensor
+import torch
 
 from megafork.config import SyncConfig
 from megafork.errors import UserError
@@ -18,11 +18,14 @@ from megafork.parallel.addresses import address_towards, on_several_nodes, own_a
 from megafork.parallel.topology import Topology
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.fleet import Fleet
+from megafork.weight_sync.local import LocalSender
 from megafork.weight_sync.transports import (
+    Sender,
     TransferError,
     WeightSender,
     plan_buckets,
     push_buckets,
+    send_buckets,
 )
 
 
@@ -39,13 +42,17 @@ class WeightSync:
         num_workers: int,
         server_host: str = "127.0.0.1",
         in_flight: bool = True,
+        colocated: bool = False,
     ) -> None:
         """num_workers: of one server.
         server_host: where the servers run, to find the address that their workers reach us by.
         in_flight: responses that are being generated go on with the new weights; False: a push
-        waits for them.
+        waits for them. colocated: the servers, which may share our GPUs, sleep around a push.
+
+        Raises UserError where sync.transport=local has no way to the servers.
         """
-        self.in_flight = in_flight
+        self.in_flight, self.colocated = in_flight, colocated
+        self.local = is_local(sync, colocated)
         self.policy, self.topology = policy, topology
         self.timeout_s, self.workers_of_each = sync.timeout_s, num_workers
         self.server_host = server_host
@@ -55,7 +62,7 @@ class WeightSync:
         """Servers of the transfer groups"""
         manifest = [(name, shape, policy.dtype) for name, shape in policy.shard_manifest()]
         self.own_buckets = plan_buckets(topology.pp_rank, manifest, sync.bucket_mib << 20)
-        self.sender: WeightSender | None = None
+        self.sender: Sender | None = None
         self.connect(client)
 
     def connect(self, client: RolloutClient | Fleet | None) -> None:
@@ -79,13 +86,7 @@ class WeightSync:
         self.num_workers = self.workers_of_each * len(members)
         offer = None
         if self.topology.is_sender:
-            self.sender = WeightSender(
-                self.topology.pp_rank,
-                _own_address(self.server_host),
-                self.num_workers,
-                self.topology.device,
-                self.timeout_s,
-            )
+            self.sender = self._make_sender()
             offer = (self.sender.address, self.own_buckets)
         # Global ranks grow with the stage, so this is the order of the stages.
         offers = [o for o in self.topology.all_gather_object(offer) if o is not None]
@@ -111,11 +112,24 @@ class WeightSync:
         self._together(lambda: self._finish(version))
         self.version, self.members = version, members
 
+    def forget(self) -> None:
+        """The servers have given their weights up, or some missed them."""
+        self.version = 0
+
     def close(self) -> None:
         self.members = []
         if self.sender is not None:
             self.sender.close()
             self.sender = None
+
+    def _make_sender(self) -> Sender:
+        stage, device = self.topology.pp_rank, self.topology.device
+        if self.local:
+            return LocalSender(stage, self.own_buckets, self.num_workers, device, self.timeout_s)
+        # NCCL does not connect two ranks on one GPU; gloo goes through the host's memory.
+        wire = torch.device("cpu") if self.colocated else device
+        address = _own_address(self.server_host)
+        return WeightSender(stage, address, self.num_workers, wire, self.timeout_s)
 
     def _join(self) -> None:
         if self.sender is None:
@@ -134,21 +148,24 @@ class WeightSync:
 
     def _pause(self) -> None:
         if self.client is not None:
-            self.client.pause("keep" if self.in_flight else "wait")
+            if not self.colocated:
+                self.client.pause("keep" if self.in_flight else "wait")
             self.client.start_weight_update()
 
     def _finish(self, version: int) -> None:
         if self.client is None:
             return
         self.client.finish_weight_update(version)
-        self.client.reset_prefix_cache(running=True)
+        if not self.colocated:  # what sleeps has no cache, and wakes up by another word
+            self.client.reset_prefix_cache(running=True)
         reached = self.client.weight_version()
         if reached != version:
             raise UserError(
                 f"the rollout server says weight version {reached} after a push of {version}: "
                 "does another trainer use the same server?"
             )
-        self.client.resume()
+        if not self.colocated:
+            self.client.resume()
 
     def _send(self) -> None:
         """All tp ranks of a stage run the export together; only its sender is given tensors."""
@@ -156,13 +173,10 @@ class WeightSync:
             return
         shards = self.policy.export_shards()
         try:
-            if self.sender is not None:
-                tensors = (list(_take(shards, bucket["names"])) for bucket in self.own_buckets)
-                if self.client is not None:
-                    push_buckets(self.client, self.sender, self.buckets, tensors)
-                else:
-                    for bucket in tensors:
-                        self.sender.send(bucket)
+            if self.sender is not None and self.client is not None:
+                push_buckets(self.client, self.sender, self.buckets, shards)
+            elif self.sender is not None:
+                send_buckets(self.sender, self.own_buckets, shards)
         finally:
             for _ in shards:  # after a failure too, or the other tp ranks wait for ever
                 pass
@@ -184,18 +198,23 @@ class WeightSync:
         self.topology.on_rank_zero(report)
 
 
-def _connect(sender: WeightSender, failures: list[TransferError]) -> None:
+def _connect(sender: Sender, failures: list[TransferError]) -> None:
     try:
         sender.connect()
     except TransferError as error:
         failures.append(error)
 
 
-def _take(shards: Iterator[tuple[str, Tensor]], names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        exported, tensor = next(shards)
-        assert exported == name, f"the export gave {exported} where its manifest says {name}"
-        yield name, tensor
+def is_local(sync: SyncConfig, colocated: bool) -> bool:
+    """Whether weights go through local memory. Raises UserError where that has no way."""
+    if sync.transport == "auto":
+        return colocated and not on_several_nodes()
+    if sync.transport == "local" and on_several_nodes():
+        raise UserError(
+            "sync.transport=local reaches servers on this machine alone, but the trainer's ranks "
+            "are on several: use auto or broadcast"
+        )
+    return sync.transport == "local"
 
 
 def _own_address(server_host: str) -> str:

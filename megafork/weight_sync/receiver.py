@@ -16,7 +16,8 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from megafork.weight_sync.transports import join_group, receive_bucket
+from megafork.weight_sync.local import LocalLink
+from megafork.weight_sync.transports import BroadcastLink, Bucket, Link, received
 
 
 class WeightReceiver:
@@ -45,15 +46,15 @@ class WeightReceiver:
         self._shapes = _checkpoint_shapes(Path(model_config.model))
         if tied:
             self._shapes.pop("lm_head.weight", None)
-        self._groups = [
-            join_group(
-                sender["host"], sender["port"], 1 + first_worker + worker.rank, 1 + num_workers,
-                self.device, timeout_s,
-            )
+        rank = 1 + first_worker + worker.rank
+        self._links: list[Link] = [
+            LocalLink(sender, self.device, timeout_s)
+            if "socket" in sender
+            else BroadcastLink(sender, rank, num_workers, self.device, timeout_s)
             for sender in senders
-        ]  # fmt: skip
+        ]
 
-    def update(self, buckets: list[dict[str, Any]]) -> None:
+    def update(self, buckets: list[Bucket]) -> None:
         """Receive the buckets (see transports.plan_buckets), in this order, from their senders.
 
         Raises ValueError when names or shapes are not exactly the model's, TransferError when a
@@ -64,16 +65,15 @@ class WeightReceiver:
             with set_current_vllm_config(self.vllm_config), torch.no_grad():
                 self._receive(buckets)
         except BaseException:
-            self._groups.clear()  # the senders fail now, not at their timeout
+            self._links.clear()  # the senders fail now, not at their timeout
             raise
 
-    def _receive(self, buckets: list[dict[str, Any]]) -> None:
+    def _receive(self, buckets: list[Bucket]) -> None:
         # Not load_weights alone: prepacked or quantized kernels have replaced the parameters.
         initialize_layerwise_reload(self.model)
         loaded: set[str] = set()
         try:
-            for bucket in buckets:
-                weights = receive_bucket(self._groups[bucket["sender"]], bucket, self.device)
+            for weights in received(self._links, buckets):
                 loaded |= self.model.load_weights(weights)
         finally:  # after a failure too: layers half loaded could not be loaded again
             finalize_layerwise_reload(self.model, self.vllm_config.model_config)
@@ -85,13 +85,13 @@ class WeightReceiver:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _check_plan(self, buckets: list[dict[str, Any]]) -> None:
+    def _check_plan(self, buckets: list[Bucket]) -> None:
         """Names and shapes must be the checkpoint's, before anything is overwritten."""
         shapes: dict[str, tuple[int, ...]] = {}
         for bucket in buckets:
-            if not 0 <= bucket["sender"] < len(self._groups):
+            if not 0 <= bucket["sender"] < len(self._links):
                 raise ValueError(
-                    f"bucket from sender {bucket['sender']}, but {len(self._groups)} are connected"
+                    f"bucket from sender {bucket['sender']}, but {len(self._links)} are connected"
                 )
             for name, shape in zip(bucket["names"], bucket["shapes"], strict=True):
                 if name in shapes:

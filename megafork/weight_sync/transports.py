@@ -1,21 +1,24 @@
-"""Broadcasts weights from the trainer to the workers of an inference server, in flat buckets.
+"""Moves weights from the trainer to the workers of an inference server, in flat buckets.
 
-A sender is the leader rank of one pipeline stage. Each has a group of its own, {the sender as rank
-0, the server's workers as ranks 1..num_workers}, built beside torch.distributed's default group.
-A bucket is one broadcast of the concatenated tensors of one dtype; the plan of all buckets travels
-over HTTP, so that the workers know what comes from whom, and in which order.
+A sender is the leader rank of one pipeline stage. A bucket is the concatenated tensors of one
+dtype; the plan of all buckets travels over HTTP, so that the workers know what comes from whom, and
+in which order. The buckets travel by broadcast, in a group of {the sender as rank 0, the workers as
+ranks 1..num_workers} that is built beside torch.distributed's default group, or, on one machine,
+through shared memory (local.py).
 
-The server's processes import this module too: torch alone, no megatron, no vLLM.
+Both ends work on one bucket while the next is on its way and hold two at most. The server's
+processes import this module too: torch alone, no megatron, no vLLM.
 """
 
 from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,10 +30,49 @@ if TYPE_CHECKING:
 
 
 Group = Any  # a ProcessGroupGloo or ProcessGroupNCCL: backends are no dist.ProcessGroup
+Bucket = dict[str, Any]
 
 
 class TransferError(RuntimeError):
-    """A broadcast failed or ran into its timeout: the other side is gone or gave up."""
+    """A transfer failed or ran into its timeout: the other side is gone or gave up."""
+
+
+class Sender(Protocol):
+    """The sending end of one stage's transfers."""
+
+    sender: int
+    """its number: the pipeline stage"""
+    bytes_sent: int
+    """of weights, since it was made; each counts once, however many workers there are"""
+
+    @property
+    def address(self) -> dict[str, Any]:
+        """What a worker needs to join, for JSON."""
+
+    def connect(self) -> None:
+        """Block until the workers have joined (they do in `client.init_transfer`)."""
+
+    def send(self, bucket: Bucket, tensors: Iterable[Tensor]) -> None:
+        """One bucket's tensors, in the order of the plan; returns when they are copied out.
+
+        It may still be on its way then, and its failure be raised by a later call.
+        """
+
+    def flush(self) -> None:
+        """Returns when the workers have all that was sent, and no memory of it is held."""
+
+    def close(self) -> None:
+        """Leave: a worker that waits for this sender fails at once."""
+
+
+class Link(Protocol):
+    """A worker's end of one sender's transfers."""
+
+    def begin(self, bucket: Bucket) -> None:
+        """Let the bucket come in."""
+
+    def finish(self, *, last: bool) -> Tensor:
+        """The flat bucket that was begun first. last: of this push, from this sender."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -40,13 +82,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def plan_buckets(
     sender: int, manifest: list[tuple[str, tuple[int, ...], torch.dtype]], max_bytes: int
-) -> list[dict[str, Any]]:
+) -> list[Bucket]:
     """Cut a list of (name, shape, dtype), in its order, into buckets of at most `max_bytes`.
 
     A bucket has one dtype; a tensor larger than `max_bytes` is a bucket alone. Each bucket is
     {"sender", "dtype", "names", "shapes"}, ready for JSON.
     """
-    buckets: list[dict[str, Any]] = []
+    buckets: list[Bucket] = []
     used = 0
     for name, shape, dtype in manifest:
         size = math.prod(shape) * dtype.itemsize
@@ -62,10 +104,59 @@ def plan_buckets(
     return buckets
 
 
+def dtype_of(bucket: Bucket) -> torch.dtype:
+    return getattr(torch, bucket["dtype"])
+
+
+def num_elements(bucket: Bucket) -> int:
+    return sum(math.prod(shape) for shape in bucket["shapes"])
+
+
+def names_of(bucket: Bucket) -> str:
+    """For messages."""
+    return f"{bucket['names'][0]} ... {bucket['names'][-1]}"
+
+
+def fill(flat: Tensor, tensors: Iterable[Tensor]) -> None:
+    """Copy the tensors, one after the other, into all of `flat`."""
+    start = 0
+    for tensor in tensors:
+        stop = start + tensor.numel()
+        flat[start:stop].view(tensor.shape).copy_(tensor)
+        start = stop
+    assert start == len(flat), f"{start} elements for a bucket of {len(flat)}"
+
+
+def unpack(flat: Tensor, bucket: Bucket) -> list[tuple[str, Tensor]]:
+    """(name, view into the flat bucket)."""
+    views = flat.split([math.prod(shape) for shape in bucket["shapes"]])
+    shaped = (view.view(shape) for view, shape in zip(views, bucket["shapes"], strict=True))
+    return list(zip(bucket["names"], shaped, strict=True))
+
+
+def received(
+    links: Sequence[Link], buckets: Sequence[Bucket]
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """The worker's side of a push: bucket by bucket, each while the next one comes in.
+
+    Raises TransferError when a sender is gone or silent.
+    """
+    last_of = {bucket["sender"]: number for number, bucket in enumerate(buckets)}
+    for number, bucket in enumerate(buckets):
+        link = links[bucket["sender"]]
+        if number == 0:
+            link.begin(bucket)
+        weights = unpack(link.finish(last=last_of[bucket["sender"]] == number), bucket)
+        for following in buckets[number + 1 : number + 2]:
+            links[following["sender"]].begin(following)
+        yield weights
+
+
 class WeightSender:
-    """The sending end of one transfer group. It hosts the group's store on a free port of `host`.
+    """The sending end of one broadcast group. It hosts the group's store on a free port of `host`.
 
     host: an address of this machine that the workers can reach; the store listens there alone.
+    device: of the group: NCCL's for "cuda", gloo's for "cpu", whatever the weights are on.
     timeout_s: for connecting, and for each broadcast.
     """
 
@@ -77,6 +168,7 @@ class WeightSender:
         self.num_workers = num_workers
         self.device = device
         self.timeout_s = timeout_s
+        self.bytes_sent = 0
         listener = socket.create_server((host, 0))
         self.port = listener.getsockname()[1]
         self._store: dist.TCPStore | None = dist.TCPStore(
@@ -88,13 +180,16 @@ class WeightSender:
             master_listen_fd=listener.detach(),
         )
         self._group: Group | None = None
+        self._in_flight: deque[tuple[Any, Tensor, Bucket]] = deque()
+        self._free: Tensor | None = None
+        """Memory of a bucket that has gone, for the next one: new memory costs the CPU more"""
 
     @property
     def address(self) -> dict[str, Any]:
-        return {"host": self.host, "port": self.port}
+        return {"host": self.host, "port": self.port, "device": self.device.type}
 
     def connect(self) -> None:
-        """Block until the workers have joined (they do in `client.init_transfer`)."""
+        """As of `Sender`."""
         assert self._store is not None, "closed"
         try:
             self._group = _create_group(
@@ -109,75 +204,134 @@ class WeightSender:
         except RuntimeError as error:
             raise TransferError(f"sender {self.sender}: workers did not join: {error}") from error
 
-    def send(self, bucket: list[tuple[str, Tensor]]) -> None:
-        """Broadcast one bucket: (name, tensor) in the order of the plan, tensors of one dtype."""
+    def send(self, bucket: Bucket, tensors: Iterable[Tensor]) -> None:
+        """As of `Sender`: it is filled while the one before it is on the wire."""
         assert self._group is not None, "connect() comes first"
+        self._settle(leave=1)
+        size = num_elements(bucket) * dtype_of(bucket).itemsize
+        memory, self._free = self._free, None
+        if memory is None or len(memory) < size:
+            memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        flat = memory[:size].view(dtype_of(bucket))
         with torch.no_grad():
-            flat = torch.cat([tensor.detach().reshape(-1) for _, tensor in bucket])
+            fill(flat, tensors)
         try:
-            self._group.broadcast(flat.to(self.device), 0).wait()
+            self._in_flight.append((self._group.broadcast(flat, 0), memory, bucket))
         except RuntimeError as error:
-            names = f"{bucket[0][0]} ... {bucket[-1][0]}"
-            raise TransferError(f"sender {self.sender}, bucket {names}: {error}") from error
+            raise self._failure(bucket, error) from error
+        self.bytes_sent += size
+
+    def flush(self) -> None:
+        """As of `Sender`."""
+        self._settle(leave=0)
+        self._free = None
+
+    def _settle(self, *, leave: int) -> None:
+        while len(self._in_flight) > leave:
+            work, memory, bucket = self._in_flight.popleft()
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise self._failure(bucket, error) from error
+            self._free = memory
+
+    def _failure(self, bucket: Bucket, error: RuntimeError) -> TransferError:
+        return TransferError(f"sender {self.sender}, bucket {names_of(bucket)}: {error}")
 
     def close(self) -> None:
-        """Leave the group: a worker that waits for this sender fails at once."""
-        self._group = None
+        """As of `Sender`."""
+        self._in_flight.clear()
+        self._free = self._group = None
         self._store = None
 
 
-def receive_bucket(
-    group: Group, bucket: dict[str, Any], device: torch.device
-) -> list[tuple[str, Tensor]]:
-    """The worker's side of `WeightSender.send`: (name, view into the flat bucket)."""
-    sizes = [math.prod(shape) for shape in bucket["shapes"]]
-    flat = torch.empty(sum(sizes), dtype=getattr(torch, bucket["dtype"]), device=device)
+class BroadcastLink:
+    """A worker's end of a `WeightSender`'s broadcasts. rank: the worker's, from 1 on."""
+
+    def __init__(
+        self,
+        sender: dict[str, Any],
+        rank: int,
+        num_workers: int,
+        device: torch.device,
+        timeout_s: float,
+    ) -> None:
+        self.device = device if sender["device"] == "cuda" else torch.device("cpu")
+        host, port = sender["host"], sender["port"]
+        timeout = timedelta(seconds=timeout_s)
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        self._group = _create_group(
+            store, host, port, rank, 1 + num_workers, self.device, timeout_s
+        )
+        self._coming: deque[tuple[Any, Tensor, Bucket]] = deque()
+
+    def begin(self, bucket: Bucket) -> None:
+        """As of `Link`."""
+        flat = torch.empty(num_elements(bucket), dtype=dtype_of(bucket), device=self.device)
+        try:
+            self._coming.append((self._group.broadcast(flat, 0), flat, bucket))
+        except RuntimeError as error:
+            raise _nothing_from(bucket, error) from error
+
+    def finish(self, *, last: bool) -> Tensor:
+        """As of `Link`."""
+        work, flat, bucket = self._coming.popleft()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise _nothing_from(bucket, error) from error
+        return flat
+
+
+def _nothing_from(bucket: Bucket, error: Exception) -> TransferError:
+    sender, names = bucket["sender"], names_of(bucket)
+    return TransferError(f"nothing received from sender {sender}, bucket {names}: {error}")
+
+
+def send_buckets(
+    sender: Sender, plan: Sequence[Bucket], weights: Iterator[tuple[str, Tensor]]
+) -> None:
+    """Send those buckets of the plan that are this sender's; `weights` come in their order.
+
+    After a failure the sender is closed and has to be replaced.
+    """
     try:
-        group.broadcast(flat, 0).wait()
-    except RuntimeError as error:
-        names = f"{bucket['names'][0]} ... {bucket['names'][-1]}"
-        raise TransferError(
-            f"nothing received from sender {bucket['sender']}, bucket {names}: {error}"
-        ) from error
-    views = flat.split(sizes)
-    shaped = (view.view(shape) for view, shape in zip(views, bucket["shapes"], strict=True))
-    return list(zip(bucket["names"], shaped, strict=True))
-
-
-def join_group(
-    host: str, port: int, rank: int, world_size: int, device: torch.device, timeout_s: float
-) -> Group:
-    """A worker joins the group of the sender whose store is at host:port."""
-    timeout = timedelta(seconds=timeout_s)
-    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-    return _create_group(store, host, port, rank, world_size, device, timeout_s)
+        for bucket in plan:
+            if bucket["sender"] == sender.sender:
+                sender.send(bucket, _take(weights, bucket["names"]))
+        sender.flush()
+    except BaseException:
+        sender.close()  # the other side ends now, not at the timeout
+        raise
 
 
 def push_buckets(
     client: RolloutClient | Fleet,
-    sender: WeightSender,
-    plan: list[dict[str, Any]],
-    buckets: Iterable[list[tuple[str, Tensor]]],
+    sender: Sender,
+    plan: Sequence[Bucket],
+    weights: Iterator[tuple[str, Tensor]],
 ) -> None:
-    """Have the server receive the whole `plan` while this sender broadcasts its own `buckets`.
+    """Have the server receive the whole `plan` while this sender sends its part of it.
 
-    For the rank that talks to the server; the other senders just `send` theirs. When it fails the
-    server's reason is raised if the connection broke because of it, and the senders have to be
-    replaced: close all, create and connect new ones, push again.
+    For the rank that talks to the server; the others `send_buckets`. When it fails the server's
+    reason is raised if the connection broke because of it, and the senders have to be replaced:
+    close all, create and connect new ones, push again.
     """
     with ThreadPoolExecutor(1) as pool:
-        request = pool.submit(client.update_weights, plan)
+        request = pool.submit(client.update_weights, list(plan))
         try:
-            for bucket in buckets:
-                sender.send(bucket)
+            send_buckets(sender, plan, weights)
         except TransferError:
-            sender.close()
             request.result()  # the server knows why it hung up
             raise
-        except BaseException:
-            sender.close()  # the request ends now, not at the timeout
-            raise
         request.result()
+
+
+def _take(weights: Iterator[tuple[str, Tensor]], names: Iterable[str]) -> Iterator[Tensor]:
+    for name in names:
+        exported, tensor = next(weights)
+        assert exported == name, f"the export gave {exported} where its manifest says {name}"
+        yield tensor
 
 
 def _create_group(
