@@ -7,7 +7,7 @@ import pytest
 from tools.benchmark_plan import LAYOUTS, MODELS, TINY, compare, save_model
 
 WITHIN = 0.05
-"""Tensors are planned; measured memory has interpreter, libraries and small blocks in it as well."""
+"""Tensors are planned; what is measured has interpreter, libraries and small blocks too."""
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -258,7 +259,8 @@ def test_a_server_that_dies_in_its_turn_is_replaced(tmp_path):
     os.killpg(supervisor_of(process), signal.SIGKILL)
     told = (tmp_path / "stderr").read_text
     assert process.wait(200) == 0, told()
-    assert told().count("the rollout server died and is replaced") == 1
+    # Its requests were lost, or it had answered all of them and is missed when it should sleep.
+    assert len(re.findall("the rollout server at .* is back", told())) == 1
     rows = lines(run_dir / "metrics.jsonl")
     assert [row["policy_version"] for row in rows] == [2, 3, 4, 5]
     assert max(row["mismatch/kl"] for row in rows) < 1e-6
