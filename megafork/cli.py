@@ -339,6 +339,11 @@ def main() -> None:
 
     A run that a signal ended exits with 75.
     """
+    # megatron-core warns of every fused package that is absent; `megafork doctor` says it once.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    # It also calls collectives by names that torch is about to rename.
+    for module in (r"torch\.distributed", r"megatron\."):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     try:
         app()
     except Interrupted as stop:
@@ -377,11 +382,6 @@ def _end_with(message: str) -> NoReturn:
 
 def _on_ranks(parallel: ParallelConfig, work: Callable[[], None]) -> None:
     """Do `work` on this rank, or start the ranks of the layout, which come here again."""
-    # megatron-core warns of every fused package that is absent; `megafork doctor` says it once.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-    # It also calls collectives by names that torch is about to rename.
-    for module in (r"torch\.distributed", r"megatron\."):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     if launch.under_torchrun():
         launch.end_with_launcher()
         launch.join_output()

@@ -27,6 +27,7 @@ from megafork.planning.report import overrides
 from megafork.planning.search import changed, search
 from megafork.planning.serving import server_memory
 from megafork.planning.shapes import SHAPES
+from tests.commands import QUICKSTART, megafork
 
 SMALL = replace(
     SHAPES["qwen3-8b"],
@@ -231,7 +232,7 @@ def test_json_holds_the_same_numbers():
     "arguments, words",
     [
         ([], "give a run's config, or a model"),
-        (["--model", "qwen9", "--nodes", "2"], "--model qwen9 is neither one of"),
+        (["--model", "qwen9", "--nodes", "2"], "--model=qwen9 is neither one of"),
         (["--model", "qwen3-8b"], "--nodes 1 leaves no node"),
         (["--model", "qwen3-8b", "--nodes", "2", "parallel.tp=3"], "parallel.tp=3 must divide"),
         (["--model", "qwen3-8b", "--nodes", "2", "parallel.pp=5"], "parallel.pp=5 must divide"),
@@ -242,6 +243,31 @@ def test_mistakes_are_named(arguments, words):
     error = run(*arguments).exception
     assert isinstance(error, UserError)
     assert words in str(error)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"num_hidden_layers": "x"}, "num_hidden_layers='x': it has to be a whole number"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0: it has to be a whole number"),
+        ({"vocab_size": None}, "vocab_size=None: it has to be a whole number"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6': it has to be a number above 0"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(tmp_path, change, words):
+    config = json.loads((QUICKSTART / "model" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    done = megafork("plan", "--model", tmp_path, "--nodes", "2", mark=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path}/config.json has ") and words in line
+
+
+def test_a_plan_tells_nothing_of_its_libraries(tmp_path):
+    of = ["plan", QUICKSTART / "config.toml", "--nodes", "2", "--mean-response-tokens", "-5"]
+    done = megafork(*of, mark=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_a_search_gives_layouts_that_fit_the_quickest_first():

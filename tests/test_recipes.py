@@ -244,6 +244,15 @@ FAULTS = {
     "ranks": (lambda path: ["parallel.dp=3"], "= 12 ranks do not fill nodes of 8 GPUs"),
     "verifier": (lambda path: ["reward.verifier=no:f"], "'no:f' cannot be imported"),
     "data": (lambda path: ["data.train=nothing.jsonl"], "nothing.jsonl does not exist"),
+    "no serving nodes": (
+        lambda path: ["rollout.placement=disaggregated"],
+        "share the GPUs of the 8 ranks, at the same time: 119.7 GiB of 79.1: give --serve-nodes",
+    ),
+    "servers beside ranks": (
+        lambda path: ["rollout.placement=disaggregated", "parallel.dp=1"],
+        r"rollout.servers=8 \* tensor_parallel=1 GPUs do not fit the 4 that a node's 4 ranks leave",
+    ),
+    "no length": (lambda path: ["--mean-response-tokens=0"], "mean"),
     "node": (lambda path: ["--node=h1000"], "--node h1000 is neither one of a100-80g"),
 }
 

@@ -112,6 +112,36 @@ def orders(folder, critic_folder):
     return found
 
 
+def times_of_a_late_rank(folder):
+    """When this rank's memory was away, and when rank 0 woke the servers; one clock for both."""
+    policy = make_policy(folder, {"tp": 2})
+    offload, away, wakings = policy.offload, [], []
+
+    def late(**parts):
+        time.sleep(0.5 * policy.topology.rank)
+        offload(**parts)
+        away.append(time.monotonic())
+
+    policy.offload = late
+    client = SimpleNamespace(wake_up=lambda part: wakings.append(time.monotonic()))
+    turns = Turns(
+        [policy],
+        lambda work: policy.topology.on_rank_zero(lambda: work(SimpleNamespace(client=client))),
+        lambda: None,
+        shared=True,
+    )
+    with turns.generation(lambda: None):
+        turns.hand_over(lambda: None)
+    return away, wakings
+
+
+def test_servers_wake_when_the_last_rank_has_left(tmp_path):
+    folder = reference.save_model(tmp_path / "model", tied=True, layers=2)
+    (_, wakings), (away, _) = run_ranks(2, times_of_a_late_rank, folder)
+    assert len(away) == len(wakings) == 2
+    assert away[0] < wakings[0] < away[1] < wakings[1]
+
+
 def test_who_is_on_the_device_when(tmp_path):
     folder = reference.save_model(tmp_path / "model", tied=True, layers=2)
     critic = save_critic(tmp_path / "critic", tied=True)

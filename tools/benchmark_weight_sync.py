@@ -11,7 +11,8 @@ it. The ways take turns within each repetition:
     broadcast    with the next bucket filled and received meanwhile, and one after the other
     local        through shared memory
 
-Medians over the repetitions. Bytes are counted where they leave and compared with the tensors'.
+The tensors are whole to begin with: gathering them from megatron's shards is not in it. Medians
+over the repetitions. Bytes are counted where they leave and compared with the tensors'.
 """
 
 from __future__ import annotations

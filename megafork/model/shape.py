@@ -11,6 +11,15 @@ from megafork.config import ModelConfig, ParallelConfig
 from megafork.errors import UserError
 
 FAMILIES = ("qwen3", "qwen2", "llama")
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 """model_type of config.json. Qwen2.5 is 'qwen2': biases of q, k and v, no norm of q and k; Llama 3
 is 'llama': neither; Qwen3 has the norms."""
 _LLAMA3_ROPE = {
@@ -61,6 +70,7 @@ class ModelShape:
                 f"{', '.join(map(repr, FAMILIES))}"
             )
         _refuse_unsupported(path, raw)
+        _check_numbers(path, raw)
         # transformers 5 nests the rope settings, 4 kept them at the top level.
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         head_dim = raw.get("head_dim")
@@ -153,6 +163,18 @@ def padded_vocab_size(shape: ModelShape, model: ModelConfig, parallel: ParallelC
     """Megatron's rule: a multiple of vocab_divisible_by * tp, so that every shard is equal."""
     multiple = model.vocab_divisible_by * parallel.tp
     return -(-shape.vocab_size // multiple) * multiple
+
+
+def _check_numbers(path: Path, raw: dict[str, Any]) -> None:
+    """Raises UserError for a size that is none. Absent keys are another's business."""
+    for key in _SIZES:
+        value = raw.get(key, 1)
+        if type(value) is not int or value < 1:
+            raise UserError(f"{path} has {key}={value!r}: it has to be a whole number from 1 up")
+    for key in ("rope_theta", "rms_norm_eps"):
+        value = raw.get(key, 1.0)
+        if type(value) not in (int, float) or not value > 0:
+            raise UserError(f"{path} has {key}={value!r}: it has to be a number above 0")
 
 
 def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:

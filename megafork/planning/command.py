@@ -54,7 +54,11 @@ def plan(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     config = _config(list(arguments or []), model)
     _check_nodes(nodes, serve_nodes, colocated=config.rollout.placement == "colocated")
-    shape, kind = named_shape(model or config.model.path), node_type(node)
+    if model is None:
+        shape = named_shape(config.model.path, setting="model.path")
+    else:
+        shape = named_shape(model)
+    kind = node_type(node)
     tell = _search if find else _plan
     fits = tell(config, shape, kind, nodes, serve_nodes, mean_response_tokens, as_json=as_json)
     raise typer.Exit(0 if fits else 1)

@@ -20,8 +20,8 @@ from megafork.errors import UserError
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.hf_mapping import rules
 from megafork.model.shape import ModelShape
-from megafork.planning.memory import plan_memory
-from megafork.planning.nodes import NodeType, node_type
+from megafork.planning.memory import MemoryPlan, plan_memory
+from megafork.planning.nodes import GIB, NodeType, node_type
 from megafork.planning.report import assumption_lines, memory_lines, time_lines
 from megafork.planning.roofline import step_time
 from megafork.training.preflight import check_train
@@ -50,8 +50,12 @@ def rehearse_run(
     shape = ModelShape.from_folder(config.model.path)
     facts = _Facts.of(config, shape)
     nodes = _Nodes.of(config, node)
-    mean = mean_response_tokens or _ASSUMED_SHARE * config.rollout.max_response_tokens
-    memory = plan_memory(config, shape, nodes.node, nodes.number, num_serve_nodes)
+    mean = mean_response_tokens
+    if mean is None:
+        mean = _ASSUMED_SHARE * config.rollout.max_response_tokens
+    memory = plan_memory(
+        config, shape, nodes.node, nodes.number, num_serve_nodes, server_gpus=node.gpus
+    )
     time = step_time(
         config,
         shape,
@@ -71,8 +75,34 @@ def rehearse_run(
     }
     for name, lines in sections.items():
         tell("\n".join([f"# {name}", *lines, ""]))
-    if memory.problems:
-        raise UserError("the plan does not fit: " + "; ".join(memory.problems))
+    problems = list(memory.problems)
+    if config.rollout.placement == "disaggregated" and not num_serve_nodes:
+        problems += _problems_beside_ranks(config, node, nodes.node.gpus, memory)
+    if problems:
+        raise UserError("the plan does not fit: " + "; ".join(problems))
+
+
+def _problems_beside_ranks(
+    config: TrainConfig, node: NodeType, ranks: int, memory: MemoryPlan
+) -> list[str]:
+    """Of servers that each training node starts beside its ranks (rollout/placement.py)."""
+    rollout = config.rollout
+    if rollout.url is not None:
+        return []
+    elsewhere = "give --serve-nodes, or set rollout.placement=colocated"
+    needed, left = rollout.servers * rollout.tensor_parallel, node.gpus - ranks
+    if needed > (left or node.gpus):
+        return [
+            f"rollout.servers={rollout.servers} * tensor_parallel={rollout.tensor_parallel} GPUs "
+            f"do not fit the {left or node.gpus} that a node's {ranks} ranks leave: {elsewhere}"
+        ]
+    both = memory.turns["trainer"] + memory.turns["server"]
+    if left == 0 and both > node.gpu_memory:
+        return [
+            f"the servers share the GPUs of the {ranks} ranks, at the same time: "
+            f"{both / GIB:.1f} GiB of {node.gpu_memory / GIB:.1f}: {elsewhere}"
+        ]
+    return []
 
 
 def layout(shape: ModelShape, parallel: ParallelConfig, dp: int, gpus: int) -> Iterator[str]:

@@ -22,12 +22,7 @@ from megafork.planning.rehearsal import (
     rehearse_shallow,
 )
 from megafork.planning.roofline import data_parallel_size
-from megafork.planning.serving import (
-    DTYPE_BYTES,
-    ServerMemory,
-    server_memory,
-    server_problems,
-)
+from megafork.planning.serving import DTYPE_BYTES, ServerMemory, server_memory, server_problems
 
 RESERVE = 4 * GIB
 """of a GPU, for the trainer: not measured"""
@@ -35,8 +30,7 @@ SLEEPING = 2 * GIB
 """of a GPU, for a server that sleeps: its context, NCCL, CUDA graphs; not measured"""
 HOST_PROCESS = 4 * GIB
 """of a node, for each rank: libraries, CUDA's host side; not measured"""
-_GRADIENT_BYTES = 4
-_MASTER_AND_MOMENTS = 12
+_GRADIENT_BYTES, _MASTER_AND_MOMENTS = 4, 12
 _ROW_BYTES, _PROMPT_BYTES = 25, 8
 """of a response token and of a prompt's in the token table (types.py)"""
 _COLLECTED_BYTES = 68
@@ -67,6 +61,8 @@ class StageMemory:
     """instead of activations, while gradients are reduced: gloo's copy of them; NCCL makes none"""
     transfer: int
     """instead of activations: whole tensors and buckets of a weight sync, the reference's swap"""
+    bucket: int
+    """of a weight sync, the largest; a server that takes it through local memory copies it"""
     reserve: int
 
     @property
@@ -136,12 +132,14 @@ def plan_memory(
     num_train_nodes: int,
     num_serve_nodes: int = 0,
     *,
+    server_gpus: int | None = None,
     reserve: int = RESERVE,
     quick: bool = False,
 ) -> MemoryPlan:
     """What `config` needs of these nodes when all responses have their full length.
 
-    num_serve_nodes: beside the training ones. quick: by `rehearse_shallow`.
+    num_serve_nodes: beside the training ones. server_gpus: of a node with servers, if more than
+    train there. quick: by `rehearse_shallow`.
 
     Raises UserError where the model cannot be split this way, where layout and nodes do not go
     together, and in a process that has a world.
@@ -164,7 +162,7 @@ def plan_memory(
     turns = _turns(config, stages, server)
     problems = [
         *_training_problems(config, node, stages, turns, micro_batch),
-        *server_problems(config, server, node),
+        *server_problems(config, server, server_gpus or node.gpus),
     ]
     if host.total > node.host_memory:
         problems.append(
@@ -233,6 +231,7 @@ def training_memory(
                 head=max(chunk.head for chunk in rehearsal.chunks),
                 reduction=_reduction_bytes(rehearsal) if device == "cpu" else 0,
                 transfer=_transfer_bytes(config, rehearsal),
+                bucket=_bucket_bytes(config, rehearsal),
                 reserve=reserve,
             )
         )
@@ -304,8 +303,13 @@ def _transfer_bytes(config: TrainConfig, rehearsal: Rehearsal) -> int:
     """The largest tensor, gathered and joined, with two buckets; or the reference's swap of it."""
     tp = config.parallel.tp
     gathered = 2 * tp * rehearsal.largest_weight if tp > 1 else 0
-    bucket = min(config.sync.bucket_mib << 20, tp * rehearsal.weights)
-    return max(gathered + 2 * bucket, rehearsal.largest_weight)
+    return max(gathered + 2 * _bucket_bytes(config, rehearsal), rehearsal.largest_weight)
+
+
+def _bucket_bytes(config: TrainConfig, rehearsal: Rehearsal) -> int:
+    """A tensor that is larger than sync.bucket_mib has a bucket of its own."""
+    most, tp = config.sync.bucket_mib << 20, config.parallel.tp
+    return tp * max(rehearsal.largest_weight, min(most // tp, rehearsal.weights))
 
 
 def _host_memory(
@@ -318,13 +322,13 @@ def _host_memory(
     held = -(-responses // dp) * _ROW_BYTES * rollout.max_response_tokens
     collected = responses * (_ROW_BYTES + _COLLECTED_BYTES) * rollout.max_response_tokens
     has_reference = bool(config.kl.coefficient or config.forking.compare_every)
-    models = 2 if config.algorithm.advantages == "gae" else 1
     state = largest.parameters + _MASTER_AND_MOMENTS * largest.num_parameters
+    state *= 2 if config.algorithm.advantages == "gae" else 1  # a critic's
     return HostMemory(
         processes=node.gpus * HOST_PROCESS,
         token_table=node.gpus * (held + prompts) + collected,
         reference=node.gpus * largest.parameters * has_reference,
-        checkpoint=node.gpus * models * state,
+        checkpoint=node.gpus * state,
         offload=node.gpus * largest.put_away if rollout.placement == "colocated" else 0,
     )
 
@@ -337,7 +341,7 @@ def _turns(
     if config.rollout.placement == "disaggregated":
         return {"trainer": trainer, "server": server.total}
     reserve = stages[0].reserve
-    handover = max(stage.parameters + stage.transfer for stage in stages)
+    handover = max(stage.parameters + stage.transfer + stage.bucket for stage in stages)
     return {
         "trainer": trainer + SLEEPING,
         "handover": handover + reserve + server.weights + SLEEPING,
@@ -354,10 +358,10 @@ def _training_problems(
 ) -> list[str]:
     limit, problems = node.gpu_memory, []
     have = f"a GPU of {node.name} has {limit / GIB:.1f} GiB"
-    if turns["trainer"] > limit:
+    if (trainer := turns["trainer"]) > limit:
         worst = max(stages, key=lambda stage: stage.total)
-        needs = f"training needs {turns['trainer'] / GIB:.1f} GiB (pipeline rank {worst.pp_rank})"
-        problems.append(f"{needs}; {have}: {_remedy(config, worst, limit, micro_batch)}")
+        needs = f"training needs {trainer / GIB:.1f} GiB (pipeline rank {worst.pp_rank}); {have}"
+        problems.append(f"{needs}: {_remedy(config, worst, limit, micro_batch)}")
     if turns.get("handover", 0) > limit:
         problems.append(
             f"handing the weights over needs {turns['handover'] / GIB:.1f} GiB (the policy's and "

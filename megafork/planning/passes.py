@@ -159,9 +159,13 @@ class Trainer:
         return PassTime(step + reduce + gather, waiting, {"data_parallel": total})
 
     def state_bytes(self) -> float:
-        """Weights and optimizer's state of a rank: what moves to the host and back."""
+        """Weights and optimizer's state of a rank: what moves to the host and back.
+
+        In float32 the weights are their own main copy.
+        """
         parameters, sharers = self._parameters_of_rank(), self.parallel.cp * self.dp
-        return parameters * self.value_bytes + 12 * parameters / sharers
+        state = 8 if self.value_bytes == 4 else 12
+        return parameters * self.value_bytes + state * parameters / sharers
 
     def _sent(self, kind: Kind) -> dict[str, float]:
         """By all ranks together."""

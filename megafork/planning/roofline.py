@@ -91,7 +91,8 @@ def step_time(
     seconds |= {name: time.seconds for name, time in passes.items()}
     seconds["sync"] = _sync_seconds(config, trainer, node, server, colocated)
     if colocated:
-        moved = 2 * trainer.state_bytes()
+        models = 2 if config.algorithm.advantages == "gae" else 1
+        moved = 2 * models * trainer.state_bytes()
         seconds["move"] = moved / (node.host_link * efficiency.host_link)
     overlaps = config.rollout.max_policy_lag > 0 and not colocated
     wire = _added(time.wire_bytes for time in passes.values())
@@ -216,14 +217,15 @@ def _scoring_passes(config: TrainConfig, updates: int) -> int:
 
 
 def head_share(config: TrainConfig) -> float:
-    """Share of the response tokens that the head sees in an update."""
+    """Share of the response tokens that the head sees in an update, at most on rho's way."""
     on_all = (config.kl.coefficient and config.kl.tokens == "all") or (
         config.entropy_bonus.coefficient and config.entropy_bonus.tokens == "all"
     )
     if on_all or config.forking.select == "all" or config.algorithm.objective == "gspo":
         return 1.0
-    rho = config.forking.rho
-    return 1 - rho if config.forking.select == "bottom" else rho
+    forking = config.forking
+    shares = [forking.rho] if forking.rho_end is None else [forking.rho, forking.rho_end]
+    return 1 - min(shares) if forking.select == "bottom" else max(shares)
 
 
 def _sync_seconds(

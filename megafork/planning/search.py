@@ -59,7 +59,7 @@ def changed(config: TrainConfig, changes: Changes) -> TrainConfig:
 
 
 def mean_response(config: TrainConfig, given: float | None) -> float:
-    return given or _MEAN_SHARE * config.rollout.max_response_tokens
+    return _MEAN_SHARE * config.rollout.max_response_tokens if given is None else given
 
 
 def timed(
@@ -140,7 +140,7 @@ def _quickest_server(
             "training.micro_batch_tokens": longest,
         }  # fmt: skip
         server = changed(config, changes | alone)
-        if server_problems(server, server_memory(server, shape, nodes.node), nodes.node):
+        if server_problems(server, server_memory(server, shape, nodes.node), nodes.node.gpus):
             continue
         seconds = timed(server, shape, nodes, mean_response_tokens).seconds["generate"]
         if best is None or seconds < best[0]:

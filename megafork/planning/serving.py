@@ -58,21 +58,19 @@ def server_memory(config: TrainConfig, shape: ModelShape, node: NodeType) -> Ser
     )
 
 
-def server_problems(config: TrainConfig, server: ServerMemory, node: NodeType) -> list[str]:
+def server_problems(config: TrainConfig, server: ServerMemory, gpus: int) -> list[str]:
     """What keeps a server from starting, or from holding a single response."""
     rollout, tp = config.rollout, config.rollout.tensor_parallel
     change = (
         f"raise rollout.tensor_parallel={tp} or "
         f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"
     )
-    if tp > node.gpus:
-        return [
-            f"rollout.tensor_parallel={tp} is more than the {node.gpus} GPUs of a node: lower it"
-        ]
-    if rollout.placement == "colocated" and rollout.servers * tp > node.gpus:
+    if tp > gpus:
+        return [f"rollout.tensor_parallel={tp} is more than the {gpus} GPUs of a node: lower it"]
+    if rollout.placement == "colocated" and rollout.servers * tp > gpus:
         return [
             f"rollout.servers={rollout.servers} * tensor_parallel={tp} GPUs do not fit a node of "
-            f"{node.gpus}: lower one of them"
+            f"{gpus}: lower one of them"
         ]
     if server.kv_cache <= 0:
         need = (server.weights + server.engine) / GIB

@@ -43,12 +43,16 @@ SHAPES = {
 }
 
 
-def named_shape(name: str) -> ModelShape:
-    """One of SHAPES, or that of an HF folder (config.json is enough). Raises UserError."""
+def named_shape(name: str, *, setting: str = "--model") -> ModelShape:
+    """One of SHAPES, or that of an HF folder (config.json is enough). Raises UserError.
+
+    setting: what the user calls it.
+    """
     if name in SHAPES:
         return SHAPES[name]
-    if not Path(name).is_dir():
+    if not name or not Path(name).is_dir():
         raise UserError(
-            f"--model {name} is neither one of {', '.join(SHAPES)} nor a folder with a config.json"
+            f"{setting}={name} is neither one of {', '.join(SHAPES)} nor a folder with a "
+            "config.json"
         )
-    return ModelShape.from_folder(name, setting="--model")
+    return ModelShape.from_folder(name, setting=setting)

@@ -91,6 +91,7 @@ class Turns:
         with self.clock.measure("offload"):
             for learner in (*self.others, self.policy):
                 learner.offload()
+        self._until_all_have()
         self.turn = "handover"
 
     def _leave_but_weights(self) -> None:
@@ -98,9 +99,14 @@ class Turns:
             for other in self.others:
                 other.offload()
             self.policy.offload(weights=False)
+        self._until_all_have()
         self.turn = "handover"
         with self.clock.measure("onload"):
             self.policy.onload(optimizer=False)  # where a server's death came between
+
+    def _until_all_have(self) -> None:
+        """A server is told to take memory on devices of several ranks, by the first of them."""
+        self.policy.topology.any_rank(False)
 
     def _take_back(self) -> None:
         with self.clock.measure("onload"):
