@@ -37,7 +37,8 @@ from megafork.errors import Interrupted, PeerError, UserError
 from megafork.interruption import INTERRUPTED
 from megafork.planning.command import plan
 
-_PATIENCE_S = 5.0
+_PATIENCE_S, _PEERS_S = 5.0, 10.0
+"""A rank that waits for another one's words: for the same error's, and while its servers end."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
@@ -356,6 +357,7 @@ def main() -> None:
             raise
         _end_with(f"{error}: make room and start it again")
     except PeerError:
+        _wait_for_the_end(_PEERS_S)
         sys.exit(launch.USER_ERROR)
     except UserError as error:
         _end_with(str(error))
@@ -369,13 +371,18 @@ def _leave_words(error: Exception) -> None:
         last_words.leave(words)
 
 
+def _wait_for_the_end(seconds: float) -> None:
+    """By the signal of whoever started the ranks, once another one has ended with its words."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
+
+
 def _end_with(message: str) -> NoReturn:
     last_words.leave(message)
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (rank {rank})"
     if where:  # what all ranks find, rank 0 tells; then we are ended before we speak
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(_PATIENCE_S)
+        _wait_for_the_end(_PATIENCE_S)
     print(f"error{where}: {message}", file=sys.stderr, flush=True)
     sys.exit(launch.USER_ERROR)
 

@@ -96,12 +96,15 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str]) -> int:
         if -first.exitcode in passed_on:
             print("stopped by a signal", file=sys.stderr)
             return INTERRUPTED
-        if first.exitcode not in (USER_ERROR, INTERRUPTED) and machines is None:
-            how = f"by signal {-first.exitcode}" if first.exitcode < 0 else f"{first.exitcode}"
+        status = first.exitcode
+        if status == -signal.SIGTERM and _words_of(first):
+            status = USER_ERROR  # it had told, and was ended as another had ended before it
+        if status not in (USER_ERROR, INTERRUPTED) and machines is None:
+            how = f"by signal {-status}" if status < 0 else f"{status}"
             print(f"error: rank {rank} was the first to end, with status {how}", file=sys.stderr)
         if machines is not None:
-            _leave_words_of(rank, first, machines.log_of(rank))
-        return first.exitcode if first.exitcode > 0 else 1
+            _leave_words_of(rank, status, _words_of(first), machines.log_of(rank))
+        return status if status > 0 else 1
     return 0
 
 
@@ -145,8 +148,7 @@ def _words_of(failure: ProcessFailure) -> str | None:
     return message["message"] if isinstance(message, dict) else None
 
 
-def _leave_words_of(rank: int, failure: ProcessFailure, log: str) -> None:
-    words, status = _words_of(failure), failure.exitcode
+def _leave_words_of(rank: int, status: int, words: str | None, log: str) -> None:
     if status < 0:
         last_words.leave(f"rank {rank} was killed by signal {-status}", log)
     elif words is not None:
