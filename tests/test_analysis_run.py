@@ -134,6 +134,7 @@ def test_one_command_for_a_run(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_held_out_responses_and_two_temperatures(tmp_path):
     """The run's own prompts, server and verifier are handed on."""
     run, out = make_run(tmp_path / "run"), tmp_path / "out"

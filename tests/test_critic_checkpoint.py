@@ -159,6 +159,7 @@ PPO = (
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_with_a_critic_trains_and_goes_on_bit_for_bit(tmp_path):
     """Resumed after step 2 it ends as it did, from its journal; the policy alone converts."""
     run_dir = tmp_path / "run"

@@ -171,7 +171,7 @@ def test_nothing_outlives_a_killed_launcher(tmp_path, start_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_a_server_that_dies_is_replaced_and_nothing_is_generated_twice(tmp_path, start_run, lag):
     checked = ("sync.check_every=1", "sync.check_prompts=4")
     run = start_run("training.steps=3", f"rollout.max_policy_lag={lag}", *checked)

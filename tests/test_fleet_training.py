@@ -79,8 +79,10 @@ def samples(run_dir, step):
 
 @pytest.mark.parametrize(
     "how",
-    [("rollout.seeded=true",), ("rollout.max_policy_lag=2", "rollout.tail=carry")],
-    ids=["on-policy", "asynchronous"],
+    [
+        pytest.param(("rollout.seeded=true",), marks=pytest.mark.exhaustive, id="on-policy"),
+        pytest.param(("rollout.max_policy_lag=2", "rollout.tail=carry"), id="asynchronous"),
+    ],
 )
 def test_a_server_that_dies_is_replaced_while_the_other_goes_on(tmp_path, how):
     size = ("rollout.prompts_per_step=16", "rollout.group_size=16")
@@ -138,6 +140,7 @@ def test_two_servers_that_are_started_after_the_run(tmp_path):
         assert [client.weight_version() for client in clients] == [3, 3]  # both were pushed to
 
 
+@pytest.mark.exhaustive
 def test_generate_with_two_servers(tmp_path):
     """The same samples as with one, where they are seeded."""
     data = tmp_path / "data.jsonl"

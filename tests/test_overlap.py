@@ -55,6 +55,7 @@ def test_the_next_batch_is_generated_by_the_policy_before(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_killed_run_with_carried_tails_goes_on_as_if_it_had_not_been(tmp_path):
     run_dir = tmp_path / "run"
     settings = (*SETTINGS, *CARRYING, "checkpoint.every=1")

@@ -29,6 +29,7 @@ def test_planned_memory_is_measured(folders, model, layout):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"tp1", "tp2-sp-full", "pp2"}))
 def test_other_layouts_too(folders, layout):
     for plan, real in compare(folders / "qwen3", folders / "tiny", "qwen3", layout):

@@ -52,7 +52,9 @@ def as_it_was_after(step, run_dir, folder):
     return folder
 
 
-@pytest.mark.parametrize("key", ["tp", "pp", "dp"])
+@pytest.mark.parametrize(
+    "key", ["tp", *(pytest.param(key, marks=pytest.mark.exhaustive) for key in ("pp", "dp"))]
+)
 def test_another_layout_goes_on_within_rounding(tmp_path, uninterrupted, key):
     run_dir = as_it_was_after(AFTER, uninterrupted, tmp_path / "run")
     before = journalled(run_dir)

@@ -58,6 +58,7 @@ def last_step(told):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_signal_saves_and_the_run_goes_on(tmp_path):
     """While it generates its second step, beside the first one's training."""
     run_dir = tmp_path / "run"

@@ -79,6 +79,7 @@ def greedy(model, prompt: list[int], eos: int, longest: int) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_command_sweeps_judges_and_takes_what_is_there(tmp_path):
     """At a threshold of 0 every uncertain token is above: greedy there is greedy decoding."""
     lines = (QUICKSTART / "data/heldout.jsonl").read_text().splitlines(keepends=True)[:16]

@@ -224,7 +224,9 @@ RUNS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", ["tp2", pytest.param("pp2-critic-broadcast", marks=pytest.mark.exhaustive)]
+)
 def test_a_run_learns_the_same_in_turns(tmp_path, name):
     rows, weights = {}, {}
     for placement in ("colocated", "disaggregated"):
