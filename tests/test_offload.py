@@ -25,12 +25,16 @@ LAYOUTS = {
 LEARNING = {"lr": 1e-3, "weight_decay": 0.1}
 
 
-def live_bytes(but):
-    """Of all tensors' storages that this process holds, whoever has them."""
-    known = {slab.data_ptr() for home in but for slab in home.slabs}
+def live_storages():
+    """Of all tensors that this process holds, whoever has them."""
     tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
-    found = storages((t for t in tensors if t.layout == torch.strided), torch.device("cpu"))
-    return sum(s.nbytes() for address, s in found.items() if address not in known)
+    return storages((t for t in tensors if t.layout == torch.strided), torch.device("cpu"))
+
+
+def live_bytes(homes, foreign):
+    """Without what is put away, and what this process had from the test's."""
+    known = {slab.data_ptr() for home in homes for slab in home.slabs} | foreign
+    return sum(s.nbytes() for address, s in live_storages().items() if address not in known)
 
 
 def homes(learner):
@@ -93,6 +97,7 @@ def test_training_goes_on_as_if_nothing_had_been_put_away(tmp_path, name):
 
 
 def bytes_held(folder, critic_folder, layout, dtype):
+    foreign = set(live_storages())
     policy = make_policy(folder, layout, dtype=dtype, **LEARNING)
     critic = make_critic(critic_folder, layout, policy.topology, dtype=dtype, **LEARNING)
     update(policy, False)
@@ -102,14 +107,14 @@ def bytes_held(folder, critic_folder, layout, dtype):
     mask = done.tables[0].loss_mask_R[scores.rows_N]
     critic.apply(critic.judged_update(done.tables[0], done.scores[0], mask))
     del done, scores, table, mask
-    before = live_bytes(())
+    before = live_bytes((), foreign)
     kept = [*homes(policy), *homes(critic)]
     for learner in (policy, critic):
         learner.offload(weights=False)
-    weights_alone = live_bytes(kept)
+    weights_alone = live_bytes(kept, foreign)
     for learner in (policy, critic):
         learner.offload()
-    away = live_bytes(kept)
+    away = live_bytes(kept, foreign)
     for learner in (policy, critic):
         learner.onload()
     own = storages(
@@ -122,7 +127,7 @@ def bytes_held(folder, critic_folder, layout, dtype):
         torch.device("cpu"),
     )
     weights = sum(s.nbytes() for s in own.values())
-    return before, weights_alone, away, live_bytes(kept), weights
+    return before, weights_alone, away, live_bytes(kept, foreign), weights
 
 
 @pytest.mark.parametrize("name", ["tp2", "dp2-bfloat16"])
