@@ -394,7 +394,7 @@ def _on_ranks(parallel: ParallelConfig, work: Callable[[], None]) -> None:
         launch.join_output()
         launch.check_world(parallel)
         work()
-    elif parallel.world_size == 1:
+    elif parallel.world_size == 1 and not launch.Machines.from_environment():
         work()
     elif status := launch.launch_ranks(parallel, sys.argv[1:]):
         raise typer.Exit(status)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 VARIABLE = "TORCHELASTIC_ERROR_FILE"
+_LONGEST = 2000
 _BROKEN = re.compile(r"closed by peer|connection (was )?reset|broken pipe|connection closed", re.I)
 """What collectives and stores say when the process at the other end has ended."""
 
@@ -26,9 +27,18 @@ def leave(message: str, log: str | None = None) -> None:
     path = os.environ.get(VARIABLE)
     if not path:
         return
-    words = {"message": message, "extraInfo": {"timestamp": int(time.time()), "log": log}}
+    words = {
+        "message": _first_line(message),
+        "extraInfo": {"timestamp": int(time.time()), "log": log},
+    }
     with contextlib.suppress(OSError), open(path, "x") as file:  # the status tells enough
         json.dump({"message": words}, file)
+
+
+def _first_line(message: str) -> str:
+    """What fits the last line of a job's output."""
+    lines = message.strip().splitlines() or [""]
+    return lines[0][:_LONGEST]
 
 
 def read(path: Path) -> tuple[str, str | None] | None:

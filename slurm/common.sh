@@ -2,12 +2,16 @@
 # What the jobs share; sourced by them. docs/slurm.md says what each variable does.
 
 # The Python that has megafork; the repository's own where there is one.
-PYTHON=${PYTHON:-$MEGAFORK_HOME/.venv/bin/python}
-[[ -x $PYTHON ]] || PYTHON=$(command -v python3)
+if [[ -z ${PYTHON:-} ]]; then
+  PYTHON=$MEGAFORK_HOME/.venv/bin/python
+  [[ -x $PYTHON ]] || PYTHON=python3
+fi
 
 export PYTHONPATH=$MEGAFORK_HOME${PYTHONPATH:+:$PYTHONPATH}
 # How often a job that was stopped, or lost a node, goes back into the queue.
 MAX_REQUEUES=${MAX_REQUEUES:-20}
+# How long it asks a controller that does not answer.
+REQUEUE_PATIENCE_S=${REQUEUE_PATIENCE_S:-600}
 # Further words for srun, as --container-image=...
 CONTAINER_ARGS=${CONTAINER_ARGS:-}
 
@@ -38,21 +42,32 @@ job_name() {
 }
 
 # Put the job back into the queue and wait for Slurm to end this script. Not when somebody has
-# cancelled it, and not for ever.
+# cancelled it. A controller that does not answer (a link, a restart) is asked again for a while.
 requeue() {
-  local why=$1 restarts=${SLURM_RESTART_COUNT:-0}
+  local why=$1 restarts=${SLURM_RESTART_COUNT:-0} id=$SLURM_JOB_ID shown
   if ((restarts >= MAX_REQUEUES)); then
     say "$why; not requeued: MAX_REQUEUES=$MAX_REQUEUES"
     return
   fi
-  if ! scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
-    say "$why; not requeued: the job is being ended"
-    return
+  # The last task of an array has the whole array's id.
+  if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+    id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   fi
   say "$why; the job goes back into the queue"
-  if scontrol requeue "$SLURM_JOB_ID"; then
-    sleep 600
-  fi
+  local deadline=$((SECONDS + REQUEUE_PATIENCE_S))
+  while ((SECONDS < deadline)); do
+    if shown=$(scontrol --oneliner show job "$id"); then
+      if [[ $shown != *JobState=RUNNING* ]]; then
+        say "not requeued: the job is being ended"
+        return
+      fi
+      if scontrol requeue "$id"; then
+        sleep 600
+      fi
+    fi
+    sleep 5
+  done
+  say "not requeued: Slurm's controller did not take it for $REQUEUE_PATIENCE_S s"
 }
 
 # The shared array settings: every task has a seed and a folder of its own.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -163,6 +165,44 @@ def test_the_request_to_stop_reaches_every_machine(machines):
     (machines.folder / "stop").touch()
     assert set(machines.statuses().values()) == {INTERRUPTED}
     assert not (machines.folder / "cause").exists()
+
+
+def test_a_request_to_stop_that_was_there_first_reaches_all(machines):
+    (machines.folder / "stop").touch()
+    asked = "until [[ -e $MEGAFORK_STOP_FILE ]]; do sleep 0.1; done; exit 75"
+    for node in TRAIN:
+        machines.start(node, "bash", "-c", asked)
+    machines.start(SERVER, "sleep", "600")
+    assert set(machines.statuses().values()) == {75}
+
+
+def test_a_command_that_cannot_be_started_is_the_cause(machines):
+    machines.start(TRAIN[0], "sleep", "600")
+    machines.start(TRAIN[1], "/no/such/python")
+    machines.start(SERVER, "sleep", "600")
+    assert set(machines.statuses().values()) == {1}
+    assert "127.0.0.2: the-work cannot be started: [Errno 2]" in machines.cause()
+
+
+def test_a_stranger_changes_nothing(machines):
+    for node in TRAIN:
+        machines.start(node, "sleep", "3")
+    machines.start(SERVER, "sleep", "600")
+    machines.wait_for_commands(*TRAIN)
+    for words in (b"[" * 60_000, '{"hello": "127.0.0.1", "proof": "\u00e9"}'.encode()):
+        with socket.create_connection(("127.0.0.1", machines.port)) as stranger:
+            stranger.sendall(words + b"\n")
+    assert set(machines.statuses().values()) == {0}
+
+
+def test_long_words_are_cut(machines):
+    """To the first line, which the head takes and a job's last line holds."""
+    words = "from megafork import last_words; last_words.leave('why ' * 20_000 + '\\nmore')"
+    machines.start(TRAIN[0], "sleep", "600")
+    machines.start(TRAIN[1], sys.executable, "-c", f"{words}; raise SystemExit(2)")
+    machines.start(SERVER, "sleep", "600")
+    assert set(machines.statuses().values()) == {2}
+    assert re.fullmatch(r"error: 127.0.0.2: (why ?)+( \(see .*\))?\n", machines.cause())
 
 
 def test_a_signal_to_a_guard_is_a_request_to_stop(machines):

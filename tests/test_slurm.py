@@ -215,6 +215,51 @@ def test_an_array_of_seeds(cluster, tmp_path):
     assert first[0]["reward/mean"] != second[0]["reward/mean"]
 
 
+ASKS = """#!/bin/bash
+#SBATCH --requeue --open-mode=append
+source slurm/common.sh
+echo start >> "$1/starts-$SLURM_ARRAY_TASK_ID"
+if [[ $SLURM_ARRAY_TASK_ID == 2 ]]; then
+  hostname > "$1/host"
+  if [[ ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
+    until [[ -e $1/cut ]]; do sleep 0.2; done
+    requeue "asked"
+  fi
+  touch "$1/done"
+fi
+until [[ -e $1/done ]]; do sleep 0.2; done
+"""
+
+
+def test_a_task_alone_goes_back_and_waits_for_the_controller(cluster, tmp_path):
+    """The last task of an array, whose id is the array's, on a node that is cut off for a while."""
+    script, output = tmp_path / "asks.sh", tmp_path / "output-2"
+    script.write_text(ASKS)
+    cluster.miss_nodes_after(300)
+    job = cluster.run(
+        "env", f"MEGAFORK_HOME={ROOT}", "sbatch", "--parsable", "--nodes=1", "--exclusive",
+        f"--output={tmp_path}/output-%a", "--array=1,2", script, str(tmp_path),
+    ).strip()  # fmt: skip
+
+    def wait(found, seconds=90):
+        deadline = time.monotonic() + seconds
+        while not found():
+            assert time.monotonic() < deadline, output.read_text() if output.exists() else job
+            time.sleep(0.2)
+
+    wait(lambda: (tmp_path / "host").exists() and (tmp_path / "starts-1").exists())
+    host = (tmp_path / "host").read_text().strip()
+    cluster.cut(host)
+    (tmp_path / "cut").touch()
+    wait(lambda: "Unable to contact" in output.read_text())
+    cluster.heal(host)
+    wait((tmp_path / "done").exists)
+    cluster.miss_nodes_after(10)
+    starts = [len((tmp_path / f"starts-{task}").read_text().split()) for task in (1, 2)]
+    assert starts == [1, 2]
+    assert "not requeued" not in output.read_text()
+
+
 def rank_of(job, rank):
     """The process, where it runs."""
     for process in psutil.process_iter():

@@ -20,6 +20,7 @@ from megafork.launch import USER_ERROR, Machines
 from megafork.nodes.guard import Guard, Work
 from megafork.nodes.head import End, Head
 from megafork.nodes.plan import Plan
+from megafork.rollout.placement import visible_gpus
 
 _SERVER_RESTARTS = 3
 _PATIENCE_S = 1.0
@@ -69,7 +70,8 @@ def run(
     logs.mkdir(parents=True, exist_ok=True)
     settings = overrides or []
     if node in serving:
-        works = _servers(config, settings, node, logs, servers, serve_port)
+        own = config if resume is None else resume / "config.toml"  # what the ranks go on with
+        works = _servers(own, settings, node, logs, servers, serve_port)
     else:
         urls = [f"http://{n}:{serve_port + i}" for n in serving for i in range(servers)]
         if urls:
@@ -94,8 +96,10 @@ def _servers(
     config: Path, settings: list[str], node: str, logs: Path, count: int, first_port: int
 ) -> list[Work]:
     works = []
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    devices = visible_gpus()
     share = len(devices) // count
+    if devices and not share:
+        raise UserError(f"--servers {count} on {len(devices)} GPUs of {node}: ask for fewer")
     for i in range(count):
         log = logs / f"serve-{node}-{i}.log"
         command = [sys.executable, "-m", "megafork", "serve", str(config), *settings]

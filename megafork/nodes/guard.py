@@ -83,6 +83,7 @@ class Guard:
         self._folder = Path(tempfile.mkdtemp(prefix="megafork-guard-"))
         self._stop_file = self._folder / "stop"
         self._asked_to_stop = False
+        self._not_started: Failure | None = None
         self._writer: asyncio.StreamWriter | None = None
 
     async def run(self) -> int:
@@ -112,7 +113,6 @@ class Guard:
             if self._environment and not ended:
                 ended = self._look_after(writer)
             if listening.done():
-                listening.result()  # of a command that cannot be started
                 return self._lose("its guard is gone")
             if time.monotonic() - self._heard > self.plan.lost_after_s:
                 return self._lose(f"nothing heard for {self.plan.lost_after_s:g} s")
@@ -139,7 +139,7 @@ class Guard:
                 endpoint = f"{self.plan.head}:{message['go']}"
                 self._environment = {STOP_FILE: str(self._stop_file), ENDPOINT: endpoint}
                 for work in self.works:
-                    work.start(self._folder, self._environment)
+                    self._start(work)
             if "stop" in message:
                 self._stop_file.touch()
             if "end" in message:
@@ -147,6 +147,9 @@ class Guard:
 
     def _look_after(self, writer: asyncio.StreamWriter) -> bool:
         """Whether the machine's work has ended, which is then told."""
+        if self._not_started is not None:
+            writer.write(pack(ended=asdict(self._not_started)))
+            return True
         for work in self.works:
             if not work.has_ended():
                 continue
@@ -156,12 +159,19 @@ class Guard:
             if work.restarts:
                 work.restarts -= 1
                 print(f"warning: {failure.told()}; it is started again", file=sys.stderr)
-                work.start(self._folder, self._environment)
+                self._start(work)
                 continue
             is_done = failure.status == 0 and self.node in self.plan.training
             writer.write(pack(ended=None if is_done else asdict(failure)))
             return True
         return False
+
+    def _start(self, work: Work) -> None:
+        try:
+            work.start(self._folder, self._environment)
+        except OSError as error:
+            words = f"{work.name} cannot be started: {error}"
+            self._not_started = Failure(self.node, 1, words, None)
 
     def _ask_to_stop(self) -> None:
         self._asked_to_stop = True

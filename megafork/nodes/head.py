@@ -47,6 +47,7 @@ class Head:
         """In the order in which they were heard of"""
         self._listeners: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._first_failure = 0.0
+        self._stopping = False
         self._stop_file = plan.logs / "stop"
 
     async def run(self) -> End:
@@ -75,7 +76,7 @@ class Head:
             await asyncio.sleep(0.1)
         for writer in self._listeners.values():
             writer.transport.abort()  # what waits to be sent to lost ones, too
-        await asyncio.gather(*self._listeners)
+        await asyncio.gather(*self._listeners, return_exceptions=True)  # strangers may come, too
 
     async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         listener = asyncio.current_task()
@@ -83,7 +84,9 @@ class Head:
         self._listeners[listener] = writer
         hello = await receive(reader) or {}
         name, proof = str(hello.get("hello")), str(hello.get("proof"))
-        known = name in self.plan.nodes and hmac.compare_digest(proof, self.plan.proof(name))
+        known = name in self.plan.nodes and hmac.compare_digest(
+            proof.encode(), self.plan.proof(name).encode()
+        )
         if known and name not in self.peers:
             peer = self.peers[name] = Peer(writer, time.monotonic())
             while (message := await receive(reader)) is not None:
@@ -114,7 +117,7 @@ class Head:
         return None
 
     async def _beat(self) -> None:
-        self._tell(beat=1)
+        self._tell(beat=1, **({"stop": 1} if self._stopping else {}))
         await asyncio.sleep(BEAT_S / 4)
 
     async def _watch_stop_file(self) -> None:
@@ -124,6 +127,8 @@ class Head:
         self._stop()
 
     def _stop(self) -> None:
+        """Told again with every beat: guards may come after it."""
+        self._stopping = True
         self._tell(stop=1)
 
     def _tell(self, **message: Any) -> None:

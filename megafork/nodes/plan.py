@@ -68,6 +68,6 @@ async def receive(reader: asyncio.StreamReader) -> dict[str, Any] | None:
     try:
         line = await reader.readline()
         message = json.loads(line) if line.endswith(b"\n") else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return message if isinstance(message, dict) else None

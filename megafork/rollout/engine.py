@@ -207,8 +207,8 @@ class _Kept:
         server = self.server
         try:
             server.start()
-        except UserError as error:
-            return error
+        except Exception as error:  # of a thread that died nobody would hear
+            return error if isinstance(error, UserError) else UserError(f"{server.url}: {error!r}")
         self._up_since = time.monotonic()
         self.first_start.set()
         with self._lock:
