@@ -271,8 +271,8 @@ def rank_of(job, rank):
 
 
 def test_the_first_cause_is_on_the_last_line(cluster, tmp_path):
-    """A rank is killed; its fellow on the other node fails after it."""
-    job = Job(cluster, tmp_path, "--nodes=2", settings=("training.steps=1", "parallel.tp=2"))
+    """One of two data-parallel ranks is killed; its fellow on the other node fails after it."""
+    job = Job(cluster, tmp_path, "--nodes=2", settings=("training.steps=1", "parallel.tp=1"))
     job.wait(lambda: list(job.run_dir.glob("vllm*.log")))  # the ranks have met
     job.nodes()
     rank_of(job, 1).kill()
