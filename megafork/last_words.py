@@ -45,9 +45,9 @@ def read(path: Path) -> tuple[str, str | None] | None:
     """The message, and the log that has more, of the process that had `path` for its words."""
     try:
         words = json.loads(path.read_text())["message"]
-    except (OSError, ValueError):
+        return words["message"], words["extraInfo"].get("log")
+    except (OSError, ValueError, TypeError, KeyError):  # torch's own way to write them is another
         return None
-    return words["message"], words["extraInfo"]["log"]
 
 
 def of_exception(error: BaseException) -> str | None:

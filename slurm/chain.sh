@@ -19,13 +19,17 @@ while (($#)) && [[ $1 != -- ]]; do
   train+=("$1")
   shift
 done
+((${#train[@]})) || {
+  echo "error: no config; $usage" >&2
+  exit 2
+}
 (($# >= 2)) || {
   echo "error: no benchmark after --; $usage" >&2
   exit 2
 }
 shift
-# A job whose predecessor failed can never run: it goes, too.
-after() { echo "--dependency=afterok:$1 --kill-on-invalid-dep=yes"; }
+# A job whose predecessor failed can never run: it goes, too. (sbatch prints ID;CLUSTER on some.)
+after() { echo "--dependency=afterok:${1%%;*} --kill-on-invalid-dep=yes"; }
 
 # shellcheck disable=SC2086  # the options are several words
 first=$(sbatch --parsable ${TRAIN_ARGS:-} "$here/train.sbatch" "${train[@]}" "run.dir=$run_dir")

@@ -7,6 +7,7 @@ if [[ -z ${PYTHON:-} ]]; then
   [[ -x $PYTHON ]] || PYTHON=python3
 fi
 
+unset SLURM_EXPORT_ENV # of sbatch: --export would keep the secret and PYTHONPATH from srun
 export PYTHONPATH=$MEGAFORK_HOME${PYTHONPATH:+:$PYTHONPATH}
 # How often a job that was stopped, or lost a node, goes back into the queue.
 MAX_REQUEUES=${MAX_REQUEUES:-20}
@@ -61,6 +62,11 @@ requeue() {
         say "not requeued: the job is being ended"
         return
       fi
+      # Slurm may have done it when it lost this node: the id is then another attempt's.
+      if [[ $shown != *" Restarts=$restarts "* ]]; then
+        say "not requeued: Slurm has done so already"
+        return
+      fi
       if scontrol requeue "$id"; then
         sleep 600
       fi
@@ -87,7 +93,7 @@ run_restartable() { # STOP_FILE ARGUMENT...
   shift
   mkdir -p "$(dirname "$MEGAFORK_STOP_FILE")"
   rm -f "$MEGAFORK_STOP_FILE"
-  trap 'say "asked to stop"; asked=1; touch "$MEGAFORK_STOP_FILE"' USR1
+  trap 'say "asked to stop"; asked=1; touch "$MEGAFORK_STOP_FILE" || say "but $MEGAFORK_STOP_FILE cannot be written"' USR1
   # shellcheck disable=SC2086  # CONTAINER_ARGS are several words
   srun --ntasks=1 $CONTAINER_ARGS "$PYTHON" -m megafork "$@" &
   command=$!

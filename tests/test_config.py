@@ -9,6 +9,7 @@ import pytest
 from megafork.config import EvaluateConfig, TrainConfig
 from megafork.config.file import known_keys, load_config, save_config
 from megafork.errors import UserError
+from tests.commands import QUICKSTART
 
 REQUIRED = [
     "run.dir=out",
@@ -177,3 +178,11 @@ def test_an_unreadable_file_is_named(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"c.toml"):
         load(path=path)
+
+
+def test_an_empty_list_of_servers_unsets_one():
+    """TOML has no other way to."""
+    path = QUICKSTART / "config.toml"
+    named = ["rollout.url=http://a:1"]
+    assert load_config(TrainConfig, path, named).rollout.urls == ["http://a:1"]
+    assert load_config(TrainConfig, path, [*named, "rollout.url=[]"]).rollout.url is None

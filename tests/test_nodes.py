@@ -20,7 +20,7 @@ from megafork.interruption import INTERRUPTED, STOP_FILE, Interruption
 from megafork.nodes.plan import LOST
 from megafork.parallel.ports import free_port
 from megafork.parallel.topology import initialize
-from tests.commands import ROOT, environment, left_over
+from tests.commands import QUICKSTART, ROOT, environment, left_over
 from tests.guarded import LOST_AFTER_S, STARTUP_S
 from tests.ranks import run_ranks
 
@@ -144,6 +144,45 @@ def test_silence_ends_all(machines, silent):
         assert "nothing was heard of 127.0.0.2 for 6 s" in machines.cause()
     machines.guards[silent].send_signal(signal.SIGCONT)  # and finds that it was given up
     assert machines.guards[silent].wait(30) == LOST
+
+
+def test_logs_that_cannot_be_written_keep_nothing_alive(machines):
+    """They may lie behind the link that was cut: here nobody reads what is written."""
+    os.mkfifo(machines.folder / f"guard-{SERVER}.log")
+    for node in (*TRAIN, SERVER):
+        machines.start(node, "sleep", "600")
+    machines.wait_for_commands(*TRAIN, SERVER)
+    sleeping = psutil.Process(machines.guards[SERVER].pid).children()
+    machines.guards[TRAIN[0]].send_signal(signal.SIGSTOP)
+    assert machines.guards[SERVER].wait(LOST_AFTER_S + 15) == LOST
+    assert not any(process.is_running() for process in sleeping)
+
+
+def test_settings_that_a_serving_machine_refuses_are_the_cause(tmp_path):
+    """It is no machine that is lost, which would be tried again."""
+    train, serve = "127.0.0.1", "127.0.0.3"
+    arguments = [
+        "--train", train, "--serve", serve, "--logs", tmp_path, "--port", str(free_port()),
+        "--servers", "2", "--startup-s", "40",
+        QUICKSTART / "config.toml", f"run.dir={tmp_path}/run",
+    ]  # fmt: skip
+    names = {"MEGAFORK_API_KEY": "secret", "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(ROOT)}
+    guards = [
+        subprocess.Popen(
+            [sys.executable, "-m", "megafork.nodes", "run", *map(str, arguments)],
+            cwd=ROOT,
+            env=environment(tmp_path) | names | {"SLURMD_NODENAME": node},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in (train, serve)
+    ]
+    told = [guard.communicate(timeout=60)[1] for guard in guards]
+    assert [guard.returncode for guard in guards] == [2, 2], told
+    cause = "error: 127.0.0.3: --servers 2 on 1 GPUs of 127.0.0.3: ask for fewer"
+    assert (tmp_path / "cause").read_text().startswith(cause)
+    assert told[0].splitlines()[-1].startswith(cause)
+    assert not (tmp_path / "run").exists() and left_over(tmp_path) == []
 
 
 def test_a_killed_head_ends_all(machines):

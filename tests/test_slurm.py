@@ -260,6 +260,65 @@ def test_a_task_alone_goes_back_and_waits_for_the_controller(cluster, tmp_path):
     assert "not requeued" not in output.read_text()
 
 
+ASKS_LATE = """#!/bin/bash
+#SBATCH --requeue --open-mode=append
+source slurm/common.sh
+if [[ ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
+  hostname > "$1/host"
+  until [[ -e $1/second ]]; do sleep 0.2; done
+  requeue "asked"
+fi
+touch "$1/second"
+until [[ -e $1/done ]]; do sleep 0.2; done
+"""
+
+
+def test_what_slurm_has_requeued_is_left_alone(cluster, tmp_path):
+    """The script on a node that was cut off asks late: the job runs elsewhere by then."""
+    script = tmp_path / "asks.sh"
+    script.write_text(ASKS_LATE)
+    job = cluster.run(
+        "env", f"MEGAFORK_HOME={ROOT}", "sbatch", "--parsable", "--nodes=1", "--exclusive",
+        f"--output={tmp_path}/output", script, str(tmp_path),
+    ).strip()  # fmt: skip
+
+    def wait(found):
+        deadline = time.monotonic() + 90
+        while not found():
+            assert time.monotonic() < deadline, cluster.state_of(job)
+            time.sleep(0.2)
+
+    wait((tmp_path / "host").exists)
+    host = (tmp_path / "host").read_text().strip()
+    cluster.cut(host)
+    wait((tmp_path / "second").exists)
+    wait(lambda: "Unable to contact" in (tmp_path / "output").read_text())
+    cluster.heal(host)
+    cluster.wait_until_idle([host])  # its script has asked, or was ended
+    assert cluster.state_of(job)["JobState"] == "RUNNING"
+    (tmp_path / "done").touch()
+    wait(lambda: cluster.state_of(job)["JobState"] == "COMPLETED")
+    assert cluster.state_of(job)["Restarts"] == "1"
+
+
+def test_nodes_of_two_kinds(cluster, tmp_path):
+    """The second component serves. Asked to stop before it has a folder, the job is requeued."""
+    kinds = ("--nodes=1", ":", "--nodes=1", "--exclusive", "--ntasks-per-node=1")
+    job = Job(cluster, tmp_path, *kinds, settings=("training.steps=1", "parallel.tp=1"))
+    job.wait(lambda: job.state()["JobState"] == "RUNNING")
+    cluster.run("scancel", "--batch", "--signal=USR1", job.id)
+    job.wait_for_restart(1)
+    told = job.told().split("attempt 1")[0]
+    assert "asked to stop: the trainer saves" in told and "stopped by SIGUSR1" in told
+    job.wait_for_end()
+    trains, serves = re.search(
+        r"attempt 1: ranks on (node\d), servers on (node\d)", job.told()
+    ).groups()
+    assert trains != serves
+    assert steps_of(job.run_dir / "metrics.jsonl") == [1]
+    assert (job.run_dir / "logs" / f"job-{job.id}-attempt-1" / f"serve-{serves}-0.log").exists()
+
+
 def rank_of(job, rank):
     """The process, where it runs."""
     for process in psutil.process_iter():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megafork.config.section import Fraction, Positive, PositiveFloat, Section
 
@@ -15,7 +15,9 @@ class ServerConfig(Section):
     max_response_tokens: Positive = Field(20480, description="longer responses are cut")
     temperature: PositiveFloat = Field(1.0, description="sampling temperature")
     url: str | list[str] | None = Field(
-        None, description="a running server to use, or a list of them; unset: start rollout.servers"
+        None,
+        description="a running server to use, or a list of them; unset or []: start "
+        "rollout.servers",
     )
     servers: Positive = Field(
         1, description="servers that a run starts on each node, each with tensor_parallel GPUs"
@@ -34,6 +36,12 @@ class ServerConfig(Section):
     cpu_kv_cache_gib: Positive = Field(1, description="KV cache of a CPU server, GiB")
     startup_timeout_s: PositiveFloat = Field(600.0, description="seconds for the server to come up")
     request_timeout_s: PositiveFloat = Field(3600.0, description="seconds for one request")
+
+    @field_validator("url")
+    @classmethod
+    def _unset_by_an_empty_list(cls, url: str | list[str] | None) -> str | list[str] | None:
+        """TOML has no null: what a resumed run's config holds can be taken away by [] alone."""
+        return url or None if isinstance(url, list) else url
 
     @property
     def urls(self) -> list[str]:

@@ -19,7 +19,7 @@ from megafork.errors import UserError
 from megafork.launch import USER_ERROR, Machines
 from megafork.nodes.guard import Guard, Work
 from megafork.nodes.head import End, Head
-from megafork.nodes.plan import Plan
+from megafork.nodes.plan import Failure, Plan
 from megafork.rollout.placement import visible_gpus
 
 _SERVER_RESTARTS = 3
@@ -68,13 +68,18 @@ def run(
     if plan.nodes.count(node) != 1:
         raise UserError(f"this machine, {node}, has to be named once in --train or --serve")
     logs.mkdir(parents=True, exist_ok=True)
-    settings = overrides or []
+    settings, refused = overrides or [], None
     if node in serving:
         own = config if resume is None else resume / "config.toml"  # what the ranks go on with
-        works = _servers(own, settings, node, logs, servers, serve_port)
+        try:
+            works = _servers(own, settings, node, logs, servers, serve_port)
+        except UserError as error:  # the head's to tell: a guard that stays away is a lost machine
+            works, refused = [], Failure(node, USER_ERROR, str(error), None)
     else:
         urls = [f"http://{n}:{serve_port + i}" for n in serving for i in range(servers)]
-        if urls:
+        if not urls and resume is not None:  # its config may name servers of a former start
+            urls = load_config(TrainConfig, config, settings).rollout.urls
+        if urls or resume is not None:
             settings = [*settings, f"rollout.url={json.dumps(urls[0] if len(urls) == 1 else urls)}"]
         start = ["--resume", str(resume)] if resume is not None else [str(config)]
         machines = Machines(len(training), training.index(node), ranks, str(logs))
@@ -85,7 +90,7 @@ def run(
                 environment=machines.environment(),
             )
         ]
-    raise typer.Exit(asyncio.run(guard_and_tell(plan, Guard(plan, node, works))))
+    raise typer.Exit(asyncio.run(guard_and_tell(plan, Guard(plan, node, works, refused))))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -122,12 +127,22 @@ async def guard_and_tell(plan: Plan, guard: Guard) -> int:
         own.cancel()  # it never reached the head
     if end.cause:
         told = f"error: {end.cause}"
-        (plan.logs / "cause").write_text(told + "\n")
         print(told, file=sys.stderr, flush=True)
-    (plan.logs / "status").write_text(f"{end.status}\n")
+        _leave(plan.logs / "cause", told)
+    _leave(plan.logs / "status", str(end.status))
     with contextlib.suppress(asyncio.CancelledError):
         await own  # raises what it failed of
     return end.status
+
+
+def _leave(path: Path, text: str) -> None:
+    """Our own exit status and output tell it, too: a full disk is no other cause."""
+    try:
+        path.write_text(text + "\n")
+    except OSError as error:
+        print(f"warning: {path} cannot be written: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            path.unlink()  # it would be empty
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _GRACE_S = 10.0
 """For servers to end by themselves when all went well"""
 _KILL_S = 10.0
+_NOTE_S = 5.0
 
 
 @dataclass
@@ -75,7 +77,9 @@ class Work:
 class Guard:
     """One machine's. `run` returns the exit status of the whole run."""
 
-    def __init__(self, plan: Plan, node: str, works: list[Work]) -> None:
+    def __init__(
+        self, plan: Plan, node: str, works: list[Work], refused: Failure | None = None
+    ) -> None:
         self.plan, self.node, self.works = plan, node, works
         self._heard = time.monotonic()
         self._environment: dict[str, str] = {}  # of the works, once they are started
@@ -83,7 +87,7 @@ class Guard:
         self._folder = Path(tempfile.mkdtemp(prefix="megafork-guard-"))
         self._stop_file = self._folder / "stop"
         self._asked_to_stop = False
-        self._not_started: Failure | None = None
+        self._not_started = refused
         self._writer: asyncio.StreamWriter | None = None
 
     async def run(self) -> int:
@@ -102,7 +106,7 @@ class Guard:
     async def _run(self) -> int:
         connection = await self._connect()
         if connection is None:
-            return self._lose(f"no answer within {self.plan.startup_s:g} s")
+            return await self._lose(f"no answer within {self.plan.startup_s:g} s")
         reader, writer = connection
         self._writer = writer
         listening = asyncio.create_task(self._listen(reader))
@@ -113,9 +117,9 @@ class Guard:
             if self._environment and not ended:
                 ended = self._look_after(writer)
             if listening.done():
-                return self._lose("its guard is gone")
+                return await self._lose("its guard is gone")
             if time.monotonic() - self._heard > self.plan.lost_after_s:
-                return self._lose(f"nothing heard for {self.plan.lost_after_s:g} s")
+                return await self._lose(f"nothing heard for {self.plan.lost_after_s:g} s")
             await asyncio.sleep(BEAT_S / 4)
         if self._end in (0, INTERRUPTED):
             await self._part()
@@ -176,12 +180,18 @@ class Guard:
     def _ask_to_stop(self) -> None:
         self._asked_to_stop = True
 
-    def _lose(self, why: str) -> int:
+    async def _lose(self, why: str) -> int:
         told = f"{self.node} lost touch with {self.plan.head}:{self.plan.port}: {why}"
+        await self._kill_all()  # first: the logs' file system may be what we are cut off from
+        print(f"error: {told}", file=sys.stderr, flush=True)
+        writing = threading.Thread(target=self._note, args=(told,), daemon=True)
+        writing.start()
+        writing.join(_NOTE_S)
+        return LOST
+
+    def _note(self, told: str) -> None:
         with contextlib.suppress(OSError):
             (self.plan.logs / f"guard-{self.node}.log").write_text(told + "\n")
-        print(f"error: {told}", file=sys.stderr, flush=True)
-        return LOST
 
     async def _part(self) -> None:
         """Servers have a moment to end by themselves."""

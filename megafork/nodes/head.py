@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -121,8 +122,9 @@ class Head:
         await asyncio.sleep(BEAT_S / 4)
 
     async def _watch_stop_file(self) -> None:
-        # In a thread: a file system that does not answer is no reason to fall silent.
-        while not await asyncio.to_thread(self._stop_file.exists):
+        # In a thread: a file system that does not answer is no reason to fall silent. Of one that
+        # answers with an error (ESTALE) os.path.exists says False, and pathlib's raises.
+        while not await asyncio.to_thread(os.path.exists, self._stop_file):
             await asyncio.sleep(0.5)
         self._stop()
 

@@ -363,8 +363,6 @@ def check_server(rollout: ServerConfig) -> None:
 
 def _check_urls(rollout: ServerConfig) -> None:
     urls = rollout.urls
-    if not urls:
-        raise UserError("rollout.url=[] names no server: give one, or leave it unset")
     for url in urls:
         if not _is_base_url(url):
             raise UserError(
