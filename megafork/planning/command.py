@@ -16,6 +16,7 @@ from megafork.errors import UserError
 from megafork.model.shape import ModelShape
 from megafork.planning.nodes import NodeType, node_type
 from megafork.planning.shapes import named_shape
+from megafork.training.preflight import check_length
 
 _UNKNOWN = 'run.dir="unset"', 'data.train="unset"', 'reward.verifier="maths"', "training.steps=1"
 """What a config needs and a plan without one does not know."""
@@ -58,6 +59,7 @@ def plan(
         shape = named_shape(config.model.path, setting="model.path")
     else:
         shape = named_shape(model)
+    check_length(config, shape)
     kind = node_type(node)
     tell = _search if find else _plan
     fits = tell(config, shape, kind, nodes, serve_nodes, mean_response_tokens, as_json=as_json)

@@ -33,8 +33,8 @@ HOST_PROCESS = 4 * GIB
 _GRADIENT_BYTES, _MASTER_AND_MOMENTS = 4, 12
 _ROW_BYTES, _PROMPT_BYTES = 25, 8
 """of a response token and of a prompt's in the token table (types.py)"""
-_COLLECTED_BYTES = 68
-"""of a token and its log-probability in a Sample's lists, before they are rows"""
+_LEADER_BYTES = 68 + _ROW_BYTES
+"""more of a token where it was generated: in a Sample's lists, and as a row to be sent"""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def plan_memory(
     turns = _turns(config, stages, server)
     problems = [
         *_training_problems(config, node, stages, turns, micro_batch),
-        *server_problems(config, server, server_gpus or node.gpus),
+        *server_problems(config, shape, server, server_gpus or node.gpus),
     ]
     if host.total > node.host_memory:
         problems.append(
@@ -249,7 +249,7 @@ def peak_in_flight(
     """
     pp, vpp = parallel.pp, len(chunks)
     if vpp == 1:
-        forward, ahead = [0] * num_micro_batches, pp - pp_rank - 1
+        forward, ahead = [0] * min(num_micro_batches, pp + 1), pp - pp_rank - 1  # it repeats
     else:
         rounds = range(0, num_micro_batches, pp)
         forward = [
@@ -315,18 +315,18 @@ def _bucket_bytes(config: TrainConfig, rehearsal: Rehearsal) -> int:
 def _host_memory(
     config: TrainConfig, node: NodeType, stages: tuple[StageMemory, ...], dp: int
 ) -> HostMemory:
-    """Of the first node, whose first rank collects the batch."""
+    """Of a node; the first rank of each replica collects its share of the batch."""
     rollout, largest = config.rollout, max(stages, key=lambda stage: stage.num_parameters)
     responses = rollout.prompts_per_step * rollout.group_size
     prompts = responses * _PROMPT_BYTES * config.data.max_prompt_tokens
-    held = -(-responses // dp) * _ROW_BYTES * rollout.max_response_tokens
-    collected = responses * (_ROW_BYTES + _COLLECTED_BYTES) * rollout.max_response_tokens
+    share = -(-responses // dp) * rollout.max_response_tokens
+    leaders = -(-node.gpus // config.parallel.model_parallel_size)
     has_reference = bool(config.kl.coefficient or config.forking.compare_every)
     state = largest.parameters + _MASTER_AND_MOMENTS * largest.num_parameters
     state *= 2 if config.algorithm.advantages == "gae" else 1  # a critic's
     return HostMemory(
         processes=node.gpus * HOST_PROCESS,
-        token_table=node.gpus * (held + prompts) + collected,
+        token_table=node.gpus * (share * _ROW_BYTES + prompts) + leaders * share * _LEADER_BYTES,
         reference=node.gpus * largest.parameters * has_reference,
         checkpoint=node.gpus * state,
         offload=node.gpus * largest.put_away if rollout.placement == "colocated" else 0,

@@ -189,6 +189,8 @@ class Trainer:
     def _parameters_of_rank(self) -> float:
         layers = max(layers for layers, _ in self._ranks())
         vocabulary = self.shape.vocab_size * self.shape.hidden_size
+        if self.parallel.pp == 1 and not self.shape.tied_embeddings:
+            vocabulary *= 2  # embedding and head on the same rank
         return (layers * layer_parameters(self.shape) + vocabulary) / self.parallel.tp
 
     def _rate(self, extent: int) -> float:

@@ -25,6 +25,7 @@ from megafork.planning.work import (
 
 _RESPONSE_BYTES = 8
 """of a token on its way from server to trainer: an int32 and a float32"""
+_MOST_RESPONSES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,12 @@ def _total(seconds: dict[str, float], *, overlaps: bool) -> float:
 
 def data_parallel_size(config: TrainConfig, node: NodeType, num_train_nodes: int) -> int:
     """Of the trainer on these nodes. Raises UserError where the layout does not fit them."""
+    responses = config.rollout.prompts_per_step * config.rollout.group_size
+    if responses > _MOST_RESPONSES:
+        raise UserError(
+            f"rollout.prompts_per_step * rollout.group_size = {responses:,} are more responses "
+            f"than a plan counts ({_MOST_RESPONSES:,}): lower rollout.prompts_per_step"
+        )
     parallel, gpus = config.parallel, num_train_nodes * node.gpus
     dp, rest = divmod(gpus, parallel.model_parallel_size)
     if rest or dp == 0 or parallel.dp not in (None, dp):
@@ -236,8 +243,8 @@ def _sync_seconds(
     The senders are the pipeline's stages, each of its own layers, so pp > 1 does not slow it down.
     """
     efficiency, parallel = trainer.efficiency, config.parallel
-    whole_copy_in_node = trainer.dp * parallel.model_parallel_size <= node.gpus or parallel.pp == 1
-    if colocated and whole_copy_in_node:
+    # On several nodes the first replica alone sends, to the servers of all of them.
+    if colocated and trainer.dp * parallel.model_parallel_size <= node.gpus:
         return server.weights / (node.nvlink * efficiency.nvlink)
     return server.weights / (node.network * efficiency.network)
 

@@ -140,7 +140,8 @@ def _quickest_server(
             "training.micro_batch_tokens": longest,
         }  # fmt: skip
         server = changed(config, changes | alone)
-        if server_problems(server, server_memory(server, shape, nodes.node), nodes.node.gpus):
+        memory = server_memory(server, shape, nodes.node)
+        if server_problems(server, shape, memory, gpus):
             continue
         seconds = timed(server, shape, nodes, mean_response_tokens).seconds["generate"]
         if best is None or seconds < best[0]:

@@ -58,9 +58,20 @@ def server_memory(config: TrainConfig, shape: ModelShape, node: NodeType) -> Ser
     )
 
 
-def server_problems(config: TrainConfig, server: ServerMemory, gpus: int) -> list[str]:
+def server_problems(
+    config: TrainConfig, shape: ModelShape, server: ServerMemory, gpus: int
+) -> list[str]:
     """What keeps a server from starting, or from holding a single response."""
     rollout, tp = config.rollout, config.rollout.tensor_parallel
+    heads, groups = shape.num_heads, shape.num_kv_heads
+    fits = [
+        n for n in range(1, gpus + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)
+    ]
+    if tp <= gpus and tp not in fits:
+        return [
+            f"rollout.tensor_parallel={tp} does not divide the model's {heads} heads and {groups} "
+            f"key/value heads, so vLLM does not start: use {', '.join(map(str, fits))}"
+        ]
     change = (
         f"raise rollout.tensor_parallel={tp} or "
         f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"

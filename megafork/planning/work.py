@@ -26,6 +26,11 @@ class Lengths:
     longest: int
 
     def __post_init__(self) -> None:
+        if self.longest < 2:
+            raise UserError(
+                f"rollout.max_response_tokens={self.longest} leaves no length to plan with: raise "
+                "it to 2 or more"
+            )
         if not 1 <= self.mean < self.longest:
             raise UserError(
                 f"a mean response of {self.mean:g} tokens does not fit responses of 1 to "

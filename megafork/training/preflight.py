@@ -25,12 +25,7 @@ def check_train(config: TrainConfig) -> None:
         shape.check_same_build(config.kl.reference, setting="kl.reference")
     if config.algorithm.advantages == "gae":
         check_critic(config, shape)
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if longest > shape.max_positions:
-        raise UserError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's "
-            f"max_position_embeddings={shape.max_positions}: lower one of them"
-        )
+    check_length(config, shape)
     if not shape.eos_token_ids:
         raise UserError(
             f"model.path={config.model.path}: neither generation_config.json nor config.json names "
@@ -45,6 +40,16 @@ def check_train(config: TrainConfig) -> None:
     if not under_torchrun():
         _tell_ignored_sampling(Path(config.model.path))
         _tell_other_eos(config, shape)
+
+
+def check_length(config: TrainConfig, shape: ModelShape) -> None:
+    """The longest sequence has to have positions. Raises UserError."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > shape.max_positions:
+        raise UserError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} exceeds the model's "
+            f"max_position_embeddings={shape.max_positions}: lower one of them"
+        )
 
 
 def check_critic(config: TrainConfig, policy: ModelShape) -> None:
