@@ -10,10 +10,12 @@ Shapes: B samples (responses), R rows (response tokens of all samples, in order)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,16 +52,69 @@ class Group:
     """False: aborted when its batch was full; not judged, and never trained on"""
 
     @property
-    def has_signal(self) -> bool:
-        """Neither all right nor all wrong, by the verifier's accuracy (DAPO dynamic sampling)."""
-        return len({sample.accuracy for sample in self.samples}) > 1
-
-    @property
     def is_finite(self) -> bool:
         """Rewards and log-probabilities are numbers that can be trained on."""
         return all(
             math.isfinite(s.reward) and all(map(math.isfinite, s.logprobs)) for s in self.samples
         )
+
+    def summary(self, replica: int = 0, step: int = 0) -> GroupSummary:
+        samples = [
+            SampleSummary(
+                s.uid,
+                len(s.token_ids),
+                s.truncated,
+                s.reward,
+                s.accuracy,
+                s.failure,
+                s.version_changes,
+            )
+            for s in self.samples
+        ]
+        return GroupSummary(
+            self.prompt_index,
+            self.prompt_ids,
+            self.policy_version,
+            samples,
+            self.is_whole,
+            self.is_finite,
+            replica,
+            step,
+        )
+
+
+@dataclass(frozen=True)
+class SampleSummary:
+    """A `Sample` without its tokens."""
+
+    uid: int
+    num_tokens: int
+    truncated: bool
+    reward: float
+    accuracy: float
+    failure: str | None
+    version_changes: list[int]
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """A `Group` whose tokens are elsewhere: what decides whether it is trained on."""
+
+    prompt_index: int
+    prompt_ids: list[int]
+    policy_version: int
+    samples: list[SampleSummary]
+    is_whole: bool
+    is_finite: bool
+    replica: int
+    """The data-parallel replica whose first rank has the tokens"""
+    step: int
+    """Whose journal it is in; 0: none yet"""
+
+    @property
+    def has_signal(self) -> bool:
+        """Neither all right nor all wrong, by the verifier's accuracy (DAPO dynamic sampling)."""
+        return len({sample.accuracy for sample in self.samples}) > 1
 
 
 @dataclass(frozen=True)
@@ -177,10 +232,24 @@ class TokenTable:
         """The same samples with the rows of those in held_B, one after the other."""
         return replace(self, held_B=held_B, **columns)
 
-    def without_rows(self) -> TokenTable:
-        """What every rank knows."""
-        nothing = {name: getattr(self, name)[:0] for name in _PER_ROW}
-        return self.with_rows(torch.zeros_like(self.held_B), **nothing)
+    def with_tokens(self, groups: Iterable[Group]) -> TokenTable:
+        """The same samples with the rows of those that the groups hold, who may hold others too.
+
+        A response is in the loss mask as a whole or not at all, as `num_loss_tokens_B` says.
+        """
+        found = {sample.uid: (group, sample) for group in groups for sample in group.samples}
+        held_B = torch.tensor([uid in found for uid in self.uid_B.tolist()], dtype=torch.bool)
+        samples = [found[uid] for uid in self.uid_B[held_B].tolist()]
+        token_R = _flat([s.token_ids for _, s in samples], torch.int64)
+        in_loss_B = (self.num_loss_tokens_B > 0)[held_B]
+        return self.with_rows(
+            held_B,
+            token_R=token_R,
+            rollout_logprob_R=_flat([s.logprobs for _, s in samples], torch.float32),
+            policy_version_R=_version_R(samples),
+            loss_mask_R=in_loss_B.repeat_interleave(self.response_lengths_B[held_B]),
+            advantage_R=torch.full((len(token_R),), torch.nan),
+        )
 
     def with_columns(self, **columns: Tensor) -> TokenTable:
         assert "loss_mask_R" not in columns, "with_loss_mask counts its tokens too"
@@ -222,12 +291,18 @@ _PER_ROW = ("token_R", "rollout_logprob_R", "policy_version_R", "loss_mask_R", "
 
 
 def token_table(groups: Sequence[Group], *, overlong_filtering: bool = False) -> TokenTable:
-    """The table of finished groups; advantages are NaN until algorithms/ fills them.
+    """The table of finished groups with all rows; advantages are NaN until algorithms/ fills them.
 
     overlong_filtering: truncated responses keep their rows but leave the loss mask.
     """
+    summaries = [group.summary() for group in groups]
+    return known_table(summaries, overlong_filtering=overlong_filtering).with_tokens(groups)
+
+
+def known_table(groups: Sequence[GroupSummary], *, overlong_filtering: bool = False) -> TokenTable:
+    """The same without rows: what can be known of the samples where their tokens are not."""
     samples = [(group, sample) for group in groups for sample in group.samples]
-    lengths_B = torch.tensor([len(s.token_ids) for _, s in samples], dtype=torch.int64)
+    lengths_B = torch.tensor([s.num_tokens for _, s in samples], dtype=torch.int64)
     truncated_B = torch.tensor([s.truncated for _, s in samples], dtype=torch.bool)
     in_loss_B = ~truncated_B if overlong_filtering else torch.ones_like(truncated_B)
     return TokenTable(
@@ -240,22 +315,25 @@ def token_table(groups: Sequence[Group], *, overlong_filtering: bool = False) ->
         reward_B=torch.tensor([s.reward for _, s in samples], dtype=torch.float32),
         accuracy_B=torch.tensor([s.accuracy for _, s in samples], dtype=torch.float32),
         truncated_B=truncated_B,
-        held_B=torch.ones_like(truncated_B),
-        token_R=_flat([s.token_ids for _, s in samples], torch.int64),
-        rollout_logprob_R=_flat([s.logprobs for _, s in samples], torch.float32),
-        policy_version_R=_flat([_versions(g, s) for g, s in samples], torch.int64),
-        loss_mask_R=in_loss_B.repeat_interleave(lengths_B),
-        advantage_R=torch.full((int(lengths_B.sum()),), torch.nan),
+        held_B=torch.zeros_like(truncated_B),
+        token_R=torch.empty(0, dtype=torch.int64),
+        rollout_logprob_R=torch.empty(0),
+        policy_version_R=torch.empty(0, dtype=torch.int64),
+        loss_mask_R=torch.empty(0, dtype=torch.bool),
+        advantage_R=torch.empty(0),
     )
 
 
-def _versions(group: Group, sample: Sample) -> list[int]:
-    """Policy version of each token."""
-    versions = [group.policy_version] * len(sample.token_ids)
-    for first in sample.version_changes:
-        for i in range(first, len(versions)):
-            versions[i] += 1
-    return versions
+def _version_R(samples: Sequence[tuple[Group, Sample]]) -> Tensor:
+    """int64: policy version of each token."""
+    lengths = torch.tensor([len(s.token_ids) for _, s in samples], dtype=torch.int64)
+    oldest = torch.tensor([g.policy_version for g, _ in samples], dtype=torch.int64)
+    version_R = oldest.repeat_interleave(lengths)
+    starts = _offsets(lengths).tolist()
+    for start, end, (_, sample) in zip(starts, starts[1:], samples, strict=False):
+        for first in sample.version_changes:
+            version_R[start + first : end] += 1
+    return version_R
 
 
 def hash64(*parts: Tensor) -> Tensor:
@@ -283,7 +361,9 @@ def _signed(x: int) -> int:
 
 
 def _flat(lists: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-    return torch.tensor([value for values in lists for value in values], dtype=dtype)
+    count = sum(map(len, lists))
+    kind = np.int64 if dtype == torch.int64 else np.float32
+    return torch.from_numpy(np.fromiter(chain.from_iterable(lists), kind, count))
 
 
 def _offsets(lengths: Tensor) -> Tensor:

@@ -240,7 +240,7 @@ def test_rollouts_as_responses(tmp_path):
     for group in make_groups(3):
         journal.append(group)
     journal.close()
-    write_rollouts([journal.path], tmp_path / "out.jsonl")
+    write_rollouts(tmp_path, [7], tmp_path / "out.jsonl")
     rows = lines(tmp_path / "out.jsonl")
     samples = [s for g in make_groups(3)[:2] for s in g.samples]
     assert [row["response_ids"] for row in rows] == [s.token_ids for s in samples]
@@ -254,5 +254,5 @@ def test_rollouts_of_aborted_groups_alone(tmp_path):
     with Journal(tmp_path / "step_000001.jsonl") as journal:
         journal.append(make_groups(1)[0])
     with pytest.raises(UserError, match="no whole group"):
-        write_rollouts([journal.path], tmp_path / "out.jsonl")
+        write_rollouts(tmp_path, [1], tmp_path / "out.jsonl")
     assert not list(tmp_path.glob("out*"))

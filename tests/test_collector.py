@@ -16,10 +16,12 @@ from megafork.rewards.verifier import Judge
 from megafork.rollout.background import BackgroundLoop
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.collector import Collector
-from megafork.rollout.journal import Journal
+from megafork.rollout.journal import Journal, read_step
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.vllm_server import VllmServer
+from megafork.rollout.worker import RolloutWorker
 from megafork.training.telemetry import rollout_metrics
+from megafork.types import known_table
 from tests.commands import QUICKSTART
 from tests.verifiers import by_spelling
 
@@ -51,14 +53,14 @@ def make_collector(server, folder, verifier, reward=None, **rollout):
     config = RolloutConfig(**settings)
     reward = {"workers": 1} | (reward or {})
     JUDGES.append(Judge(RewardConfig(verifier=f"{VERIFIERS}:{verifier}", **reward)))
+    worker = RolloutWorker(config, tokenizer, JUDGES[-1], folder, api_key=server.api_key)
     return Collector(
         client=server.client(timeout_s=config.request_timeout_s),
+        workers=[worker],
         prompts=PromptStream(read_prompts(data.train, data, tokenizer.encode), seed=0),
-        tokenizer=tokenizer,
         judge=JUDGES[-1],
         rollout=config,
         sampling=Sampling(max_tokens=32, stop_token_ids=(1,)),
-        journal_dir=folder,
     )
 
 
@@ -127,6 +129,14 @@ def far_away(collector):
     return collector
 
 
+def tokens(collector, batch):
+    """Of the batch that is trained on: each sample's ids and log-probabilities."""
+    [worker] = collector.workers
+    table = worker.take_rows(known_table(batch.groups))
+    assert table.held_B.all()
+    return table.token_R.tolist(), table.rollout_logprob_R.tolist()
+
+
 def test_a_full_batch_can_abort_its_tail(server, tmp_path):
     settings = LONG_TAIL | {"tail": "abort"}
     collector = make_collector(server, tmp_path, "by_spelling", **settings)
@@ -140,6 +150,7 @@ def test_a_full_batch_can_abort_its_tail(server, tmp_path):
     again = make_collector(server, tmp_path, "by_spelling", **settings)
     replayed = collect(far_away(again), step=1)
     assert replayed.groups == batch.groups
+    assert tokens(again, replayed) == tokens(collector, batch)
     assert replayed.generated == batch.generated
     assert replayed.num_tail == batch.num_tail
     assert sorted(replayed.lost_lengths) == sorted(batch.lost_lengths)
@@ -186,6 +197,7 @@ def test_a_full_batch_can_carry_its_tail(server, tmp_path):
     for step, batch in ((1, first), (2, second)):
         replayed = collect(far_away(again), step=step)
         assert replayed.groups == batch.groups
+        assert tokens(again, replayed) == tokens(collector, batch)
         assert replayed.state == batch.state
 
 
@@ -219,9 +231,10 @@ def test_long_responses_lose_reward_but_stay_right(server, tmp_path):
     shaping = {"overlong_buffer_tokens": 30, "overlong_penalty": 0.5}
     collector = make_collector(server, tmp_path, "by_spelling", shaping)
     batch = collect(collector, step=1)
-    samples = [sample for group in batch.generated for sample in group.samples]
+    samples = [s for g in Journal.read(tmp_path / "step_000001.jsonl") for s in g.samples]
+    assert len(samples) == 4 * len(batch.generated)
     for sample in samples:
-        verdict = by_spelling("", collector.tokenizer.decode(sample.token_ids), "")
+        verdict = by_spelling("", collector.workers[0].tokenizer.decode(sample.token_ids), "")
         lost = 0.5 * max(0, len(sample.token_ids) - 2) / 30
         assert sample.accuracy == verdict
         assert sample.reward == pytest.approx(verdict - lost)
@@ -248,9 +261,9 @@ def test_a_verifier_that_always_fails_ends_it_and_is_named(server, tmp_path):
 def test_a_verifier_that_fails_sometimes_is_counted_and_replayed(server, tmp_path):
     collector = make_collector(server, tmp_path, "sometimes_broken")
     batch = collect(collector, step=1)
-    samples = [sample for group in batch.generated for sample in group.samples]
+    samples = [s for g in Journal.read(tmp_path / "step_000001.jsonl") for s in g.samples]
     failed = [sample for sample in samples if sample.failure == "error"]
-    texts = [collector.tokenizer.decode(sample.token_ids) for sample in samples]
+    texts = [collector.workers[0].tokenizer.decode(sample.token_ids) for sample in samples]
     assert [s.failure == "error" for s in samples] == [len(text) % 5 == 0 for text in texts]
     assert failed and all(sample.reward == sample.accuracy == 0.0 for sample in failed)
     assert rollout_metrics(batch, 0)["reward/verifier_errors"] == len(failed)
@@ -276,14 +289,12 @@ def test_a_mended_verifier_judges_again_what_the_run_ended_for(server, tmp_path,
 
 
 def test_seeded_rollouts_repeat(server, tmp_path):
-    batches = [
+    found = []
+    for name in ("a", "b"):
         collect(make_collector(server, tmp_path / name, "by_spelling", seeded=True), 1)
-        for name in ("a", "b")
-    ]
-    first, second = (
-        [sorted(tuple(s.token_ids) for s in g.samples) for g in b.generated] for b in batches
-    )
-    assert first == second
+        groups = read_step(tmp_path / name, 1).items()
+        found.append({i: sorted(tuple(s.token_ids) for s in g.samples) for i, g in groups})
+    assert found[0] == found[1]
 
 
 def test_a_request_that_takes_too_long_names_the_setting(server, tmp_path):

@@ -47,12 +47,12 @@ def moved(topology, replica_B, *, scattered):
     if scattered:
         source_B = torch.arange(table.num_samples) % topology.dp_size
     mine_B = source_B == topology.dp_rank
-    known = table.without_rows()
-    if topology.is_replica_leader:
-        rows = table.rows_of(mine_B.nonzero()[:, 0])
-        held = ("token_R", "rollout_logprob_R", "policy_version_R", "loss_mask_R", "advantage_R")
-        known = known.with_rows(mine_B, **{name: getattr(table, name)[rows] for name in held})
-    return redistribute(known, source_B, replica_B, topology)
+    if not topology.is_replica_leader:
+        mine_B = torch.zeros_like(mine_B)
+    rows = table.rows_of(mine_B.nonzero()[:, 0])
+    held = ("token_R", "rollout_logprob_R", "policy_version_R", "loss_mask_R", "advantage_R")
+    held = table.with_rows(mine_B, **{name: getattr(table, name)[rows] for name in held})
+    return redistribute(held, source_B, replica_B, topology)
 
 
 def one_update(folder, layout, scattered):

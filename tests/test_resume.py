@@ -58,7 +58,9 @@ def kill_when(process, path, delay):
 
 
 def journalled(run_dir):
-    return {path.name: path.read_bytes() for path in (run_dir / "rollouts").glob("*.jsonl")}
+    """Each journal's bytes; one without any says nothing."""
+    found = {path.name: path.read_bytes() for path in (run_dir / "rollouts").glob("*.jsonl")}
+    return {name: content for name, content in found.items() if content}
 
 
 def assert_kept(run_dir, before, when=""):

@@ -22,7 +22,7 @@ from megafork.analysis.entropy import entropy_statistics, write_entropy
 from megafork.analysis.from_run import generate_settings, score_settings, verifier_settings
 from megafork.analysis.glyphs import Font
 from megafork.analysis.output import make_folder, spool_beside, write_json
-from megafork.analysis.paired_output import step_of, write_change, write_overlap
+from megafork.analysis.paired_output import write_change, write_overlap
 from megafork.analysis.pairs import Scope, entropy_change, overlap
 from megafork.analysis.tokens import rank_tokens, write_tokens
 from megafork.analysis.training import training_table, write_training
@@ -32,7 +32,7 @@ from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.errors import PeerError, UserError
 from megafork.interruption import ended_by_signals
 from megafork.model.shape import ModelShape
-from megafork.rollout.journal import Journal
+from megafork.rollout.journal import journals_of, read_step
 
 ROLLOUTS, GENERATE = "rollouts", "generate"
 INITIAL, FINAL = "initial", "final"
@@ -73,7 +73,7 @@ class _Plan:
     final: Path
     checkpoints: list[tuple[int, Path]]
     """(step, folder), sharded"""
-    journals: list[Path]
+    steps: list[int]
     table: list[dict[str, Any]]
     """training_table's"""
     prompts: str
@@ -112,7 +112,7 @@ def analyze_run(asked: RunAnalysis) -> None:
         {
             "run": str(asked.run),
             "initial": str(plan.initial),
-            "responses": [str(path) for path in plan.journals] or [str(responses)],
+            "responses": _sources(asked.run, plan) or [str(responses)],
             "num_responses": base.num_rows,
             "num_tokens": base.num_tokens,
             "score_settings": plan.score_settings,
@@ -168,7 +168,7 @@ def _plan(asked: RunAnalysis) -> _Plan:
         initial=initial,
         final=final,
         checkpoints=_checkpoints(asked.run, table[-1]["step"]) if asked.all_checkpoints else [],
-        journals=_journals(asked.run, asked.last_steps) if asked.responses == ROLLOUTS else [],
+        steps=_steps(asked.run, asked.last_steps) if asked.responses == ROLLOUTS else [],
         table=table,
         prompts=config.data.eval or config.data.train,
         generate_settings=generated,
@@ -180,11 +180,17 @@ def _plan(asked: RunAnalysis) -> _Plan:
     )
 
 
-def _journals(run: Path, last_steps: int) -> list[Path]:
-    found = sorted((run / "rollouts").glob("step_*.jsonl"))[-last_steps:]
+def _steps(run: Path, last_steps: int) -> list[int]:
+    """Whose responses are taken."""
+    names = [re.match(r"step_(\d+)", path.name) for path in (run / "rollouts").glob("*.jsonl")]
+    found = sorted({int(name[1]) for name in names if name})[-last_steps:]
     if not found:
         raise UserError(f"{run / 'rollouts'} holds no responses: name a file of some (--responses)")
     return found
+
+
+def _sources(run: Path, plan: _Plan) -> list[str]:
+    return [str(path) for step in plan.steps for path in journals_of(run / "rollouts", step)]
 
 
 def _checkpoints(run: Path, last_step: int) -> list[tuple[int, Path]]:
@@ -205,21 +211,21 @@ def _responses(asked: RunAnalysis, plan: _Plan) -> Path:
             *plan.generate_settings,
         )
         return path
-    write_rollouts(plan.journals, path)
+    write_rollouts(asked.run / "rollouts", plan.steps, path)
     return path
 
 
-def write_rollouts(journals: Sequence[Path], output: Path) -> None:
-    """The whole groups of RUN/rollouts files, one response a line, as `megafork score` reads them.
+def write_rollouts(folder: Path, steps: Sequence[int], output: Path) -> None:
+    """The whole groups of those steps of RUN/rollouts, one response a line, as `megafork score`
+    reads them.
 
     Raises UserError where a journal is damaged or none has a response.
     """
     count = 0
     partial = output.with_name(output.name + ".partial")
     with partial.open("w", encoding="utf-8") as sink:
-        for path in journals:
-            # Of a group that was judged again, the last line counts, as when a step is replayed.
-            for group in {group.prompt_index: group for group in Journal.each(path)}.values():
+        for step in steps:
+            for group in read_step(folder, step).values():
                 for sample in group.samples if group.is_whole else []:
                     row = {
                         "id": sample.uid,
@@ -228,13 +234,13 @@ def write_rollouts(journals: Sequence[Path], output: Path) -> None:
                         "rollout_logprobs": sample.logprobs,
                         "finish_reason": "length" if sample.truncated else "stop",
                         "accuracy": sample.accuracy,
-                        "step": step_of(path.stem),
+                        "step": step,
                     }
                     sink.write(json.dumps(row) + "\n")
                     count += 1
     if not count:
         partial.unlink()
-        raise UserError(f"{', '.join(map(str, journals))}: no whole group of responses")
+        raise UserError(f"{folder}, step {', '.join(map(str, steps))}: no whole group of responses")
     partial.replace(output)
 
 

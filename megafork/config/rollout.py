@@ -68,7 +68,9 @@ class RewardConfig(Section):
         "the first verifier alone",
     )
     workers: Positive | None = Field(
-        None, description="processes that verifiers run in; unset: the cores, but 8 at most"
+        None,
+        description="processes that verifiers run in, of each data-parallel replica; unset: its "
+        "share of the machine's cores, but 8 at most",
     )
     timeout_s: PositiveFloat = Field(
         10.0, description="seconds for one response; then its worker is killed, and it scores 0"

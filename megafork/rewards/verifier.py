@@ -34,7 +34,8 @@ class Judge:
     no worker has it, and a worker's time until its deadline after that.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, *, share: int = 1) -> None:
+        """share: of how many judges on this machine, which divide its cores."""
         config.check()
         self.config = config
         self.causes: dict[str, str] = {}
@@ -43,7 +44,7 @@ class Judge:
         self._weights = config.weights or [1.0]
         self._pool = WorkerPool(
             config.verifiers,
-            workers=config.workers or min(cores, _MOST_WORKERS),
+            workers=config.workers or max(1, min(cores // share, _MOST_WORKERS)),
             timeout_s=config.timeout_s,
             memory_mib=config.memory_mib,
         )

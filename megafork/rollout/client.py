@@ -8,8 +8,9 @@ import random
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import aiohttp
 import requests
@@ -26,6 +27,7 @@ from megafork.rollout.sampling import (
     version_number,
 )
 
+T = TypeVar("T")
 _ATTEMPTS = 5  # the first one included; waits of 0.5, 1, 2 and 4 s in between
 _LOG_LINES = 8
 _ANSWER_S = 30.0
@@ -40,7 +42,7 @@ class ServerError(UserError):
 
     def __init__(self, path: str, status: int, message: str) -> None:
         super().__init__(f"{path} failed with HTTP {status}: {message}")
-        self.status = status
+        self.path, self.status, self.message = path, status, message
 
 
 class ServerLost(UserError):
@@ -49,6 +51,13 @@ class ServerLost(UserError):
 
 class ServerSlow(ServerLost):
     """A request took longer than the client allows."""
+
+
+class Asker(Protocol):
+    """Who asks the server instead and keeps the tokens (rollout/worker.py)."""
+
+    async def ask(self, url: str, body: dict[str, Any]) -> list[Completion]:
+        """The completions without their tokens. Raises as `RolloutClient.ask` does."""
 
 
 class RolloutClient:
@@ -89,10 +98,12 @@ class RolloutClient:
         seed: int | None = None,
         *,
         request_id: str | None = None,
+        asker: Asker | None = None,
     ) -> list[Completion]:
         """`n` responses to one prompt, in an order that means nothing.
 
         seed: response i is drawn with seed + i and is then reproducible (and slower).
+        asker: keeps the tokens; the completions come back without them.
         request_id: what `abort` knows the request by; the caller then looks at `aborted`. Without
         it, responses that the server aborted raise UserError: it was told to end. A response that
         ended has its stop token last, with its log-probability.
@@ -100,19 +111,31 @@ class RolloutClient:
         name = request_id or uuid.uuid4().hex
         given = self.version
         body = sampling.request_body(prompt_ids, n, seed, request_id=name)
-
+        attempt = partial(self.ask, body) if asker is None else partial(self._let_ask, asker, body)
         try:
-            answer = await self._retried(lambda: self._post(GENERATE_PATH, body))
+            completions = await self._retried(attempt)
         except TimeoutError:
             raise ServerSlow(
                 f"a group of {n} responses took longer than rollout.request_timeout_s="
                 f"{self.timeout_s:g}: raise it or lower rollout.max_response_tokens"
             ) from None
-        completions = decode_completions(answer)
         self._refuse_older_weights(completions, given)
         if request_id is None and any(completion.aborted for completion in completions):
             raise UserError(f"the rollout server at {self.url} aborted a request")
         return completions
+
+    async def ask(self, body: dict[str, Any]) -> list[Completion]:
+        """One attempt at `generate`, without a look at the server's weights.
+
+        Raises aiohttp's ClientConnectionError or ClientPayloadError, TimeoutError, or ServerError.
+        """
+        return decode_completions(await self._post(GENERATE_PATH, body))
+
+    async def _let_ask(self, asker: Asker, body: dict[str, Any]) -> list[Completion]:
+        try:
+            return await asker.ask(self.url, body)
+        except ServerError as error:  # it does not know the server's log
+            raise self._refused(error.path, error.status, error.message) from None
 
     async def abort(self, request_ids: list[str]) -> None:
         """End requests of `generate`: they return what they have, finish_reason "abort"."""
@@ -122,10 +145,10 @@ class RolloutClient:
         async with self._session().post(self.url + path, json=body) as response:
             payload = await response.read()
             if response.status != 200:
-                raise self._refused(path, response.status, payload)
+                raise self._refused(path, response.status, _message(payload))
             return payload
 
-    async def _retried(self, attempt: Callable[[], Awaitable[bytes]]) -> bytes:
+    async def _retried(self, attempt: Callable[[], Awaitable[T]]) -> T:
         for number in range(_ATTEMPTS):
             try:
                 return await attempt()
@@ -316,14 +339,13 @@ class RolloutClient:
         except requests.RequestException as error:
             raise self._unreachable(error) from error
         if response.status_code != 200:
-            raise self._refused(path, response.status_code, response.content)
+            raise self._refused(path, response.status_code, _message(response.content))
         try:
             return response.json() if response.content else None
         except ValueError:  # some other program's page
-            raise self._refused(path, response.status_code, response.content) from None
+            raise self._refused(path, response.status_code, _message(response.content)) from None
 
-    def _refused(self, path: str, status: int, payload: bytes) -> ServerError:
-        message = _message(payload)
+    def _refused(self, path: str, status: int, message: str) -> ServerError:
         if status >= 500 and self.log_path is not None:
             message += f" (log: {self.log_path})"
         return ServerError(path, status, message)

@@ -12,28 +12,25 @@ import asyncio
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megafork.config import RolloutConfig
 from megafork.data.prompts import Prompt, PromptStream
-from megafork.data.tokenizer import Tokenizer
 from megafork.errors import UserError
-from megafork.rewards.overlong import overlong_punishment
 from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.fleet import Fleet
-from megafork.rollout.journal import Journal, group_of
-from megafork.rollout.sampling import Completion, Sampling
-from megafork.types import Group, Sample
+from megafork.rollout.sampling import Sampling
+from megafork.rollout.worker import Worker, replica_of
+from megafork.types import GroupSummary
 
 
 @dataclass
 class RolloutBatch:
-    groups: list[Group] = field(default_factory=list)
+    groups: list[GroupSummary] = field(default_factory=list)
     """What is trained on, in prompt order."""
-    generated: list[Group] = field(default_factory=list)
+    generated: list[GroupSummary] = field(default_factory=list)
     """All groups finished for this batch, dropped ones included: the policy as it is."""
     num_dropped: int = 0
     """Without a signal"""
@@ -56,17 +53,20 @@ class RolloutBatch:
 @dataclass
 class Collector:
     client: RolloutClient | Fleet
+    workers: Sequence[Worker]
+    """Of the data-parallel replicas, which ask the servers and have the tokens"""
     prompts: PromptStream
-    tokenizer: Tokenizer
     judge: Judge
+    """Says when too many verdicts are none; the workers have their own"""
     rollout: RolloutConfig
     sampling: Sampling
-    journal_dir: Path
-    carried: list[Group] = field(default_factory=list)
+    carried: list[GroupSummary] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
     """Prompts whose groups a full batch did not wait for (rollout.tail = "carry")"""
-    _running: dict[int, asyncio.Task[tuple[Group, float]]] = field(default_factory=dict)
+    _running: dict[int, asyncio.Task[tuple[GroupSummary, float]]] = field(default_factory=dict)
     """Of each prompt that was asked for: its group, and the seconds of its verifier"""
+    _references: list[tuple[int, int]] = field(default_factory=list)
+    """To groups that were carried when the run was saved: prompt, and step of the journal"""
     _signal_rate: float = 1.0
 
     def state(self) -> dict[str, Any]:
@@ -74,14 +74,15 @@ class Collector:
         return {
             "position": self.prompts.position,
             "signal_rate": self._signal_rate,
-            "carried": [asdict(group) for group in self.carried],
+            "carried": self._references + [(g.prompt_index, g.step) for g in self.carried],
             "pending": list(self.pending),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.prompts.position = state["position"]
         self._signal_rate = state["signal_rate"]
-        self.carried = [group_of(fields) for fields in state["carried"]]
+        self.carried = []
+        self._references = [(index, step) for index, step in state["carried"]]
         self.pending = list(state["pending"])
 
     async def collect(self, step: int, trained_by: int) -> RolloutBatch:
@@ -90,11 +91,11 @@ class Collector:
         trained_by: the policy version that will train on it; the server may have an older one.
         Given up at any moment, it can be called again: what is in the journal is not lost.
         """
-        before = self.prompts.position, self._signal_rate, self.carried, self.pending
+        before = self.state()
         try:
             return await self._collect(step, trained_by)
         except BaseException:
-            self.prompts.position, self._signal_rate, self.carried, self.pending = before
+            self.restore(before)
             await self.cancel_running()
             raise
 
@@ -102,28 +103,27 @@ class Collector:
         started = time.monotonic()
         wanted, oldest = self.rollout.prompts_per_step, trained_by - self.rollout.max_policy_lag
         batch = RolloutBatch()
+        self.carried += await self._recalled()
         admitted = self._recent(self.carried, oldest, batch)
-        path = self.journal_dir / f"step_{step:06d}.jsonl"
-        known = await self._mended({g.prompt_index: g for g in Journal.read(path)}, path)
-        with Journal(path) as journal:
-            async with self.client:
-                for _ in range(self.rollout.max_sampling_rounds):
-                    missing = wanted - len(admitted)
-                    if missing <= 0:
-                        break
-                    prompts = self._next_prompts(missing)
-                    replayed = [await self._replay(known, prompt, path) for prompt in prompts]
-                    found = [group for group in replayed if group is not None]
-                    groups = [group for group in found if group.is_whole]
-                    batch.num_replayed += len(groups)
-                    aborted = [group for group in found if not group.is_whole]
-                    groups += await self._finish(
-                        prompts, groups, aborted, missing, oldest, journal, batch
-                    )
-                    groups.sort(key=lambda group: group.prompt_index)
-                    batch.generated += groups
-                    self.judge.check_failures(_failures(batch.generated))
-                    admitted = admitted + self._admissible(groups, oldest, batch)
+        known = await self._begin(step)
+        asked = {group.prompt_index for group in self.carried} | known.keys()
+        async with self.client:
+            for _ in range(self.rollout.max_sampling_rounds):
+                missing = wanted - len(admitted)
+                if missing <= 0:
+                    break
+                prompts = self._next_prompts(missing)
+                asked |= {prompt.index for prompt in prompts}
+                replayed = [await self._replay(known, prompt, step) for prompt in prompts]
+                found = [group for group in replayed if group is not None]
+                groups = [group for group in found if group.is_whole]
+                batch.num_replayed += len(groups)
+                aborted = [group for group in found if not group.is_whole]
+                groups += await self._finish(prompts, groups, aborted, missing, oldest, step, batch)
+                groups.sort(key=lambda group: group.prompt_index)
+                batch.generated += groups
+                self.judge.check_failures(_failures(batch.generated))
+                admitted = admitted + self._admissible(groups, oldest, batch)
         if len(admitted) < wanted:
             raise UserError(
                 f"after rollout.max_sampling_rounds={self.rollout.max_sampling_rounds} rounds only "
@@ -135,9 +135,44 @@ class Collector:
         batch.groups = admitted[:wanted]
         surplus = admitted[wanted:] if self.rollout.surplus == "carry" else []
         self.carried = [group for group in surplus if group.is_finite]
+        await self._forget(asked, batch)
         batch.state = self.state()
         batch.seconds = time.monotonic() - started
         return batch
+
+    def _worker(self, prompt_index: int) -> Worker:
+        return self.workers[replica_of(prompt_index, len(self.workers))]
+
+    async def _recalled(self) -> list[GroupSummary]:
+        """What was carried when the run was saved."""
+        references, self._references = self._references, []
+        found: dict[int, GroupSummary] = {}
+        for replica, worker in enumerate(self.workers):
+            theirs = [r for r in references if replica_of(r[0], len(self.workers)) == replica]
+            if theirs:
+                found |= {group.prompt_index: group for group in await worker.recall(theirs)}
+        return [found[index] for index, _ in references]
+
+    async def _begin(self, step: int) -> dict[int, GroupSummary]:
+        """The groups that are in the step's journals; where the run ended for their failed
+        verdicts, with new ones."""
+        begun = await asyncio.gather(*(worker.begin(step) for worker in self.workers))
+        known = {group.prompt_index: group for groups in begun for group in groups}
+        if self.judge.has_failed(_failures(known.values())):
+            for index, group in known.items():
+                if any(_failures([group])):
+                    prompt = self.prompts.at(index)
+                    known[index] = await self._worker(index).judge_again(prompt, step)
+        return known
+
+    async def _forget(self, asked: set[int], batch: RolloutBatch) -> None:
+        """What is neither trained on nor carried, nor still being generated."""
+        kept = {group.prompt_index for group in batch.groups + self.carried}
+        over = asked - kept - set(self.pending) - self._running.keys()
+        for replica, worker in enumerate(self.workers):
+            theirs = [i for i in sorted(over) if replica_of(i, len(self.workers)) == replica]
+            if theirs:
+                await worker.forget(theirs)
 
     def _next_prompts(self, missing: int) -> list[Prompt]:
         """Those that are pending, and as many more as are likely to fill the batch."""
@@ -149,13 +184,13 @@ class Collector:
     async def _finish(
         self,
         prompts: Sequence[Prompt],
-        replayed: Sequence[Group],
-        aborted: Sequence[Group],
+        replayed: Sequence[GroupSummary],
+        aborted: Sequence[GroupSummary],
         missing: int,
         oldest: int,
-        journal: Journal,
+        step: int,
         batch: RolloutBatch,
-    ) -> list[Group]:
+    ) -> list[GroupSummary]:
         """Groups of those prompts that have none yet, all or until the batch is full."""
         have = {group.prompt_index for group in replayed}
         left = [prompt for prompt in prompts if prompt.index not in have]
@@ -168,7 +203,7 @@ class Collector:
         for prompt in left:
             if prompt.index not in self._running:
                 self._running[prompt.index] = asyncio.create_task(self._generate(prompt))
-        groups: list[Group] = []
+        groups: list[GroupSummary] = []
         for ended in asyncio.as_completed([self._running[prompt.index] for prompt in left]):
             group, reward_seconds = await ended
             if not group.is_whole:
@@ -176,28 +211,29 @@ class Collector:
                     f"the rollout server at {self.client.url} aborted responses that nobody asked "
                     "it to: was it told to end, or does another client use it?"
                 )
-            groups.append(self._take(group, reward_seconds, journal, batch))
+            groups.append(await self._take(group, reward_seconds, step, batch))
             num_admissible += self._is_admissible(group, oldest)
             if num_admissible >= missing and not waits:
                 break
         have = {group.prompt_index for group in groups}
         tail = [prompt for prompt in left if prompt.index not in have]
         if tail and self.rollout.tail == "abort":
-            groups += await self._abort(tail, journal, batch)
+            groups += await self._abort(tail, step, batch)
         elif tail:
             self._leave(tail, batch)
         return groups
 
-    def _take(
-        self, group: Group, reward_seconds: float, journal: Journal, batch: RolloutBatch
-    ) -> Group:
-        del self._running[group.prompt_index]
+    async def _take(
+        self, group: GroupSummary, reward_seconds: float, step: int, batch: RolloutBatch
+    ) -> GroupSummary:
+        index = group.prompt_index
+        del self._running[index]
         batch.reward_seconds += reward_seconds
-        journal.append(group)
-        return group
+        await self._worker(index).keep(index, step)
+        return replace(group, step=step)
 
-    def _lose(self, groups: Iterable[Group], batch: RolloutBatch) -> None:
-        lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
+    def _lose(self, groups: Iterable[GroupSummary], batch: RolloutBatch) -> None:
+        lengths = [sample.num_tokens for group in groups for sample in group.samples]
         batch.lost_lengths += [length for length in lengths if length]
 
     def _leave(self, tail: Sequence[Prompt], batch: RolloutBatch) -> None:
@@ -206,8 +242,8 @@ class Collector:
             self.pending += [prompt.index for prompt in tail]
 
     async def _abort(
-        self, tail: Sequence[Prompt], journal: Journal, batch: RolloutBatch
-    ) -> list[Group]:
+        self, tail: Sequence[Prompt], step: int, batch: RolloutBatch
+    ) -> list[GroupSummary]:
         """End what is still being generated; groups that were whole before that are as good."""
         left = {self._running[prompt.index]: prompt for prompt in tail}
         while left:  # an abort that overtakes its request is lost
@@ -215,18 +251,20 @@ class Collector:
             _, running = await asyncio.wait(left, timeout=1.0)
             left = {task: left[task] for task in running}
         answers = [self._running[prompt.index].result() for prompt in tail]
-        groups = [self._take(*answer, journal, batch) for answer in answers]
+        groups = [await self._take(*answer, step, batch) for answer in answers]
         aborted = [group for group in groups if not group.is_whole]
         batch.num_tail += len(aborted)
         self._lose(aborted, batch)
         return [group for group in groups if group.is_whole]
 
-    def _is_admissible(self, group: Group, oldest: int) -> bool:
+    def _is_admissible(self, group: GroupSummary, oldest: int) -> bool:
         """One that is not finite is told of later, and so that nobody samples on for ever."""
         has_signal = group.has_signal or not group.is_finite or not self.rollout.dynamic_sampling
         return has_signal and group.policy_version >= oldest
 
-    def _admissible(self, groups: list[Group], oldest: int, batch: RolloutBatch) -> list[Group]:
+    def _admissible(
+        self, groups: list[GroupSummary], oldest: int, batch: RolloutBatch
+    ) -> list[GroupSummary]:
         with_signal = groups
         if self.rollout.dynamic_sampling:
             with_signal = [group for group in groups if group.has_signal or not group.is_finite]
@@ -236,7 +274,9 @@ class Collector:
             self._signal_rate = max(0.1, 1.0 - batch.num_dropped / max(len(batch.generated), 1))
         return self._recent(with_signal, oldest, batch)
 
-    def _recent(self, groups: Iterable[Group], oldest: int, batch: RolloutBatch) -> list[Group]:
+    def _recent(
+        self, groups: Iterable[GroupSummary], oldest: int, batch: RolloutBatch
+    ) -> list[GroupSummary]:
         groups = list(groups)
         recent = [group for group in groups if group.policy_version >= oldest]
         batch.num_stale += len(groups) - len(recent)
@@ -251,64 +291,38 @@ class Collector:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
-    async def _replay(self, known: dict[int, Group], prompt: Prompt, path: Path) -> Group | None:
+    async def _replay(
+        self, known: dict[int, GroupSummary], prompt: Prompt, step: int
+    ) -> GroupSummary | None:
         """The prompt's group of an interrupted attempt at this step, if it ended there."""
         group = known.get(prompt.index)
         if group is None:
             return None
         if group.prompt_ids != prompt.ids or len(group.samples) != self.rollout.group_size:
             raise UserError(
-                f"{path}: the group of prompt {prompt.index} was generated from another prompt or "
-                "with another rollout.group_size: resume with the run's own data and group size, "
-                "or delete the file to generate the step's groups again"
+                f"rollouts/step_{step:06d}*.jsonl of the run: the group of prompt {prompt.index} "
+                "was generated from another prompt or with another rollout.group_size: resume with "
+                "the run's own data and group size, or delete the file to generate the step's "
+                "groups again"
             )
         if group.is_whole and not group.is_finite:  # the verifier may have been mended meanwhile
-            group = replace(group, samples=await self._judged(prompt, group.samples))
+            group = await self._worker(prompt.index).judge_again(prompt, step)
         return group
 
-    async def _mended(self, known: dict[int, Group], path: Path) -> dict[int, Group]:
-        """The journalled groups; where the run ended for their failed verdicts, with new ones."""
-        if not self.judge.has_failed(_failures(known.values())):
-            return known
-        with Journal(path) as journal:
-            for index, group in known.items():
-                if any(_failures([group])):
-                    samples = await self._judged(self.prompts.at(index), group.samples)
-                    known[index] = replace(group, samples=samples)
-                    journal.append(known[index])
-        return known
-
-    async def _judged(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Sample]:
-        return await asyncio.gather(*(self._judged_one(prompt, sample) for sample in samples))
-
-    async def _judged_one(self, prompt: Prompt, sample: Sample) -> Sample:
-        text = self.tokenizer.decode(sample.token_ids)
-        verdict = await self.judge(prompt.text, text, prompt.answer)
-        reward = verdict.reward - overlong_punishment(
-            len(sample.token_ids),
-            self.judge.config,
-            max_response_tokens=self.rollout.max_response_tokens,
-        )
-        return replace(sample, reward=reward, accuracy=verdict.accuracy, failure=verdict.failure)
-
-    async def _generate(self, prompt: Prompt) -> tuple[Group, float]:
-        size = self.rollout.group_size
+    async def _generate(self, prompt: Prompt) -> tuple[GroupSummary, float]:
+        worker, name = self._worker(prompt.index), _request_id(prompt)
         async with self.client:  # it may outlive the call that asked for it
             completions = await self.client.generate(
                 prompt.ids,
-                size,
+                self.rollout.group_size,
                 self.sampling,
                 seed=self._seed(prompt),
-                request_id=_request_id(prompt),
+                request_id=name,
+                asker=worker,
             )
-        started = time.monotonic()
         version = min(c.versions[0][0] if c.versions else self.client.version for c in completions)
-        samples = [_sample(prompt.index * size + i, c, version) for i, c in enumerate(completions)]
-        is_whole = not any(completion.aborted for completion in completions)
-        if is_whole:
-            samples = await self._judged(prompt, samples)
-        group = Group(prompt.index, prompt.ids, version, samples, is_whole)
-        return group, time.monotonic() - started
+        answered = any(c.versions or not c.aborted for c in completions)
+        return await worker.judge(prompt, name, version, answered=answered)
 
     def _seed(self, prompt: Prompt) -> int | None:
         """A seed of the prompt alone; response i of the group takes seed + i."""
@@ -317,25 +331,10 @@ class Collector:
         return (self.prompts.seed * 1_000_003 + prompt.index) * self.rollout.group_size
 
 
-def _failures(groups: Iterable[Group]) -> list[str | None]:
+def _failures(groups: Iterable[GroupSummary]) -> list[str | None]:
     """Of each judged response: why there is no verdict, if so."""
     return [sample.failure for group in groups if group.is_whole for sample in group.samples]
 
 
 def _request_id(prompt: Prompt) -> str:
     return f"prompt-{prompt.index}"
-
-
-def _sample(uid: int, completion: Completion, oldest: int) -> Sample:
-    """Not yet judged. oldest: the group's policy version, from which the changes count."""
-    changes, before = [], oldest
-    for version, first in completion.versions:
-        changes += [first] * (version - before)
-        before = version
-    return Sample(
-        uid,
-        completion.token_ids,
-        completion.logprobs,
-        completion.truncated,
-        version_changes=changes,
-    )

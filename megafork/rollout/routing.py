@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from megafork.rollout.assignment import Assignment, Request
-from megafork.rollout.client import RolloutClient, ServerError, ServerLost, ServerSlow
+from megafork.rollout.client import Asker, RolloutClient, ServerError, ServerLost, ServerSlow
 from megafork.rollout.sampling import Completion, Sampling
 
 
@@ -88,6 +88,7 @@ class Router:
         seed: int | None = None,
         *,
         request_id: str | None = None,
+        asker: Asker | None = None,
     ) -> list[Completion]:
         """As `RolloutClient.generate`; by another server when one is lost meanwhile."""
         name = request_id or uuid.uuid4().hex
@@ -108,7 +109,9 @@ class Router:
                     raise self._nobody()
                 server = self._servers[request.server]
                 drains = server.num_drains
-                asked = server.client.generate(prompt_ids, n, sampling, seed, request_id=name)
+                asked = server.client.generate(
+                    prompt_ids, n, sampling, seed, request_id=name, asker=asker
+                )
                 return await self._answer(server, request, asked)
             except ServerSlow as error:
                 if slow is not None or self.num_live == 1:  # it is the request that takes long

@@ -8,21 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import torch
+from torch import Tensor
+
 from megafork.config import TrainConfig
 from megafork.data.prompts import Prompt, PromptStream, read_prompts
-from megafork.data.tokenizer import load_tokenizer
 from megafork.errors import OnEveryRank, ServerDied, UserError
 from megafork.evaluation import heldout
 from megafork.interruption import Interruption
+from megafork.logging.figure import draw_curves
 from megafork.logging.metrics import MetricsLog, read_rows
-from megafork.rewards.verifier import Judge
 from megafork.rollout.background import BackgroundLoop, Job
 from megafork.rollout.collector import Collector, RolloutBatch
 from megafork.rollout.fleet import Fleet
-from megafork.rollout.journal import Journal
 from megafork.rollout.sampling import Sampling
 from megafork.training.step import Skipped
-from megafork.types import Group, TokenTable, token_table
+from megafork.training.workers import SKIPPED, RunWorkers
+from megafork.types import Group, TokenTable, known_table
 from megafork.weight_sync import agreement
 
 T = TypeVar("T")
@@ -40,6 +42,7 @@ class Front:
         self,
         config: TrainConfig,
         fleet: Fleet,
+        workers: RunWorkers,
         interruption: Interruption,
         eos: tuple[int, ...],
         *,
@@ -47,29 +50,26 @@ class Front:
     ) -> None:
         self.config, self.client, self.interruption = config, fleet, interruption
         self.run_dir = Path(config.run.dir)
+        self.skipped_dir = self.run_dir / SKIPPED
         self.sampling = Sampling(
             temperature=config.rollout.temperature,
             max_tokens=config.rollout.max_response_tokens,
             stop_token_ids=eos,
         )
-        tokenizer = load_tokenizer(
-            config,
-            chat_template=config.data.chat_template,
-            enable_thinking=config.data.enable_thinking,
-        )
-        prompts = read_prompts(config.data.train, config.data, tokenizer.encode)
+        assert workers.own is not None
+        self.tokenizer, self.judge = workers.own.tokenizer, workers.own.verdict
+        prompts = read_prompts(config.data.train, config.data, self.tokenizer.encode)
         self.collector = Collector(
             client=self.client,
+            workers=workers.all,
             prompts=PromptStream(prompts, config.data.seed),
-            tokenizer=tokenizer,
-            judge=Judge(config.reward),
+            judge=self.judge,
             rollout=config.rollout,
             sampling=self.sampling,
-            journal_dir=self.run_dir / "rollouts",
         )
         self.heldout: list[Prompt] = []
         if config.data.eval is not None:
-            found = read_prompts(config.data.eval, config.data, tokenizer.encode)
+            found = read_prompts(config.data.eval, config.data, self.tokenizer.encode)
             self.heldout = found[: config.eval.prompts]
         # One at least for each server: they are asked in turn.
         self.probe_prompts = prompts[: max(config.sync.check_prompts, len(fleet.clients))]
@@ -81,20 +81,15 @@ class Front:
         )
         fleet.note = self._note_of_servers
         self.batch: RolloutBatch | None = None
-        self._table: TokenTable | None = None
         self._told_failures: set[str] = set()
         self._background = BackgroundLoop()
         self._background.__enter__()
         self._ahead: dict[int, Job[RolloutBatch]] = {}
         self.state = self.collector.state()
         """The collector's when the current step's batch was full, for a checkpoint"""
-        for path in self._skipped_dir.glob("step_*.jsonl"):  # steps that will be done again
+        for path in self.skipped_dir.glob("step_*.jsonl"):  # steps that will be done again
             if int(path.name[5:11]) > steps_done:
                 path.unlink()
-
-    @property
-    def _skipped_dir(self) -> Path:
-        return self.run_dir / "skipped"
 
     def restore(self, state: dict[str, Any]) -> None:
         self.state = state
@@ -103,11 +98,11 @@ class Front:
     def close(self) -> None:
         """Whatever is being generated is given up."""
         self._background.__exit__()
-        self.collector.judge.close()
         self.log.close()
 
-    def collect(self, step: int, policy_version: int) -> TokenTable:
-        """What all ranks need to know of the batch that the current policy version trains on."""
+    def collect(self, step: int, policy_version: int) -> tuple[TokenTable, Tensor]:
+        """The batch that the current policy version trains on, without rows, and which replica has
+        those of each sample."""
         self.interruption.check()
         self._collect_ahead(step, 0, policy_version)
         self.batch = self._wait(self._ahead[step])
@@ -119,15 +114,9 @@ class Front:
         for lag in range(1, rollout.max_policy_lag - carries + 1):
             if step + lag <= self.config.training.steps:
                 self._collect_ahead(step + lag, lag, policy_version)
-        filtering = self.config.algorithm.overlong_filtering
-        self._table = token_table(self.batch.groups, overlong_filtering=filtering)
-        return self._table.without_rows()
-
-    def take_table(self) -> TokenTable:
-        """Of the step's batch, with all rows; once."""
-        table, self._table = self._table, None
-        assert table is not None
-        return table
+        groups, filtering = self.batch.groups, self.config.algorithm.overlong_filtering
+        replica_B = torch.tensor([group.replica for group in groups for _ in group.samples])
+        return known_table(groups, overlong_filtering=filtering), replica_B
 
     def _collect_ahead(self, step: int, lag: int, policy_version: int) -> None:
         """Begin with a step's batch, after those of the steps before it, unless it has begun."""
@@ -147,13 +136,13 @@ class Front:
 
     def evaluate(self, step: int) -> float:
         """Held-out accuracy (avg@k), also written, with more, to eval.jsonl."""
-        collector, config = self.collector, self.config.eval
+        config = self.config.eval
         sampling = replace(self.sampling, temperature=config.temperature)
         evaluating = heldout.sample(
             self.client,
             self.heldout,
-            collector.tokenizer,
-            collector.judge,
+            self.tokenizer,
+            self.judge,
             sampling,
             config.samples,
             self.config.rollout.max_num_seqs * len(self.client.clients),
@@ -165,7 +154,7 @@ class Front:
 
     def _tell_failures(self) -> None:
         """Of each kind of a verifier's failures the first of the run; metrics.jsonl counts them."""
-        for kind, cause in dict(self.collector.judge.causes).items():
+        for kind, cause in dict(self.judge.causes).items():
             if kind not in self._told_failures:
                 self._told_failures.add(kind)
                 self.log.note(f"warning: no verdict ({kind}), so the response scores 0: {cause}")
@@ -248,14 +237,14 @@ class Front:
             return
         for name in ("highest_entropy", "most_selected"):
             for token in report[name]:
-                token["text"] = self.collector.tokenizer.name(token["id"])
+                token["text"] = self.tokenizer.name(token["id"])
         self.log.forking_tokens(step, report)
 
     def keep_entropies(
         self, step: int, histogram: dict[str, Any] | None, responses: Sequence[dict[str, Any]]
     ) -> None:
         """Write what there is of a step's entropies, the responses with their text."""
-        tokenizer = self.collector.tokenizer
+        tokenizer = self.tokenizer
         if histogram is not None:
             self.log.entropy_histogram(step, histogram)
         self.log.samples(
@@ -269,6 +258,15 @@ class Front:
             ]
         )
 
+    def tell_end(self, final: Path) -> None:
+        """Of a run whose last policy is in the folder `final`."""
+        self.log.note(f"checkpoint  {final}")
+        self.log.note(f"curves      {draw_curves(self.run_dir)}")
+        self.write_report()
+        if evaluations := read_rows(self.run_dir / "eval.jsonl"):
+            first, last = (evaluations[i]["eval/accuracy"] for i in (0, -1))
+            self.log.note(f"held-out accuracy  {first:.1%} before, {last:.1%} after")
+
     def write_report(self) -> None:
         """RUN/report.html; a run does not fail for it."""
         from megafork.report.page import write_report  # matplotlib and jinja2 take a second
@@ -279,28 +277,20 @@ class Front:
             cause = f"{type(error).__name__}: {error}"
             self.log.note(f"warning: {self.run_dir}/report.html was not written: {cause}")
 
-    def keep_skipped(self, step: int, skipped: Sequence[Skipped], *, is_last: bool) -> None:
-        """The groups of mini-batches without an update, for a look at them.
-
-        Raises UserError, when they are kept, if the run `is_last` of all.
-        """
-        assert self.batch is not None
+    def tell_skipped(self, step: int, skipped: Sequence[Skipped], *, is_last: bool) -> None:
+        """Raises UserError, when all is told, if the run `is_last` of all."""
         for part in skipped:
-            path = self._skipped_dir / f"step_{step:06d}_minibatch_{part.number:03d}.jsonl"
-            members = set(part.table.group_B.tolist())
-            with Journal(path) as journal:
-                for group in self.batch.groups:
-                    if group.prompt_index in members:
-                        journal.append(group)
+            name = f"step_{step:06d}_minibatch_{part.number:03d}*.jsonl"
+            files = ", ".join(map(str, sorted(self.skipped_dir.glob(name))))
             self.log.note(
                 f"warning: step {step}, mini-batch {part.number}: no update, for {part.reason}; "
-                f"its groups are in {path}"
+                f"its groups are in {files}"
             )
         if is_last:
             raise UserError(
                 f"step {step}: training.max_skipped={self.config.training.max_skipped} updates in "
                 f"a row were skipped, the last for {skipped[-1].reason}. The groups are in "
-                f"{self._skipped_dir}, the weights as they were before: mend the cause (the "
+                f"{self.skipped_dir}, the weights as they were before: mend the cause (the "
                 "verifier, training.lr, training.spike_factor) and go on with megafork train "
                 f"--resume {self.config.run.dir}"
             )

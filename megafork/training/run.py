@@ -17,6 +17,7 @@ from megafork.training.policy import Policy
 from megafork.training.run_dir import make_run_dir, reopen_run_dir
 from megafork.training.servers import RunServers
 from megafork.training.trainer import Trainer
+from megafork.training.workers import RunWorkers
 from megafork.weight_sync.push import WeightSync
 
 
@@ -57,6 +58,7 @@ def _train(
         policy = _make_policy(config, topology)
         critic = make_critic(config, topology)
         state = _load_newest(store, policy, critic) if resume else None
+        workers = RunWorkers(config, topology, servers.key, stack)
         front = None
 
         def open_front() -> None:
@@ -64,7 +66,7 @@ def _train(
             assert servers.fleet is not None
             steps_done = state["step"] if state is not None else 0
             eos = policy.shape.eos_token_ids
-            front = Front(config, servers.fleet, interruption, eos, steps_done=steps_done)
+            front = Front(config, servers.fleet, workers, interruption, eos, steps_done=steps_done)
             stack.callback(front.close)
 
         topology.on_rank_zero(open_front)
@@ -83,7 +85,7 @@ def _train(
         )
         stack.callback(sync.close)
         trainer = Trainer(
-            config, topology, policy, sync, front, store, interruption, servers, critic
+            config, topology, policy, sync, front, store, interruption, servers, workers, critic
         )
         if state is not None:
             trainer.restore(state)

@@ -31,13 +31,13 @@ class RunServers:
         self.rollout, self.topology = config.rollout, topology
         self.local: LocalServers | None = None
         self.fleet: Fleet | None = None
-        key = topology.broadcast_object(secrets.token_urlsafe(32))
+        self.key = key = topology.on_rank_zero(self._find_key)
+        """What the servers ask for"""
         found = topology.on_every_rank(lambda: self._start(config, key, stack))
         if topology.rank == 0:
             places: list[tuple[str, Path | None]] = [place for places in found for place in places]
             if self.rollout.url is not None:
                 places = [(url, None) for url in self.rollout.urls]
-                key = api_key_of(self.rollout)
             timeout_s = self.rollout.request_timeout_s
             self.fleet = Fleet(
                 [RolloutClient(url, key, timeout_s=timeout_s, log_path=log) for url, log in places],
@@ -47,6 +47,11 @@ class RunServers:
                 in_turns=self.rollout.placement == "colocated",
             )
             stack.enter_context(self.fleet)
+
+    def _find_key(self) -> str:
+        if self.rollout.url is not None:
+            return api_key_of(self.rollout)
+        return secrets.token_urlsafe(32)
 
     def _start(
         self, config: TrainConfig, key: str, stack: contextlib.ExitStack

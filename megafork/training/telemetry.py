@@ -17,7 +17,7 @@ from megafork.ops.top_fraction import top_fraction_threshold
 from megafork.parallel.topology import Topology
 from megafork.rollout.collector import RolloutBatch
 from megafork.training.step import Optimized
-from megafork.types import Group, TokenTable
+from megafork.types import GroupSummary, TokenTable
 
 _PERCENTILES = {"entropy/p50": 0.5, "entropy/p80": 0.2, "entropy/p95": 0.05}
 _MEANS = (
@@ -200,7 +200,7 @@ def update_metrics(
     }
 
 
-def lag_metrics(groups: Sequence[Group], policy_version: int) -> dict[str, float]:
+def lag_metrics(groups: Sequence[GroupSummary], policy_version: int) -> dict[str, float]:
     """How many policy versions the tokens are behind the one that trains on them.
 
     lag/in_flight_fraction: responses that saw their weights change.
@@ -209,7 +209,7 @@ def lag_metrics(groups: Sequence[Group], policy_version: int) -> dict[str, float
     for group in groups:
         lag = policy_version - group.policy_version
         for sample in group.samples:
-            length = len(sample.token_ids)
+            length = sample.num_tokens
             changes = [first for first in sample.version_changes if first < length]
             tokens += length
             behind += lag * length - sum(length - first for first in changes)
@@ -275,7 +275,7 @@ def rollout_metrics(batch: RolloutBatch, policy_version: int) -> dict[str, float
     rewards = [s.reward for s in samples if math.isfinite(s.reward)]
     stale = sum(group.policy_version != policy_version for group in batch.groups)
     lost = batch.lost_lengths
-    trained = [len(s.token_ids) for group in batch.groups for s in group.samples]
+    trained = [s.num_tokens for group in batch.groups for s in group.samples]
     trained_mean = sum(trained) / len(trained)
     return {
         "sampling/groups_dropped": batch.num_dropped,
@@ -288,6 +288,6 @@ def rollout_metrics(batch: RolloutBatch, policy_version: int) -> dict[str, float
         "reward/nonfinite": n - len(rewards),
         **{name: failures[kind] for kind, name in _FAILURES.items()},
         "reward/accuracy": sum(s.accuracy for s in samples) / n,
-        "response/length_mean": sum(len(s.token_ids) for s in samples) / n,
+        "response/length_mean": sum(s.num_tokens for s in samples) / n,
         "response/truncated_fraction": sum(s.truncated for s in samples) / n,
     }

@@ -1,7 +1,7 @@
 """The training loop: generate, score, select, update, sync.
 
-Rank 0 talks to the rollout server and writes the run's files. Of what it collects every rank learns
-what the samples are, and gets the rows of those that it works on.
+Rank 0 decides what is generated and writes the run's files. Of a batch every rank learns what the
+samples are, and gets the rows of those that it works on from the replicas that generated them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from megafork.algorithms.advantages import group_relative_advantages
 from megafork.algorithms.forking import warn_of_ties
@@ -21,8 +22,6 @@ from megafork.checkpoint.store import CheckpointStore
 from megafork.config import TrainConfig
 from megafork.errors import Interrupted, ServerDied, UserError
 from megafork.interruption import Interruption
-from megafork.logging.figure import draw_curves
-from megafork.logging.metrics import read_rows
 from megafork.parallel.topology import Topology
 from megafork.training import telemetry
 from megafork.training.critic import Critic
@@ -35,6 +34,7 @@ from megafork.training.servers import RunServers
 from megafork.training.step import Clock, Optimized, optimize
 from megafork.training.token_report import token_report
 from megafork.training.turns import Turns
+from megafork.training.workers import RunWorkers
 from megafork.types import Group, TokenTable
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
@@ -55,6 +55,7 @@ class Trainer:
         store: CheckpointStore,
         interruption: Interruption,
         servers: RunServers,
+        workers: RunWorkers,
         critic: Critic | None = None,
     ) -> None:
         self.config, self.topology, self.policy = config, topology, policy
@@ -66,7 +67,7 @@ class Trainer:
             servers.stop,
             shared=config.rollout.placement == "colocated",
         )
-        self.interruption, self.servers = interruption, servers
+        self.interruption, self.servers, self.workers = interruption, servers, workers
         self.steps_done = self._saved_step = 0
         self.policy_version = 0
         self._stopping = False
@@ -153,18 +154,11 @@ class Trainer:
 
     def _export(self) -> None:
         self.topology.whereabouts.enter("the export of the last policy")
-        run_dir = Path(self.config.run.dir)
-        target = run_dir / "checkpoints" / "final"
+        target = Path(self.config.run.dir) / "checkpoints" / "final"
         source, tokenizer = self.config.model.path, self.config.tokenizer.path
         export_hf(self.policy, self.topology, Path(source), target, tokenizer)
-        if self.front is None:
-            return
-        self.front.log.note(f"checkpoint  {target}")
-        self.front.log.note(f"curves      {draw_curves(run_dir)}")
-        self.front.write_report()
-        if evaluations := read_rows(run_dir / "eval.jsonl"):
-            first, final = (evaluations[i]["eval/accuracy"] for i in (0, -1))
-            self.front.log.note(f"held-out accuracy  {first:.1%} before, {final:.1%} after")
+        if self.front is not None:
+            self.front.tell_end(target)
 
     def train_step(self, step: int) -> tuple[dict[str, float], Clock]:
         """One rollout batch: the paper's algorithm box."""
@@ -175,15 +169,16 @@ class Trainer:
         trained_by = self.policy_version
         lr = policy.learning_rate
         with clock.measure("generate"):
-            known = self._with_server(
+            known, replica_B = self._with_server(
                 lambda: self._on_front(lambda front: front.collect(step, trained_by))
             )
         with clock.measure("exchange"):
-            minibatches = self._minibatches(known, step)
+            minibatches = self._minibatches(known, replica_B, step)
         done = optimize(policy, minibatches, step=step, clock=clock, critic=self.critic)
         if done.skipped:
             is_last = policy.guard.is_exhausted
-            self._on_front(lambda front: front.keep_skipped(step, done.skipped, is_last=is_last))
+            self.workers.keep_skipped(step, done.skipped)
+            self._on_front(lambda front: front.tell_skipped(step, done.skipped, is_last=is_last))
         with clock.measure("sync"):
             every = config.sync.check_every
             self._push(check=bool(every) and step % every == 0)
@@ -246,11 +241,11 @@ class Trainer:
             "update/skipped": len(done.skipped),
         }
 
-    def _minibatches(self, known: TokenTable, step: int) -> list[TokenTable]:
+    def _minibatches(self, known: TokenTable, source_B: Tensor, step: int) -> list[TokenTable]:
         """By whole groups, each with the rows that this rank works on and their advantages.
 
-        known: what every rank knows of the batch, whose rows are rank 0's. A mini-batch that
-        overlong filtering has emptied is left out.
+        known: what every rank knows of the batch; source_B: the replicas that have its rows. A
+        mini-batch that overlong filtering has emptied is left out.
         """
         training = self.config.training
 
@@ -269,8 +264,8 @@ class Trainer:
                 "nothing to train on: raise the one or turn off the other"
             )
         replica_B = torch.tensor([replica_of.get(uid, -1) for uid in known.uid_B.tolist()])
-        table = known if self.front is None else self.front.take_table()
-        table = redistribute(table, torch.zeros_like(replica_B), replica_B, self.topology)
+        table = known if self.workers.own is None else self.workers.own.take_rows(known)
+        table = redistribute(table, source_B, replica_B, self.topology)
         if self.critic is None:
             advantages_B = group_relative_advantages(
                 table.reward_B,
