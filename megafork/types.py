@@ -240,6 +240,8 @@ class TokenTable:
         found = {sample.uid: (group, sample) for group in groups for sample in group.samples}
         held_B = torch.tensor([uid in found for uid in self.uid_B.tolist()], dtype=torch.bool)
         samples = [found[uid] for uid in self.uid_B[held_B].tolist()]
+        lengths = [len(sample.token_ids) for _, sample in samples]
+        assert lengths == self.response_lengths_B[held_B].tolist(), "other responses than known"
         token_R = _flat([s.token_ids for _, s in samples], torch.int64)
         in_loss_B = (self.num_loss_tokens_B > 0)[held_B]
         return self.with_rows(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
+from dataclasses import replace
 
 import aiohttp
 import pytest
@@ -17,12 +19,12 @@ from megafork.rewards.verifier import Judge
 from megafork.rollout.background import BackgroundLoop
 from megafork.rollout.client import RolloutClient, ServerError
 from megafork.rollout.collector import Collector
-from megafork.rollout.journal import Journal, read_step
+from megafork.rollout.journal import Journal, journal_path, read_step
 from megafork.rollout.remote import RemoteWorker, WorkerLost, serve
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.vllm_server import VllmServer
 from megafork.rollout.worker import RolloutWorker
-from megafork.types import known_table
+from megafork.types import Group, Sample, known_table
 from tests.commands import QUICKSTART, megafork, small_run
 from tests.rollout_servers import KEY, running, wait_for
 from tests.test_resume import comparable, journalled, replayed_in_one_go
@@ -158,6 +160,35 @@ def test_a_group_that_was_judged_again_is_taken_once(server, tmp_path):
     known = read_step(tmp_path, 1)
     assert len(known) == len(batch.generated) == 12
     assert all(sample.failure is None for group in known.values() for sample in group.samples)
+
+
+def test_a_later_journal_does_not_replace_what_is_held(tmp_path):
+    """Step 2's file is of an attempt in which step 1 had taken fewer prompts."""
+    options = {"dynamic_sampling": False, "max_policy_lag": 1, "prompts_per_step": 2}
+    with running(1) as [small]:
+        with collecting(small.client(), KEY, tmp_path, 2, **options) as (collector, _):
+            for step in (1, 2):
+                asyncio.run(collector.collect(step, 0))
+        (tmp_path / "step_000001.jsonl").unlink()
+        (tmp_path / "step_000001-replica1.jsonl").unlink()
+        options["oversampling"] = 2.0
+        with collecting(small.client(), KEY, tmp_path, 2, **options) as (collector, workers):
+            first = asyncio.run(collector.collect(1, 0))
+            second = asyncio.run(collector.collect(2, 0))  # before the first is trained on
+            assert [[g.prompt_index for g in b.groups] for b in (first, second)] == [[0, 1], [2, 3]]
+            assert second.num_replayed == 0 and {g.step for g in second.groups} == {1}
+            assert len(contents(first, workers)) == len(contents(second, workers)) == 8
+
+
+def test_the_finite_version_of_a_group_is_taken(tmp_path):
+    """Wherever it was judged again: the file that is read last has the older one."""
+    samples = [Sample(0, [3], [-0.5], False, reward=math.nan), Sample(1, [4], [-0.5], False)]
+    group = Group(1, [3], 0, samples)
+    mended = replace(group, samples=[replace(samples[0], reward=1.0), samples[1]])
+    for replica, version in ((0, mended), (1, group)):
+        with Journal(journal_path(tmp_path, 1, replica)) as journal:
+            journal.append(version)
+    assert read_step(tmp_path, 1) == {1: mended}
 
 
 def test_what_a_worker_meets_is_told_by_the_collector(server, tmp_path):

@@ -82,6 +82,12 @@ class Collector:
         self.prompts.position = state["position"]
         self._signal_rate = state["signal_rate"]
         self.carried = []
+        if any(isinstance(carried, dict) for carried in state["carried"]):
+            raise UserError(
+                "the checkpoint's carried groups are in it, and not in the journal: it is of an "
+                "older version. Resume from one without any (rollout.max_policy_lag=0 has none), "
+                "or with the version that wrote it"
+            )
         self._references = [(index, step) for index, step in state["carried"]]
         self.pending = list(state["pending"])
 
@@ -156,7 +162,11 @@ class Collector:
     async def _begin(self, step: int) -> dict[int, GroupSummary]:
         """The groups that are in the step's journals; where the run ended for their failed
         verdicts, with new ones."""
-        begun = await asyncio.gather(*(worker.begin(step) for worker in self.workers))
+        position = self.prompts.position
+        pending = [index for index in self.pending if index not in self._running]
+        begun = await asyncio.gather(
+            *(worker.begin(step, position, pending) for worker in self.workers)
+        )
         known = {group.prompt_index: group for groups in begun for group in groups}
         if self.judge.has_failed(_failures(known.values())):
             for index, group in known.items():

@@ -95,8 +95,9 @@ def read_step(
 ) -> dict[int, Group]:
     """A step's groups by prompt index, those that are `wanted`.
 
-    Of one that was judged again (by a replica that may have another file) the version with the
-    fewest failed verdicts, the last of equals. Raises UserError as `Journal.each` does.
+    Of one that was judged again (by a replica that may have another file) the version that is
+    finite, then the one with the fewest failed verdicts, the last of equals. Raises UserError as
+    `Journal.each` does.
     """
     found: dict[int, Group] = {}
     for path in journals_of(folder, step):
@@ -104,13 +105,13 @@ def read_step(
             if not wanted(group.prompt_index):
                 continue
             before = found.get(group.prompt_index)
-            if before is None or _num_failures(group) <= _num_failures(before):
+            if before is None or _faults(group) <= _faults(before):
                 found[group.prompt_index] = group
     return found
 
 
-def _num_failures(group: Group) -> int:
-    return sum(sample.failure is not None for sample in group.samples)
+def _faults(group: Group) -> tuple[bool, int]:
+    return not group.is_finite, sum(sample.failure is not None for sample in group.samples)
 
 
 def _group_of(fields: dict[str, Any]) -> Group:

@@ -24,6 +24,9 @@ from megafork.types import GroupSummary, SampleSummary
 _PATH = "/megafork/worker/"
 _MARGIN_S = 60.0
 """Over what the worker allows its own requests, whose cause is the better one"""
+_LONGEST_S = 6 * 3600.0
+"""Of whatever else: verifiers have deadlines of their own, and journals are read whole"""
+_CONNECT_S = 30.0
 
 
 class WorkerLost(Exception):
@@ -41,7 +44,7 @@ class RemoteWorker:
     ) -> None:
         self.url, self.rank, self.causes = url, rank, causes
         self._headers = {"Authorization": f"Bearer {api_key}"}
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s + _MARGIN_S, sock_connect=30.0)
+        self._timeouts = {"ask": timeout_s + _MARGIN_S}
 
     async def ask(self, url: str, body: dict[str, Any]) -> list[Completion]:
         found = await self._call("ask", url=url, body=body)
@@ -65,8 +68,9 @@ class RemoteWorker:
     async def keep(self, prompt_index: int, step: int) -> None:
         await self._call("keep", prompt_index=prompt_index, step=step)
 
-    async def begin(self, step: int) -> list[GroupSummary]:
-        return [_summary(group) for group in await self._call("begin", step=step)]
+    async def begin(self, step: int, position: int, pending: Sequence[int]) -> list[GroupSummary]:
+        found = await self._call("begin", step=step, position=position, pending=list(pending))
+        return [_summary(group) for group in found]
 
     async def recall(self, references: Sequence[tuple[int, int]]) -> list[GroupSummary]:
         found = await self._call("recall", references=list(references))
@@ -79,20 +83,24 @@ class RemoteWorker:
         await self._call("forget", prompt_indices=list(prompt_indices))
 
     async def _call(self, method: str, **arguments: Any) -> Any:
+        limit = self._timeouts.get(method, _LONGEST_S)
+        timeout = aiohttp.ClientTimeout(total=limit, sock_connect=_CONNECT_S)
         try:
             async with (
-                aiohttp.ClientSession(headers=self._headers, timeout=self._timeout) as session,
+                aiohttp.ClientSession(headers=self._headers, timeout=timeout) as session,
                 session.post(self.url + _PATH + method, json=arguments) as response,
             ):
                 response.raise_for_status()
                 answer = await response.json()
         except aiohttp.ServerTimeoutError as error:
-            raise self._lost(f"does not answer within {self._timeout.sock_connect:g} s") from error
+            raise self._lost(f"does not answer within {_CONNECT_S:g} s") from error
         except TimeoutError as error:
-            raise self._lost(f"does not answer within {self._timeout.total:g} s") from error
-        except aiohttp.ClientError as error:
+            raise self._lost(f"does not answer within {limit:g} s") from error
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
             # Words of another process's end, whose cause is told by itself (last_words.py).
             raise self._lost(f"does not answer: connection closed, {error!r}") from error
+        except aiohttp.ClientError as error:
+            raise self._lost(f"does not answer: {error!r}") from error
         for kind, cause in answer["causes"].items():
             self.causes.setdefault(kind, cause)
         if "failure" in answer:
@@ -125,7 +133,7 @@ async def serve(worker: RolloutWorker, host: str, api_key: str) -> str:
     # A call that rank 0 gives up is given up here too, and so is the server's request.
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
     await runner.setup()
-    site = web.TCPSite(runner, host, 0)
+    site = web.TCPSite(runner, host, 0, backlog=4096)
     await site.start()
     port = runner.addresses[0][1]
     return f"http://{host}:{port}"
@@ -188,7 +196,8 @@ def _failure(error: Exception) -> list[Any]:
         return ["connection", f"{type(error).__name__}: {error}"]
     if isinstance(error, TimeoutError):
         return ["timeout"]
-    return ["other", "".join(traceback.format_exception(error))]
+    first = f"{type(error).__name__}: {error}\n"  # the line that a job ends with
+    return ["other", first + "".join(traceback.format_exception(error))]
 
 
 def _exception(kind: str, *words: Any) -> Exception:
@@ -200,4 +209,4 @@ def _exception(kind: str, *words: Any) -> Exception:
         return aiohttp.ClientConnectionError(*words)
     if kind == "timeout":
         return TimeoutError()
-    return RuntimeError(f"in a replica's worker: {words[0]}")
+    return RuntimeError(words[0])

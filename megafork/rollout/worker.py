@@ -45,8 +45,12 @@ class Worker(Asker, Protocol):
     async def keep(self, prompt_index: int, step: int) -> None:
         """Write the group to the step's journal; it is on disk on return."""
 
-    async def begin(self, step: int) -> list[GroupSummary]:
-        """Open the step's journal. Returns this replica's groups that were in it already."""
+    async def begin(self, step: int, position: int, pending: Sequence[int]) -> list[GroupSummary]:
+        """Open the step's journal. Returns this replica's groups in it that can be replayed.
+
+        Those of prompts from `position` on, and of `pending` ones: a journal of an attempt that
+        went otherwise may hold what is carried, or trained on by an earlier step.
+        """
 
     async def recall(self, references: Sequence[tuple[int, int]]) -> list[GroupSummary]:
         """Groups of earlier steps, each by its prompt's index and the step whose journal has it."""
@@ -101,8 +105,9 @@ class RolloutWorker:
     ) -> tuple[GroupSummary, float]:
         started, size = time.monotonic(), self.rollout.group_size
         completions = self._answers.pop(name, None)
-        if completions is None or not answered:
+        if not answered:
             completions = [Completion([], [], "abort") for _ in range(size)]
+        assert completions is not None
         samples = [
             _sample(prompt.index * size + i, completion, policy_version)
             for i, completion in enumerate(completions)
@@ -117,8 +122,13 @@ class RolloutWorker:
     async def keep(self, prompt_index: int, step: int) -> None:
         self._append(self._groups[prompt_index], step)
 
-    async def begin(self, step: int) -> list[GroupSummary]:
-        found = read_step(self.journal_dir, step, self._is_ours)
+    async def begin(self, step: int, position: int, pending: Sequence[int]) -> list[GroupSummary]:
+        awaited = set(pending)
+
+        def is_wanted(index: int) -> bool:
+            return self._is_ours(index) and (index >= position or index in awaited)
+
+        found = read_step(self.journal_dir, step, is_wanted)
         self._open(step)
         self._groups |= found
         return [group.summary(self.replica, step) for group in found.values()]

@@ -108,6 +108,8 @@ class Front:
         self.batch = self._wait(self._ahead[step])
         self._tell_failures()
         self.state = self.batch.state
+        if step == self.config.training.steps:  # nobody waits for its tail
+            self._background.submit(self.collector.cancel_running()).result()
         del self._ahead[step]
         rollout = self.config.rollout
         carries = rollout.tail == "carry"  # one version of the lag is then the tail's
