@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -24,7 +26,8 @@ def run_ranks(
 ) -> list:
     """`function(*args)` on every rank of a fresh world; the results in rank order.
 
-    A rank's exception fails the test with that rank's traceback; a hang fails it at `timeout`.
+    A rank's exception fails the test with that rank's traceback; a hang fails it at `timeout`, in
+    seconds, and stderr shows where the ranks are.
     """
     torch.set_num_threads(1)
     port = free_port()
@@ -32,7 +35,7 @@ def run_ranks(
     for rank in range(world_size):
         receiver, sender = _CONTEXT.Pipe(duplex=False)
         process = _CONTEXT.Process(
-            target=_rank_main, args=(rank, world_size, port, sender, function, args)
+            target=_rank_main, args=(rank, world_size, port, sender, function, args, timeout)
         )
         process.start()
         sender.close()
@@ -57,7 +60,10 @@ def run_ranks(
                 process.kill()
 
 
-def _rank_main(rank, world_size, port, pipe, function, args) -> None:
+def _rank_main(rank, world_size, port, pipe, function, args, timeout) -> None:
+    # What earlier tests left: a process group's destructor waits for threads that are not here.
+    gc.freeze()
+    faulthandler.dump_traceback_later(0.95 * timeout, file=2)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
