@@ -210,19 +210,21 @@ def test_a_server_that_dies_once_too_often_ends_the_run_with_its_cause(tmp_path,
 def test_a_rank_that_hangs_is_named(tmp_path, start_run):
     """Stopped, it answers nothing and keeps its connections: the others' time-out has to end it."""
     layout = ("parallel.tp=1", "parallel.dp=3")
-    run = start_run("training.steps=500", "parallel.timeout_minutes=0.5", *layout)
+    # Longer than a server needs to start on busy cores: a collective waits for that too.
+    run = start_run("training.steps=500", "parallel.timeout_minutes=1.25", *layout)
     [hung] = [rank for rank in run.find("megafork") if rank.environ().get("RANK") == "1"]
     hung.suspend()
-    assert run.launcher.wait(150) == 2
+    assert run.launcher.wait(200) == 2
     assert run.stderr.count("error") == 1
     found = re.search(
         r"error \(rank \d\): in \w+ of step \d+ a collective was not done within "
-        r"parallel\.timeout_minutes=0\.5\. Rank 1 did not come; it has been in \w+ of step \d+ for "
-        r"(\d+) s\n",
+        r"parallel\.timeout_minutes=1\.25\. "
+        r"(?:Rank 0 did not come; [^;]+; )?"  # where it waits for rank 1's responses
+        r"Rank 1 did not come; it has been in \w+ of step \d+ for (\d+) s\n",
         run.stderr,
     )
     assert found is not None, run.stderr
-    assert 30 <= int(found[1]) <= 90
+    assert 75 <= int(found[1]) <= 150
     assert "Traceback" not in run.stderr
     assert left_over(tmp_path, seconds=20) == []
 

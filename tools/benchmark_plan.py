@@ -6,7 +6,8 @@ Linux only. Measured: resident memory of each rank at the peak of its second ste
 selection, update), less what the process had before the model was built and after a step of a
 tiny model, which loads what libraries load late. Blocks of 64 KiB or more are given back to the
 system when they are freed, so that resident memory is what lives. Planned: the tensors of the same
-micro-batches for the same layout, from the meta device, and what one product packs an operand in.
+micro-batches for the same layout, from the meta device, and what the largest product packs an
+operand in, which depends on the CPU and is measured too.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from megafork.types import Group, Sample, TokenTable, token_table
 MIB = 1 << 20
 PROMPT, LENGTH = 17, 257  # one token of each sequence is not fed
 OF_MICRO_BATCH = 4
-PACKING = 6 * MIB
-"""MKL and oneDNN pack an operand of a product: 5.0 and 5.3 MiB for the models below"""
+ROWS = OF_MICRO_BATCH * (LENGTH - PROMPT)
+"""response tokens of a micro-batch on a rank"""
 _M_MMAP_THRESHOLD = -3
 _COMMON = {"max_position_embeddings": 1024, "eos_token_id": 1, "pad_token_id": 0}
 
@@ -131,8 +132,7 @@ def measured(folder: Path, tiny: Path, config: TrainConfig) -> list[float]:
 
 
 def _job(tiny: Path, config: TrainConfig) -> Job:
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-    _without_mkl_pool()
+    _small_memory()
     topology = initialize(config.parallel)
 
     even = config.parallel.model_copy(update={"pipeline_layers": None})
@@ -146,8 +146,9 @@ def _job(tiny: Path, config: TrainConfig) -> Job:
     return Job(work, warm_up=warm_up)
 
 
-def _without_mkl_pool() -> None:
-    """MKL keeps what its products packed their operands in: memory that no tensor has."""
+def _small_memory() -> None:
+    """What is freed goes back to the system; where MKL can, what it packed operands in goes too."""
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     mkl = ctypes.CDLL(str(library)) if library.exists() else None
     if hasattr(mkl, "mkl_serv_disable_fast_mm"):
@@ -201,25 +202,44 @@ def _table(config: TrainConfig, vocab_size: int, micro_batches: int) -> TokenTab
     return table.with_columns(advantage_R=torch.ones(table.num_rows))
 
 
+def packed(folder: Path, config: TrainConfig) -> list[float]:
+    """MiB of every rank, in rank order, in which its largest product packs an operand."""
+    parallel, shape = config.parallel, ModelShape.from_folder(folder)
+    head, gate_and_up = shape.vocab_size, 2 * shape.intermediate_size
+    widths = [gate_and_up] * (parallel.pp - 1) + [head]
+    stages = [in_a_fork(_packed, ROWS, shape.hidden_size, width // parallel.tp) for width in widths]
+    in_stage = parallel.world_size // parallel.pp
+    return [stages[rank // in_stage] for rank in range(parallel.world_size)]
+
+
+def _packed(rows: int, inner: int, columns: int) -> float:
+    """Of a float32 product; MKL's is 5 MiB on one CPU and 17 on another, bfloat16's no larger."""
+    _small_memory()
+    torch.set_num_threads(1)
+    a, b = torch.randn(rows, inner), torch.randn(columns, inner)
+    before = peak_from_here()
+    product = a @ b.T
+    return max(memory("VmHWM") - before - product.nbytes / MIB, 0.0)
+
+
 def planned(folder: Path, config: TrainConfig) -> list[float]:
     """MiB of every rank, in rank order."""
     parallel = config.parallel
     sequences = OF_MICRO_BATCH * parallel.cp
-    micro_batch = MicroBatch((LENGTH - 1,) * sequences, OF_MICRO_BATCH * (LENGTH - PROMPT))
+    micro_batch = MicroBatch((LENGTH - 1,) * sequences, ROWS)
     torch.set_num_threads(1)
     shape, number = ModelShape.from_folder(folder), num_micro_batches(config)
     stages = training_memory(config, shape, parallel.dp or 1, micro_batch, number, device="cpu")
     # megatron counts pipeline ranks last.
     in_stage = parallel.world_size // parallel.pp
-    return [
-        (stages[rank // in_stage].training + PACKING) / MIB for rank in range(parallel.world_size)
-    ]
+    return [stages[rank // in_stage].training / MIB for rank in range(parallel.world_size)]
 
 
 def compare(folder: Path, tiny: Path, model: str, layout: str) -> list[tuple[float, float]]:
     """(planned, measured) MiB of every rank."""
     config = settings(folder, MODELS[model], layout)
-    plans = in_a_fork(planned, folder, config)
+    tensors, packs = in_a_fork(planned, folder, config), packed(folder, config)
+    plans = map(sum, zip(tensors, packs, strict=True))
     return list(zip(plans, measured(folder, tiny, config), strict=True))
 
 

@@ -48,7 +48,9 @@ class ParallelConfig(Section):
         None, description="layers of each of the pp * vpp stages, in order; unset: an even split"
     )
     timeout_minutes: PositiveFloat = Field(
-        60.0, description="a collective that waits longer ends the run (generation included)"
+        60.0,
+        description="a collective that waits longer ends the run; generation and the start of the "
+        "servers are waited for in one",
     )
 
     startup_timeout_s: PositiveFloat = Field(

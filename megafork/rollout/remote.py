@@ -44,7 +44,7 @@ class RemoteWorker:
     ) -> None:
         self.url, self.rank, self.causes = url, rank, causes
         self._headers = {"Authorization": f"Bearer {api_key}"}
-        self._timeouts = {"ask": timeout_s + _MARGIN_S}
+        self._ask_timeout_s = timeout_s + _MARGIN_S
 
     async def ask(self, url: str, body: dict[str, Any]) -> list[Completion]:
         found = await self._call("ask", url=url, body=body)
@@ -83,7 +83,7 @@ class RemoteWorker:
         await self._call("forget", prompt_indices=list(prompt_indices))
 
     async def _call(self, method: str, **arguments: Any) -> Any:
-        limit = self._timeouts.get(method, _LONGEST_S)
+        limit = self._ask_timeout_s if method == "ask" else _LONGEST_S
         timeout = aiohttp.ClientTimeout(total=limit, sock_connect=_CONNECT_S)
         try:
             async with (
