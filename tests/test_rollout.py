@@ -21,12 +21,9 @@ from megafork.rollout.sampling import (
     TwoTemperatures,
 )
 from megafork.rollout.vllm_server import VllmServer
-from megafork.weight_sync.transports import (
-    WeightSender,
-    plan_buckets,
-    push_buckets,
-)
+from megafork.weight_sync.transports import plan_buckets, push_buckets
 from tests.commands import gone_within, members
+from tests.pushes import connect, push, state_dict
 from tests.reference import (
     VOCAB,
     load_model,
@@ -35,7 +32,6 @@ from tests.reference import (
     save_model,
 )
 
-CPU = torch.device("cpu")
 LOGPROB_TOL = 1e-4  # float32 kernels of vLLM against transformers; 4e-6 is usual
 OTHER_POLICY = 0.5  # log-probabilities of two random models differ by nats
 EOS = 1
@@ -204,69 +200,6 @@ def test_every_route_but_health_demands_the_key(running):
 
 
 # -------------------------------------------------------------------- weight transfer
-
-
-def state_dict(folder: Path, tied: bool) -> dict[str, torch.Tensor]:
-    weights = load_model(folder).state_dict()
-    if tied:
-        weights.pop("lm_head.weight")
-    return weights
-
-
-def connect(client: RolloutClient, num_senders: int, timeout_s: float) -> list[WeightSender]:
-    senders = [WeightSender(i, "127.0.0.1", 1, CPU, timeout_s) for i in range(num_senders)]
-    addresses = [sender.address for sender in senders]
-    with ThreadPoolExecutor(1) as pool:
-        joined = pool.submit(client.init_transfer, addresses, 1, timeout_s)
-        for sender in senders:
-            sender.connect()
-        joined.result()
-    return senders
-
-
-def push(
-    client: RolloutClient,
-    weights: dict[str, torch.Tensor],
-    version: int,
-    mode: str = "wait",
-    **sabotage,
-) -> None:
-    """What two pipeline stages do, each sending half of the names."""
-    timeout_s = sabotage.get("timeout_s", 20.0)
-    senders = connect(client, 2, timeout_s)
-    names = list(weights)
-    halves = (names[: len(names) // 2], names[len(names) // 2 :])
-    plans = [
-        plan_buckets(i, [(n, tuple(weights[n].shape), weights[n].dtype) for n in half], 100_000)
-        for i, half in enumerate(halves)
-    ]
-    assert all(len(plan) > 1 for plan in plans)
-
-    def second_stage() -> None:
-        for number, bucket in enumerate(plans[1]):
-            if number == sabotage.get("second_stage_dies_at"):
-                return senders[1].close()
-            if number == sabotage.get("second_stage_hangs_at"):
-                return None
-            senders[1].send(bucket, [weights[name] for name in bucket["names"]])
-        senders[1].flush()
-
-    try:
-        client.pause(mode)
-        client.start_weight_update()
-        with ThreadPoolExecutor(1) as pool:
-            other = pool.submit(second_stage)
-            try:
-                push_buckets(client, senders[0], plans[0] + plans[1], iter(weights.items()))
-            finally:
-                if not sabotage:
-                    other.result()
-        client.finish_weight_update(version)
-        client.reset_prefix_cache(running=True)
-    finally:
-        for sender in senders:
-            sender.close()
-        client.resume()
 
 
 def test_pushed_weights_are_sampled_from(running):

@@ -30,7 +30,7 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parent))
 from benchmarks.measuring import Job, in_a_fork, memory, on_ranks, peak_from_here
 
-from megafork.config import TrainConfig
+from megafork.config import ParallelConfig, TrainConfig
 from megafork.config.file import load_config
 from megafork.model.shape import ModelShape
 from megafork.parallel.topology import Topology, initialize
@@ -208,12 +208,11 @@ def packed(folder: Path, config: TrainConfig) -> list[float]:
     head, gate_and_up = shape.vocab_size, 2 * shape.intermediate_size
     widths = [gate_and_up] * (parallel.pp - 1) + [head]
     stages = [in_a_fork(_packed, ROWS, shape.hidden_size, width // parallel.tp) for width in widths]
-    in_stage = parallel.world_size // parallel.pp
-    return [stages[rank // in_stage] for rank in range(parallel.world_size)]
+    return _of_ranks(stages, parallel)
 
 
 def _packed(rows: int, inner: int, columns: int) -> float:
-    """Of a float32 product; MKL's is 5 MiB on one CPU and 17 on another, bfloat16's no larger."""
+    """Of a float32 product, MKL's: 5 MiB on one CPU, 3 to 17 on another (bfloat16's there: 8)."""
     _small_memory()
     torch.set_num_threads(1)
     a, b = torch.randn(rows, inner), torch.randn(columns, inner)
@@ -230,9 +229,13 @@ def planned(folder: Path, config: TrainConfig) -> list[float]:
     torch.set_num_threads(1)
     shape, number = ModelShape.from_folder(folder), num_micro_batches(config)
     stages = training_memory(config, shape, parallel.dp or 1, micro_batch, number, device="cpu")
-    # megatron counts pipeline ranks last.
+    return _of_ranks([stage.training / MIB for stage in stages], parallel)
+
+
+def _of_ranks(stages: list[float], parallel: ParallelConfig) -> list[float]:
+    """Each rank's, of what each stage has: megatron counts pipeline ranks last."""
     in_stage = parallel.world_size // parallel.pp
-    return [stages[rank // in_stage].training / MIB for rank in range(parallel.world_size)]
+    return [stages[rank // in_stage] for rank in range(parallel.world_size)]
 
 
 def compare(folder: Path, tiny: Path, model: str, layout: str) -> list[tuple[float, float]]:
