@@ -9,7 +9,8 @@ from megafork.config.section import Fraction, PositiveFloat, Section
 
 class Efficiency(Section):
     """What is reached of a node's rates. Round numbers from what well-kept stacks report on dense
-    models; none is fitted to the published points that tests/test_roofline.py compares with."""
+    models; none is fitted to the published points that
+    tests/unit/test_roofline.py compares with."""
 
     matrices: Fraction = Field(
         0.5, description="of bf16 peak: a layer's matrices with all that is elementwise around them"

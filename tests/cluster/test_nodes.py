@@ -1,0 +1,301 @@
+"""Guards of several machines, here addresses of one: what ends, how soon, and what is told."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from megafork.config import ParallelConfig
+from megafork.errors import Interrupted, UserError
+from megafork.interruption import INTERRUPTED, STOP_FILE, Interruption
+from megafork.nodes.plan import LOST
+from megafork.parallel.ports import free_port
+from megafork.parallel.topology import initialize
+from tests.helpers.commands import QUICKSTART, ROOT, environment, left_over
+from tests.helpers.guarded import LOST_AFTER_S, STARTUP_S
+from tests.helpers.ranks import run_ranks
+
+TRAIN, SERVER = ("127.0.0.1", "127.0.0.2"), "127.0.0.3"
+# What `megafork train` leaves for its guard when a rank of its own has failed.
+FAILS = (
+    "import sys, time; from megafork import last_words; time.sleep(1);"
+    'last_words.leave("rank 1 ended with status 1: RuntimeError: first", "/log"); sys.exit(1)'
+)
+
+
+class Machines:
+    """Their guards, each with a command; all that they start carries the folder as its mark."""
+
+    def __init__(self, folder):
+        self.folder, self.port = folder, free_port()
+        self.guards = {}
+
+    def start(self, node, *command, key="secret"):
+        names = {"SLURMD_NODENAME": node, "MEGAFORK_API_KEY": key, "PYTHONPATH": str(ROOT)}
+        arguments = [",".join(TRAIN), SERVER, str(self.folder), str(self.port), *command]
+        with (self.folder / f"{node}.told").open("w") as told:
+            self.guards[node] = subprocess.Popen(
+                [sys.executable, "-m", "tests.helpers.guarded", *arguments],
+                cwd=ROOT,
+                env=environment(self.folder) | names,
+                stderr=told,
+            )
+
+    def statuses(self, seconds=30):
+        deadline = time.monotonic() + seconds
+        return {
+            node: guard.wait(max(deadline - time.monotonic(), 0.1))
+            for node, guard in self.guards.items()
+        }
+
+    def told(self, node):
+        return (self.folder / f"{node}.told").read_text()
+
+    def cause(self):
+        return (self.folder / "cause").read_text()
+
+    def wait_for_commands(self, *nodes):
+        """Until those machines' guards have started their commands."""
+        deadline = time.monotonic() + 30
+        while not all(self._runs(node) for node in nodes):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def _runs(self, node):
+        with contextlib.suppress(psutil.Error):
+            children = psutil.Process(self.guards[node].pid).children()
+            return bool(children) and children[0].name() in ("sleep", "bash")
+
+
+@pytest.fixture
+def machines(tmp_path):
+    found = Machines(tmp_path)
+    yield found
+    for guard in found.guards.values():
+        if guard.poll() is None:
+            guard.kill()
+        guard.wait()
+    assert left_over(tmp_path) == []
+
+
+def test_the_first_cause_is_told_and_nothing_is_left(machines):
+    """The rank that followed is heard of first, and the failing machine after it."""
+    machines.start(TRAIN[0], "bash", "-c", "exit 2")
+    machines.start(TRAIN[1], sys.executable, "-c", FAILS)
+    # A process that has left its parent and its session, as vLLM's engines may.
+    machines.start(SERVER, "bash", "-c", "setsid sleep 600 & disown; sleep 600")
+    assert set(machines.statuses().values()) == {1}
+    cause = "error: 127.0.0.2: rank 1 ended with status 1: RuntimeError: first (see /log)\n"
+    assert machines.cause() == cause
+    assert machines.told(TRAIN[0]).splitlines()[-1] + "\n" == cause
+    assert (machines.folder / "status").read_text() == "1\n"
+
+
+def test_a_killed_process_is_a_cause(machines):
+    machines.start(TRAIN[0], "bash", "-c", "exit 2")
+    machines.start(TRAIN[1], "bash", "-c", "kill -KILL $$")
+    machines.start(SERVER, "sleep", "600")
+    machines.statuses()
+    assert "127.0.0.2: the-work was killed by signal 9" in machines.cause()
+
+
+def test_success_ends_the_servers(machines):
+    machines.start(SERVER, "sleep", "600")
+    machines.start(TRAIN[1], "true")
+    machines.start(TRAIN[0], "sleep", "2")
+    assert set(machines.statuses().values()) == {0}
+    assert not (machines.folder / "cause").exists()
+
+
+def test_a_machine_that_does_not_come_is_named(machines):
+    """One does not run, the other has the wrong secret."""
+    started = time.monotonic()
+    machines.start(TRAIN[0], "touch", str(machines.folder / "ran"))
+    machines.start(TRAIN[1], "sleep", "600", key="another")
+    assert set(machines.statuses().values()) == {LOST}
+    assert time.monotonic() - started < STARTUP_S + 10
+    assert machines.cause().startswith("error: 127.0.0.2, 127.0.0.3 did not come within 8 s")
+    assert not (machines.folder / "ran").exists()
+
+
+@pytest.mark.parametrize("silent", [TRAIN[0], TRAIN[1]], ids=["head", "other"])
+def test_silence_ends_all(machines, silent):
+    for node in (*TRAIN, SERVER):
+        machines.start(node, "sleep", "600")
+    machines.wait_for_commands(*TRAIN, SERVER)
+    machines.guards[silent].send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    others = {node: guard for node, guard in machines.guards.items() if node != silent}
+    assert {guard.wait(30) for guard in others.values()} == {LOST}
+    assert time.monotonic() - started < LOST_AFTER_S + 10
+    if silent == TRAIN[0]:
+        told = machines.told(SERVER)
+        assert f"127.0.0.3 lost touch with 127.0.0.1:{machines.port}: nothing heard for 6 s" in told
+    else:
+        assert "nothing was heard of 127.0.0.2 for 6 s" in machines.cause()
+    machines.guards[silent].send_signal(signal.SIGCONT)  # and finds that it was given up
+    assert machines.guards[silent].wait(30) == LOST
+
+
+def test_logs_that_cannot_be_written_keep_nothing_alive(machines):
+    """They may lie behind the link that was cut: here nobody reads what is written."""
+    os.mkfifo(machines.folder / f"guard-{SERVER}.log")
+    for node in (*TRAIN, SERVER):
+        machines.start(node, "sleep", "600")
+    machines.wait_for_commands(*TRAIN, SERVER)
+    sleeping = psutil.Process(machines.guards[SERVER].pid).children()
+    machines.guards[TRAIN[0]].send_signal(signal.SIGSTOP)
+    assert machines.guards[SERVER].wait(LOST_AFTER_S + 15) == LOST
+    assert not any(process.is_running() for process in sleeping)
+
+
+def test_settings_that_a_serving_machine_refuses_are_the_cause(tmp_path):
+    """It is no machine that is lost, which would be tried again."""
+    train, serve = "127.0.0.1", "127.0.0.3"
+    arguments = [
+        "--train", train, "--serve", serve, "--logs", tmp_path, "--port", str(free_port()),
+        "--servers", "2", "--startup-s", "40",
+        QUICKSTART / "config.toml", f"run.dir={tmp_path}/run",
+    ]  # fmt: skip
+    names = {"MEGAFORK_API_KEY": "secret", "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(ROOT)}
+    guards = [
+        subprocess.Popen(
+            [sys.executable, "-m", "megafork.nodes", "run", *map(str, arguments)],
+            cwd=ROOT,
+            env=environment(tmp_path) | names | {"SLURMD_NODENAME": node},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in (train, serve)
+    ]
+    told = [guard.communicate(timeout=60)[1] for guard in guards]
+    assert [guard.returncode for guard in guards] == [2, 2], told
+    cause = "error: 127.0.0.3: --servers 2 on 1 GPUs of 127.0.0.3: ask for fewer"
+    assert (tmp_path / "cause").read_text().startswith(cause)
+    assert told[0].splitlines()[-1].startswith(cause)
+    assert not (tmp_path / "run").exists() and left_over(tmp_path) == []
+
+
+def test_a_killed_head_ends_all(machines):
+    for node in (*TRAIN, SERVER):
+        machines.start(node, "sleep", "600")
+    machines.wait_for_commands(*TRAIN, SERVER)
+    machines.guards[TRAIN[0]].kill()
+    assert machines.guards[TRAIN[1]].wait(20) == LOST
+    assert machines.guards[SERVER].wait(20) == LOST
+
+
+def test_the_request_to_stop_reaches_every_machine(machines):
+    """As a file beside the logs; the commands see one of their machine's own."""
+    waits = f"until [[ -e ${STOP_FILE} ]]; do sleep 0.1; done; exit {INTERRUPTED}"
+    for node in TRAIN:
+        machines.start(node, "bash", "-c", waits)
+    machines.start(SERVER, "sleep", "600")
+    machines.wait_for_commands(*TRAIN, SERVER)
+    (machines.folder / "stop").touch()
+    assert set(machines.statuses().values()) == {INTERRUPTED}
+    assert not (machines.folder / "cause").exists()
+
+
+def test_a_request_to_stop_that_was_there_first_reaches_all(machines):
+    (machines.folder / "stop").touch()
+    asked = "until [[ -e $MEGAFORK_STOP_FILE ]]; do sleep 0.1; done; exit 75"
+    for node in TRAIN:
+        machines.start(node, "bash", "-c", asked)
+    machines.start(SERVER, "sleep", "600")
+    assert set(machines.statuses().values()) == {75}
+
+
+def test_a_command_that_cannot_be_started_is_the_cause(machines):
+    machines.start(TRAIN[0], "sleep", "600")
+    machines.start(TRAIN[1], "/no/such/python")
+    machines.start(SERVER, "sleep", "600")
+    assert set(machines.statuses().values()) == {1}
+    assert "127.0.0.2: the-work cannot be started: [Errno 2]" in machines.cause()
+
+
+def test_a_stranger_changes_nothing(machines):
+    for node in TRAIN:
+        machines.start(node, "sleep", "3")
+    machines.start(SERVER, "sleep", "600")
+    machines.wait_for_commands(*TRAIN)
+    for words in (b"[" * 60_000, '{"hello": "127.0.0.1", "proof": "\u00e9"}'.encode()):
+        with socket.create_connection(("127.0.0.1", machines.port)) as stranger:
+            stranger.sendall(words + b"\n")
+    assert set(machines.statuses().values()) == {0}
+
+
+def test_long_words_are_cut(machines):
+    """To the first line, which the head takes and a job's last line holds."""
+    words = "from megafork import last_words; last_words.leave('why ' * 20_000 + '\\nmore')"
+    machines.start(TRAIN[0], "sleep", "600")
+    machines.start(TRAIN[1], sys.executable, "-c", f"{words}; raise SystemExit(2)")
+    machines.start(SERVER, "sleep", "600")
+    assert set(machines.statuses().values()) == {2}
+    assert re.fullmatch(r"error: 127.0.0.2: (why ?)+( \(see .*\))?\n", machines.cause())
+
+
+def test_a_signal_to_a_guard_is_a_request_to_stop(machines):
+    waits = f"until [[ -e ${STOP_FILE} ]]; do sleep 0.1; done; exit {INTERRUPTED}"
+    for node in TRAIN:
+        machines.start(node, "bash", "-c", waits)
+    machines.start(SERVER, "sleep", "600")
+    machines.wait_for_commands(*TRAIN, SERVER)
+    machines.guards[TRAIN[1]].send_signal(signal.SIGUSR1)
+    assert set(machines.statuses().values()) == {INTERRUPTED}
+
+
+def test_the_stop_file_is_a_signal(tmp_path, monkeypatch):
+    """Also when it was there first: the signal would have come during the imports."""
+    monkeypatch.setenv(STOP_FILE, str(tmp_path / "stop"))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    (tmp_path / "stop").touch()
+    try:
+        with pytest.raises(Interrupted, match="SIGUSR1"), Interruption() as interruption:
+            interruption.defer()
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                interruption.check()
+                time.sleep(0.05)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def one_rank_does_not_come():
+    if os.environ["RANK"] == "2":
+        time.sleep(6)
+        return
+    with pytest.raises(UserError) as found:
+        initialize(ParallelConfig(tp=3, startup_timeout_s=2.0))
+    port = os.environ["MASTER_PORT"]
+    assert str(found.value).startswith(
+        f"rank 2 did not come to 127.0.0.1:{port} within parallel.startup_timeout_s=2"
+    )
+    if os.environ["RANK"] == "0":  # it holds the store
+        time.sleep(2)
+
+
+def test_a_rank_that_does_not_come_is_named():
+    run_ranks(3, one_rank_does_not_come)
+
+
+def wrong_address():
+    os.environ["MASTER_PORT"] = str(free_port())
+    if os.environ["RANK"] == "0":
+        return
+    with pytest.raises(UserError, match=r"rank 1 cannot reach the rendezvous at 127\.0\.0\.1:\d+"):
+        initialize(ParallelConfig(tp=2, startup_timeout_s=2.0))
+
+
+def test_a_wrong_address_is_named():
+    run_ranks(2, wrong_address)

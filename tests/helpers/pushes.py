@@ -1,0 +1,103 @@
+"""Weights sent to a server as the two stages of a pipeline send them, with faults if asked."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from megafork.config import ModelConfig, ParallelConfig, SyncConfig
+from megafork.data.prompts import Prompt
+from megafork.model.scorer import Scorer
+from megafork.parallel.topology import initialize
+from megafork.rollout.client import RolloutClient
+from megafork.rollout.sampling import Sampling
+from megafork.weight_sync.push import WeightSync
+from megafork.weight_sync.transports import WeightSender, plan_buckets, push_buckets
+from tests.helpers import reference
+from tests.helpers.reference import load_model
+
+CPU = torch.device("cpu")
+
+
+def state_dict(folder: Path, tied: bool) -> dict[str, torch.Tensor]:
+    weights = load_model(folder).state_dict()
+    if tied:
+        weights.pop("lm_head.weight")
+    return weights
+
+
+def connect(client: RolloutClient, num_senders: int, timeout_s: float) -> list[WeightSender]:
+    senders = [WeightSender(i, "127.0.0.1", 1, CPU, timeout_s) for i in range(num_senders)]
+    addresses = [sender.address for sender in senders]
+    with ThreadPoolExecutor(1) as pool:
+        joined = pool.submit(client.init_transfer, addresses, 1, timeout_s)
+        for sender in senders:
+            sender.connect()
+        joined.result()
+    return senders
+
+
+def push(
+    client: RolloutClient,
+    weights: dict[str, torch.Tensor],
+    version: int,
+    mode: str = "wait",
+    **sabotage,
+) -> None:
+    """What two pipeline stages do, each sending half of the names."""
+    timeout_s = sabotage.get("timeout_s", 20.0)
+    senders = connect(client, 2, timeout_s)
+    names = list(weights)
+    halves = (names[: len(names) // 2], names[len(names) // 2 :])
+    plans = [
+        plan_buckets(i, [(n, tuple(weights[n].shape), weights[n].dtype) for n in half], 100_000)
+        for i, half in enumerate(halves)
+    ]
+    assert all(len(plan) > 1 for plan in plans)
+
+    def second_stage() -> None:
+        for number, bucket in enumerate(plans[1]):
+            if number == sabotage.get("second_stage_dies_at"):
+                return senders[1].close()
+            if number == sabotage.get("second_stage_hangs_at"):
+                return None
+            senders[1].send(bucket, [weights[name] for name in bucket["names"]])
+        senders[1].flush()
+
+    try:
+        client.pause(mode)
+        client.start_weight_update()
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(second_stage)
+            try:
+                push_buckets(client, senders[0], plans[0] + plans[1], iter(weights.items()))
+            finally:
+                if not sabotage:
+                    other.result()
+        client.finish_weight_update(version)
+        client.reset_prefix_cache(running=True)
+    finally:
+        for sender in senders:
+            sender.close()
+        client.resume()
+
+
+SAMPLING = Sampling(temperature=0.8, max_tokens=40)
+
+
+PROMPTS = [Prompt(i, "", "", g.prompt_ids) for i, g in enumerate(reference.make_groups(12, 1))]
+
+
+def make_sync(client, folder, layout):
+    """client: of rank 0"""
+    parallel = ParallelConfig(**layout, timeout_minutes=1.0)
+    topology = initialize(parallel)
+    model = ModelConfig(path=str(folder), dtype="float32")
+    scorer = Scorer(model, parallel, topology, micro_batch_tokens=256, temperature=0.8)
+    client = client if topology.rank == 0 else None
+    return WeightSync(scorer, topology, client, SyncConfig(timeout_s=20), num_workers=1)
+
+
+OPTIONS = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 32}

@@ -1,0 +1,167 @@
+"""What a user gets wrong: one message that names cause and fix, status 2, nothing left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.helpers.commands import QUICKSTART, ROOT, left_over, megafork, small_run
+
+
+def data_with(tmp_path, line):
+    path = tmp_path / "data.jsonl"
+    good = json.dumps({"prompt": "6 2 4>48:", "answer": "48"})
+    path.write_text(f"{good}\n{line}\n")
+    return f"data.train={path}"
+
+
+CASES = {
+    "unknown key": (lambda _: "forking.roh=0.1", "did you mean forking.rho?"),
+    "tp": (lambda _: "parallel.tp=3", "parallel.tp=3 must divide model.num_kv_heads=2: use 1 or 2"),
+    "pp": (lambda _: "parallel.pp=3", "parallel.pp=3 must divide model.num_layers=4"),
+    "model folder": (lambda p: f"model.path={p}/none", "none is not a folder"),
+    "no config": (lambda p: f"model.path={p}", "holds no config.json"),
+    "data file": (lambda p: f"data.train={p}/none.jsonl", "none.jsonl does not exist"),
+    "not json": (lambda p: data_with(p, "{broken"), "data.jsonl, line 2: not JSON"),
+    "no column": (lambda p: data_with(p, '{"question": "x"}'), "line 2: no column 'prompt'"),
+    "verifier": (lambda _: "reward.verifier=nowhere:f", "'nowhere:f' cannot be imported"),
+    "positions": (
+        lambda _: "rollout.max_response_tokens=500",
+        "exceeds the model's max_position_embeddings=128",
+    ),
+    "no key": (lambda _: "rollout.url=http://127.0.0.1:9", "MEGAFORK_API_KEY"),
+    "python": (lambda _: "rollout.python=/no/python", "/no/python is not an executable"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_costs_a_second_and_is_told_once(tmp_path, case):
+    override, message = CASES[case]
+    done = megafork(*small_run(tmp_path / "run", override(tmp_path)), mark=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("layout", ["parallel.tp=1", "parallel.tp=2"])
+def test_a_server_that_does_not_come_up_ends_the_run(tmp_path, layout):
+    """A Python without vLLM: the trainer's ranks are up by then."""
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'vllm'\" >&2\nexit 1\n")
+    fake.chmod(0o755)
+    done = megafork(*small_run(tmp_path / "run", layout, f"rollout.python={fake}"), mark=tmp_path)
+    assert done.returncode == 2
+    assert "No module named 'vllm'" in done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "Traceback" not in done.stderr
+    assert left_over(tmp_path) == []
+
+
+def test_a_server_that_is_too_slow_ends_the_run(tmp_path):
+    override = "rollout.startup_timeout_s=1"
+    done = megafork(*small_run(tmp_path / "run", "parallel.tp=1", override), mark=tmp_path)
+    assert done.returncode == 2
+    assert "startup_timeout_s=1" in done.stderr
+    assert left_over(tmp_path) == []
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (model / name).symlink_to(QUICKSTART / "model" / name)
+    arguments = ["parallel.tp=1", f"model.path={model}"]
+    done = megafork(*small_run(tmp_path / "run", *arguments), mark=tmp_path)
+    assert done.returncode == 2
+    assert "holds no tokenizer (tokenizer.json, tokenizer.model, vocab.json)" in done.stderr
+    assert left_over(tmp_path) == []
+
+
+def test_a_world_of_the_wrong_size_is_named(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    done = subprocess.run(
+        [*torchrun, "-m", "megafork", *small_run(tmp_path / "run", "parallel.tp=2")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "torchrun started 3 ranks, no multiple of parallel.tp=2 * pp=1 * cp=1 = 2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nonsense", "line 1: not JSON"),
+        (
+            '{"prompt_ids": [1]}',
+            "line 1: needs prompt_ids and response_ids, or prompt and response",
+        ),
+        ('{"prompt_ids": [], "response_ids": [1]}', "line 1: the prompt has no token"),
+        ('{"prompt_ids": [1], "response_ids": ["x"]}', "response_ids must be a list of integers"),
+        (
+            '{"prompt_ids": [1], "response_ids": [99]}',
+            "line 1: response_ids holds 99, outside",
+        ),
+    ],
+)
+def test_score_names_the_line_it_cannot_score(tmp_path, line, message):
+    (tmp_path / "in.jsonl").write_text(line + "\n")
+    done = megafork(
+        *("score", "--model", QUICKSTART / "model", "--input", tmp_path / "in.jsonl"),
+        *("--output", tmp_path / "out.jsonl", "model.dtype=float32"),
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_doctor_reports_what_is_here():
+    done = megafork("doctor")
+    assert done.returncode == 0, done.stdout
+    for name in ("torch", "megatron-core", "transformers", "vLLM"):
+        assert re.search(rf"^ok +{name} \d", done.stdout, re.MULTILINE), done.stdout
+    if not torch.cuda.is_available():
+        assert re.search(r"^no GPU +TransformerEngine", done.stdout, re.MULTILINE)
+        assert re.search(r"^communication +gloo$", done.stdout, re.MULTILINE)
+
+
+def test_doctor_names_what_is_broken_and_the_command_that_mends_it(tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho 'ImportError: torchvision::nms does not exist' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    done = megafork("doctor", "--python", fake)
+    assert done.returncode == 1
+    assert "torchvision::nms does not exist" in done.stdout
+    assert "mend:  " in done.stdout
+    assert "cannot run here without vLLM" in done.stdout
+
+
+def test_keys_lists_every_setting():
+    done = megafork("keys")
+    assert done.returncode == 0
+    assert "forking.rho" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give a config file, or --resume with a run's folder"),
+        (("--resume", "/nowhere"), "--resume /nowhere: there is no run in this folder"),
+    ],
+)
+def test_train_wants_a_config_or_a_run(arguments, message):
+    done = megafork("train", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr

@@ -1,0 +1,213 @@
+"""Runs with two real servers, one of which dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from megafork.errors import PeerError, UserError
+from megafork.parallel.ports import free_port
+from megafork.rollout.client import RolloutClient
+from megafork.rollout.fleet import Fleet
+from megafork.rollout.journal import Journal
+from megafork.rollout.vllm_server import VllmServer
+from megafork.weight_sync import agreement
+from tests.helpers import reference
+from tests.helpers.commands import QUICKSTART, ROOT, environment, left_over, lines, megafork, small_run
+from tests.helpers.ranks import run_ranks
+from tests.helpers.commands import serving
+from tests.helpers.pushes import OPTIONS, PROMPTS, SAMPLING, make_sync
+
+pytestmark = pytest.mark.slow
+
+CHECKED = ("sync.check_every=1", "sync.check_prompts=4", "eval.prompts=16", "parallel.tp=1")
+
+
+def start(folder, *overrides, **variables):
+    with (folder / "stderr").open("w") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megafork", *small_run(folder / "run", *overrides)],
+            cwd=ROOT,
+            env=environment(folder) | variables,
+            stderr=stderr,
+        )
+
+
+def rows_of(folder):
+    path = folder / "run" / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    path = folder / "whole.jsonl"
+    path.write_text(whole)
+    return lines(path)
+
+
+def wait_until(process, folder, condition, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition(rows_of(folder)):
+        told = (folder / "stderr").read_text()
+        assert process.poll() is None, told
+        assert time.monotonic() < deadline, told
+        time.sleep(0.1)
+
+
+def kill_a_server(process):
+    supervisors = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "megafork.rollout.supervisor" in child.cmdline()
+    ]
+    assert len(supervisors) == 2
+    os.killpg(supervisors[1].pid, signal.SIGKILL)
+
+
+def samples(run_dir, step):
+    groups = Journal.read(run_dir / "rollouts" / f"step_{step:06d}.jsonl")
+    assert len({group.prompt_index for group in groups}) == len(groups)
+    return {
+        group.prompt_index: sorted(tuple(sample.token_ids) for sample in group.samples)
+        for group in groups
+    }
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(("rollout.seeded=true",), marks=pytest.mark.exhaustive, id="on-policy"),
+        pytest.param(("rollout.max_policy_lag=2", "rollout.tail=carry"), id="asynchronous"),
+    ],
+)
+def test_a_server_that_dies_is_replaced_while_the_other_goes_on(tmp_path, how):
+    size = ("rollout.prompts_per_step=16", "rollout.group_size=16")
+    settings = (*CHECKED, *size, *how, "training.steps=400")
+    run = start(tmp_path, *settings, "rollout.servers=2")
+    wait_until(run, tmp_path, lambda rows: len(rows) == 2)
+    kill_a_server(run)
+    wait_until(run, tmp_path, lambda rows: any(row["rollout/servers_replaced"] for row in rows))
+    reached = len(rows_of(tmp_path))
+    wait_until(run, tmp_path, lambda rows: len(rows) > reached)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 75
+    assert left_over(tmp_path) == []
+    rows, told = rows_of(tmp_path), (tmp_path / "stderr").read_text()
+    assert "is lost, and 1 others go on" in told and "is back" in told
+    assert "the rollout server died" not in told and "Traceback" not in told
+    live = [row["rollout/servers"] for row in rows]
+    assert live[:2] == [2, 2] and live[-1] == 2 and 1 in live
+    assert sum(row["rollout/servers_lost"] for row in rows) == 1
+    assert sum(row["rollout/servers_replaced"] for row in rows) == 1
+    assert [row["policy_version"] for row in rows] == list(range(2, len(rows) + 2))
+    fresh = [row["mismatch/kl"] for row in rows if row["mismatch/kl"] is not None]
+    assert fresh and max(fresh) < 1e-6  # all servers have the current weights, always
+    assert (tmp_path / "run" / "vllm-1.1.log").exists()
+    if "rollout.seeded=true" not in how:
+        assert max(row["lag/max"] for row in rows) == 2
+        return
+    other = tmp_path / "other"
+    few = (*settings, "training.steps=4")
+    done = megafork(*small_run(other, *few), mark=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for step in range(1, 5):
+        assert samples(tmp_path / "run", step) == samples(other, step)
+
+
+def test_two_servers_that_are_started_after_the_run(tmp_path):
+    ports = free_port(), free_port()
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    url = "rollout.url=" + str(urls).replace("'", '"')
+    run = start(tmp_path, *CHECKED, url, MEGAFORK_API_KEY="shared")
+    deadline = time.monotonic() + 100
+    told = f"waiting for the rollout server at {urls[0]}, {urls[1]} (rollout.startup_timeout_s="
+    while told not in (tmp_path / "stderr").read_text():
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        folder.mkdir()
+    with serving(folders[0], ports[0]), serving(folders[1], ports[1]):
+        assert run.wait(200) == 0, (tmp_path / "stderr").read_text()
+        rows = rows_of(tmp_path)
+        assert [row["rollout/servers"] for row in rows] == [2, 2]
+        assert all(row["mismatch/kl"] < 1e-6 for row in rows)
+        clients = [RolloutClient(url, "shared") for url in urls]
+        assert [client.weight_version() for client in clients] == [3, 3]  # both were pushed to
+
+
+@pytest.mark.exhaustive
+def test_generate_with_two_servers(tmp_path):
+    """The same samples as with one, where they are seeded."""
+    data = tmp_path / "data.jsonl"
+    rows = (QUICKSTART / "data" / "heldout.jsonl").read_text().splitlines()[:40]
+    data.write_text("\n".join(rows) + "\n")
+    settings = ["data.prompt_key=prompt", "data.max_prompt_tokens=24", "rollout.samples=4"]
+    settings += ["rollout.max_response_tokens=24", "rollout.seed=1", "rollout.max_num_seqs=8"]
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        model = ["--model", QUICKSTART / "model", "--data", data, "--output", folder / "out.jsonl"]
+        done = megafork("generate", *model, *settings, f"rollout.servers={count}", mark=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert [path.suffix for path in folder.glob("*.log")] == []
+    one, two = (
+        [(row["id"], row["sample"], row["response_ids"]) for row in lines(path)]
+        for path in (tmp_path / "1" / "out.jsonl", tmp_path / "2" / "out.jsonl")
+    )
+    assert one == two
+    assert left_over(tmp_path) == []
+
+
+def push_while_one_dies(places, process_group, folder):
+    """What the server that is left has, after a push in whose middle the other one died."""
+    clients = [RolloutClient(*place) for place in places]
+    fleet = Fleet(clients, max_num_seqs=32)
+    with fleet:
+        fleet.wait_until_up(30.0, "KEY")
+        sync = make_sync(fleet, folder, {"pp": 2})
+        topology = sync.topology
+        sync.push(1)
+        groups = topology.on_rank_zero(lambda: generated(fleet))
+        of_both = agreement.measure(groups, sync.policy, topology)
+        if topology.rank == 0:
+            send = sync.sender.send
+
+            def kill_and_send(bucket, tensors):
+                os.killpg(process_group, signal.SIGKILL)
+                send(bucket, tensors)
+
+            sync.sender.send = kill_and_send
+        with pytest.raises(UserError) as caught:
+            sync.push(2)
+        assert topology.on_rank_zero(fleet.drop_lost) == 1
+        sync.push(2)
+        groups = topology.on_rank_zero(lambda: generated(fleet))
+        of_one = agreement.measure(groups, sync.policy, topology)
+    return caught.type, of_both, of_one, topology.on_rank_zero(lambda: fleet.num_live)
+
+
+def generated(fleet):
+    return asyncio.run(agreement.probe(fleet, PROMPTS, SAMPLING))
+
+
+def test_a_server_that_dies_of_a_push_leaves_the_other_with_whole_weights(tmp_path):
+    served = reference.save_model(tmp_path / "served", tied=True, seed=1)
+    trained = reference.save_model(tmp_path / "trained", tied=True, seed=2)
+    with (
+        VllmServer(served, log_path=tmp_path / "left.log", **OPTIONS) as left,
+        VllmServer(served, log_path=tmp_path / "dying.log", **OPTIONS) as dying,
+    ):
+        places = [(server.url, server.api_key) for server in (left, dying)]
+        first, second = run_ranks(
+            2, push_while_one_dies, places, dying.process_group, trained, timeout=200
+        )
+        assert left.client().weight_version() == 2
+    assert (first[0], second[0]) == (UserError, PeerError)
+    for _, of_both, of_one, num_live in (first, second):
+        assert num_live == 1
+        assert max(of_both.max_difference, of_one.max_difference) <= 1e-4

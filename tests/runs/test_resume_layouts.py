@@ -1,0 +1,66 @@
+"""A run that is resumed at another layout ends where it would have ended at its own."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests.helpers.commands import megafork, small_run
+from tests.helpers.replays import comparable, final_weights, journalled, resume
+from tests.helpers.replays import TOLERANCE
+
+pytestmark = pytest.mark.slow
+
+STEPS, AFTER = 4, 2
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """At one rank, with a checkpoint after two of its four steps."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    settings = (
+        f"training.steps={STEPS}",
+        f"checkpoint.every={AFTER}",
+        "parallel.tp=1",
+        "rollout.seeded=true",
+        "eval.prompts=8",
+        "sync.check_prompts=2",
+    )
+    done = megafork(*small_run(run_dir, *settings), mark=run_dir)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def as_it_was_after(step, run_dir, folder):
+    """A copy of what the run had written when `step` was done, and its whole journal."""
+    name = f"step_{step:06d}"
+    shutil.copytree(run_dir / "rollouts", folder / "rollouts")
+    shutil.copytree(run_dir / "checkpoints" / name, folder / "checkpoints" / name)
+    shutil.copy(run_dir / "config.toml", folder)
+    rows = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(rows[:step]))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "key", ["tp", *(pytest.param(key, marks=pytest.mark.exhaustive) for key in ("pp", "dp"))]
+)
+def test_another_layout_goes_on_within_rounding(tmp_path, uninterrupted, key):
+    run_dir = as_it_was_after(AFTER, uninterrupted, tmp_path / "run")
+    before = journalled(run_dir)
+    done = resume(run_dir, f"parallel.{key}=2")
+    assert f"resuming from {run_dir}/checkpoints/step_{AFTER:06d}" in done.stdout
+    assert journalled(run_dir) == before  # nothing was generated
+    expected, rows = (comparable(folder)[0] for folder in (uninterrupted, run_dir))
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for ours, theirs in zip(expected, rows, strict=True):
+        assert set(ours) == set(theirs)
+        for name, value in ours.items():
+            same = value == theirs[name]  # None where nothing could be measured
+            assert same or abs(value - theirs[name]) <= TOLERANCE, f"step {ours['step']}: {name}"
+        assert ours["update/head_rows"] == theirs["update/head_rows"]
+    weights, their_weights = (final_weights(folder) for folder in (uninterrupted, run_dir))
+    assert set(their_weights) == set(weights)
+    for name, weight in weights.items():
+        assert (weight - their_weights[name]).abs().max() <= TOLERANCE, name

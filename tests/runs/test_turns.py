@@ -1,0 +1,316 @@
+"""Trainer and servers in turns on the same devices: the order, the memory, whole runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from megafork.config import TrainConfig
+from megafork.config.file import load_config
+from megafork.errors import Interrupted, UserError
+from megafork.interruption import INTERRUPTED
+from megafork.training.step import Clock
+from megafork.training.turns import Turns
+from tests.helpers import reference
+from tests.helpers.commands import QUICKSTART, ROOT, environment, left_over, lines, megafork, small_run
+from tests.helpers.ppo import make_critic, save_critic
+from tests.helpers.ranks import run_ranks
+from tests.helpers.step import make_policy
+
+COLOCATED = "rollout.placement=colocated"
+
+
+# ---- the order, which a server on the CPU does not notice ----
+
+
+class Recorder:
+    """What is asked of the servers, and what of the trainer is on the device then."""
+
+    def __init__(self, policy, critic, *, shared):
+        self.policy, self.critic = policy, critic
+        self.events = []
+        front = SimpleNamespace(client=SimpleNamespace(wake_up=self.note))
+        self.turns = Turns(
+            [self.policy, self.critic],
+            lambda work: work(front),
+            lambda: self.note("stop"),
+            shared=shared,
+        )
+
+    def note(self, what):
+        parts = {
+            "weights": self.policy.has_weights,
+            "optimizer": self.policy.has_optimizer,
+            "critic": self.critic.has_weights or self.critic.has_optimizer,
+        }
+        self.events.append((what, [name for name, there in parts.items() if there]))
+
+    def sleep(self):
+        self.note("sleep")
+
+    def generate(self, work=lambda: None, pushes=1, sleep=None):
+        with self.turns.generation(sleep or self.sleep):
+            for _ in range(pushes):
+                self.turns.hand_over(lambda: self.note("push"))
+            self.note("generate")
+            work()
+
+
+ALL = ["weights", "optimizer", "critic"]
+TURN = [
+    ("weights", ["weights"]),  # the servers' wake up when nothing else of ours is there
+    ("push", ["weights"]),
+    ("kv_cache", []),
+    ("generate", []),
+]
+
+
+def orders(folder, critic_folder):
+    found = {}
+    policy = make_policy(folder, {})
+    critic = make_critic(critic_folder, {}, policy.topology)
+    record = Recorder(policy, critic, shared=True)
+    record.generate()
+    record.note("train")
+    with record.turns.generation(record.sleep):
+        record.generate(pushes=2)  # within another one; a server was replaced in it
+        record.note("within")
+    record.note("train")
+    found["colocated"], record.events = record.events, []
+
+    def interrupt():
+        raise Interrupted
+
+    for when in ({"work": interrupt}, {"sleep": interrupt}):
+        with pytest.raises(Interrupted):
+            record.generate(**when)
+        record.note("save")
+    found["interrupted"], record.events = record.events, []
+
+    def fail():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        record.generate(fail)
+    assert record.turns.turn == "servers"
+    with pytest.raises(AssertionError, match=r"onload\(\) comes first"):
+        policy.export_shards()
+    policy.onload()
+    critic.onload()
+    apart = Recorder(policy, critic, shared=False)
+    apart.generate()
+    found["disaggregated"] = apart.events
+    return found
+
+
+def times_of_a_late_rank(folder):
+    """When this rank's memory was away, and when rank 0 woke the servers; one clock for both."""
+    policy = make_policy(folder, {"tp": 2})
+    offload, away, wakings = policy.offload, [], []
+
+    def late(**parts):
+        time.sleep(0.5 * policy.topology.rank)
+        offload(**parts)
+        away.append(time.monotonic())
+
+    policy.offload = late
+    client = SimpleNamespace(wake_up=lambda part: wakings.append(time.monotonic()))
+    turns = Turns(
+        [policy],
+        lambda work: policy.topology.on_rank_zero(lambda: work(SimpleNamespace(client=client))),
+        lambda: None,
+        shared=True,
+    )
+    with turns.generation(lambda: None):
+        turns.hand_over(lambda: None)
+    return away, wakings
+
+
+def test_servers_wake_when_the_last_rank_has_left(tmp_path):
+    folder = reference.save_model(tmp_path / "model", tied=True, layers=2)
+    (_, wakings), (away, _) = run_ranks(2, times_of_a_late_rank, folder)
+    assert len(away) == len(wakings) == 2
+    assert away[0] < wakings[0] < away[1] < wakings[1]
+
+
+def test_who_is_on_the_device_when(tmp_path):
+    folder = reference.save_model(tmp_path / "model", tied=True, layers=2)
+    critic = save_critic(tmp_path / "critic", tied=True)
+    [found] = run_ranks(1, orders, folder, critic)
+    again = [*TURN[:3], *TURN[:3], TURN[3]]
+    assert found["colocated"] == [
+        *TURN, ("sleep", []), ("train", ALL),
+        *again, ("within", []), ("sleep", []), ("train", ALL),
+    ]  # fmt: skip
+    # The servers may have had the signal too: they are ended, and their memory is free.
+    assert found["interrupted"] == [*TURN, ("stop", []), ("save", ALL)] * 2
+    assert found["disaggregated"] == [("push", ALL), ("generate", ALL)]
+
+
+def test_a_phase_within_another_is_counted_once(monkeypatch):
+    clock, now = Clock(), [0.0]
+    monkeypatch.setattr("megafork.training.step.time.monotonic", lambda: now[0])
+
+    def take(seconds):
+        now[0] += seconds
+
+    with clock.measure("generate"):
+        take(1)
+        with clock.measure("offload"):
+            take(2)
+        take(4)
+        with clock.measure("sync"):
+            take(8)
+            with clock.measure("offload"):
+                take(16)
+    with clock.measure("score"):
+        take(32)
+        with pytest.raises(ZeroDivisionError), clock.measure("sync"):
+            take(64)
+            _ = 1 / 0
+    assert clock.seconds == {"generate": 5, "offload": 18, "sync": 8, "score": 96}
+
+
+# ---- settings ----
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.url=http://there:1"], r"rollout\.url=http://there:1 names one.*: unset url"),
+        (["rollout.max_policy_lag=2"], r"rollout\.max_policy_lag=2 generates while.*lag=0, or"),
+        (
+            ["rollout.tail=carry", "rollout.max_policy_lag=1"],
+            r"rollout\.tail=carry lets.*the server sleeps then: use tail=wait",
+        ),
+    ],
+)
+def test_what_a_sleeping_server_cannot_do_is_refused(overrides, message):
+    settings = ["run.dir=unused", *overrides]
+    load_config(TrainConfig, QUICKSTART / "config.toml", settings)
+    with pytest.raises(UserError, match=message):
+        load_config(TrainConfig, QUICKSTART / "config.toml", [*settings, COLOCATED])
+
+
+def test_local_memory_reaches_no_other_machine():
+    settings = ["run.dir=unused", "sync.transport=local", "rollout.url=http://there:1"]
+    with pytest.raises(UserError, match=r"sync\.transport=local is for servers that the trainer"):
+        load_config(TrainConfig, QUICKSTART / "config.toml", settings)
+
+
+# ---- whole runs ----
+
+EVERYTHING = (  # each step a check, an evaluation, a checkpoint; and a server that repeats itself
+    "rollout.seeded=true", "sync.check_every=1", "eval.every=1", "checkpoint.every=1",
+)  # fmt: skip
+RUNS = {
+    "tp2": ["parallel.tp=2"],
+    "pp2-critic-broadcast": [
+        "parallel.tp=1",
+        "parallel.pp=2",
+        "algorithm.advantages=gae",
+        "sync.transport=broadcast",
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["tp2", pytest.param("pp2-critic-broadcast", marks=pytest.mark.exhaustive)]
+)
+def test_a_run_learns_the_same_in_turns(tmp_path, name):
+    rows, weights = {}, {}
+    for placement in ("colocated", "disaggregated"):
+        run_dir = tmp_path / placement
+        settings = [*RUNS[name], *EVERYTHING, f"rollout.placement={placement}"]
+        done = megafork(*small_run(run_dir, *settings), mark=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert left_over(tmp_path) == []
+        rows[placement] = lines(run_dir / "metrics.jsonl")
+        files = (run_dir / "checkpoints" / "final").glob("*.safetensors")
+        weights[placement] = {n: t for path in files for n, t in load_file(path).items()}
+    for in_turns, apart in zip(rows["colocated"], rows["disaggregated"], strict=True):
+        moved = {"time/offload", "time/onload"}
+        assert in_turns.keys() - apart.keys() == moved
+        assert all(in_turns[key] > 0 for key in moved)
+        phases = sum(in_turns[f"time/{p}"] for p in ("generate", "score", "update", "sync"))
+        assert phases < in_turns["time/total"]
+        times = ("time/", "throughput/", "overlap/", "eval/")  # evaluations are not seeded
+        for key in apart:
+            if not key.startswith(times):
+                assert in_turns[key] == apart[key], key
+    ours, theirs = weights.values()
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key].equal(theirs[key]) for key in ours)
+
+
+def start(run_dir, *overrides):
+    arguments = small_run(run_dir, COLOCATED, "training.steps=4", *overrides)
+    with (run_dir.parent / "stderr").open("w") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megafork", *arguments],
+            cwd=ROOT,
+            env=environment(run_dir),
+            stderr=stderr,
+            start_new_session=True,
+        )
+
+
+def wait_for(process, path):
+    """The journal of a step has a whole group: the servers have their turn."""
+    deadline = time.monotonic() + 150
+    while not path.exists() or b"\n" not in path.read_bytes():
+        assert process.poll() is None, (path.parent.parent.parent / "stderr").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def supervisor_of(process):
+    [found] = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "megafork.rollout.supervisor" in child.cmdline()
+    ]
+    return found.pid
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_in_its_turn_is_replaced(tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(run_dir, "parallel.tp=2", "sync.check_every=1")
+    wait_for(process, run_dir / "rollouts" / "step_000002.jsonl")
+    os.killpg(supervisor_of(process), signal.SIGKILL)
+    told = (tmp_path / "stderr").read_text
+    assert process.wait(200) == 0, told()
+    # Its requests were lost, or it had answered all of them and is missed when it should sleep.
+    assert len(re.findall("the rollout server at .* is back", told())) == 1
+    rows = lines(run_dir / "metrics.jsonl")
+    assert [row["policy_version"] for row in rows] == [2, 3, 4, 5]
+    assert max(row["mismatch/kl"] for row in rows) < 1e-6
+    assert left_over(run_dir) == []
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_servers_turn_saves(tmp_path):
+    """To every process, as Slurm does: the server may be gone before the trainer wants its turn."""
+    run_dir = tmp_path / "run"
+    process = start(run_dir, "parallel.tp=2", "checkpoint.every=0", "training.steps=50")
+    wait_for(process, run_dir / "rollouts" / "step_000002.jsonl")
+    for member in [process, *psutil.Process(process.pid).children(recursive=True)]:
+        os.kill(member.pid, signal.SIGUSR1)
+    assert process.wait(100) == INTERRUPTED, (tmp_path / "stderr").read_text()
+    assert left_over(run_dir) == []
+    done = [row["step"] for row in lines(run_dir / "metrics.jsonl")]
+    [saved] = (run_dir / "checkpoints").glob("step_*/manifest.json")
+    assert saved.parent.name == f"step_{done[-1]:06d}"
+    told = (tmp_path / "stderr").read_text()
+    assert "Traceback" not in told and "error" not in told

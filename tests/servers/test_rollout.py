@@ -1,0 +1,343 @@
+"""The vLLM server, its client and the weight transfer: real processes, against transformers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+
+from megafork.rollout.client import RolloutClient, ServerError
+from megafork.rollout.sampling import (
+    Completion,
+    Sampling,
+    TwoTemperatures,
+)
+from megafork.rollout.vllm_server import VllmServer
+from megafork.weight_sync.transports import plan_buckets, push_buckets
+from tests.helpers.commands import gone_within, members
+from tests.helpers.pushes import connect, push, state_dict
+from tests.helpers.reference import (
+    VOCAB,
+    load_model,
+    logprobs_and_entropies,
+    response_logits,
+    save_model,
+)
+
+LOGPROB_TOL = 1e-4  # float32 kernels of vLLM against transformers; 4e-6 is usual
+OTHER_POLICY = 0.5  # log-probabilities of two random models differ by nats
+EOS = 1
+# Longer than vLLM's cache block of 128 tokens on the CPU, so that a stale prefix would be used.
+LONG_PROMPT = [2 + (7 * i) % (VOCAB - 2) for i in range(180)]
+SHORT_PROMPT = [5, 9, 13]
+
+
+@dataclass
+class Running:
+    server: VllmServer
+    client: RolloutClient
+    folders: tuple[Path, Path]  # the model it serves at first, and another one
+    tied: bool
+
+    def generate(self, prompt: list[int], n: int, sampling: Sampling, seed: int | None = None):
+        return self.generate_all([prompt], n, sampling, seed)[0]
+
+    def generate_all(self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int | None):
+        async def gather():
+            async with self.client:
+                requests_ = (self.client.generate(p, n, sampling, seed) for p in prompts)
+                return await asyncio.gather(*requests_)
+
+        return asyncio.run(gather())
+
+    def error_against(self, folder: Path) -> float:
+        """Largest difference to the log-probabilities of the model in `folder`."""
+        responses = self.generate(LONG_PROMPT, 4, Sampling(max_tokens=30))
+        return max_logprob_error(folder, LONG_PROMPT, responses, temperature=1.0)
+
+
+@torch.no_grad()
+def max_logprob_error(
+    folder: Path, prompt: list[int], responses: list[Completion], temperature: float
+) -> float:
+    model = load_model(folder)
+    worst = 0.0
+    for response in responses:
+        logits = response_logits(model, prompt, response.token_ids) / temperature
+        expected, _ = logprobs_and_entropies(logits, response.token_ids)
+        worst = max(worst, (expected - torch.tensor(response.logprobs)).abs().max().item())
+    return worst
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def running(request, tmp_path_factory) -> Iterator[Running]:
+    torch.set_num_threads(1)  # the reference's threads would spin where the server runs
+    tied = request.param == "tied"
+    root = tmp_path_factory.mktemp(request.param)
+    folders = (
+        save_model(root / "first", tied=tied, seed=0),
+        save_model(root / "second", tied=tied, seed=1),
+    )
+    # Defaults that would leave one token to sample: nothing of them may reach a response.
+    (folders[0] / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "top_k": 1, "temperature": 0.1, "eos_token_id": EOS})
+    )
+    server = VllmServer(
+        folders[0],
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=128,
+        log_path=root / "vllm.log",
+        startup_timeout_s=240,
+    )
+    with server:
+        yield Running(server, server.client(timeout_s=60), folders, tied)
+    assert gone_within(server.process_group, 1)
+
+
+# ------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_the_sampling_distribution(running, temperature):
+    sampling = Sampling(temperature=temperature, max_tokens=40)
+    responses = running.generate(LONG_PROMPT, 8, sampling)
+    assert max_logprob_error(running.folders[0], LONG_PROMPT, responses, temperature) < LOGPROB_TOL
+
+
+@torch.no_grad()
+def test_responses_follow_the_whole_distribution(running):
+    """The folder's top_k=1 and temperature=0.1 would give the same token every time."""
+    count = 4096
+    responses = running.generate(SHORT_PROMPT, count, Sampling(max_tokens=1), seed=0)
+    tokens = torch.tensor([response.token_ids[0] for response in responses])
+    drawn = torch.bincount(tokens, minlength=VOCAB) / count
+    expected = response_logits(load_model(running.folders[0]), SHORT_PROMPT, [0])[0].softmax(-1)
+    distance = 0.5 * (drawn - expected).abs().sum()
+    noise = 0.4 * (expected * (1 - expected) / count).sqrt().sum()  # its expectation
+    assert distance < 1.3 * noise
+
+
+def test_stop_tokens_end_a_response_and_stay_in_it(running):
+    stops = tuple(range(40))
+    responses = running.generate(
+        LONG_PROMPT, 24, Sampling(max_tokens=8, stop_token_ids=stops), seed=3
+    )
+    assert {response.finish_reason for response in responses} == {"stop", "length"}
+    for response in responses:
+        assert len(response.logprobs) == len(response.token_ids)
+        assert not any(token in stops for token in response.token_ids[:-1])
+        assert (response.token_ids[-1] in stops) == (not response.truncated)
+        assert not response.truncated or len(response.token_ids) == 8
+    assert max_logprob_error(running.folders[0], LONG_PROMPT, responses[:6], 1.0) < LOGPROB_TOL
+
+
+def test_only_stated_stop_tokens_count(running):
+    """The folder's EOS token is one among others until the caller says so."""
+    responses = running.generate(LONG_PROMPT, 256, Sampling(max_tokens=20), seed=1)
+    assert all(len(response.token_ids) == 20 for response in responses)
+    assert any(EOS in response.token_ids[:-1] for response in responses)
+
+
+def test_seeds_reproduce_a_full_batch(running):
+    """512 requests fill the prefill budget several times; seeds and chunked prefill would crash."""
+    prompts = [LONG_PROMPT[i : i + 100] for i in range(64)]
+    first, second = (
+        running.generate_all(prompts, 8, Sampling(max_tokens=5), seed=11) for _ in range(2)
+    )
+    ids = [[response.token_ids for response in group] for group in first]
+    assert ids == [[response.token_ids for response in group] for group in second]
+    assert len({tuple(i) for i in ids[0]}) > 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cause"),
+    [
+        ([VOCAB], "not in the vocabulary"),
+        ([-1], "not in the vocabulary"),
+        ([], "empty"),
+        ([5] * 300, "256"),
+    ],
+)
+def test_bad_prompts_are_refused_and_the_server_lives(running, prompt, cause):
+    with pytest.raises(ServerError, match=cause) as refused:
+        running.generate(prompt, 1, Sampling(max_tokens=1))
+    assert refused.value.status == 400
+    assert running.generate(SHORT_PROMPT, 1, Sampling(max_tokens=1))
+
+
+def test_a_server_without_two_temperatures_refuses_them(running):
+    """It would sample at a temperature of 1 and say nothing."""
+    asked = Sampling(max_tokens=1, forking_temperatures=TwoTemperatures(0.672, above=2.0))
+    with pytest.raises(ServerError, match="without two_temperatures") as refused:
+        running.generate(SHORT_PROMPT, 1, asked)
+    assert refused.value.status == 400
+
+
+def test_every_route_but_health_demands_the_key(running):
+    url = running.server.url
+    assert requests.get(f"{url}/health", timeout=5).status_code == 200
+    routes = ["/v1/models", "/v1/completions", "/megafork/generate", "/weight_info", "/pause"]
+    routes += ["/megafork/update", "/megafork/connect", "/collective_rpc", "/metrics"]
+    routes += ["/server_info", "/openapi.json", "/reset_prefix_cache", "/health/", "//health"]
+    for route in routes:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}):
+            for method in ("GET", "POST", "OPTIONS"):
+                reply = requests.request(method, url + route, headers=headers, json={}, timeout=5)
+                assert reply.status_code == 401, (method, route)
+    assert not RolloutClient(url, "wrong").health()
+    assert running.client.health()
+    command_lines = [p.cmdline() for p in members(running.server.process_group)]
+    assert running.server.api_key not in str(command_lines)
+
+
+# -------------------------------------------------------------------- weight transfer
+
+
+def test_pushed_weights_are_sampled_from(running):
+    """Log-probabilities become the new model's, head and cached prefix included, and go back."""
+    first, second = running.folders
+    assert running.client.weight_version() == 0
+    assert running.error_against(first) < LOGPROB_TOL
+    assert running.error_against(second) > OTHER_POLICY
+    for version, folder in enumerate((second, first, second), start=1):
+        push(running.client, state_dict(folder, running.tied), version)
+        assert running.client.weight_version() == version
+        assert running.error_against(folder) < LOGPROB_TOL
+    assert running.error_against(first) > OTHER_POLICY
+
+
+@torch.no_grad()
+def test_weights_that_change_in_the_middle_of_responses(running):
+    """Every token is of the policy version it names, given all tokens before it."""
+    models = [load_model(folder) for folder in running.folders]
+    version = running.client.weight_version()
+    of_version = {version: models[1]}  # the test before leaves the second one
+    with ThreadPoolExecutor(1) as pool:
+        generating = pool.submit(running.generate, SHORT_PROMPT, 48, Sampling(max_tokens=250))
+        while not generating.done():
+            version += 1
+            number = version % 2
+            weights = state_dict(running.folders[number], running.tied)
+            push(running.client, weights, version, mode="keep")
+            of_version[version] = models[number]
+    responses = generating.result()
+    in_flight = [r for r in responses if any(first > 0 for _, first in r.versions)]
+    assert len(in_flight) >= 24
+    for response in responses:
+        versions, starts = zip(*response.versions, strict=True)
+        assert list(versions) == sorted(versions) and starts[0] == 0
+    for response in in_flight[:8]:
+        ends = [*(first for _, first in response.versions[1:]), len(response.token_ids)]
+        for (version, first), end in zip(response.versions, ends, strict=True):
+            logits = response_logits(of_version[version], SHORT_PROMPT, response.token_ids)
+            expected, _ = logprobs_and_entropies(logits, response.token_ids)
+            error = expected[first:end] - torch.tensor(response.logprobs[first:end])
+            assert error.abs().max() < LOGPROB_TOL
+
+
+def test_a_server_that_sleeps_is_pushed_to_and_lets_requests_wait(running):
+    """What is in flight is aborted; what comes is sampled later, from the new weights."""
+    client, folder = running.client, running.folders[0]
+    version = client.weight_version() + 1
+    weights = state_dict(folder, running.tied)
+    manifest = [(name, tuple(t.shape), t.dtype) for name, t in weights.items()]
+    plan = plan_buckets(0, manifest, 100_000)
+
+    async def sleep_in_the_middle():
+        async with client:
+            long = asyncio.create_task(
+                client.generate(SHORT_PROMPT, 48, Sampling(max_tokens=250), request_id="cut")
+            )
+            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=20))
+            await asyncio.to_thread(client.sleep)
+            return await long
+
+    cut = asyncio.run(sleep_in_the_middle())
+    assert all(r.aborted and 0 < len(r.token_ids) < 250 for r in cut)
+    client.sleep()  # it does already
+    assert client.health()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(running.generate, LONG_PROMPT, 4, Sampling(max_tokens=30))
+        client.wake_up("weights")
+        [sender] = connect(client, 1, 20.0)
+        client.start_weight_update()
+        push_buckets(client, sender, plan, iter(weights.items()))
+        client.finish_weight_update(version)
+        assert not waiting.done()
+        client.wake_up("kv_cache")
+        responses = waiting.result()
+    assert max_logprob_error(folder, LONG_PROMPT, responses, 1.0) < LOGPROB_TOL
+    assert all(r.versions == [(version, 0)] for r in responses)
+    client.sleep()
+    with pytest.raises(ServerError, match="still sleeping; wake its weights first"):
+        client.wake_up("kv_cache")
+    client.wake_up("weights")
+
+
+def test_aborted_requests_give_what_they_have(running):
+    async def abort_the_long_one():
+        client = running.client
+        async with client:
+            long = asyncio.create_task(
+                client.generate(SHORT_PROMPT, 48, Sampling(max_tokens=250), request_id="long")
+            )
+            other = asyncio.create_task(client.generate(SHORT_PROMPT, 2, Sampling(max_tokens=60)))
+            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=20))
+            await client.abort(["long", "no such request"])
+            return await long, await other
+
+    cut, other = asyncio.run(abort_the_long_one())
+    assert all(r.aborted and 0 < len(r.token_ids) < 250 for r in cut)
+    assert all(len(r.token_ids) == len(r.logprobs) for r in cut)
+    assert [len(r.token_ids) for r in other] == [60, 60]
+    assert running.generate(SHORT_PROMPT, 1, Sampling(max_tokens=4), seed=None)[0].truncated
+
+
+def failing_updates(weights: dict[str, torch.Tensor]) -> dict[str, tuple[dict, dict, str]]:
+    """Name -> (weights, sabotage, what the message must say)."""
+    layer = "model.layers.1.self_attn.k_proj.weight"
+    missing = {name: tensor for name, tensor in weights.items() if name != layer}
+    misnamed = {name.replace("k_proj.weight", "k_proj.wait"): t for name, t in weights.items()}
+    misshaped = {**weights, layer: weights[layer][:-1]}
+    return {
+        "a missing name": (missing, {}, rf"lacks {layer}"),
+        "a wrong name": (misnamed, {}, r"no .*k_proj\.wait"),
+        "a wrong shape": (misshaped, {}, rf"{layer} has shape \(64, 64\).*\(63, 64\)"),
+        "a sender that dies": (weights, {"second_stage_dies_at": 1}, "sender 1"),
+        "a sender that hangs": (
+            weights,
+            {"second_stage_hangs_at": 1, "timeout_s": 2.0},
+            "sender 1",
+        ),
+    }
+
+
+def test_a_failed_update_says_why_and_the_next_one_mends_it(running):
+    first, second = running.folders
+    weights = state_dict(first, running.tied)
+    version = running.client.weight_version()
+    for what, (broken, sabotage, message) in failing_updates(weights).items():
+        started = time.monotonic()
+        with pytest.raises(ServerError, match=message):
+            push(running.client, broken, 99, **(sabotage or {"expect": what}))
+        assert time.monotonic() - started < 10, what
+        assert running.client.weight_version() == version, what
+    push(running.client, state_dict(second, running.tied), version + 1)
+    assert running.error_against(second) < LOGPROB_TOL
+
+
+def test_tied_head_is_not_sent_twice(running):
+    if not running.tied:
+        pytest.skip("an untied head is sent")
+    weights = load_model(running.folders[0]).state_dict()
+    with pytest.raises(ServerError, match=r"no lm_head\.weight"):
+        push(running.client, weights, 99, expect="refused")

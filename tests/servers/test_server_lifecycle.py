@@ -1,0 +1,251 @@
+"""How the vLLM server starts, ends and fails, and what its client makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from megafork.errors import UserError
+from megafork.rollout import client as client_module
+from megafork.rollout.client import RolloutClient
+from megafork.rollout.sampling import (
+    Completion,
+    Sampling,
+    decode_completions,
+    encode_completions,
+)
+from megafork.rollout.vllm_server import VllmServer
+from tests.helpers.commands import ROOT, gone_within, members
+from tests.helpers.reference import save_model
+
+# ------------------------------------------------------------------- start, end, errors
+
+
+def unstarted(folder: Path, tmp_path: Path, **options) -> VllmServer:
+    defaults = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 8}
+    return VllmServer(folder, log_path=tmp_path / "logs" / "vllm.log", **(defaults | options))
+
+
+def test_a_folder_that_is_no_model_is_named_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere/config\.json does not exist"):
+        unstarted(tmp_path / "nowhere", tmp_path).start()
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3')
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+        unstarted(tmp_path, tmp_path).start()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="names no architectures"):
+        unstarted(tmp_path, tmp_path).start()
+
+
+def test_a_taken_port_is_named_at_once(tmp_path):
+    folder = save_model(tmp_path / "model", tied=True)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port} \(Address already in use\)"):
+            unstarted(folder, tmp_path, port=port).start()
+
+
+def test_a_server_that_fails_says_why_and_leaves_nothing(tmp_path):
+    folder = save_model(tmp_path / "model", tied=True)
+    server = unstarted(folder, tmp_path, max_model_len=100_000)
+    with pytest.raises(UserError, match=r"max_model_len.*100000(.|\n)*full log: .*vllm\.log"):
+        server.start()
+    assert gone_within(server.process_group, 1)
+
+
+def test_a_server_that_is_too_slow_is_ended(tmp_path):
+    folder = save_model(tmp_path / "model", tied=True)
+    server = unstarted(folder, tmp_path, startup_timeout_s=0.5)
+    with pytest.raises(UserError, match=r"startup_timeout_s=0\.5"):
+        server.start()
+    assert gone_within(server.process_group, 1)
+
+
+def test_stop_from_another_thread_ends_a_start(tmp_path):
+    folder = save_model(tmp_path / "model", tied=True)
+    server = unstarted(folder, tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(server.start)
+        while server.process_group is None:
+            time.sleep(0.01)
+        server.stop()
+        with pytest.raises(UserError, match="did not start"):
+            starting.result()
+    assert gone_within(server.process_group, 1)
+    server.stop()
+    with pytest.raises(UserError, match="make a new one"):
+        server.start()
+
+
+@pytest.mark.slow
+def test_kill_9_of_the_trainer_leaves_no_process(tmp_path):
+    """With the API server and its engine process up, and a worker forked off the trainer that
+    keeps the supervisor's pipe open."""
+    folder = save_model(tmp_path / "model", tied=True)
+    program = (
+        "import os, sys, time\n"
+        "from tests.servers.test_server_lifecycle import Path, unstarted\n"
+        "server = unstarted(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "server.start()\n"
+        "forked = os.fork()\n"
+        "if forked: print(server.process_group, forked, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", program, str(folder), str(tmp_path)],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process_group, forked = map(int, trainer.stdout.readline().split())
+    try:
+        assert len(members(process_group)) >= 3  # supervisor, API server, engine
+        trainer.kill()
+        trainer.wait()
+        assert gone_within(process_group, 15)
+    finally:
+        os.kill(forked, signal.SIGKILL)
+        trainer.kill()
+        trainer.stdout.close()
+
+
+def start_supervisor(script: str, stdout: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "megafork.rollout.supervisor", "bash", "-c", script]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=stdout, cwd=ROOT, start_new_session=True
+    )
+
+
+@pytest.mark.parametrize("how", ["pipe", "signal"])
+def test_the_supervisor_kills_what_ignores_term(how):
+    supervisor = start_supervisor("trap '' TERM; sleep 300 & sleep 300", subprocess.DEVNULL)
+    while len(members(supervisor.pid)) < 4:
+        assert supervisor.poll() is None
+        time.sleep(0.02)
+    if how == "pipe":
+        supervisor.stdin.close()
+    else:
+        supervisor.terminate()
+    assert gone_within(supervisor.pid, 10)
+    supervisor.wait()
+
+
+def test_the_supervisor_sweeps_up_after_a_server_that_exits():
+    """An API server that crashes leaves its engine processes; its output goes to the log."""
+    supervisor = start_supervisor("sleep 300 & echo started; exit 3", stdout=subprocess.PIPE)
+    with supervisor.stdout as log:  # its end is the end of everyone who could write to it
+        lines = log.read().decode().splitlines()
+    assert lines[0] == "started"
+    assert "exited with status 3" in lines[1]
+    assert gone_within(supervisor.pid, 1)
+    supervisor.stdin.close()
+    supervisor.wait()
+
+
+# ------------------------------------------------------------------------------ client
+
+
+def test_a_server_that_is_gone_is_named_with_the_end_of_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(client_module, "_ATTEMPTS", 2)
+    log = tmp_path / "vllm.log"
+    log.write_text("\n".join(["early", *["filler"] * 20, "RuntimeError: out of memory"]))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    client = RolloutClient(url, "key", log_path=log)
+
+    async def generate() -> None:
+        async with client:
+            await client.generate([1], 1, Sampling())
+
+    for attempt in (lambda: asyncio.run(generate()), client.resume):
+        with pytest.raises(UserError) as error:
+            attempt()
+        assert url in str(error.value) and "out of memory" in str(error.value)
+        assert "early" not in str(error.value)
+    assert not client.health()
+
+
+def test_a_dropped_connection_is_tried_again(monkeypatch):
+    """A server that hangs up on the first request and answers the second."""
+    expected = [Completion([3, 1], [-0.5, -0.25], "stop")]
+    payload = encode_completions(expected)
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(payload), payload)
+
+    def serve(listener: socket.socket) -> None:
+        listener.accept()[0].close()
+        connection, _ = listener.accept()
+        connection.recv(65536)
+        connection.sendall(reply)
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+
+        async def generate() -> list[Completion]:
+            port = listener.getsockname()[1]
+            async with RolloutClient(f"http://127.0.0.1:{port}", "key") as client:
+                return await client.generate([1], 1, Sampling())
+
+        assert asyncio.run(generate()) == expected
+        thread.join()
+
+
+def test_completions_survive_the_wire():
+    completions = [
+        Completion([2**31 - 1, 0], [-0.0, -1.5], "length"),
+        Completion([], [], "abort"),
+        Completion([7], [float("-inf")], "stop"),
+    ]
+    payload = encode_completions(completions)
+    assert decode_completions(payload) == completions
+    assert decode_completions(encode_completions([])) == []
+    with pytest.raises(ValueError, match="bytes for 3 tokens"):
+        decode_completions(payload[:-1])
+
+
+def test_a_request_states_every_parameter():
+    sampling = Sampling(temperature=0.7, max_tokens=9, stop_token_ids=(1, 4))
+    body = sampling.request_body([5], 3, 17, request_id="prompt-7")
+    params = body["sampling_params"]
+    assert (body["prompt_ids"], body["request_id"]) == ([5], "prompt-7")
+    assert params == {
+        "n": 3, "seed": 17, "temperature": 0.7, "top_p": 1.0, "top_k": -1, "min_p": 0.0,
+        "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
+        "max_tokens": 9, "min_tokens": 0, "ignore_eos": True, "stop_token_ids": [1, 4],
+        "logprobs": 0, "detokenize": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ["sampling", "supervisor"])
+def test_light_modules_stay_light(module):
+    program = (
+        f"import sys, megafork.rollout.{module}\n"
+        "print([m for m in ('torch', 'vllm', 'megatron', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stderr
+
+
+def test_the_servers_modules_need_no_megatron():
+    """They may run under the Python of an environment that has vLLM alone."""
+    program = (
+        "import sys, unittest.mock\n"
+        "for name in ('', '.config', '.exceptions', '.inputs', '.sampling_params',\n"
+        "             '.model_executor.model_loader.reload'):\n"
+        "    sys.modules['vllm' + name] = unittest.mock.MagicMock()  # 15 s to import\n"
+        "import megafork.rollout.vllm_plugins\n"
+        "print([m for m in sys.modules if m.startswith(('megatron', 'transformer_engine'))])\n"
+        "print(sorted(m for m in sys.modules if m.startswith('megafork.')))"
+    )
+    out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.splitlines()[-2] == "[]", out.stderr
+    assert "megafork.config" not in out.stdout

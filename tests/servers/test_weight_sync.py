@@ -1,0 +1,158 @@
+"""Megatron's weights in a real vLLM: after a push, both give the same log-probabilities."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+import torch
+
+from megafork.config import ModelConfig, ParallelConfig, SyncConfig
+from megafork.errors import PeerError, UserError
+from megafork.model.scorer import Scorer
+from megafork.parallel.topology import initialize
+from megafork.rollout.client import RolloutClient
+from megafork.rollout.vllm_server import VllmServer
+from megafork.weight_sync import agreement
+from megafork.weight_sync.push import WeightSync
+from tests.helpers import reference
+from tests.helpers.pushes import OPTIONS, PROMPTS, SAMPLING, make_sync
+from tests.helpers.ranks import run_ranks
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def server(request, tmp_path_factory):
+    """(a server of one random model, the folder of another model of the same shape)."""
+    folder = tmp_path_factory.mktemp("models")
+    served = reference.save_model(folder / "served", tied=request.param, seed=1)
+    trained = reference.save_model(folder / "trained", tied=request.param, seed=2)
+    options = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 32}
+    with VllmServer(served, log_path=folder / "vllm.log", **options) as running:
+        yield running, trained
+
+
+def push_twice(url, api_key, folder, layout, version):
+    parallel = ParallelConfig(**layout)
+    topology = initialize(parallel)
+    model = ModelConfig(path=str(folder), dtype="float32")
+    scorer = Scorer(model, parallel, topology, micro_batch_tokens=256, temperature=0.8)
+    client = RolloutClient(url, api_key) if topology.rank == 0 else None
+    sync = WeightSync(scorer, topology, client, SyncConfig(bucket_mib=1), num_workers=1)
+
+    def measure():
+        groups = topology.on_rank_zero(
+            lambda: asyncio.run(agreement.probe(client, PROMPTS, SAMPLING))
+        )
+        return agreement.measure(groups, scorer, topology)
+
+    before = measure()
+    sync.push(version)
+    first = measure()
+    with torch.no_grad():
+        for rule, parameter in (p for stage in scorer.stages for p in stage.parameters()):
+            parameter.mul_(0.8 if "norm" in rule.megatron else 1.1)
+    stale = measure()
+    sync.push(version + 1)
+    second = measure()
+    sync.close()
+    return before, first, stale, second
+
+
+LAYOUTS = [
+    {},
+    {"tp": 2},
+    {"pp": 2},
+    {"tp": 2, "pp": 2},
+    {"dp": 2},
+    {"cp": 2},
+    {"pp": 2, "vpp": 2},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_log_probabilities_agree_after_every_push(server, layout):
+    running, trained = server
+    version = 10 * (LAYOUTS.index(layout) + 1)
+    arguments = (running.url, running.api_key, trained, layout, version)
+    for ranks in run_ranks(ParallelConfig(**layout).world_size, push_twice, *arguments):
+        before, first, stale, second = ranks
+        assert first.num_tokens == 12 * 40
+        assert first.max_difference <= 1e-4
+        assert second.max_difference <= 1e-4
+        assert min(before.mean_difference, stale.mean_difference) > 1e-2  # the check can fail
+        agreement.require(first, SyncConfig(), "float32")
+        with pytest.raises(UserError, match="trainer and rollout server disagree"):
+            agreement.require(stale, SyncConfig(), "float32")
+    assert running.client().weight_version() == version + 1
+
+
+def push_of_another_shape(url, api_key, folder):
+    """The error of a push on this rank: (its type, its text)."""
+    sync = make_sync(RolloutClient(url, api_key), folder, {"tp": 2})
+    with pytest.raises(UserError) as caught:
+        sync.push(99)
+    return caught.type, str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_push_that_fails_is_told_by_rank_zero_and_hangs_nobody(tmp_path):
+    served = reference.save_model(tmp_path / "served", tied=True, layers=2)
+    other = reference.save_model(tmp_path / "other", tied=True, layers=4)
+    with VllmServer(served, log_path=tmp_path / "vllm.log", **OPTIONS) as running:
+        arguments = (running.url, running.api_key, other)
+        first, second = run_ranks(2, push_of_another_shape, *arguments, timeout=100)
+    assert first[0] is UserError
+    assert "the weight transfer to the rollout server failed" in first[1]
+    assert "does not answer" not in first[1]
+    assert second[0] is PeerError
+
+
+def push_to_a_server_that_dies(dying, process_group, other, folder, layout):
+    """Its errors, and the agreement with another server after a push to that one."""
+    sync = make_sync(RolloutClient(*dying), folder, layout)
+    topology = sync.topology
+    if topology.rank == 0:
+        send = sync.sender.send
+
+        def kill_and_send(bucket, tensors):
+            os.killpg(process_group, signal.SIGKILL)
+            send(bucket, tensors)
+
+        sync.sender.send = kill_and_send
+    with pytest.raises(UserError) as caught:
+        sync.push(5)
+    assert sync.version == 0
+    client = RolloutClient(*other) if topology.rank == 0 else None
+    sync.connect(client)
+    sync.push(6)
+    assert sync.version == 6
+    groups = topology.on_rank_zero(lambda: asyncio.run(agreement.probe(client, PROMPTS, SAMPLING)))
+    found = agreement.measure(groups, sync.policy, topology)
+    return caught.type, str(caught.value), found.max_difference
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_of_a_push_and_another_that_takes_it(tmp_path):
+    served = reference.save_model(tmp_path / "served", tied=True, seed=1)
+    trained = reference.save_model(tmp_path / "trained", tied=True, seed=2)
+    with (
+        VllmServer(served, log_path=tmp_path / "dying.log", **OPTIONS) as dying,
+        VllmServer(served, log_path=tmp_path / "other.log", **OPTIONS) as other,
+    ):
+        first, second = run_ranks(
+            2,
+            push_to_a_server_that_dies,
+            (dying.url, dying.api_key),
+            dying.process_group,
+            (other.url, other.api_key),
+            trained,
+            {"pp": 2},  # two senders
+            timeout=150,
+        )
+        assert other.client().weight_version() == 6
+    assert first[0] is UserError
+    assert "the weight transfer to the rollout server failed" in first[1]
+    assert second[0] is PeerError
+    assert max(first[2], second[2]) <= 1e-4

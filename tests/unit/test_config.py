@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megafork.config import EvaluateConfig, TrainConfig
+from megafork.config.file import known_keys, load_config, save_config
+from megafork.errors import UserError
+from tests.helpers.commands import QUICKSTART, REQUIRED
+
+
+def load(*overrides, path=None):
+    return load_config(TrainConfig, path, [*REQUIRED, *overrides])
+
+
+def test_config_imports_without_torch():
+    code = (
+        "import sys, megafork.config, megafork.cli, megafork.training.preflight;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_overrides_win_over_the_file_and_are_toml_values(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('[forking]\nrho = 0.5\nselect = "bottom"\n[parallel]\ntp = 2\n')
+    config = load("forking.rho=0.1", "parallel.pipeline_layers=[3, 1]", path=path)
+    assert config.forking.rho == 0.1
+    assert config.forking.select == "bottom"
+    assert config.parallel.tp == 2
+    assert config.parallel.pipeline_layers == (3, 1)
+    assert config.run.dir == "out"
+
+
+def test_a_folder_may_be_named_by_a_date():
+    assert load("model.path=2024-06-01").model.path == "2024-06-01"
+
+
+def test_the_papers_defaults():
+    config = load()
+    assert (config.forking.select, config.forking.rho) == ("top", 0.2)
+    assert (config.forking.scope, config.forking.entropy_of) == ("minibatch", "old")
+    assert (config.algorithm.clip_low, config.algorithm.clip_high) == (0.2, 0.28)
+    assert (config.rollout.prompts_per_step, config.rollout.group_size) == (512, 16)
+    assert config.training.prompts_per_minibatch == 32
+    assert (config.training.lr, config.training.warmup_steps) == (1e-6, 10)
+
+
+def test_a_saved_config_reads_back_equal(tmp_path):
+    config = load("parallel.pipeline_layers=[3,1]", "sync.max_k3=0.1", "data.eval=e.jsonl")
+    save_config(config, tmp_path / "c.toml")
+    assert load_config(TrainConfig, tmp_path / "c.toml", []) == config
+
+
+def test_every_key_is_described():
+    keys = dict(known_keys(TrainConfig))
+    assert "forking.rho" in keys
+    assert all(keys.values())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("forking.roh=0.1", "unknown key forking.roh; did you mean forking.rho?"),
+        ("paralel.tp=2", "unknown key paralel; did you mean parallel?"),
+        ("training.tp=2", "unknown key training.tp"),
+        ("forking.rho=1.5", "forking.rho=1.5"),
+        ("forking.select=best", "forking.select='best'"),
+        ("parallel.tp=two", "parallel.tp='two'"),
+        ("parallel.tp=true", "parallel.tp=True"),
+        ("training.lr=inf", "training.lr=inf"),
+        ("parallel.tp", "is not of the form section.key=value"),
+        ("run.dir.x=1", "dir is a value, not a section"),
+        (
+            "training.prompts_per_minibatch=48",
+            "training.prompts_per_minibatch=48 must divide rollout.prompts_per_step=512",
+        ),
+        ("training.micro_batch_tokens=100", "raise it to at least 21504"),
+        ("algorithm.objective=gpso", "algorithm.objective='gpso'"),
+        ("algorithm.clip_dual=1.0", "algorithm.clip_dual=1.0"),
+        ("algorithm.denominator=sequences", "algorithm.denominator='sequences'"),
+        ("mismatch.max_weight=0.5", "mismatch.max_weight=0.5"),
+        (
+            "mismatch.min_weight=0.5",
+            "mismatch.min_weight=0.5 is the lower end of mismatch.correction=mask, but "
+            "mismatch.correction=none: leave it unset or set correction=mask",
+        ),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(UserError) as caught:
+        load(override)
+    assert message in str(caught.value)
+
+
+def test_a_batch_threshold_cannot_wait_for_current_entropies():
+    with pytest.raises(
+        UserError, match=r"entropy_of=current has .*: use scope=minibatch or entropy_of=old"
+    ):
+        load("forking.scope=batch", "forking.entropy_of=current")
+
+
+def test_cispo_has_no_dual_clip():
+    with pytest.raises(UserError, match=r"clip_dual=3 has no meaning for .*=cispo.*leave it unset"):
+        load("algorithm.objective=cispo", "algorithm.clip_dual=3")
+
+
+def test_a_selection_of_nothing_is_refused():
+    with pytest.raises(UserError, match=r"forking\.rho=1 leaves out, which is nothing"):
+        load("forking.select=bottom", "forking.rho=1")
+
+    with pytest.raises(UserError, match=r"forking\.rho_end=1 leaves out.*: lower rho_end"):
+        load("forking.select=bottom", "forking.rho_end=1", "forking.rho_steps=5")
+
+
+def test_rho_goes_from_its_start_to_its_end():
+    schedule = load("forking.rho=0.2", "forking.rho_end=0.1", "forking.rho_steps=5").forking
+    found = [schedule.rho_at(step) for step in (1, 2, 3, 4, 5, 6, 1000)]
+    assert found == [0.2, 0.175, 0.15, 0.125, 0.1, 0.1, 0.1]
+    assert [load().forking.rho_at(step) for step in (1, 1000)] == [0.2, 0.2]
+    rising = load("forking.rho=0.1", "forking.rho_end=0.2", "forking.rho_steps=2").forking
+    assert [rising.rho_at(step) for step in (1, 2)] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rho_end=0.1"], r"rho_end=0\.1 and forking\.rho_steps=None .*: set both or neither"),
+        (["rho_steps=9"], r"rho_end=None and forking\.rho_steps=9 .*: set both or neither"),
+        (["rho_end=0.1", "rho_steps=1"], r"forking\.rho_steps=1: .* greater than or equal to 2"),
+        (["rho_end=0", "rho_steps=9"], r"forking\.rho_end=0: .* greater than 0"),
+        (
+            ["rho_end=0.1", "rho_steps=9", "select=all"],
+            r"rho_end=0\.1 has no meaning for forking\.select=all.*: leave it unset",
+        ),
+        (
+            ["population=response", "scope=sequence"],
+            r"population=response has no meaning for forking\.scope=sequence.*: leave it at loss",
+        ),
+    ],
+)
+def test_mistakes_in_the_selection_are_named(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load(*(f"forking.{override}" for override in overrides))
+
+
+def test_context_parallel_ranks_share_a_sequence():
+    """21,504 tokens in 4 chunks of 5,376, two on each rank."""
+    assert load("parallel.cp=2", "training.micro_batch_tokens=10752").parallel.cp == 2
+    with pytest.raises(UserError, match=r"on parallel.cp=2 ranks: raise it to at least 10752"):
+        load("parallel.cp=2", "training.micro_batch_tokens=10751")
+
+
+def test_a_missing_key_says_how_to_set_it():
+    with pytest.raises(UserError, match=r"training\.steps is missing"):
+        load_config(TrainConfig, None, REQUIRED[:-1])
+    with pytest.raises(UserError, match=r"reward.verifier is missing: .* as reward.verifier=VALUE"):
+        load_config(EvaluateConfig, None, ["model.path=m"])  # no key of the section
+    with pytest.raises(UserError, match=r"reward.verifier is missing"):
+        load_config(EvaluateConfig, None, ["model.path=m", "reward.timeout_s=3"])
+
+
+@pytest.mark.parametrize("content", [None, b"[model\n", b"\xff\xfe"])
+def test_an_unreadable_file_is_named(tmp_path, content):
+    path: Path = tmp_path / "c.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"c.toml"):
+        load(path=path)
+
+
+def test_an_empty_list_of_servers_unsets_one():
+    """TOML has no other way to."""
+    path = QUICKSTART / "config.toml"
+    named = ["rollout.url=http://a:1"]
+    assert load_config(TrainConfig, path, named).rollout.urls == ["http://a:1"]
+    assert load_config(TrainConfig, path, [*named, "rollout.url=[]"]).rollout.url is None
