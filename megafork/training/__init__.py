@@ -1,0 +1,3 @@
+"""A training run: ranks, updates and the loop."""
+
+import megafork.parallel  # noqa: F401  (it has to come before megatron-core)
