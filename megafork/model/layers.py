@@ -7,7 +7,8 @@ on this rank, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class PackedAttention(torch.nn.Module):
     ) -> Tensor:
         cu_seqlens = packed_seq_params.cu_seqlens_q
         lengths = cu_seqlens.diff().tolist()
-        position_parts = None
+        own_positions_T = None
         if self.part.cp_size > 1:
             order_L = self.part.order_of_gathered(cu_seqlens)
             k_TKD, v_TKD = (
@@ -85,22 +86,21 @@ class PackedAttention(torch.nn.Module):
                 for x in (k_TKD, v_TKD)
             )
             positions_L = torch.cat([torch.arange(n, device=q_TQD.device) for n in lengths])
-            position_parts = positions_L[self.part.slots(cu_seqlens)].split(self._own(lengths))
-        q_parts = q_TQD.split(self._own(lengths))
-        k_parts, v_parts = k_TKD.split(lengths), v_TKD.split(lengths)
-        outputs: list[Tensor] = []
-        for start, stop in similar_runs(lengths):
-            q, k, v = (
-                _pad(parts[start:stop]).transpose(1, 2) for parts in (q_parts, k_parts, v_parts)
-            )
+            own_positions_T = positions_L[self.part.slots(cu_seqlens)]
+        runs = list(similar_runs(lengths))
+        queries = PaddedRuns(self._own(lengths), runs, q_TQD.device)
+        keys = queries if self.part.cp_size == 1 else PaddedRuns(lengths, runs, q_TQD.device)
+        position_parts = None if own_positions_T is None else queries.pad(own_positions_T)
+        q_parts, k_parts, v_parts = queries.pad(q_TQD), keys.pad(k_TKD), keys.pad(v_TKD)
+        outputs = []
+        for index in range(len(runs)):
+            q, k, v = (parts[index].transpose(1, 2) for parts in (q_parts, k_parts, v_parts))
             seen = None
             if position_parts is not None:
-                position = _pad(position_parts[start:stop])[:, None, :, None]
+                position = position_parts[index][:, None, :, None]
                 seen = torch.arange(k.shape[2], device=k.device) <= position
-            out = self.attend(q, k, v, seen, self.softmax_scale).transpose(1, 2)
-            own = self._own(lengths[start:stop])
-            outputs += [row[:n] for row, n in zip(out, own, strict=True)]
-        return torch.cat(outputs).flatten(1)
+            outputs.append(self.attend(q, k, v, seen, self.softmax_scale).transpose(1, 2))
+        return queries.unpad(outputs).flatten(1)
 
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None) -> Tensor:
@@ -120,8 +120,55 @@ class PackedAttention(torch.nn.Module):
         return [n // self.part.cp_size for n in lengths]
 
 
-def _pad(parts: Sequence[Tensor]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+class PaddedRuns:
+    """Where the tokens of a pack stand when each run of its sequences is padded to its longest.
+
+    lengths: tokens of each sequence; runs: [start, stop) of the sequences that share a batch.
+    Padding and its backward are one copy each, whatever the number of sequences: the backward of
+    torch's pad_sequence copies the whole padded gradient once for every sequence.
+    """
+
+    def __init__(
+        self, lengths: list[int], runs: list[tuple[int, int]], device: torch.device
+    ) -> None:
+        self.shapes = [(stop - start, max(lengths[start:stop])) for start, stop in runs]
+        self.sizes = [count * longest for count, longest in self.shapes]
+        padded_lengths = [longest for count, longest in self.shapes for _ in range(count)]
+        padding_before = accumulate(
+            (padded - n for padded, n in zip(padded_lengths[:-1], lengths[:-1], strict=True)),
+            initial=0,
+        )
+        shift_T = torch.repeat_interleave(
+            torch.tensor(list(padding_before), device=device),
+            torch.tensor(lengths, device=device),
+            output_size=sum(lengths),
+        )
+        self.slots_T = torch.arange(sum(lengths), device=device) + shift_T
+
+    def pad(self, rows_T: Tensor) -> list[Tensor]:
+        """[T, ...] -> for each run [sequences, longest, ...], with zeros behind each sequence."""
+        padded = rows_T.new_zeros(sum(self.sizes), *rows_T.shape[1:])
+        parts = padded.index_copy_(0, self.slots_T, rows_T).split(self.sizes)
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def unpad(self, parts: list[Tensor]) -> Tensor:
+        """What `pad` makes of [T, ...], back again."""
+        return _TakeRows.apply(torch.cat([part.flatten(0, 1) for part in parts]), self.slots_T)
+
+
+class _TakeRows(torch.autograd.Function):
+    """rows[slots] for slots of which none occurs twice: its backward copies and adds nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, slots_T: Tensor) -> Tensor:
+        ctx.save_for_backward(slots_T)
+        ctx.num_rows = len(rows)
+        return rows.index_select(0, slots_T)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (slots_T,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, slots_T, grad), None
 
 
 def similar_runs(lengths: list[int], max_waste: float = 1.5) -> Iterator[tuple[int, int]]:

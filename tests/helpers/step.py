@@ -92,9 +92,9 @@ def one_step(folder, layout, settings, mutate=None):
     )
     old = scores.old_logprobs_N + perturbation(scores.rows_N)
     shifted = replace(scores, old_logprobs_N=old)
-    policy.accumulate_gradients(table, shifted, mask)
+    judged = policy.judged_update(table, shifted, mask)
     gradients = whole_gradients(policy)
-    metrics = policy.update(table, shifted, mask)
+    metrics = policy.apply(judged)
     return {
         "rows": scores.rows_N,
         "mask": mask,
