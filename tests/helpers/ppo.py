@@ -21,10 +21,10 @@ from tests.helpers.step import RHO, make_policy, perturbation, score_all, whole_
 CLIP = 0.3
 
 
-def save_critic(folder, *, tied, seed=7, labels=1):
+def save_critic(folder, *, tied, seed=7, labels=1, layers=4):
     """A random token classifier."""
     config = Qwen3Config(
-        vocab_size=reference.VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+        vocab_size=reference.VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, rope_theta=1e6,
         max_position_embeddings=256, tie_word_embeddings=tied, initializer_range=0.1,
         num_labels=labels, eos_token_id=1, pad_token_id=0, bos_token_id=None,
@@ -86,11 +86,11 @@ def one_ppo_step(folder, critic_folder, layout, settings, critic_settings):
         old_logprobs_N=scores.old_logprobs_N + perturbation(scores.rows_N),
         old_values_N=scores.old_values_N + shift(scores.rows_N),
     )
-    policy.accumulate_gradients(table, shifted, mask)
-    critic.accumulate_gradients(table, shifted, mask)
+    judged = [model.judged_update(table, shifted, mask) for model in (policy, critic)]
     gradients = whole_gradients(policy), whole_gradients(critic)
-    metrics = policy.update(table, shifted, mask)
-    critic_metrics = critic.apply(critic.judged_update(table, shifted, mask))
+    metrics, critic_metrics = (
+        model.apply(own) for model, own in zip((policy, critic), judged, strict=True)
+    )
     return {
         "rows": scores.rows_N,
         "values": values[scores.rows_N],

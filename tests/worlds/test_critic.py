@@ -21,6 +21,7 @@ from megafork.training.policy import BOUNDARY_EPS
 from megafork.training.preflight import check_critic
 from megafork.training.step import Clock, Optimized, optimize, update_both
 from tests.helpers import reference
+from tests.helpers.layouts import default_run, depth_for
 from tests.helpers.ppo import (
     CLIP,
     make_critic,
@@ -63,15 +64,26 @@ STEPS = [
 ]
 
 
+BY_DEFAULT = [
+    ("tp1-small-packs", "forking", False),
+    ("tp2-sp", "forking", False),
+    ("tp2-sp-cp2", "forking", False),
+    ("pp2-dp2", "forking", False),
+    ("pp2", "forking", True),
+    ("pp2", "plain", False),
+    ("dp2", "clipped", False),
+]
+
+
 @pytest.fixture(scope="module")
 def folders_of(tmp_path_factory):
-    """The folders of policy and critic, tied or not."""
+    """The folders of policy and critic, tied or not, with as many layers as the layout needs."""
 
     @functools.cache
-    def make(tied):
+    def make(tied, layers=2):
         folder = tmp_path_factory.mktemp("models")
-        policy = reference.save_model(folder / "policy", tied=tied, seed=3)
-        return policy, save_critic(folder / "critic", tied=tied)
+        policy = reference.save_model(folder / "policy", tied=tied, seed=3, layers=layers)
+        return policy, save_critic(folder / "critic", tied=tied, layers=layers)
 
     return make
 
@@ -81,10 +93,14 @@ def reference_of(folders, of_critic):
     return reference_ppo_step(*folders, SETTINGS[of_critic])
 
 
-@pytest.mark.parametrize(("case", "of_critic", "tied"), STEPS)
-def test_a_ppo_step_is_that_of_one_process(folders_of, case, of_critic, tied):
+@pytest.mark.parametrize(
+    "step", default_run(STEPS, BY_DEFAULT), ids=lambda step: "-".join(map(str, step))
+)
+def test_a_ppo_step_is_that_of_one_process(folders_of, step):
     """Values, advantages, both losses, every gradient of policy and critic."""
-    folders, (layout, settings), own_settings = folders_of(tied), CASES[case], SETTINGS[of_critic]
+    case, of_critic, tied = step
+    (layout, settings), own_settings = CASES[case], SETTINGS[of_critic]
+    folders = folders_of(tied, depth_for(layout))
     truth = reference_of(folders, of_critic)
     assert truth["gap"] > 2 * BOUNDARY_EPS["float32"]
     assert (truth["clipped"] > 3) == ("clip_value" in own_settings)
@@ -136,7 +152,7 @@ def several_minibatches(folders, layout, settings, of_critic):
     return done.updates, done.critic_updates, done.values, weights, learnt
 
 
-@pytest.mark.parametrize("case", ["tp2-sp", "pp2", "dp2"])
+@pytest.mark.parametrize("case", default_run(["tp2-sp", "pp2", "dp2"], ["pp2"]))
 def test_three_updates_are_those_of_one_process(folders_of, case):
     """The later ones with what the critic has learnt before, and values clipped to the old ones."""
     folders = folders_of(False)

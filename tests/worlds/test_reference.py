@@ -17,6 +17,7 @@ from megafork.training.telemetry import reference_metrics, update_metrics
 from megafork.types import Group, Sample, token_table
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART, left_over, lines, megafork, small_run
+from tests.helpers.layouts import depth_for
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reference import near
 from tests.helpers.step import make_policy, make_table
@@ -102,9 +103,9 @@ def weights_of(policy):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", LAYOUTS)
-def test_the_reference_comes_and_goes_bit_for_bit(tmp_path, case, dtype):
+def test_the_reference_comes_and_goes_bit_for_bit(model_of, case, dtype):
     layout, tied = LAYOUTS[case]
-    folder = reference.save_model(tmp_path, tied=tied, seed=3)
+    folder = model_of(tied, depth_for(layout))
     world = ParallelConfig(**layout).world_size
     settings = settings_of(dtype, tied)
     ranks = run_ranks(world, come_and_go, folder, layout, settings)
@@ -140,9 +141,9 @@ def first_step(folder, layout):
 
 
 @pytest.mark.parametrize("layout", [{}, SP, {"pp": 2}, {"cp": 2}, {"dp": 2}], ids=str)
-def test_a_reference_that_is_the_policy_says_so(tmp_path, layout):
+def test_a_reference_that_is_the_policy_says_so(model_of, layout):
     """At step 1 the divergence is exactly 0; at step 2 it is not, and the selections are near."""
-    folder = reference.save_model(tmp_path, tied=False, seed=3)
+    folder = model_of(False)
     world = ParallelConfig(**layout).world_size
     for first, second in run_ranks(world, first_step, folder, layout):
         metrics, of_first, equal, seconds = first
@@ -169,9 +170,9 @@ def without_terms(folder):
     return policy.reference, found, set(clock.seconds), update_metrics(done.updates, policy.terms)
 
 
-def test_without_a_coefficient_there_is_no_reference(tmp_path):
+def test_without_a_coefficient_there_is_no_reference(model_of):
     """Nor a read of its folder, a pass, a metric or a row of the head."""
-    folder = reference.save_model(tmp_path, tied=False, seed=3)
+    folder = model_of(False)
     [(held, found, phases, metrics)] = run_ranks(1, without_terms, folder)
     assert (held, found, phases) == (None, {}, {"score", "update"})
     assert not [name for name in metrics if "kl" in name or "bonus" in name]
@@ -225,8 +226,8 @@ def resume_and_score(folder, layout, output):
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=str)
-def test_after_a_checkpoint_the_reference_is_still_the_folder(tmp_path, layout):
-    folder = reference.save_model(tmp_path / "model", tied=False, seed=3)
+def test_after_a_checkpoint_the_reference_is_still_the_folder(tmp_path, model_of, layout):
+    folder = model_of(False)
     whole = torch.full((make_table().num_rows,), torch.nan)
     [(rows, logprobs, trained)] = run_ranks(1, save_trained, folder, {}, tmp_path / "run")
     whole[rows] = logprobs
@@ -284,8 +285,8 @@ IN_LOSS = [1, 1, 1, 1, 0, 1, 1, 1, 1, 1]
         (0.5, "sequence", 3 / 5),
     ],
 )
-def test_the_overlap_by_hand(tmp_path, rho, scope, share):
-    folder = reference.save_model(tmp_path, tied=False, seed=3)
+def test_the_overlap_by_hand(model_of, rho, scope, share):
+    folder = model_of(False)
     function = score_by_hand(OWN, OTHER, IN_LOSS, rho, scope)
     assert run_ranks(1, function, folder) == [pytest.approx(share)]
 
@@ -312,8 +313,8 @@ def overlap_at(folder, ref_folder, layout, forking):
     [{"scope": "batch"}, {"select": "bottom", "scope": "sequence"}, {"entropy_of": "current"}],
     ids=str,
 )
-def test_the_comparison_is_the_same_at_every_layout(tmp_path, forking):
-    folder = reference.save_model(tmp_path / "model", tied=False, seed=3)
+def test_the_comparison_is_the_same_at_every_layout(tmp_path, model_of, forking):
+    folder = model_of(False)
     ref_folder = near(folder, tmp_path / "reference")
     values = []
     for layout in ({}, SP, {"pp": 2}, {"cp": 2}, {"dp": 2}):

@@ -28,8 +28,8 @@ LAYOUTS = [
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return reference.save_model(tmp_path_factory.mktemp("model"), tied=False, seed=3)
+def model_folder(model_of):
+    return model_of(False)
 
 
 def weights_of(policy):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -11,14 +13,9 @@ from megafork.model import scorer
 from megafork.model.shape import ModelShape
 from megafork.training.policy import BOUNDARY_EPS
 from tests.helpers import reference
+from tests.helpers.layouts import default_run, depth_for
 from tests.helpers.ranks import run_ranks
 from tests.helpers.step import RHO, make_policy, make_table, paper_loss, score_all
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def model_folder(request, tmp_path_factory):
-    return reference.save_model(tmp_path_factory.mktemp("model"), tied=request.param, seed=3)
-
 
 SP = {"tp": 2, "sequence_parallel": True}
 
@@ -36,8 +33,9 @@ def decay_only(folder):
     return before, {name: value.clone() for name, value in policy.export_shards()}
 
 
-def test_weight_decay_and_warm_up(model_folder):
-    [(before, after)] = run_ranks(1, decay_only, model_folder)
+@pytest.mark.parametrize("tied", [True, False])
+def test_weight_decay_and_warm_up(model_of, tied):
+    [(before, after)] = run_ranks(1, decay_only, model_of(tied))
     for name, value in before.items():
         # lr is 0.1 / 2 at the first of two warm-up steps; norms are not decayed
         factor = 1.0 if "norm" in name else 1 - 0.05 * 0.5
@@ -83,21 +81,28 @@ def reference_updates(folder):
     return norms, {n: p.detach() for n, p in named.items()}
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {},
-        {"tp": 2},
-        {"pp": 2},
-        {"dp": 2},
-        {"tp": 2, "pp": 2},
-        {**SP, "cp": 2},
-        {"pp": 2, "vpp": 2},
-    ],
-    ids=str,
-)
-def test_clipped_updates_are_adamw(model_folder, layout):
-    expected_norms, expected = reference_updates(model_folder)
+@functools.cache
+def expected_updates(folder):
+    return reference_updates(folder)
+
+
+UPDATED = {
+    "tp1": {},
+    "tp2": {"tp": 2},
+    "pp2": {"pp": 2},
+    "dp2": {"dp": 2},
+    "tp2-pp2": {"tp": 2, "pp": 2},
+    "tp2-sp-cp2": {**SP, "cp": 2},
+    "pp2-vpp2": {"pp": 2, "vpp": 2},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("case", default_run(UPDATED, ("tp1", "pp2", "dp2", "tp2-sp-cp2")))
+def test_clipped_updates_are_adamw(model_of, case, tied):
+    layout = UPDATED[case]
+    model_folder = model_of(tied, depth_for(layout))
+    expected_norms, expected = expected_updates(model_folder)
     assert min(expected_norms) > CLIP  # every update is clipped
     ranks = run_ranks(ParallelConfig(**layout).world_size, several_updates, model_folder, layout)
     for norms, _ in ranks:
@@ -166,13 +171,28 @@ def many_small_updates(folder, layout, float32_head):
     return dtypes, weights
 
 
-@pytest.mark.parametrize("float32_head", [False, True])
+ADDED_UP = {
+    "tp1": {},
+    "tp2": {"tp": 2},
+    "dp2": {"dp": 2},
+    "tp2-sp-cp2": {**SP, "cp": 2},
+    "pp2-vpp2-dp2": {"pp": 2, "vpp": 2, "dp": 2},
+}
+
+
 @pytest.mark.parametrize(
-    "layout", [{}, {"tp": 2}, {"dp": 2}, {**SP, "cp": 2}, {"pp": 2, "vpp": 2, "dp": 2}], ids=str
+    "case_and_head",
+    default_run(
+        [(case, float32_head) for case in ADDED_UP for float32_head in (False, True)],
+        [("tp1", True), ("tp2", False), ("dp2", True), ("tp2-sp-cp2", False)],
+    ),
+    ids=lambda value: f"{value[0]}-{'float32' if value[1] else 'bfloat16'}-head",
 )
-def test_bfloat16_weights_add_up_in_float32(tmp_path, layout, float32_head):
+def test_bfloat16_weights_add_up_in_float32(tmp_path, case_and_head):
     """A weight of 1 to 2 is a multiple of 2^-7 in bfloat16: one step of 2^-10 rounds back to where
     it was, eight of them in float32 do not."""
+    case, float32_head = case_and_head
+    layout = ADDED_UP[case]
     folder = reference.save_model(tmp_path, tied=False, dtype=torch.bfloat16, seed=3)
     world = ParallelConfig(**layout).world_size
     moved, total = [0, 0], 0
