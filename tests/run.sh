@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What has to pass: environment, lint, format, types, tests. Arguments go to pytest; without any,
-# the slow tests (checkpoints, conversion and resume at every layout) are left to `-m slow`.
+# the slow tests (all layouts, checkpoints, conversion, whole runs, Slurm) are left to `-m slow`.
 #
 #   tests/run.sh [--mcore-0.19] [pytest arguments]
 #     --mcore-0.19   run the tests against megatron-core 0.19.2 instead of 0.16.1
@@ -31,5 +31,6 @@ fi
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy" megafork
-# Two test modules at a time: much of their time is waiting for a server or for other ranks.
-PYTHONPATH=$mcore_path${PYTHONPATH:+:$PYTHONPATH} exec "$bin/python" -m pytest -n 2 --dist loadscope "$@"
+# Two tests at a time, in tests/conftest.py's order; those of one xdist_group stay together.
+PYTHONPATH=$mcore_path${PYTHONPATH:+:$PYTHONPATH} exec "$bin/python" -m pytest \
+  -n 2 --dist loadgroup --no-loadscope-reorder --durations 10 "$@"

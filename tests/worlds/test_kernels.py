@@ -32,6 +32,9 @@ from tests.helpers.triton_head import (
     uneven_sizes_and_temperatures,
 )
 
+# One process with Triton serves all of them.
+pytestmark = pytest.mark.xdist_group("triton")
+
 TRITON = Path(__file__).parents[2] / ".venv" / "triton"  # tools/setup_cpu.sh --test
 
 
@@ -94,6 +97,7 @@ def with_exact_products(test, **arguments):
         test(**arguments)
 
 
+@pytest.mark.slow
 def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(interpreted):
     test = linear.check_a_rows_bits_do_not_depend_on_the_rows_beside_it
     interpreted(with_exact_products, test)
@@ -111,6 +115,7 @@ def same_bits_over_shards():
                 assert torch.equal(entropy, of_tp[0][0][1])
 
 
+@pytest.mark.slow
 def test_the_number_of_shards_moves_no_bit(interpreted):
     interpreted(with_exact_products, same_bits_over_shards)
 
@@ -119,6 +124,7 @@ def test_sizes_off_the_tile_and_separate_temperatures(interpreted):
     interpreted(in_triton, uneven_sizes_and_temperatures)
 
 
+@pytest.mark.slow
 def test_bfloat16_inputs_and_their_main_grad(interpreted):
     interpreted(in_triton, bfloat16_inputs)
 
