@@ -114,7 +114,7 @@ def train(
         )
     from megafork.training.preflight import check_train
 
-    check_train(resolved)
+    check_train(resolved, resume=resume is not None)
 
     def work() -> None:
         from megafork.training.run import train as train_on_this_rank

@@ -25,7 +25,6 @@ from megafork.planning.nodes import GIB, NodeType, node_type
 from megafork.planning.report import assumption_lines, memory_lines, time_lines
 from megafork.planning.roofline import step_time
 from megafork.training.preflight import check_train
-from megafork.training.run_dir import refuse_other_run
 
 _ASSUMED_SHARE = 0.25
 """of the longest response, that the mean one has where nobody says"""
@@ -45,8 +44,8 @@ def rehearse_run(
     Raises UserError, last of all where the plan does not fit the node.
     """
     node = node_type(node_name)
-    check_train(config)
-    _check_run_dir(Path(config.run.dir), resume=resume)
+    check_train(config, resume=resume)
+    _check_is_writable(Path(config.run.dir))
     shape = ModelShape.from_folder(config.model.path)
     facts = _Facts.of(config, shape)
     nodes = _Nodes.of(config, node)
@@ -214,9 +213,7 @@ def _weights(folder: Path, shape: ModelShape) -> str:
     return f"{len(files.names)} tensors in {folder}"
 
 
-def _check_run_dir(run_dir: Path, *, resume: bool) -> None:
-    if not resume:
-        refuse_other_run(run_dir)
+def _check_is_writable(run_dir: Path) -> None:
     existing = next(path for path in (run_dir, *run_dir.resolve().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(

@@ -13,12 +13,18 @@ from megafork.launch import under_torchrun
 from megafork.model.shape import ModelShape, read_json
 from megafork.rewards.names import check_verifiers
 from megafork.rollout.engine import check_server
+from megafork.training.run_dir import refuse_other_run
 
 _TRUNCATING = {"top_k": (None, 0, -1), "top_p": (None, 1, 1.0), "min_p": (None, 0, 0.0)}
 
 
-def check_train(config: TrainConfig) -> None:
-    """Raise UserError for what can be known to fail before anything is started."""
+def check_train(config: TrainConfig, *, resume: bool = False) -> None:
+    """Raise UserError for what can be known to fail before anything is started.
+
+    resume: the run in run.dir is to go on; otherwise there must not be one.
+    """
+    if not resume:
+        refuse_other_run(Path(config.run.dir))
     shape = ModelShape.from_folder(config.model.path)
     shape.check(config.model, config.parallel)
     if config.kl.reference is not None:

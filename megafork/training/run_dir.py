@@ -25,7 +25,11 @@ def make_run_dir(config: TrainConfig, run_dir: Path) -> None:
 
 
 def refuse_other_run(run_dir: Path) -> None:
-    """Raise UserError when the folder holds another run's groups."""
+    """Raise UserError when the folder holds another run's groups.
+
+    The command asks before anything is started, and rank 0 again when it makes the folder: two
+    runs may have been started at once.
+    """
     if any((run_dir / "rollouts").glob("*.jsonl")):
         raise UserError(
             f"run.dir={run_dir} holds another run (rollouts): go on with it (megafork train "
