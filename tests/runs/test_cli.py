@@ -11,7 +11,18 @@ import sys
 import pytest
 import torch
 
-from tests.helpers.commands import QUICKSTART, ROOT, left_over, megafork, small_run
+# Imported before the forks, so that no command pays for them again.
+import megafork.scoring
+import megafork.training.run  # noqa: F401
+from tests.helpers.commands import (
+    QUICKSTART,
+    ROOT,
+    environment,
+    forked_megafork,
+    left_over,
+    megafork,
+    small_run,
+)
 
 
 def data_with(tmp_path, line):
@@ -43,7 +54,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_costs_a_second_and_is_told_once(tmp_path, case):
     override, message = CASES[case]
-    done = megafork(*small_run(tmp_path / "run", override(tmp_path)), mark=tmp_path)
+    done = forked_megafork(*small_run(tmp_path / "run", override(tmp_path)), mark=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("error:") == 1
@@ -51,13 +62,58 @@ def test_a_mistake_costs_a_second_and_is_told_once(tmp_path, case):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("layout", ["parallel.tp=1", "parallel.tp=2"])
-def test_a_server_that_does_not_come_up_ends_the_run(tmp_path, layout):
+def test_a_mistake_is_told_by_the_command_itself(tmp_path):
+    """By a Python that has imported nothing before."""
+    done = megafork(*small_run(tmp_path / "run", "forking.roh=0.1"), mark=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ") and "did you mean forking.rho?" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_tells_nothing_of_its_libraries(tmp_path):
+    """What they say when they are imported."""
+    of = ["plan", QUICKSTART / "config.toml", "--nodes", "2", "--mean-response-tokens", "-5"]
+    done = megafork(*of, mark=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_another_run_is_refused_before_torch_is_imported(tmp_path):
+    """And so before a rank or a server is started, at a layout of two ranks."""
+    group = tmp_path / "run" / "rollouts" / "step_000001.jsonl"
+    group.parent.mkdir(parents=True)
+    group.touch()
+    program = (
+        "import sys\nfrom megafork.cli import main\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *small_run(tmp_path / "run", "parallel.tp=2")],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: run.dir={tmp_path}/run holds another run (rollouts): ")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["rollouts"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "command"),
+    [("parallel.tp=1", forked_megafork), ("parallel.tp=2", megafork)],
+    ids=["parallel.tp=1", "parallel.tp=2"],
+)
+def test_a_server_that_does_not_come_up_ends_the_run(tmp_path, layout, command):
     """A Python without vLLM: the trainer's ranks are up by then."""
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'vllm'\" >&2\nexit 1\n")
     fake.chmod(0o755)
-    done = megafork(*small_run(tmp_path / "run", layout, f"rollout.python={fake}"), mark=tmp_path)
+    done = command(*small_run(tmp_path / "run", layout, f"rollout.python={fake}"), mark=tmp_path)
     assert done.returncode == 2
     assert "No module named 'vllm'" in done.stderr
     assert done.stderr.count("error:") == 1
@@ -67,7 +123,7 @@ def test_a_server_that_does_not_come_up_ends_the_run(tmp_path, layout):
 
 def test_a_server_that_is_too_slow_ends_the_run(tmp_path):
     override = "rollout.startup_timeout_s=1"
-    done = megafork(*small_run(tmp_path / "run", "parallel.tp=1", override), mark=tmp_path)
+    done = forked_megafork(*small_run(tmp_path / "run", "parallel.tp=1", override), mark=tmp_path)
     assert done.returncode == 2
     assert "startup_timeout_s=1" in done.stderr
     assert left_over(tmp_path) == []
@@ -79,7 +135,7 @@ def test_a_missing_tokenizer_is_named(tmp_path):
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         (model / name).symlink_to(QUICKSTART / "model" / name)
     arguments = ["parallel.tp=1", f"model.path={model}"]
-    done = megafork(*small_run(tmp_path / "run", *arguments), mark=tmp_path)
+    done = forked_megafork(*small_run(tmp_path / "run", *arguments), mark=tmp_path)
     assert done.returncode == 2
     assert "holds no tokenizer (tokenizer.json, tokenizer.model, vocab.json)" in done.stderr
     assert left_over(tmp_path) == []
@@ -117,7 +173,7 @@ def test_a_world_of_the_wrong_size_is_named(tmp_path):
 )
 def test_score_names_the_line_it_cannot_score(tmp_path, line, message):
     (tmp_path / "in.jsonl").write_text(line + "\n")
-    done = megafork(
+    done = forked_megafork(
         *("score", "--model", QUICKSTART / "model", "--input", tmp_path / "in.jsonl"),
         *("--output", tmp_path / "out.jsonl", "model.dtype=float32"),
     )
@@ -128,7 +184,7 @@ def test_score_names_the_line_it_cannot_score(tmp_path, line, message):
 
 
 def test_doctor_reports_what_is_here():
-    done = megafork("doctor")
+    done = forked_megafork("doctor")
     assert done.returncode == 0, done.stdout
     for name in ("torch", "megatron-core", "transformers", "vLLM"):
         assert re.search(rf"^ok +{name} \d", done.stdout, re.MULTILINE), done.stdout
@@ -141,7 +197,7 @@ def test_doctor_names_what_is_broken_and_the_command_that_mends_it(tmp_path):
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho 'ImportError: torchvision::nms does not exist' >&2\nexit 1\n")
     fake.chmod(0o755)
-    done = megafork("doctor", "--python", fake)
+    done = forked_megafork("doctor", "--python", fake)
     assert done.returncode == 1
     assert "torchvision::nms does not exist" in done.stdout
     assert "mend:  " in done.stdout
@@ -149,7 +205,7 @@ def test_doctor_names_what_is_broken_and_the_command_that_mends_it(tmp_path):
 
 
 def test_keys_lists_every_setting():
-    done = megafork("keys")
+    done = forked_megafork("keys")
     assert done.returncode == 0
     assert "forking.rho" in done.stdout
 
@@ -162,6 +218,6 @@ def test_keys_lists_every_setting():
     ],
 )
 def test_train_wants_a_config_or_a_run(arguments, message):
-    done = megafork("train", *arguments)
+    done = forked_megafork("train", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr

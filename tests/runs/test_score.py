@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import resource
 
 import pytest
 import torch
 
+import megafork.scoring  # noqa: F401  before the forks, so that no command pays for it again
 from tests.helpers import reference
-from tests.helpers.commands import QUICKSTART, ROOT, environment, lines, megafork
+from tests.helpers.commands import QUICKSTART, forked_megafork, lines, megafork
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def test_score_is_the_same_at_every_layout(tmp_path, layout):
 
 def test_score_takes_text(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "6 2 4>48:", "response": "6*4=24;2*24=48."}\n')
-    done = megafork(
+    done = forked_megafork(
         *("score", "--model", QUICKSTART / "model", "--input", tmp_path / "in.jsonl"),
         *("--output", tmp_path / "out.jsonl", "model.dtype=float32"),
     )
@@ -71,15 +71,10 @@ def test_a_full_disk_is_told_and_leaves_the_former_output(tmp_path):
     row = json.dumps({"prompt_ids": [4, 5], "response_ids": [6, 7, 8, 9]}) + "\n"
     (tmp_path / "in.jsonl").write_text(row * 300)
     (tmp_path / "out.jsonl").write_text("former")
-    command = [sys.executable, "-m", "megafork", "score", "--model", str(folder)]
-    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
-    done = subprocess.run(
-        ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash", *command, *files],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
+    files = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"]
+    done = forked_megafork(
+        *("score", "--model", folder, *files),
+        prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14)),
     )
     assert done.returncode == 2
     assert "error: [Errno 27] File too large: make room" in done.stderr

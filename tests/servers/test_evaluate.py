@@ -19,7 +19,7 @@ from megafork.evaluation.source import find_model
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.rewards.countdown import verify
 from megafork.rollout.vllm_server import VllmServer
-from tests.helpers.commands import QUICKSTART, left_over, lines, megafork
+from tests.helpers.commands import QUICKSTART, forked_megafork, left_over, lines, megafork
 from tests.helpers.evaluations import MODEL, SETTINGS, config
 
 LOGPROB_TOL = 1e-4  # float32 kernels of vLLM against ours
@@ -66,7 +66,7 @@ def test_what_generate_writes_is_scored(url, bench, tmp_path):
     }
 
     scored = tmp_path / "scored.jsonl"
-    done = megafork("score", "--model", MODEL, "--input", output, "--output", scored)
+    done = forked_megafork("score", "--model", MODEL, "--input", output, "--output", scored)
     assert done.returncode == 0, done.stderr
     for row, before in zip(lines(scored), rows, strict=True):
         assert row["rollout_logprobs"] == before["rollout_logprobs"]
@@ -213,7 +213,7 @@ def test_a_server_of_another_model_is_refused(url, bench, tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "checkpoints" / "step_000010"
-    done = megafork("convert", "hf-to-megatron", "--hf", MODEL, "--megatron", folder)
+    done = forked_megafork("convert", "hf-to-megatron", "--hf", MODEL, "--megatron", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -299,7 +299,7 @@ def test_the_command_tells_a_mistake_as_one_message(tmp_path):
     """Files and settings come in one list, in any order."""
     output = tmp_path / "eval"
     arguments = ["--model", MODEL, "--output", output, COUNTDOWN, "none.jsonl", *SETTINGS]
-    done = megafork("eval", *arguments, mark=tmp_path)
+    done = forked_megafork("eval", *arguments, mark=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: data file none.jsonl does not exist")
     assert not output.exists()
@@ -319,7 +319,7 @@ def test_a_file_of_unknown_origin_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("command", ["generate", "eval", "temperatures"])
 def test_keys_lists_the_settings_of_the_command(command):
-    done = megafork("keys", command)
+    done = forked_megafork("keys", command)
     assert done.returncode == 0
     assert ("rollout.samples" in done.stdout, "forking.rho" in done.stdout) == (True, False)
     assert ("reward.verifier" in done.stdout) == (command != "generate")
