@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,14 +12,6 @@ from tests.helpers.commands import QUICKSTART, REQUIRED
 
 def load(*overrides, path=None):
     return load_config(TrainConfig, path, [*REQUIRED, *overrides])
-
-
-def test_config_imports_without_torch():
-    code = (
-        "import sys, megafork.config, megafork.cli, megafork.training.preflight;"
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_overrides_win_over_the_file_and_are_toml_values(tmp_path):

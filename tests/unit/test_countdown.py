@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -186,8 +184,3 @@ def test_huge_prompt_is_cheap_and_cut_in_the_message() -> None:
 def test_answer_must_be_the_target(answer: str) -> None:
     with pytest.raises(UserError, match="the answer column must hold the target"):
         verify(PROMPT, "6*4=24;2*24=48.", answer)
-
-
-def test_verifier_imports_without_torch() -> None:
-    code = "import sys, megafork.rewards.countdown; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
