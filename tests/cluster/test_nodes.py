@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ from megafork.nodes.plan import LOST
 from megafork.parallel.ports import free_port
 from megafork.parallel.topology import initialize
 from tests.helpers.commands import QUICKSTART, ROOT, environment, left_over
-from tests.helpers.guarded import LOST_AFTER_S, STARTUP_S
+from tests.helpers.guarded import LOST_AFTER_S
 from tests.helpers.ranks import run_ranks
 
 TRAIN, SERVER = ("127.0.0.1", "127.0.0.2"), "127.0.0.3"
@@ -37,25 +38,30 @@ class Machines:
 
     def __init__(self, folder):
         self.folder, self.port = folder, free_port()
+        self.startup_s = 60  # for all guards to come, on a busy machine
         self.guards = {}
 
     def start(self, node, *command, key="secret"):
         names = {"SLURMD_NODENAME": node, "MEGAFORK_API_KEY": key, "PYTHONPATH": str(ROOT)}
-        arguments = [",".join(TRAIN), SERVER, str(self.folder), str(self.port), *command]
+        plan = [",".join(TRAIN), SERVER, str(self.folder), str(self.port), str(self.startup_s)]
         with (self.folder / f"{node}.told").open("w") as told:
             self.guards[node] = subprocess.Popen(
-                [sys.executable, "-m", "tests.helpers.guarded", *arguments],
+                [sys.executable, "-m", "tests.helpers.guarded", *plan, *command],
                 cwd=ROOT,
                 env=environment(self.folder) | names,
                 stderr=told,
             )
 
-    def statuses(self, seconds=30):
+    def statuses(self, seconds=90):
         deadline = time.monotonic() + seconds
         return {
             node: guard.wait(max(deadline - time.monotonic(), 0.1))
             for node, guard in self.guards.items()
         }
+
+    def until(self, name):
+        """A command that ends well once the folder has a file of that name."""
+        return "bash", "-c", f"until [[ -e '{self.folder}/{name}' ]]; do sleep 0.1; done"
 
     def told(self, node):
         return (self.folder / f"{node}.told").read_text()
@@ -65,7 +71,7 @@ class Machines:
 
     def wait_for_commands(self, *nodes):
         """Until those machines' guards have started their commands."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not all(self._runs(node) for node in nodes):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -109,21 +115,25 @@ def test_a_killed_process_is_a_cause(machines):
 
 
 def test_success_ends_the_servers(machines):
+    """Once all machines with ranks have ended: one ends before the other."""
     machines.start(SERVER, "sleep", "600")
     machines.start(TRAIN[1], "true")
-    machines.start(TRAIN[0], "sleep", "2")
+    machines.start(TRAIN[0], *machines.until("done"))
+    machines.wait_for_commands(SERVER, TRAIN[0])
+    (machines.folder / "done").touch()
     assert set(machines.statuses().values()) == {0}
     assert not (machines.folder / "cause").exists()
 
 
 def test_a_machine_that_does_not_come_is_named(machines):
     """One does not run, the other has the wrong secret."""
+    machines.startup_s = 2
     started = time.monotonic()
     machines.start(TRAIN[0], "touch", str(machines.folder / "ran"))
     machines.start(TRAIN[1], "sleep", "600", key="another")
     assert set(machines.statuses().values()) == {LOST}
-    assert time.monotonic() - started < STARTUP_S + 10
-    assert machines.cause().startswith("error: 127.0.0.2, 127.0.0.3 did not come within 8 s")
+    assert time.monotonic() - started < machines.startup_s + 15
+    assert machines.cause().startswith("error: 127.0.0.2, 127.0.0.3 did not come within 2 s")
     assert not (machines.folder / "ran").exists()
 
 
@@ -225,12 +235,15 @@ def test_a_command_that_cannot_be_started_is_the_cause(machines):
 
 def test_a_stranger_changes_nothing(machines):
     for node in TRAIN:
-        machines.start(node, "sleep", "3")
+        machines.start(node, *machines.until("done"))
     machines.start(SERVER, "sleep", "600")
     machines.wait_for_commands(*TRAIN)
     for words in (b"[" * 60_000, '{"hello": "127.0.0.1", "proof": "\u00e9"}'.encode()):
         with socket.create_connection(("127.0.0.1", machines.port)) as stranger:
+            stranger.settimeout(60)
             stranger.sendall(words + b"\n")
+            assert stranger.recv(1) == b""  # the head has read it, and hangs up
+    (machines.folder / "done").touch()
     assert set(machines.statuses().values()) == {0}
 
 
@@ -271,22 +284,24 @@ def test_the_stop_file_is_a_signal(tmp_path, monkeypatch):
             signal.signal(number, handler)
 
 
-def one_rank_does_not_come():
+def one_rank_does_not_come(here, told):
+    """here: a barrier for the two that come; told: one for all, so that the store is there."""
     if os.environ["RANK"] == "2":
-        time.sleep(6)
+        told.wait(120)
         return
+    here.wait(120)
     with pytest.raises(UserError) as found:
         initialize(ParallelConfig(tp=3, startup_timeout_s=2.0))
     port = os.environ["MASTER_PORT"]
     assert str(found.value).startswith(
         f"rank 2 did not come to 127.0.0.1:{port} within parallel.startup_timeout_s=2"
     )
-    if os.environ["RANK"] == "0":  # it holds the store
-        time.sleep(2)
+    told.wait(120)
 
 
 def test_a_rank_that_does_not_come_is_named():
-    run_ranks(3, one_rank_does_not_come)
+    fork = multiprocessing.get_context("fork")
+    run_ranks(3, one_rank_does_not_come, fork.Barrier(2), fork.Barrier(3))
 
 
 def wrong_address():
@@ -294,7 +309,7 @@ def wrong_address():
     if os.environ["RANK"] == "0":
         return
     with pytest.raises(UserError, match=r"rank 1 cannot reach the rendezvous at 127\.0\.0\.1:\d+"):
-        initialize(ParallelConfig(tp=2, startup_timeout_s=2.0))
+        initialize(ParallelConfig(tp=2, startup_timeout_s=1.0))
 
 
 def test_a_wrong_address_is_named():

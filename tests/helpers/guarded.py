@@ -1,4 +1,4 @@
-"""One guard with any command: python -m tests.helpers.guarded TRAIN SERVE LOGS PORT COMMAND...
+"""One guard: python -m tests.helpers.guarded TRAIN SERVE LOGS PORT STARTUP_S COMMAND...
 
 Machines are addresses of this one (127.0.0.1, 127.0.0.2, ...), named in $SLURMD_NODENAME.
 """
@@ -10,17 +10,21 @@ import os
 import sys
 from pathlib import Path
 
+from megafork.nodes import guard as guard_module
+from megafork.nodes import head
 from megafork.nodes.__main__ import guard_and_tell
 from megafork.nodes.guard import Guard, Work
 from megafork.nodes.plan import Plan
 
-STARTUP_S, LOST_AFTER_S = 8.0, 6.0
+LOST_AFTER_S = 6.0
 
 if __name__ == "__main__":
-    train, serve, logs, port, *command = sys.argv[1:]
+    head._SETTLE_S = 0.2  # what follows a cause changes nothing here
+    guard_module._NOTE_S = 0.5  # nobody reads the log of a guard that is cut off
+    train, serve, logs, port, startup_s, *command = sys.argv[1:]
     names = [tuple(filter(None, text.split(","))) for text in (train, serve)]
     key = os.environ["MEGAFORK_API_KEY"].encode()
-    plan = Plan(*names, int(port), key, Path(logs), STARTUP_S, LOST_AFTER_S)
+    plan = Plan(*names, int(port), key, Path(logs), float(startup_s), LOST_AFTER_S)
     node = os.environ["SLURMD_NODENAME"]
     guard = Guard(plan, node, [Work("the-work", command)])
     sys.exit(asyncio.run(guard_and_tell(plan, guard)))

@@ -19,7 +19,10 @@ from megafork.rewards.verifier import Judge, Verdict
 from megafork.rollout.background import BackgroundLoop
 from tests.helpers.commands import MARK, ROOT, environment, left_over, processes_of
 
-DEADLINE = 2.0
+DEADLINE = 60.0
+"""Seconds for what does come, however busy the machine is"""
+SHORT = 1.0
+"""Seconds for what does not"""
 SLACK = 8.0
 """Seconds that a worker may take to be started and ended beside five other processes"""
 
@@ -35,14 +38,35 @@ def acting():
         yield judge
 
 
+@pytest.fixture(scope="module")
+def impatient():
+    with judge_of("tests.helpers.verifiers:acts", timeout_s=SHORT) as judge:
+        yield judge
+
+
 def verdict(judge, response, prompt="p", answer="a"):
     return asyncio.run(judge(prompt, response, answer))
 
 
+HANGING = {
+    "hang": "no answer within 1 s",
+    "hang in C": "no answer",
+    "hang in a child": "no answer",
+}
+
+
+@pytest.mark.parametrize("response", HANGING)
+def test_a_deadline_scores_nothing_and_the_next_response_is_judged(impatient, response):
+    impatient.causes.clear()
+    started = time.monotonic()
+    assert verdict(impatient, response) == Verdict(0.0, 0.0, "timeout")
+    assert time.monotonic() - started < SHORT + SLACK
+    cause = impatient.causes["timeout"]
+    assert HANGING[response] in cause and repr(response) in cause
+    assert verdict(impatient, "right") == Verdict(1.0, 1.0)
+
+
 FAILING = {
-    "hang": ("timeout", "no answer within 2 s"),
-    "hang in C": ("timeout", "no answer"),
-    "hang in a child": ("timeout", "no answer"),
     "eat": ("memory", "MemoryError"),
     "eat slowly": ("memory", "MemoryError"),
     "segfault": ("death", "SIGSEGV"),
@@ -62,7 +86,7 @@ def test_a_failure_scores_nothing_and_the_next_response_is_judged(acting, respon
     acting.causes.clear()
     started = time.monotonic()
     assert verdict(acting, response) == Verdict(0.0, 0.0, kind)
-    assert time.monotonic() - started < DEADLINE + SLACK
+    assert time.monotonic() - started < DEADLINE / 2
     assert cause in acting.causes[kind] and repr(response) in acting.causes[kind]
     assert verdict(acting, "right") == Verdict(1.0, 1.0)
 
@@ -95,12 +119,12 @@ def test_an_idle_worker_that_is_killed_is_replaced(acting):
 
 
 def test_waiting_does_not_count_against_the_deadline():
-    """Three responses of 1 s each in a row, the last two of which wait longer than their 1.5 s."""
+    """Three responses in a row: the last one waits for twice its deadline."""
 
     async def all_of(judge):
         return await asyncio.gather(*(judge("p", r, "a") for r in ["hang"] * 2 + ["right"]))
 
-    with judge_of("tests.helpers.verifiers:acts", timeout_s=1.5) as judge:
+    with judge_of("tests.helpers.verifiers:acts", timeout_s=SHORT) as judge:
         verdicts = asyncio.run(all_of(judge))
     assert [v.failure for v in verdicts] == ["timeout", "timeout", None]
     assert verdicts[2].reward == 1.0
