@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +13,6 @@ import pytest
 from megafork.errors import UserError
 from megafork.rollout.journal import Journal
 from megafork.types import Group, Sample
-from tests.helpers.commands import ROOT
 
 
 def group(prompt_index: int) -> Group:
@@ -87,15 +86,15 @@ def test_a_reward_that_is_no_number_survives(tmp_path):
 
 def test_kill_after_append_loses_nothing(tmp_path):
     path = tmp_path / "step.jsonl"
-    program = (
-        "import sys, os, signal\n"
-        "from megafork.rollout.journal import Journal\n"
-        "from tests.unit.test_journal import group\n"
-        "journal = Journal(sys.argv[1])\n"
-        "for index in range(5): journal.append(group(index))\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
 
-    killed = subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT)
-    assert killed.returncode == -signal.SIGKILL
+    def append_and_die():
+        journal = Journal(path)
+        for index in range(5):
+            journal.append(group(index))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    killed = multiprocessing.get_context("fork").Process(target=append_and_die)
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert Journal.read(path) == [group(index) for index in range(5)]
