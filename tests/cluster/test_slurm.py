@@ -21,6 +21,7 @@ REASON = why_not()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.slurm,
+    pytest.mark.xdist_group("slurm"),
     pytest.mark.timeout(900),
     # In continuous integration tests/run.sh installs what is missing: there is no excuse.
     pytest.mark.skipif(REASON is not None and os.environ.get("CI") != "true", reason=str(REASON)),

@@ -14,6 +14,7 @@ from megafork.config.file import load_config
 from megafork.rollout.journal import Journal
 from tests.helpers.commands import (
     QUICKSTART,
+    forked_megafork,
     left_over,
     lines,
     megafork,
@@ -92,7 +93,14 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module", params=RUNS)
+def _runs():
+    """The first in every run of the tests: it has the most to look at, and one process trains."""
+    for name in RUNS:
+        slow = [] if name.startswith("tp1") else [pytest.mark.slow]
+        yield pytest.param(name, marks=[*slow, pytest.mark.xdist_group(f"train-{name}")])
+
+
+@pytest.fixture(scope="module", params=_runs())
 def run(request, tmp_path_factory):
     """A finished run: (folder, its model's folder, the completed process)."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -226,7 +234,7 @@ def test_the_final_checkpoint_is_the_trained_model(run):
 def test_a_run_is_not_overwritten(run):
     run_dir, model, _ = run
     before = (run_dir / "metrics.jsonl").read_bytes()
-    done = megafork(*small_run(run_dir, f"model.path={model}", "parallel.tp=1"))
+    done = forked_megafork(*small_run(run_dir, f"model.path={model}", "parallel.tp=1"))
     assert done.returncode == 2
     assert f"run.dir={run_dir} holds another run" in done.stderr
     assert (run_dir / "metrics.jsonl").read_bytes() == before
