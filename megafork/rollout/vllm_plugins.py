@@ -11,12 +11,20 @@ import hmac
 import json
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from vllm import SamplingParams
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.exceptions import VLLMClientError
 from vllm.inputs import tokens_input
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 from vllm.sampling_params import RequestOutputKind
 
 from megafork.rollout.sampling import (
@@ -29,7 +37,7 @@ from megafork.rollout.sampling import (
     encode_completions,
     version_number,
 )
-from megafork.weight_sync.receiver import WeightReceiver
+from megafork.weight_sync.receiver import WeightReceiver, checkpoint_shapes, listed
 
 
 class RolloutMiddleware:
@@ -171,17 +179,63 @@ class WorkerExtension:
     takes the second worker's for the answer to the next call.
     """
 
-    def megafork_connect(self, **arguments: Any) -> str | None:
-        """Join the group of every sender, leaving former groups."""
+    rank: int  # these are the worker's
+    device: torch.device
+    vllm_config: VllmConfig
+    model_runner: Any
+
+    def megafork_connect(
+        self,
+        senders: list[dict[str, Any]],
+        num_workers: int,
+        timeout_s: float,
+        first_worker: int = 0,
+    ) -> str | None:
+        """Join the group of every sender, leaving former groups.
+
+        num_workers: of all servers together; this server's begin with `first_worker`.
+        """
 
         def connect() -> None:
-            self._megafork_receiver = WeightReceiver(self, **arguments)
+            folder = Path(self.vllm_config.model_config.model)
+            self._megafork_receiver = WeightReceiver(
+                senders,
+                rank=1 + first_worker + self.rank,
+                num_workers=num_workers,
+                device=self.device,
+                shapes=checkpoint_shapes(folder, tied=self._megafork_is_tied()),
+                timeout_s=timeout_s,
+            )
 
         return _failure_of(connect)
 
     def megafork_update(self, buckets: list[dict[str, Any]]) -> str | None:
         """Receive and load a whole model; see `WeightReceiver.update`."""
-        return _failure_of(lambda: self._megafork_receiver.update(buckets))
+        return _failure_of(lambda: self._megafork_receiver.update(buckets, self._megafork_load))
+
+    def _megafork_load(self, weights: Iterator[list[tuple[str, Tensor]]]) -> None:
+        """As vLLM loads a checkpoint. Not load_weights alone: prepacked or quantized kernels have
+        replaced the parameters."""
+        model = self.model_runner.get_model()
+        parameters = {name for name, _ in model.named_parameters()}
+        loaded: set[str] = set()
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(model)
+            try:
+                for bucket in weights:
+                    loaded |= model.load_weights(bucket)
+            finally:  # after a failure too: layers half loaded could not be loaded again
+                finalize_layerwise_reload(model, self.vllm_config.model_config)
+                if self._megafork_is_tied():
+                    # The CPU kernels pack a copy of the head, which no weight was loaded into.
+                    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+        if missing := parameters - loaded:
+            raise ValueError(f"the update left parameters unset: {listed(missing)}")
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _megafork_is_tied(self) -> bool:
+        return getattr(self.vllm_config.model_config.hf_config, "tie_word_embeddings", False)
 
 
 def _failure_of(work: Callable[[], None]) -> str | None:

@@ -1,27 +1,27 @@
-"""The worker's end of the weight transfer: from buckets into vLLM's model.
+"""The worker's end of the weight transfer: checks a whole model, and hands it on bucket by bucket.
 
-Imported by the inference server's processes alone; needs vLLM and nothing of megatron.
+Imported by the inference server's processes alone; needs torch and nothing of megatron or vLLM.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from vllm.config import set_current_vllm_config
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-)
+from torch import Tensor
 
 from megafork.weight_sync.local import LocalLink
 from megafork.weight_sync.transports import BroadcastLink, Bucket, Link, received
 
+Load = Callable[[Iterator[list[tuple[str, Tensor]]]], None]
+"""Takes all weights of a model in Hugging Face names, bucket by bucket as they come in"""
+
 
 class WeightReceiver:
-    """Receives whole models in Hugging Face names and loads them as vLLM loads a checkpoint.
+    """Receives whole models in Hugging Face names, again and again, from the same senders.
 
     An update that fails leaves weights of both policies behind and closes the groups; the next
     complete update, over new groups, mends the model.
@@ -29,32 +29,25 @@ class WeightReceiver:
 
     def __init__(
         self,
-        worker: Any,
         senders: list[dict[str, Any]],
+        *,
+        rank: int,
         num_workers: int,
+        device: torch.device,
+        shapes: dict[str, tuple[int, ...]],
         timeout_s: float,
-        first_worker: int = 0,
     ) -> None:
-        """num_workers: of all servers together; this server's begin with `first_worker`."""
-        self.device = worker.device
-        self.vllm_config = worker.vllm_config
-        self.model = worker.model_runner.get_model()
-        self._parameters = {name for name, _ in self.model.named_parameters()}
-        model_config = self.vllm_config.model_config
-        tied = getattr(model_config.hf_config, "tie_word_embeddings", False)
-        self._tied_head = self.model.lm_head if tied else None
-        self._shapes = _checkpoint_shapes(Path(model_config.model))
-        if tied:
-            self._shapes.pop("lm_head.weight", None)
-        rank = 1 + first_worker + worker.rank
+        """rank, num_workers: of the workers of all servers together; the first one's rank is 1.
+        shapes: of all weights that an update must have; see `checkpoint_shapes`."""
+        self._shapes = shapes
         self._links: list[Link] = [
-            LocalLink(sender, self.device, timeout_s)
+            LocalLink(sender, device, timeout_s)
             if "socket" in sender
-            else BroadcastLink(sender, rank, num_workers, self.device, timeout_s)
+            else BroadcastLink(sender, rank, num_workers, device, timeout_s)
             for sender in senders
         ]
 
-    def update(self, buckets: list[Bucket]) -> None:
+    def update(self, buckets: list[Bucket], load: Load) -> None:
         """Receive the buckets (see transports.plan_buckets), in this order, from their senders.
 
         Raises ValueError when names or shapes are not exactly the model's, TransferError when a
@@ -62,28 +55,11 @@ class WeightReceiver:
         """
         try:
             self._check_plan(buckets)
-            with set_current_vllm_config(self.vllm_config), torch.no_grad():
-                self._receive(buckets)
+            with torch.no_grad():
+                load(received(self._links, buckets))
         except BaseException:
             self._links.clear()  # the senders fail now, not at their timeout
             raise
-
-    def _receive(self, buckets: list[Bucket]) -> None:
-        # Not load_weights alone: prepacked or quantized kernels have replaced the parameters.
-        initialize_layerwise_reload(self.model)
-        loaded: set[str] = set()
-        try:
-            for weights in received(self._links, buckets):
-                loaded |= self.model.load_weights(weights)
-        finally:  # after a failure too: layers half loaded could not be loaded again
-            finalize_layerwise_reload(self.model, self.vllm_config.model_config)
-            if self._tied_head is not None:
-                # The CPU kernels pack a copy of the head, which no weight was loaded into.
-                self._tied_head.quant_method.process_weights_after_loading(self._tied_head)
-        if missing := self._parameters - loaded:
-            raise ValueError(f"the update left parameters unset: {_listed(missing)}")
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def _check_plan(self, buckets: list[Bucket]) -> None:
         """Names and shapes must be the checkpoint's, before anything is overwritten."""
@@ -98,24 +74,30 @@ class WeightReceiver:
                     raise ValueError(f"the update sends {name} twice")
                 shapes[name] = tuple(shape)
         if unknown := shapes.keys() - self._shapes.keys():
-            raise ValueError(f"the model has no {_listed(unknown)}")
+            raise ValueError(f"the model has no {listed(unknown)}")
         if missing := self._shapes.keys() - shapes.keys():
-            raise ValueError(f"the update lacks {_listed(missing)}")
+            raise ValueError(f"the update lacks {listed(missing)}")
         for name, shape in shapes.items():
             if shape != self._shapes[name]:
                 raise ValueError(f"{name} has shape {self._shapes[name]}, the update sends {shape}")
 
 
-def _checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the folder's safetensors files, from their headers."""
+def checkpoint_shapes(folder: Path, *, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the folder's safetensors files, from their headers.
+
+    tied: the head is the embedding, whether the files repeat it or not.
+    """
     shapes = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 shapes[name] = tuple(file.get_slice(name).get_shape())
+    if tied:
+        shapes.pop("lm_head.weight", None)
     return shapes
 
 
-def _listed(names: set[str]) -> str:
+def listed(names: set[str]) -> str:
+    """The first of them, for messages."""
     shown = sorted(names)[:5]
     return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

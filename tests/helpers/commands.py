@@ -8,6 +8,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -149,6 +150,50 @@ def small_run(run_dir: Path, *overrides: str) -> list[str]:
     ]
 
 
+def tiny_engine(folder: Path) -> Path:
+    """An executable in `folder` that runs tests/helpers/tiny_engine.py, given vLLM's command line.
+
+    For `rollout.python`: a run then needs no vLLM, and its servers are up in two seconds.
+    """
+    path = folder / "tiny-engine"
+    imports = f"PYTHONPATH={shlex.quote(str(ROOT))}:$PYTHONPATH"
+    python = shlex.quote(sys.executable)
+    path.write_text(f'#!/bin/sh\n{imports} exec {python} -m tests.helpers.tiny_engine "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def tiny_run(run_dir: Path, *overrides: str) -> list[str]:
+    """The same, on a tiny engine."""
+    return small_run(run_dir, f"rollout.python={tiny_engine(run_dir.parent)}", *overrides)
+
+
+HOLD = "MEGAFORK_TEST_HOLD"
+
+
+class Moment:
+    """The middle of what a policy generates: its tiny engines stop there until `go_on`.
+
+    A server stops when it has answered `after` groups with the weights `version`.
+    """
+
+    def __init__(self, folder: Path, version: int, after: int = 1) -> None:
+        self.folder, self.version = folder, version
+        self._hold = folder / f"hold-{version}"
+        self._hold.write_text(str(after))
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Of the run's environment."""
+        return {HOLD: str(self.folder)}
+
+    def has_come(self, servers: int = 1) -> bool:
+        return len(list(self.folder.glob(f"held-{self.version}-*"))) >= servers
+
+    def go_on(self) -> None:
+        self._hold.unlink()
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a jsonl file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -176,10 +221,11 @@ def gone_within(process_group: int, seconds: float) -> bool:
 
 
 @contextlib.contextmanager
-def serving(folder, port):
+def serving(folder, port, *overrides):
     """`megafork serve` with the key "shared"."""
     command = [sys.executable, "-m", "megafork", "serve", str(QUICKSTART / "config.toml")]
-    options = ["run.dir=unused", "--port", str(port), "--log", str(folder / "vllm.log")]
+    options = ["run.dir=unused", *overrides, "--port", str(port)]
+    options += ["--log", str(folder / "vllm.log")]
     server = subprocess.Popen(
         [*command, *options],
         cwd=ROOT,

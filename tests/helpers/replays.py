@@ -36,9 +36,13 @@ def final_weights(run_dir):
 
 
 def comparable(run_dir):
-    """The metrics that do not tell the time, and the bytes of the final weights."""
+    """The metrics that tell neither time nor servers lost, and the bytes of the final weights."""
     rows = [
-        {k: v for k, v in row.items() if not re.match("time/|throughput/|overlap/|eval/", k)}
+        {
+            k: v
+            for k, v in row.items()
+            if not re.match("time/|throughput/|overlap/|eval/|rollout/servers", k)
+        }
         for row in lines(run_dir / "metrics.jsonl")
     ]
     return rows, {name: weight.numpy().tobytes() for name, weight in final_weights(run_dir).items()}
@@ -51,15 +55,15 @@ def resume(run_dir, *overrides):
     return done
 
 
-def replayed_in_one_go(run_dir, folder):
-    """An uninterrupted run from the same journal."""
+def replayed_in_one_go(run_dir, folder, *overrides):
+    """An uninterrupted run from the same journal, at the same layout: its servers say nothing."""
     (folder / "rollouts").mkdir(parents=True)
     (folder / "checkpoints").mkdir()
     shutil.copy(run_dir / "config.toml", folder)
     for path in (run_dir / "rollouts").iterdir():
         shutil.copy(path, folder / "rollouts")
     before = journalled(folder)
-    resume(folder)
+    resume(folder, *overrides)
     assert journalled(folder) == before  # nothing was generated
     return comparable(folder)
 

@@ -13,7 +13,7 @@ import torch
 
 # Imported before the forks, so that no command pays for them again.
 import megafork.scoring
-import megafork.training.run  # noqa: F401
+import megafork.training.run
 from tests.helpers.commands import (
     QUICKSTART,
     ROOT,

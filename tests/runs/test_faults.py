@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -16,18 +15,15 @@ import pytest
 from megafork.parallel.ports import free_port
 from megafork.rollout.journal import Journal
 from tests.helpers.commands import (
-    QUICKSTART,
     ROOT,
     environment,
     left_over,
     lines,
     megafork,
     processes_of,
+    serving,
     small_run,
 )
-from tests.helpers.commands import serving
-
-
 
 
 def start_against(url, key, run_dir):

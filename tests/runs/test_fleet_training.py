@@ -20,10 +20,18 @@ from megafork.rollout.journal import Journal
 from megafork.rollout.vllm_server import VllmServer
 from megafork.weight_sync import agreement
 from tests.helpers import reference
-from tests.helpers.commands import QUICKSTART, ROOT, environment, left_over, lines, megafork, small_run
-from tests.helpers.ranks import run_ranks
-from tests.helpers.commands import serving
+from tests.helpers.commands import (
+    QUICKSTART,
+    ROOT,
+    environment,
+    left_over,
+    lines,
+    megafork,
+    serving,
+    small_run,
+)
 from tests.helpers.pushes import OPTIONS, PROMPTS, SAMPLING, make_sync
+from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 

@@ -6,21 +6,24 @@ import contextlib
 import os
 import random
 import re
-import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
 import pytest
-from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
 from megafork.logging.metrics import read_rows
-from tests.helpers.commands import ROOT, environment, left_over, lines, megafork, small_run
-from tests.helpers.replays import journalled, assert_kept, final_weights, comparable, resume, replayed_in_one_go
-from tests.helpers.replays import start, kill_when
+from tests.helpers.commands import left_over, lines, small_run
+from tests.helpers.replays import (
+    assert_kept,
+    comparable,
+    journalled,
+    kill_when,
+    replayed_in_one_go,
+    resume,
+    start,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -33,22 +36,6 @@ SETTINGS = (
     "forking.rho_end=0.1",
     "forking.rho_steps=3",
 )
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):

@@ -7,8 +7,7 @@ import shutil
 import pytest
 
 from tests.helpers.commands import megafork, small_run
-from tests.helpers.replays import comparable, final_weights, journalled, resume
-from tests.helpers.replays import TOLERANCE
+from tests.helpers.replays import TOLERANCE, comparable, final_weights, journalled, resume
 
 pytestmark = pytest.mark.slow
 

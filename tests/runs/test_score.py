@@ -8,7 +8,7 @@ import resource
 import pytest
 import torch
 
-import megafork.scoring  # noqa: F401  before the forks, so that no command pays for it again
+import megafork.scoring
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART, forked_megafork, lines, megafork
 

@@ -21,7 +21,15 @@ from megafork.interruption import INTERRUPTED
 from megafork.training.step import Clock
 from megafork.training.turns import Turns
 from tests.helpers import reference
-from tests.helpers.commands import QUICKSTART, ROOT, environment, left_over, lines, megafork, small_run
+from tests.helpers.commands import (
+    QUICKSTART,
+    ROOT,
+    environment,
+    left_over,
+    lines,
+    megafork,
+    small_run,
+)
 from tests.helpers.ppo import make_critic, save_critic
 from tests.helpers.ranks import run_ranks
 from tests.helpers.step import make_policy

@@ -1,9 +1,14 @@
-"""The vLLM server, its client and the weight transfer: real processes, against transformers."""
+"""The rollout server, its client and the weight transfer: real processes, against transformers.
+
+A contract of two engines: vLLM, and the tiny engine that stands in for it where a test is about
+something else. Both have to pass, so that the one says of a run what the other would.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +27,7 @@ from megafork.rollout.sampling import (
 )
 from megafork.rollout.vllm_server import VllmServer
 from megafork.weight_sync.transports import plan_buckets, push_buckets
-from tests.helpers.commands import gone_within, members
+from tests.helpers.commands import gone_within, members, tiny_engine
 from tests.helpers.pushes import connect, push, state_dict
 from tests.helpers.reference import (
     VOCAB,
@@ -31,6 +36,7 @@ from tests.helpers.reference import (
     response_logits,
     save_model,
 )
+from tests.helpers.rollout_servers import wait_for
 
 LOGPROB_TOL = 1e-4  # float32 kernels of vLLM against transformers; 4e-6 is usual
 OTHER_POLICY = 0.5  # log-probabilities of two random models differ by nats
@@ -77,10 +83,11 @@ def max_logprob_error(
     return worst
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["vllm-tied", "vllm-untied", "tiny-tied", "tiny-untied"])
 def running(request, tmp_path_factory) -> Iterator[Running]:
     torch.set_num_threads(1)  # the reference's threads would spin where the server runs
-    tied = request.param == "tied"
+    engine, head = request.param.split("-")
+    tied = head == "tied"
     root = tmp_path_factory.mktemp(request.param)
     folders = (
         save_model(root / "first", tied=tied, seed=0),
@@ -97,6 +104,7 @@ def running(request, tmp_path_factory) -> Iterator[Running]:
         max_num_seqs=128,
         log_path=root / "vllm.log",
         startup_timeout_s=240,
+        python=str(tiny_engine(root)) if engine == "tiny" else sys.executable,
     )
     with server:
         yield Running(server, server.client(timeout_s=60), folders, tied)
@@ -142,7 +150,10 @@ def test_stop_tokens_end_a_response_and_stay_in_it(running):
 
 def test_only_stated_stop_tokens_count(running):
     """The folder's EOS token is one among others until the caller says so."""
-    responses = running.generate(LONG_PROMPT, 256, Sampling(max_tokens=20), seed=1)
+    with torch.no_grad():
+        logits = load_model(running.folders[0])(torch.arange(VOCAB)[:, None]).logits[:, -1]
+    first = int(logits.softmax(-1)[:, EOS].argmax())  # which EOS follows most often
+    responses = running.generate([first], 256, Sampling(max_tokens=20), seed=1)
     assert all(len(response.token_ids) == 20 for response in responses)
     assert any(EOS in response.token_ids[:-1] for response in responses)
 
@@ -280,7 +291,8 @@ def test_a_server_that_sleeps_is_pushed_to_and_lets_requests_wait(running):
     client.sleep()
     with pytest.raises(ServerError, match="still sleeping; wake its weights first"):
         client.wake_up("kv_cache")
-    client.wake_up("weights")
+    client.wake_up("weights")  # with nothing in them
+    push(client, weights, version + 1)
 
 
 def test_aborted_requests_give_what_they_have(running):
@@ -300,6 +312,60 @@ def test_aborted_requests_give_what_they_have(running):
     assert all(len(r.token_ids) == len(r.logprobs) for r in cut)
     assert [len(r.token_ids) for r in other] == [60, 60]
     assert running.generate(SHORT_PROMPT, 1, Sampling(max_tokens=4), seed=None)[0].truncated
+
+
+@pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
+def test_each_way_to_pause(running, mode):
+    """What runs is frozen, finished or cut; what comes waits; what is frozen holds the cache."""
+    client = running.client
+
+    async def pause_in_the_middle():
+        async with client:
+            long = asyncio.create_task(
+                client.generate(SHORT_PROMPT, 48, Sampling(max_tokens=250), request_id=mode)
+            )
+            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=20))
+            await asyncio.to_thread(client.pause, mode)
+            late = asyncio.create_task(client.generate(SHORT_PROMPT, 1, Sampling(max_tokens=1)))
+            if mode == "keep":
+                with pytest.raises(ServerError, match="running requests hold the cache"):
+                    await asyncio.to_thread(client.reset_prefix_cache)
+                assert not long.done()
+            else:
+                await long  # before the server goes on
+                await asyncio.to_thread(client.reset_prefix_cache)
+            assert not late.done()
+            await asyncio.to_thread(client.resume)
+            await late
+            return await long
+
+    responses = asyncio.run(pause_in_the_middle())
+    assert all(response.aborted == (mode == "abort") for response in responses)
+    lengths = [len(response.token_ids) for response in responses]
+    assert all(0 < n < 250 if mode == "abort" else n == 250 for n in lengths)
+
+
+def test_who_hangs_up_is_forgotten(running):
+    """These responses would take many times as long as the server gets here to be idle."""
+
+    async def hang_up():
+        async with running.client as client:
+            long = asyncio.create_task(
+                client.generate(SHORT_PROMPT, 2048, Sampling(max_tokens=250), request_id="long")
+            )
+            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=1), request_id="short")
+            long.cancel()
+
+    asyncio.run(hang_up())
+    wait_for(lambda: not refuses(running.client.reset_prefix_cache), seconds=10)
+
+
+def refuses(call) -> bool:
+    try:
+        call()
+    except ServerError:
+        return True
+    return False
 
 
 def failing_updates(weights: dict[str, torch.Tensor]) -> dict[str, tuple[dict, dict, str]]:
