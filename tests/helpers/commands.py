@@ -221,15 +221,15 @@ def gone_within(process_group: int, seconds: float) -> bool:
 
 
 @contextlib.contextmanager
-def serving(folder, port, *overrides):
-    """`megafork serve` with the key "shared"."""
+def serving(folder, port, *overrides, **variables):
+    """`megafork serve` with the key "shared", which is killed in the end."""
     command = [sys.executable, "-m", "megafork", "serve", str(QUICKSTART / "config.toml")]
     options = ["run.dir=unused", *overrides, "--port", str(port)]
     options += ["--log", str(folder / "vllm.log")]
     server = subprocess.Popen(
         [*command, *options],
         cwd=ROOT,
-        env=environment(folder) | {"MEGAFORK_API_KEY": "shared"},
+        env=environment(folder) | {"MEGAFORK_API_KEY": "shared"} | variables,
         stdout=subprocess.PIPE,
         text=True,
     )

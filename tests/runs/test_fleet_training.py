@@ -1,15 +1,11 @@
-"""Runs with two real servers, one of which dies."""
+"""Runs with two servers: one of them dies, both come late, one dies of a push."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-import subprocess
-import sys
-import time
 
-import psutil
 import pytest
 
 from megafork.errors import PeerError, UserError
@@ -22,58 +18,21 @@ from megafork.weight_sync import agreement
 from tests.helpers import reference
 from tests.helpers.commands import (
     QUICKSTART,
-    ROOT,
-    environment,
     left_over,
     lines,
     megafork,
     serving,
     small_run,
+    tiny_engine,
+    tiny_run,
 )
+from tests.helpers.live_runs import LiveRun, middle_of
 from tests.helpers.pushes import OPTIONS, PROMPTS, SAMPLING, make_sync
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
 CHECKED = ("sync.check_every=1", "sync.check_prompts=4", "eval.prompts=16", "parallel.tp=1")
-
-
-def start(folder, *overrides, **variables):
-    with (folder / "stderr").open("w") as stderr:
-        return subprocess.Popen(
-            [sys.executable, "-m", "megafork", *small_run(folder / "run", *overrides)],
-            cwd=ROOT,
-            env=environment(folder) | variables,
-            stderr=stderr,
-        )
-
-
-def rows_of(folder):
-    path = folder / "run" / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    path = folder / "whole.jsonl"
-    path.write_text(whole)
-    return lines(path)
-
-
-def wait_until(process, folder, condition, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not condition(rows_of(folder)):
-        told = (folder / "stderr").read_text()
-        assert process.poll() is None, told
-        assert time.monotonic() < deadline, told
-        time.sleep(0.1)
-
-
-def kill_a_server(process):
-    supervisors = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "megafork.rollout.supervisor" in child.cmdline()
-    ]
-    assert len(supervisors) == 2
-    os.killpg(supervisors[1].pid, signal.SIGKILL)
 
 
 def samples(run_dir, step):
@@ -93,59 +52,60 @@ def samples(run_dir, step):
     ],
 )
 def test_a_server_that_dies_is_replaced_while_the_other_goes_on(tmp_path, how):
+    run_dir = tmp_path / "run"
     size = ("rollout.prompts_per_step=16", "rollout.group_size=16")
-    settings = (*CHECKED, *size, *how, "training.steps=400")
-    run = start(tmp_path, *settings, "rollout.servers=2")
-    wait_until(run, tmp_path, lambda rows: len(rows) == 2)
-    kill_a_server(run)
-    wait_until(run, tmp_path, lambda rows: any(row["rollout/servers_replaced"] for row in rows))
-    reached = len(rows_of(tmp_path))
-    wait_until(run, tmp_path, lambda rows: len(rows) > reached)
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(60) == 75
-    assert left_over(tmp_path) == []
-    rows, told = rows_of(tmp_path), (tmp_path / "stderr").read_text()
-    assert "is lost, and 1 others go on" in told and "is back" in told
-    assert "the rollout server died" not in told and "Traceback" not in told
-    live = [row["rollout/servers"] for row in rows]
-    assert live[:2] == [2, 2] and live[-1] == 2 and 1 in live
-    assert sum(row["rollout/servers_lost"] for row in rows) == 1
-    assert sum(row["rollout/servers_replaced"] for row in rows) == 1
-    assert [row["policy_version"] for row in rows] == list(range(2, len(rows) + 2))
-    fresh = [row["mismatch/kl"] for row in rows if row["mismatch/kl"] is not None]
+    settings = (*CHECKED, *size, *how)
+    servers = ("rollout.servers=2", "training.steps=400")
+    arguments = tiny_run(run_dir, *settings, *servers)
+    with middle_of(2, run_dir, *arguments, servers=2) as (run, moment):
+        before = len(run.rows)
+        run.kill_server(1)
+        moment.go_on()
+        run.wait_for(lambda: any(row["rollout/servers_replaced"] for row in run.rows))
+        reached = len(run.rows)
+        run.wait_for(lambda: len(run.rows) > reached)
+        run.signal(signal.SIGTERM)
+        assert run.end(60) == 75
+    assert left_over(run_dir) == []
+    assert "is lost, and 1 others go on" in run.told and "is back" in run.told
+    assert "the rollout server died" not in run.told and "Traceback" not in run.told
+    live = [row["rollout/servers"] for row in run.rows]
+    assert set(live[:before]) == {2} and live[-1] == 2 and 1 in live
+    assert sum(row["rollout/servers_lost"] for row in run.rows) == 1
+    assert sum(row["rollout/servers_replaced"] for row in run.rows) == 1
+    assert [row["policy_version"] for row in run.rows] == list(range(2, len(live) + 2))
+    fresh = [row["mismatch/kl"] for row in run.rows if row["mismatch/kl"] is not None]
     assert fresh and max(fresh) < 1e-6  # all servers have the current weights, always
-    assert (tmp_path / "run" / "vllm-1.1.log").exists()
+    [_] = run_dir.glob("vllm-?.1.log")
     if "rollout.seeded=true" not in how:
-        assert max(row["lag/max"] for row in rows) == 2
+        assert max(row["lag/max"] for row in run.rows) == 2
         return
     other = tmp_path / "other"
-    few = (*settings, "training.steps=4")
-    done = megafork(*small_run(other, *few), mark=tmp_path)
+    done = megafork(*tiny_run(other, *settings, "training.steps=4"), mark=tmp_path)
     assert done.returncode == 0, done.stderr
     for step in range(1, 5):
-        assert samples(tmp_path / "run", step) == samples(other, step)
+        assert samples(run_dir, step) == samples(other, step)
 
 
 def test_two_servers_that_are_started_after_the_run(tmp_path):
     ports = free_port(), free_port()
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     url = "rollout.url=" + str(urls).replace("'", '"')
-    run = start(tmp_path, *CHECKED, url, MEGAFORK_API_KEY="shared")
-    deadline = time.monotonic() + 100
-    told = f"waiting for the rollout server at {urls[0]}, {urls[1]} (rollout.startup_timeout_s="
-    while told not in (tmp_path / "stderr").read_text():
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+    python = f"rollout.python={tiny_engine(tmp_path)}"
     folders = tmp_path / "a", tmp_path / "b"
     for folder in folders:
         folder.mkdir()
-    with serving(folders[0], ports[0]), serving(folders[1], ports[1]):
-        assert run.wait(200) == 0, (tmp_path / "stderr").read_text()
-        rows = rows_of(tmp_path)
-        assert [row["rollout/servers"] for row in rows] == [2, 2]
-        assert all(row["mismatch/kl"] < 1e-6 for row in rows)
-        clients = [RolloutClient(url, "shared") for url in urls]
-        assert [client.weight_version() for client in clients] == [3, 3]  # both were pushed to
+    run_dir = tmp_path / "run"
+    arguments = small_run(run_dir, *CHECKED, url)
+    told = f"waiting for the rollout server at {urls[0]}, {urls[1]} (rollout.startup_timeout_s="
+    with LiveRun(run_dir, *arguments, MEGAFORK_API_KEY="shared") as run:
+        run.wait_for(lambda: told in run.told)
+        with serving(folders[0], ports[0], python), serving(folders[1], ports[1], python):
+            assert run.end() == 0, run.told
+            assert [row["rollout/servers"] for row in run.rows] == [2, 2]
+            assert all(row["mismatch/kl"] < 1e-6 for row in run.rows)
+            clients = [RolloutClient(url, "shared") for url in urls]
+            assert [client.weight_version() for client in clients] == [3, 3]  # both were pushed to
 
 
 @pytest.mark.exhaustive
@@ -160,7 +120,8 @@ def test_generate_with_two_servers(tmp_path):
         folder = tmp_path / str(count)
         folder.mkdir()
         model = ["--model", QUICKSTART / "model", "--data", data, "--output", folder / "out.jsonl"]
-        done = megafork("generate", *model, *settings, f"rollout.servers={count}", mark=tmp_path)
+        servers = [f"rollout.servers={count}", f"rollout.python={tiny_engine(tmp_path)}"]
+        done = megafork("generate", *model, *settings, *servers, mark=tmp_path)
         assert done.returncode == 0, done.stderr
         assert [path.suffix for path in folder.glob("*.log")] == []
     one, two = (
@@ -206,9 +167,10 @@ def generated(fleet):
 def test_a_server_that_dies_of_a_push_leaves_the_other_with_whole_weights(tmp_path):
     served = reference.save_model(tmp_path / "served", tied=True, seed=1)
     trained = reference.save_model(tmp_path / "trained", tied=True, seed=2)
+    options = OPTIONS | {"python": str(tiny_engine(tmp_path))}
     with (
-        VllmServer(served, log_path=tmp_path / "left.log", **OPTIONS) as left,
-        VllmServer(served, log_path=tmp_path / "dying.log", **OPTIONS) as dying,
+        VllmServer(served, log_path=tmp_path / "left.log", **options) as left,
+        VllmServer(served, log_path=tmp_path / "dying.log", **options) as dying,
     ):
         places = [(server.url, server.api_key) for server in (left, dying)]
         first, second = run_ranks(

@@ -1,4 +1,7 @@
-"""Generation beside training: how old a token may be, and that nothing of it is left to chance."""
+"""Batches whose tail later batches train on: how old a token may be, and that no chance decides.
+
+test_resume_layouts.py has a run whose batches are generated one step ahead.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,14 @@ from megafork.config import TrainConfig
 from megafork.config.file import load_config
 from megafork.errors import UserError
 from megafork.rollout.journal import Journal
-from tests.helpers.commands import QUICKSTART, left_over, lines, megafork, small_run
+from tests.helpers.commands import QUICKSTART, left_over, tiny_run
+from tests.helpers.live_runs import middle_of
 from tests.helpers.replays import (
     assert_kept,
     comparable,
     journalled,
-    kill_when,
     replayed_in_one_go,
     resume,
-    start,
 )
 
 SETTINGS = ("training.steps=5", "eval.prompts=8", "sync.check_every=1", "sync.check_prompts=2")
@@ -37,30 +39,13 @@ def test_settings_that_contradict_each_other():
 
 
 @pytest.mark.slow
-def test_the_next_batch_is_generated_by_the_policy_before(tmp_path):
-    run_dir = tmp_path / "run"
-    arguments = small_run(run_dir, *SETTINGS, "parallel.tp=2", "rollout.max_policy_lag=1")
-    done = megafork(*arguments, mark=run_dir)
-    assert done.returncode == 0, done.stderr
-    rows = lines(run_dir / "metrics.jsonl")
-    assert [row["policy_version"] for row in rows] == [2, 3, 4, 5, 6]
-    assert [row["lag/max"] for row in rows] == [0, 1, 1, 1, 1]
-    assert rows[0]["mismatch/kl"] < 1e-9  # the engine's float32 against ours
-    assert all(row["lag/kl"] > 1e-6 for row in rows[1:])  # another policy's
-    assert all(row["overlap/gain"] >= 1.0 for row in rows)
-    assert max(row["overlap/hidden_seconds"] for row in rows) > 0.0
-    for step in range(2, 6):
-        groups = Journal.read(run_dir / "rollouts" / f"step_{step:06d}.jsonl")
-        assert min(group.policy_version for group in groups) == step - 1
-
-
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_killed_run_with_carried_tails_goes_on_as_if_it_had_not_been(tmp_path):
     run_dir = tmp_path / "run"
     settings = (*SETTINGS, *CARRYING, "checkpoint.every=1")
-    process = start(small_run(run_dir, *settings), run_dir)
-    kill_when(process, run_dir / "checkpoints" / "step_000002", 0.3)
+    with middle_of(3, run_dir, *tiny_run(run_dir, *settings)) as (run, _):
+        run.wait_for((run_dir / "checkpoints" / "step_000002").exists)
+        run.kill()
     assert left_over(run_dir, seconds=10) == []
     before = journalled(run_dir)
     resume(run_dir)

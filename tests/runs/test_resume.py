@@ -1,4 +1,4 @@
-"""A run that is killed goes on: nothing in the journal is generated again, nothing else differs."""
+"""A run that is ended goes on: nothing in the journal is generated again, nothing else differs."""
 
 from __future__ import annotations
 
@@ -13,59 +13,149 @@ import psutil
 import pytest
 from torch.distributed import TCPStore
 
+from megafork.interruption import INTERRUPTED
 from megafork.logging.metrics import read_rows
-from tests.helpers.commands import left_over, lines, small_run
+from tests.helpers.commands import (
+    left_over,
+    lines,
+    processes_of,
+    small_run,
+    tiny_engine,
+    tiny_run,
+)
+from tests.helpers.live_runs import LiveRun, middle_of
+from tests.helpers.pages import read_page
 from tests.helpers.replays import (
     assert_kept,
     comparable,
     journalled,
-    kill_when,
     replayed_in_one_go,
     resume,
-    start,
 )
 
 pytestmark = pytest.mark.slow
 
+STEPS = 7
 SETTINGS = (
-    "training.steps=3",
-    "checkpoint.every=2",
-    "parallel.tp=1",
+    f"training.steps={STEPS}",
     "eval.prompts=8",
+    "sync.check_every=1",
     "sync.check_prompts=2",
+    "rollout.max_policy_lag=1",
     "forking.rho_end=0.1",
     "forking.rho_steps=3",
 )
+RHOS = [0.2, 0.15, *[0.1] * (STEPS - 2)]
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
-    """Killed while it writes a checkpoint and generates the next step."""
-    run_dir = tmp_path / "run"
-    process = start(small_run(run_dir, *SETTINGS), run_dir)
-    kill_when(process, run_dir / "checkpoints" / "step_000002.partial", 0.0)
-    assert left_over(run_dir, seconds=10) == []
-    before = journalled(run_dir)
-    resume(run_dir)
-    assert_kept(run_dir, before)
+def assert_as_if_nothing_had_been(run_dir, folder):
+    """What the run wrote is, bit for bit, that of an uninterrupted run of the same journal."""
     rows, weights = comparable(run_dir)
-    assert [(row["step"], row["forking/rho"]) for row in rows] == [(1, 0.2), (2, 0.15), (3, 0.1)]
-    assert [row["step"] for row in lines(run_dir / "eval.jsonl")] == [0, 3]
-    other_rows, other_weights = replayed_in_one_go(run_dir, tmp_path / "replayed")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["forking/rho"] for row in rows] == RHOS
+    assert [row["step"] for row in lines(run_dir / "eval.jsonl")] == [0, STEPS]
+    python = f"rollout.python={tiny_engine(run_dir.parent)}"  # nothing is generated
+    other_rows, other_weights = replayed_in_one_go(run_dir, folder, python)
     assert rows == other_rows
     assert weights == other_weights
     tokens, other_tokens = (
-        (folder / "forking_tokens.jsonl").read_bytes()
-        for folder in (run_dir, tmp_path / "replayed")
+        (path / "forking_tokens.jsonl").read_bytes() for path in (run_dir, folder)
     )
     assert tokens == other_tokens != b""
 
 
-def wait_until(process, found):
-    deadline = time.monotonic() + 120
-    while not found():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.002)
+def test_vllm_a_killed_run_goes_on_and_its_server_is_replaced(tmp_path):
+    """Killed while it writes a checkpoint and generates the next step."""
+    run_dir = tmp_path / "run"
+    settings = (*SETTINGS, "parallel.tp=1", "checkpoint.every=2")
+    with LiveRun(run_dir, *small_run(run_dir, *settings)) as run:
+        # Half-written, or just whole.
+        run.wait_for(lambda: list(run_dir.glob("checkpoints/step_000002*")))
+        run.kill()
+    assert left_over(run_dir, seconds=10) == []
+    before = journalled(run_dir)
+    with LiveRun(run_dir, "train", "--resume", run_dir) as run:
+        run.wait_for(run.journal(5).exists)
+        half = run.journal(5).read_bytes()
+        run.kill_server()
+        assert run.end() == 0, run.told
+    assert left_over(run_dir) == []
+    assert_kept(run_dir, before)
+    assert run.told.count("the rollout server died and is replaced") == 1
+    assert "does not answer" in run.told  # the cause
+    assert "supervisor" not in (run_dir / "vllm.log").read_text().split("\n")[0]
+    assert (run_dir / "vllm.1.log").exists()
+    assert run.journal(5).read_bytes().startswith(half)
+    for step in range(1, STEPS + 1):
+        prompts = [group["prompt_index"] for group in lines(run.journal(step))]
+        assert len(set(prompts)) == len(prompts)
+    assert [row["policy_version"] for row in run.rows] == list(range(2, STEPS + 2))
+    fresh = [row["mismatch/kl"] for row in run.rows if row["mismatch/kl"] is not None]
+    assert fresh and max(fresh) < 1e-6  # it has the current weights
+    assert max(row["lag/max"] for row in run.rows) == 1
+    assert_as_if_nothing_had_been(run_dir, tmp_path / "replayed")
+
+
+def test_a_run_goes_on_however_it_is_ended(tmp_path):
+    """Four times, each while one batch is generated beside the training of another."""
+    run_dir = tmp_path / "run"
+    again = ("train", "--resume", run_dir)
+
+    # Its launcher is killed.
+    settings = (*SETTINGS, "parallel.tp=2", "checkpoint.every=0")
+    with middle_of(2, run_dir, *tiny_run(run_dir, *settings)) as (run, _):
+        assert len(processes_of(run_dir)) >= 5  # launcher, two ranks, supervisor, server
+        run.process.kill()
+        assert run.end(30) != 0
+        assert left_over(run_dir, seconds=20) == []
+
+    # Its server dies once too often.
+    before = journalled(run_dir)
+    with middle_of(3, run_dir, *again, "rollout.max_restarts=0") as (run, _):
+        run.kill_server()
+        assert run.end(100) == 2
+    assert left_over(run_dir, seconds=20) == []
+    assert run.told.count("error:") == 1 and "Traceback" not in run.told
+    assert "does not answer" in run.told
+    assert_kept(run_dir, before)
+
+    # A signal comes to all its processes at once, the server and its supervisor too.
+    before = journalled(run_dir)
+    with middle_of(4, run_dir, *again) as (run, _):
+        run.signal_all(signal.SIGUSR1)
+        assert run.end(60) == INTERRUPTED == 75
+    assert left_over(run_dir) == []
+    assert 3 <= saved_step(run) <= 4
+    assert_kept(run_dir, before)
+
+    # Two signals come to the launcher: the second says nothing new.
+    before = journalled(run_dir)
+    with middle_of(5, run_dir, *again) as (run, _):
+        run.signal(signal.SIGTERM, signal.SIGUSR1)
+        assert run.end(60) == INTERRUPTED
+    assert left_over(run_dir) == []
+    saved = saved_step(run)
+    assert 4 <= saved <= 5
+    assert (run_dir / "checkpoints" / f"step_{saved:06d}" / "manifest.json").exists()
+    assert [row["step"] for row in run.rows] == list(range(1, saved + 1))
+    state = read_page(run_dir / "report.html").by_id("state").text
+    assert state.startswith(f"not finished: {saved} of {STEPS} steps")
+    assert_kept(run_dir, before)
+
+    before = journalled(run_dir)
+    resume(run_dir)
+    assert_kept(run_dir, before)
+    assert_as_if_nothing_had_been(run_dir, tmp_path / "replayed")
+
+
+def saved_step(run):
+    """Of a run that a signal has ended: what it says that it saved."""
+    pattern = r"stopped by (SIGTERM|SIGUSR1|a signal) after step (\d), which is saved"
+    said = re.search(pattern, run.told)
+    assert said is not None, run.told
+    assert f"megafork train --resume {run.run_dir}" in run.told
+    assert "Traceback" not in run.told and "error" not in run.told
+    return int(said[2])
 
 
 class Board:
@@ -90,7 +180,7 @@ class Board:
         return False
 
 
-def wait_for_moment(kind, process, run_dir, moments):
+def wait_for_moment(kind, run, run_dir, moments):
     """Until the run, just started, is in the middle of what `kind` says, of a step that is new."""
     before = {path.name for path in run_dir.glob("checkpoints/*")}
     last = max((row["step"] for row in read_rows(run_dir / "metrics.jsonl")), default=0)
@@ -98,11 +188,11 @@ def wait_for_moment(kind, process, run_dir, moments):
         time.sleep(moments.uniform(0, 12))
     elif kind == "save":
         partial = run_dir / "checkpoints"
-        wait_until(process, lambda: {p.name for p in partial.glob("*.partial")} - before)
+        run.wait_for(lambda: {p.name for p in partial.glob("*.partial")} - before)
         time.sleep(moments.uniform(0, 0.5))
     else:
-        board = Board(process)
-        wait_until(process, lambda: board.says(kind, last))
+        board = Board(run.process)
+        run.wait_for(lambda: board.says(kind, last))
         time.sleep(moments.uniform(0, 0.1))
         if not board.says(kind, last):
             print(f"({kind} was over already)")
@@ -119,15 +209,14 @@ def test_random_moments(tmp_path):
     print(f"MEGAFORK_SEED={seed}")
     moments = random.Random(seed)
     run_dir = tmp_path / "run"
-    arguments = small_run(run_dir, "training.steps=1000", *SETTINGS[1:], "parallel.tp=2")
+    settings = ("training.steps=1000", *SETTINGS[1:], "parallel.tp=2", "checkpoint.every=2")
+    arguments = tiny_run(run_dir, *settings)
     for kill in range(int(os.environ["MEGAFORK_KILLS"])):
         before = journalled(run_dir)
-        process = start(arguments, run_dir)
         kind = KINDS[kill % len(KINDS)]
-        wait_for_moment(kind, process, run_dir, moments)
-        assert process.poll() is None, f"kill {kill}: {process.stdout.read()}"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with LiveRun(run_dir, *arguments) as run:
+            wait_for_moment(kind, run, run_dir, moments)
+            assert run.process.poll() is None, f"kill {kill}: {run.told}"
         assert left_over(run_dir, seconds=10) == []
         assert_kept(run_dir, before, f"kill {kill}")
         rows, partial = read_rows(run_dir / "metrics.jsonl"), list(run_dir.glob("*/*.partial"))

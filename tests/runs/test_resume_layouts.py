@@ -1,4 +1,4 @@
-"""A run that is resumed at another layout ends where it would have ended at its own."""
+"""A run that nothing interrupts; resumed at another layout, it ends where it has ended at its own."""
 
 from __future__ import annotations
 
@@ -6,29 +6,46 @@ import shutil
 
 import pytest
 
-from tests.helpers.commands import megafork, small_run
+from megafork.rollout.journal import Journal
+from tests.helpers.commands import left_over, lines, megafork, tiny_run
 from tests.helpers.replays import TOLERANCE, comparable, final_weights, journalled, resume
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("uninterrupted run")]
 
-STEPS, AFTER = 4, 2
+STEPS, AFTER = 5, 2
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """At one rank, with a checkpoint after two of its four steps."""
+    """At one rank, each step beside the next one's generation, with a checkpoint after two."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     settings = (
         f"training.steps={STEPS}",
         f"checkpoint.every={AFTER}",
+        "checkpoint.keep_last=3",
         "parallel.tp=1",
-        "rollout.seeded=true",
+        "rollout.max_policy_lag=1",
         "eval.prompts=8",
+        "sync.check_every=1",
         "sync.check_prompts=2",
     )
-    done = megafork(*small_run(run_dir, *settings), mark=run_dir)
+    done = megafork(*tiny_run(run_dir, *settings), mark=run_dir)
     assert done.returncode == 0, done.stderr
+    assert left_over(run_dir) == []
     return run_dir
+
+
+def test_the_next_batch_is_generated_by_the_policy_before(uninterrupted):
+    rows = lines(uninterrupted / "metrics.jsonl")
+    assert [row["policy_version"] for row in rows] == [2, 3, 4, 5, 6]
+    assert [row["lag/max"] for row in rows] == [0, 1, 1, 1, 1]
+    assert rows[0]["mismatch/kl"] < 1e-9  # the engine's float32 against ours
+    assert all(row["lag/kl"] > 1e-6 for row in rows[1:])  # another policy's
+    assert all(row["overlap/gain"] >= 1.0 for row in rows)
+    assert max(row["overlap/hidden_seconds"] for row in rows) > 0.0
+    for step in range(2, STEPS + 1):
+        groups = Journal.read(uninterrupted / "rollouts" / f"step_{step:06d}.jsonl")
+        assert min(group.policy_version for group in groups) == step - 1
 
 
 def as_it_was_after(step, run_dir, folder):

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -21,15 +17,8 @@ from megafork.interruption import INTERRUPTED
 from megafork.training.step import Clock
 from megafork.training.turns import Turns
 from tests.helpers import reference
-from tests.helpers.commands import (
-    QUICKSTART,
-    ROOT,
-    environment,
-    left_over,
-    lines,
-    megafork,
-    small_run,
-)
+from tests.helpers.commands import QUICKSTART, Moment, left_over, lines, megafork, tiny_run
+from tests.helpers.live_runs import middle_of
 from tests.helpers.ppo import make_critic, save_critic
 from tests.helpers.ranks import run_ranks
 from tests.helpers.step import make_policy
@@ -240,7 +229,7 @@ def test_a_run_learns_the_same_in_turns(tmp_path, name):
     for placement in ("colocated", "disaggregated"):
         run_dir = tmp_path / placement
         settings = [*RUNS[name], *EVERYTHING, f"rollout.placement={placement}"]
-        done = megafork(*small_run(run_dir, *settings), mark=tmp_path)
+        done = megafork(*tiny_run(run_dir, *settings), mark=tmp_path)
         assert done.returncode == 0, done.stderr
         assert left_over(tmp_path) == []
         rows[placement] = lines(run_dir / "metrics.jsonl")
@@ -261,64 +250,24 @@ def test_a_run_learns_the_same_in_turns(tmp_path, name):
     assert all(ours[key].equal(theirs[key]) for key in ours)
 
 
-def start(run_dir, *overrides):
-    arguments = small_run(run_dir, COLOCATED, "training.steps=4", *overrides)
-    with (run_dir.parent / "stderr").open("w") as stderr:
-        return subprocess.Popen(
-            [sys.executable, "-m", "megafork", *arguments],
-            cwd=ROOT,
-            env=environment(run_dir),
-            stderr=stderr,
-            start_new_session=True,
-        )
-
-
-def wait_for(process, path):
-    """The journal of a step has a whole group: the servers have their turn."""
-    deadline = time.monotonic() + 150
-    while not path.exists() or b"\n" not in path.read_bytes():
-        assert process.poll() is None, (path.parent.parent.parent / "stderr").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def supervisor_of(process):
-    [found] = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "megafork.rollout.supervisor" in child.cmdline()
-    ]
-    return found.pid
-
-
 @pytest.mark.slow
-def test_a_server_that_dies_in_its_turn_is_replaced(tmp_path):
+def test_a_server_that_dies_in_its_turn_is_replaced_and_a_signal_in_its_turn_saves(tmp_path):
+    """The signal comes to every process: the server may be gone before it is missed."""
     run_dir = tmp_path / "run"
-    process = start(run_dir, "parallel.tp=2", "sync.check_every=1")
-    wait_for(process, run_dir / "rollouts" / "step_000002.jsonl")
-    os.killpg(supervisor_of(process), signal.SIGKILL)
-    told = (tmp_path / "stderr").read_text
-    assert process.wait(200) == 0, told()
-    # Its requests were lost, or it had answered all of them and is missed when it should sleep.
-    assert len(re.findall("the rollout server at .* is back", told())) == 1
-    rows = lines(run_dir / "metrics.jsonl")
-    assert [row["policy_version"] for row in rows] == [2, 3, 4, 5]
-    assert max(row["mismatch/kl"] for row in rows) < 1e-6
+    settings = ("training.steps=50", "parallel.tp=2", "sync.check_every=1", "checkpoint.every=0")
+    with middle_of(2, run_dir, *tiny_run(run_dir, COLOCATED, *settings)) as (run, second):
+        run.wait_for(run.journal(2).exists)
+        fourth = Moment(second.folder, 4)
+        run.kill_server()
+        second.go_on()
+        run.wait_for(fourth.has_come)
+        assert [row["step"] for row in run.rows] == [1, 2, 3]
+        run.signal_all(signal.SIGUSR1)
+        assert run.end(100) == INTERRUPTED, run.told
     assert left_over(run_dir) == []
-
-
-@pytest.mark.slow
-def test_a_signal_in_the_servers_turn_saves(tmp_path):
-    """To every process, as Slurm does: the server may be gone before the trainer wants its turn."""
-    run_dir = tmp_path / "run"
-    process = start(run_dir, "parallel.tp=2", "checkpoint.every=0", "training.steps=50")
-    wait_for(process, run_dir / "rollouts" / "step_000002.jsonl")
-    for member in [process, *psutil.Process(process.pid).children(recursive=True)]:
-        os.kill(member.pid, signal.SIGUSR1)
-    assert process.wait(100) == INTERRUPTED, (tmp_path / "stderr").read_text()
-    assert left_over(run_dir) == []
-    done = [row["step"] for row in lines(run_dir / "metrics.jsonl")]
+    assert len(re.findall("the rollout server at .* is back", run.told)) == 1
+    assert [row["policy_version"] for row in run.rows] == [2, 3, 4]
+    assert max(row["mismatch/kl"] for row in run.rows) < 1e-6
     [saved] = (run_dir / "checkpoints").glob("step_*/manifest.json")
-    assert saved.parent.name == f"step_{done[-1]:06d}"
-    told = (tmp_path / "stderr").read_text()
-    assert "Traceback" not in told and "error" not in told
+    assert saved.parent.name == "step_000003"
+    assert "Traceback" not in run.told and "error" not in run.told
