@@ -20,6 +20,8 @@ from megafork.rollout.routing import Router, Server
 
 R = TypeVar("R")
 _WATCH_S = 5.0
+_AGAIN_S = 1.0
+"""Until the next look at a server that does not answer"""
 _CHECKS = 3
 """In a row without an answer; then a server is lost."""
 _AT_ONCE = 64
@@ -108,7 +110,7 @@ class Fleet(Router):
                 )
                 told = missing
             check()
-            time.sleep(1.0)
+            time.sleep(_AGAIN_S)
         with self._lock:
             for server in self._servers:
                 self._open(server)
@@ -141,7 +143,7 @@ class Fleet(Router):
                     "no rollout server came back (rollout.startup_timeout_s="
                     f"{timeout_s:g}, rollout.max_restarts={self._max_restarts}): {causes[0]}"
                 )
-            time.sleep(1.0)
+            time.sleep(_AGAIN_S)
 
     def members(self) -> list[tuple[str, int]]:
         """The servers that the next push is for: those that live, and those that are back.
@@ -182,12 +184,12 @@ class Fleet(Router):
             cause = server.client.ailment()
             if cause is None:
                 return
-            time.sleep(1.0)
+            time.sleep(_AGAIN_S)
         assert cause is not None
         self._drain(server, cause, drains)
 
     def _watch(self) -> None:
-        while not self._closed.wait(_WATCH_S if self.num_live else 1.0):
+        while not self._closed.wait(_WATCH_S if self.num_live else _AGAIN_S):
             self._each(self._look_at, self._in_state(*self._watched))
 
     def look_again(self) -> None:

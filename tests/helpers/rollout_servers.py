@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from aiohttp import web
 
@@ -33,12 +34,14 @@ class SmallServer:
     """Answers prompt [a, b, ...] with n responses [a, seed + i]. Weights are their version alone.
 
     Asleep it takes no weights before their memory is awake, as little as a GPU would.
-    held: requests wait until `release`. asked: prompts in the order in which they came.
+    held: requests wait until `release`. asked: prompts in the order in which they came. num_looks:
+    at its health.
     """
 
     def __init__(self, port: int = 0, key: str = KEY) -> None:
         self.version, self.paused, self.port, self.key = 0, False, port, key
         self.asked: list[int] = []
+        self.num_looks = 0
         self.waiting: dict[str, tuple[int, asyncio.Future[str]]] = {}
         self.calls: list[str] = []
         self.bodies: dict[str, dict] = {}
@@ -100,6 +103,7 @@ class SmallServer:
         if self.silent:
             await asyncio.Event().wait()
         if path == "/health":
+            self.num_looks += 1
             return web.Response()
         if request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": {"message": "Unauthorized"}}, status=401)
@@ -171,7 +175,15 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-if __name__ == "__main__":  # in the place of a Python that has vLLM
+def stand_in_for_python(folder: Path) -> Path:
+    """In the place of a Python that has vLLM: whatever it is told to start, it is a SmallServer."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+if __name__ == "__main__":
     options = dict(zip(sys.argv[4::2], sys.argv[5::2], strict=False))
     print("started with", *sys.argv[1:], flush=True)
     SmallServer(int(options["--port"]), os.environ["VLLM_API_KEY"]).start()

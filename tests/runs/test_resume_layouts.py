@@ -1,4 +1,4 @@
-"""A run that nothing interrupts; resumed at another layout, it ends where it has ended at its own."""
+"""A run that nothing interrupts, and that ends in the same place when it is resumed elsewhere."""
 
 from __future__ import annotations
 

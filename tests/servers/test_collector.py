@@ -18,13 +18,14 @@ from megafork.rollout.client import RolloutClient
 from megafork.rollout.collector import Collector
 from megafork.rollout.journal import Journal, read_step
 from megafork.rollout.sampling import Sampling
-from megafork.rollout.vllm_server import VllmServer
 from megafork.rollout.worker import RolloutWorker
 from megafork.training.telemetry import rollout_metrics
 from megafork.types import known_table
 from tests.helpers.commands import QUICKSTART
+from tests.helpers.shared_servers import ON_QUICKSTART, quickstart_server
 from tests.helpers.verifiers import by_spelling
 
+pytestmark = ON_QUICKSTART
 VERIFIERS = "tests.helpers.verifiers"
 
 
@@ -38,11 +39,9 @@ def no_judge_is_left():
         JUDGES.pop().close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def server(tmp_path_factory):
-    log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    options = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 128}
-    with VllmServer(QUICKSTART / "model", log_path=log, **options) as running:
+    with quickstart_server(tmp_path_factory) as running:
         yield running
 
 
@@ -67,6 +66,10 @@ def make_collector(server, folder, verifier, reward=None, **rollout):
 def collect(collector, step, trained_by=0):
     """The server has version 0 of the weights, which it loaded itself."""
     return asyncio.run(collector.collect(step, trained_by))
+
+
+def test_the_weights_that_a_server_loaded_itself_are_version_0(server):
+    assert server.client().weight_version() == 0
 
 
 def indices(groups):
@@ -105,14 +108,14 @@ def test_a_carried_group_that_is_too_old_is_dropped(server, tmp_path):
 
 
 def test_strictly_on_policy_nothing_is_carried(server, tmp_path):
-    collector = make_collector(server, tmp_path, "some_prompts_only")
+    collector = make_collector(server, tmp_path, "by_spelling", max_sampling_rounds=2)
     collector.carried = collect(collector, step=1).groups[:2]
     message = r"only 0 of rollout.prompts_per_step=12 .* (\d+) were too old"
     with pytest.raises(UserError, match=message):
         collect(collector, step=2, trained_by=1)  # the server was not updated
 
 
-# Twelve times what the server runs at once, of 48 tokens each: seconds of work are left when the
+# 25 times what the server runs at once, of 48 tokens each: seconds of work are left when the
 # first two groups are done.
 LONG_TAIL = {
     "prompts_per_step": 2,
@@ -159,7 +162,7 @@ def test_a_full_batch_can_abort_its_tail(server, tmp_path):
 
 def test_what_the_server_aborts_by_itself_is_no_group(server, tmp_path):
     """As when it is told to end: it answers what it has, as if nothing were wrong."""
-    settings = {"prompts_per_step": 200, "group_size": 8, "dynamic_sampling": False}
+    settings = {"prompts_per_step": 60, "group_size": 8, "dynamic_sampling": False}
     collector = make_collector(server, tmp_path, "by_spelling", **settings)
     collector.sampling = ENDLESS
     path = tmp_path / "step_000001.jsonl"
@@ -172,10 +175,10 @@ def test_what_the_server_aborts_by_itself_is_no_group(server, tmp_path):
             collecting.result()
         collector.client.resume()
     groups = Journal.read(path)
-    assert 0 < len(groups) < 200
+    assert 0 < len(groups) < 60
     assert all(sample.token_ids for group in groups for sample in group.samples)
     again = make_collector(server, tmp_path, "by_spelling", **settings)
-    assert len(collect(again, step=1).groups) == 200
+    assert len(collect(again, step=1).groups) == 60
 
 
 def test_a_full_batch_can_carry_its_tail(server, tmp_path):

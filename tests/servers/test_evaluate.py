@@ -18,24 +18,19 @@ from megafork.evaluation.samples import SampleFile
 from megafork.evaluation.source import find_model
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.rewards.countdown import verify
-from megafork.rollout.vllm_server import VllmServer
 from tests.helpers.commands import QUICKSTART, forked_megafork, left_over, lines, megafork
 from tests.helpers.evaluations import MODEL, SETTINGS, config
+from tests.helpers.shared_servers import ON_QUICKSTART, quickstart_server
 
 LOGPROB_TOL = 1e-4  # float32 kernels of vLLM against ours
 COUNTDOWN = "reward.verifier=megafork.rewards.countdown:verify"
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    """The server that all tests of this file use."""
-    log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    options = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 64, "api_key": "secret"}
-    with (
-        VllmServer(MODEL, log_path=log, **options) as server,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setenv("MEGAFORK_API_KEY", "secret")
+@pytest.fixture
+def url(tmp_path_factory, monkeypatch):
+    """The setting that names a running server, whose key is in the environment."""
+    with quickstart_server(tmp_path_factory) as server:
+        monkeypatch.setenv("MEGAFORK_API_KEY", server.api_key)
         yield f"rollout.url={server.url}"
 
 
@@ -51,6 +46,7 @@ def is_right(row):
     return bool(verify(row["prompt"], row["response"], row["answer"]))
 
 
+@ON_QUICKSTART
 def test_what_generate_writes_is_scored(url, bench, tmp_path):
     output = tmp_path / "out.jsonl"
     generate_file(config(GenerateConfig, url), str(bench), output)
@@ -74,6 +70,7 @@ def test_what_generate_writes_is_scored(url, bench, tmp_path):
         assert len(row["entropies"]) == len(row["response_ids"])
 
 
+@ON_QUICKSTART
 def test_an_interrupted_generation_goes_on_where_it_was(url, bench, tmp_path):
     """A signal in the middle of it: what was finished stays as it is, and the rest is added."""
     output = tmp_path / "out.jsonl"
@@ -122,6 +119,7 @@ def test_an_interrupted_generation_goes_on_where_it_was(url, bench, tmp_path):
     assert output.read_bytes() == before
 
 
+@ON_QUICKSTART
 def test_eval_reports_what_the_samples_say(url, bench, tmp_path, capsys):
     half = tmp_path / "half.jsonl"
     half.write_text("".join(line + "\n" for line in bench.read_text().splitlines()[:6]))
@@ -151,6 +149,7 @@ def test_eval_reports_what_the_samples_say(url, bench, tmp_path, capsys):
     assert str(output / "results.json") in told
 
 
+@ON_QUICKSTART
 def test_an_interrupted_evaluation_keeps_its_samples(url, bench, tmp_path):
     output = tmp_path / "eval"
     settings = config(EvaluateConfig, url, COUNTDOWN)
@@ -185,6 +184,7 @@ def test_an_interrupted_evaluation_keeps_its_samples(url, bench, tmp_path):
     assert set(results["benchmarks"]) == {"held", "other"}
 
 
+@ON_QUICKSTART
 def test_a_seed_repeats_the_samples(url, bench, tmp_path):
     for name in "ab":
         generate_file(config(GenerateConfig, url, "rollout.seed=3"), str(bench), tmp_path / name)
@@ -193,6 +193,7 @@ def test_a_seed_repeats_the_samples(url, bench, tmp_path):
     assert len(set(map(tuple, rows[0]))) > 12
 
 
+@ON_QUICKSTART
 def test_top_k_of_one_is_greedy(url, bench, tmp_path):
     generate_file(config(GenerateConfig, url, "rollout.top_k=1"), str(bench), tmp_path / "a")
     rows = lines(tmp_path / "a")
@@ -201,6 +202,7 @@ def test_top_k_of_one_is_greedy(url, bench, tmp_path):
     assert all(p == 0 for row in rows for p in row["rollout_logprobs"])  # of what is left
 
 
+@ON_QUICKSTART
 def test_a_server_of_another_model_is_refused(url, bench, tmp_path):
     copy = shutil.copytree(MODEL, tmp_path / "copy")
     with pytest.raises(UserError, match=r"serves .*quickstart/model, not .*copy"):
@@ -208,6 +210,8 @@ def test_a_server_of_another_model_is_refused(url, bench, tmp_path):
 
 
 # ------------------------------------------------------------------------- which model
+
+ON_CHECKPOINT = pytest.mark.xdist_group("checkpoint of the quickstart")  # made once
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +222,7 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@ON_CHECKPOINT
 def test_a_checkpoint_becomes_the_model_that_it_was(checkpoint, tmp_path):
     source = find_model(checkpoint)
     assert source.dtype() == "float32"
@@ -229,6 +234,7 @@ def test_a_checkpoint_becomes_the_model_that_it_was(checkpoint, tmp_path):
     assert not (tmp_path / "scratch").exists()
 
 
+@ON_CHECKPOINT
 def test_a_run_stands_for_its_final_checkpoint(checkpoint):
     run = checkpoint.parent.parent
     with pytest.raises(UserError, match=r"has no final checkpoint; .*checkpoints/step_000010$"):
@@ -238,6 +244,7 @@ def test_a_run_stands_for_its_final_checkpoint(checkpoint):
 
 
 @pytest.mark.slow
+@ON_CHECKPOINT
 def test_the_command_evaluates_a_checkpoint_with_a_server_of_its_own(checkpoint, bench, tmp_path):
     output = tmp_path / "eval"
     arguments = ["eval", "--model", checkpoint, "--output", output, bench, *SETTINGS, COUNTDOWN]

@@ -36,6 +36,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(client_module, "_ATTEMPTS", 2)
     monkeypatch.setattr(fleet_module, "_WATCH_S", 0.1)
     monkeypatch.setattr(fleet_module, "_CHECKS", 2)
+    monkeypatch.setattr(fleet_module, "_AGAIN_S", 0.1)
     monkeypatch.setattr(client_module, "_CONNECT_S", 1.0)
 
 

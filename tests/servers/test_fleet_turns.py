@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 
@@ -21,6 +20,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(client_module, "_ATTEMPTS", 2)
     monkeypatch.setattr(fleet_module, "_WATCH_S", 0.05)
     monkeypatch.setattr(fleet_module, "_CHECKS", 2)
+    monkeypatch.setattr(fleet_module, "_AGAIN_S", 0.1)
     monkeypatch.setattr(client_module, "_CONNECT_S", 1.0)
 
 
@@ -69,7 +69,8 @@ def test_one_that_does_not_sleep_is_told_and_joins_again():
         assert fleet.sleep() == [servers[1].url]
         again = SmallServer(servers[1].port)
         again.start()
-        time.sleep(5 * fleet_module._WATCH_S)  # it is looked for when the trainer is away
+        looks = servers[0].num_looks
+        wait_for(lambda: servers[0].num_looks >= looks + 3)  # and none of them is for the lost one
         assert fleet.silent() == [again.url] and again.calls == []
         hand_over(fleet, 2)
         assert asked(fleet, [servers[0], again]) == [8, 0]

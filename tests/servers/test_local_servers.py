@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 
 import psutil
 import pytest
@@ -14,17 +13,15 @@ from megafork.errors import UserError
 from megafork.rollout import engine as engine_module
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.engine import Served, log_paths, start_here
-from tests.helpers.commands import QUICKSTART, ROOT, gone_within, members
-from tests.helpers.rollout_servers import wait_for
+from tests.helpers.commands import QUICKSTART, gone_within, members
+from tests.helpers.rollout_servers import stand_in_for_python, wait_for
 
 SERVED = Served(str(QUICKSTART / "model"), "float32", 64)
 
 
 @pytest.fixture
 def start(tmp_path):
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/rollout_servers.py "$@"\n')
-    python.chmod(0o755)
+    python = stand_in_for_python(tmp_path)
 
     def of(count, **options):
         rollout = ServerConfig(servers=count, python=str(python), startup_timeout_s=60)

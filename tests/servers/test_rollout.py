@@ -7,8 +7,7 @@ something else. Both have to pass, so that the one says of a run what the other 
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
+import functools
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,18 +24,17 @@ from megafork.rollout.sampling import (
     Sampling,
     TwoTemperatures,
 )
-from megafork.rollout.vllm_server import VllmServer
 from megafork.weight_sync.transports import plan_buckets, push_buckets
-from tests.helpers.commands import gone_within, members, tiny_engine
+from tests.helpers.commands import members
 from tests.helpers.pushes import connect, push, state_dict
 from tests.helpers.reference import (
     VOCAB,
     load_model,
     logprobs_and_entropies,
     response_logits,
-    save_model,
 )
 from tests.helpers.rollout_servers import wait_for
+from tests.helpers.shared_servers import RANDOM_SERVERS, SharedServer, random_server
 
 LOGPROB_TOL = 1e-4  # float32 kernels of vLLM against transformers; 4e-6 is usual
 OTHER_POLICY = 0.5  # log-probabilities of two random models differ by nats
@@ -46,12 +44,37 @@ LONG_PROMPT = [2 + (7 * i) % (VOCAB - 2) for i in range(180)]
 SHORT_PROMPT = [5, 9, 13]
 
 
+policy, weights_of = functools.cache(load_model), functools.cache(state_dict)
+
+
+PUSHED: dict[tuple[str, int], Path] = {}
+"""What these tests have given to servers: (address, version) -> the model's folder."""
+
+
 @dataclass
 class Running:
-    server: VllmServer
+    """A server that others have used, and two models: the one that it loaded, and another one."""
+
+    server: SharedServer
     client: RolloutClient
-    folders: tuple[Path, Path]  # the model it serves at first, and another one
+    folders: tuple[Path, Path]
     tied: bool
+
+    def push(self, folder: Path, **how) -> int:
+        """Give the server the weights of `folder` under the next version, which is returned."""
+        version = self.client.weight_version() + 1
+        push(self.client, self.weights(folder), version, **how)
+        PUSHED[self.server.url, version] = folder
+        return version
+
+    def weights(self, folder: Path) -> dict[str, torch.Tensor]:
+        return weights_of(folder, self.tied)
+
+    def serve_first(self) -> None:
+        """Push the first model's weights, unless the server has them."""
+        version, first = self.client.weight_version(), self.folders[0]
+        if version != 0 and PUSHED.get((self.server.url, version)) != first:
+            self.push(first)
 
     def generate(self, prompt: list[int], n: int, sampling: Sampling, seed: int | None = None):
         return self.generate_all([prompt], n, sampling, seed)[0]
@@ -74,7 +97,7 @@ class Running:
 def max_logprob_error(
     folder: Path, prompt: list[int], responses: list[Completion], temperature: float
 ) -> float:
-    model = load_model(folder)
+    model = policy(folder)
     worst = 0.0
     for response in responses:
         logits = response_logits(model, prompt, response.token_ids) / temperature
@@ -83,32 +106,14 @@ def max_logprob_error(
     return worst
 
 
-@pytest.fixture(scope="module", params=["vllm-tied", "vllm-untied", "tiny-tied", "tiny-untied"])
+@pytest.fixture(params=RANDOM_SERVERS)
 def running(request, tmp_path_factory) -> Iterator[Running]:
+    """With the first model's weights."""
     torch.set_num_threads(1)  # the reference's threads would spin where the server runs
-    engine, head = request.param.split("-")
-    tied = head == "tied"
-    root = tmp_path_factory.mktemp(request.param)
-    folders = (
-        save_model(root / "first", tied=tied, seed=0),
-        save_model(root / "second", tied=tied, seed=1),
-    )
-    # Defaults that would leave one token to sample: nothing of them may reach a response.
-    (folders[0] / "generation_config.json").write_text(
-        json.dumps({"do_sample": True, "top_k": 1, "temperature": 0.1, "eos_token_id": EOS})
-    )
-    server = VllmServer(
-        folders[0],
-        dtype="float32",
-        max_model_len=256,
-        max_num_seqs=128,
-        log_path=root / "vllm.log",
-        startup_timeout_s=240,
-        python=str(tiny_engine(root)) if engine == "tiny" else sys.executable,
-    )
-    with server:
-        yield Running(server, server.client(timeout_s=60), folders, tied)
-    assert gone_within(server.process_group, 1)
+    with random_server(tmp_path_factory, request.param) as (server, folders):
+        found = Running(server, server.client(), folders, tied=request.param.endswith("-tied"))
+        found.serve_first()
+        yield found
 
 
 # ------------------------------------------------------------------------- sampling
@@ -128,7 +133,7 @@ def test_responses_follow_the_whole_distribution(running):
     responses = running.generate(SHORT_PROMPT, count, Sampling(max_tokens=1), seed=0)
     tokens = torch.tensor([response.token_ids[0] for response in responses])
     drawn = torch.bincount(tokens, minlength=VOCAB) / count
-    expected = response_logits(load_model(running.folders[0]), SHORT_PROMPT, [0])[0].softmax(-1)
+    expected = response_logits(policy(running.folders[0]), SHORT_PROMPT, [0])[0].softmax(-1)
     distance = 0.5 * (drawn - expected).abs().sum()
     noise = 0.4 * (expected * (1 - expected) / count).sqrt().sum()  # its expectation
     assert distance < 1.3 * noise
@@ -216,11 +221,10 @@ def test_every_route_but_health_demands_the_key(running):
 def test_pushed_weights_are_sampled_from(running):
     """Log-probabilities become the new model's, head and cached prefix included, and go back."""
     first, second = running.folders
-    assert running.client.weight_version() == 0
     assert running.error_against(first) < LOGPROB_TOL
     assert running.error_against(second) > OTHER_POLICY
-    for version, folder in enumerate((second, first, second), start=1):
-        push(running.client, state_dict(folder, running.tied), version)
+    for folder in (second, first, second):
+        version = running.push(folder)
         assert running.client.weight_version() == version
         assert running.error_against(folder) < LOGPROB_TOL
     assert running.error_against(first) > OTHER_POLICY
@@ -229,17 +233,12 @@ def test_pushed_weights_are_sampled_from(running):
 @torch.no_grad()
 def test_weights_that_change_in_the_middle_of_responses(running):
     """Every token is of the policy version it names, given all tokens before it."""
-    models = [load_model(folder) for folder in running.folders]
-    version = running.client.weight_version()
-    of_version = {version: models[1]}  # the test before leaves the second one
+    first, second = running.folders
+    of_version = {running.client.weight_version(): policy(first)}
     with ThreadPoolExecutor(1) as pool:
         generating = pool.submit(running.generate, SHORT_PROMPT, 48, Sampling(max_tokens=250))
-        while not generating.done():
-            version += 1
-            number = version % 2
-            weights = state_dict(running.folders[number], running.tied)
-            push(running.client, weights, version, mode="keep")
-            of_version[version] = models[number]
+        for folder in (second, first) * 4:
+            of_version[running.push(folder, mode="keep")] = policy(folder)
     responses = generating.result()
     in_flight = [r for r in responses if any(first > 0 for _, first in r.versions)]
     assert len(in_flight) >= 24
@@ -257,9 +256,9 @@ def test_weights_that_change_in_the_middle_of_responses(running):
 
 def test_a_server_that_sleeps_is_pushed_to_and_lets_requests_wait(running):
     """What is in flight is aborted; what comes is sampled later, from the new weights."""
-    client, folder = running.client, running.folders[0]
+    client, folder = running.client, running.folders[1]
     version = client.weight_version() + 1
-    weights = state_dict(folder, running.tied)
+    weights = running.weights(folder)
     manifest = [(name, tuple(t.shape), t.dtype) for name, t in weights.items()]
     plan = plan_buckets(0, manifest, 100_000)
 
@@ -389,7 +388,7 @@ def failing_updates(weights: dict[str, torch.Tensor]) -> dict[str, tuple[dict, d
 
 def test_a_failed_update_says_why_and_the_next_one_mends_it(running):
     first, second = running.folders
-    weights = state_dict(first, running.tied)
+    weights = running.weights(first)
     version = running.client.weight_version()
     for what, (broken, sabotage, message) in failing_updates(weights).items():
         started = time.monotonic()
@@ -397,13 +396,13 @@ def test_a_failed_update_says_why_and_the_next_one_mends_it(running):
             push(running.client, broken, 99, **(sabotage or {"expect": what}))
         assert time.monotonic() - started < 10, what
         assert running.client.weight_version() == version, what
-    push(running.client, state_dict(second, running.tied), version + 1)
+    running.push(second)
     assert running.error_against(second) < LOGPROB_TOL
 
 
 def test_tied_head_is_not_sent_twice(running):
     if not running.tied:
         pytest.skip("an untied head is sent")
-    weights = load_model(running.folders[0]).state_dict()
+    weights = policy(running.folders[0]).state_dict()
     with pytest.raises(ServerError, match=r"no lm_head\.weight"):
         push(running.client, weights, 99, expect="refused")

@@ -14,19 +14,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from vllm import SamplingParams
-from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
-from vllm.v1.worker.gpu.sample.logits_processor.interface import (
-    LogitsContext,
-    LogitsProcRequestState,
-)
 
 from megafork.rollout.client import RolloutClient, ServerError
 from megafork.rollout.sampling import TWO_TEMPERATURES, Completion, Sampling, TwoTemperatures
-from megafork.rollout.vllm_server import VllmServer
-from megafork.rollout.vllm_temperatures import TwoTemperatureProcessor, scale_by_entropy
 from tests.helpers.reference import load_model, response_logits
+from tests.helpers.shared_servers import ON_QUICKSTART, quickstart_server
 
+# vLLM is imported within the tests that need it: the other workers need not spend its seconds.
+pytestmark = ON_QUICKSTART
 CPU = torch.device("cpu")
 MODEL = Path(__file__).parents[2] / "examples/quickstart/model"
 # A float32 engine against float64. A few rare tokens of the toy are off by 6e-5, in transformers'
@@ -60,6 +55,8 @@ def entropy(p: np.ndarray) -> float:
 
 
 def scaled(logits: list[list[float]], settings: list[TwoTemperatures]) -> np.ndarray:
+    from megafork.rollout.vllm_temperatures import scale_by_entropy
+
     rows = torch.tensor(logits)
     before = rows.clone()
     columns = torch.tensor([[s.threshold, s.above, s.below] for s in settings])
@@ -100,6 +97,8 @@ def test_impossible_tokens_stay_impossible_and_certain_ones_certain():
 
 
 def test_logits_far_from_zero_lose_no_digits():
+    from megafork.rollout.vllm_temperatures import scale_by_entropy
+
     logits = [-300.0 + 0.37 * i for i in range(8)]
     settings = TwoTemperatures(10.0, 1.0, 0.7)
     row = scale_by_entropy(*(torch.tensor([v]) for v in (logits, 10.0, 1.0, 0.7)))
@@ -108,6 +107,8 @@ def test_logits_far_from_zero_lose_no_digits():
 
 
 def test_a_temperature_of_one_changes_no_bit():
+    from megafork.rollout.vllm_temperatures import scale_by_entropy
+
     logits = torch.randn(64, 300) * torch.linspace(0, 20, 64)[:, None]
     ones = torch.ones(64)
     assert torch.equal(scale_by_entropy(logits, 3 * ones, ones, ones), logits)
@@ -119,7 +120,9 @@ def test_a_temperature_of_one_changes_no_bit():
 # ------------------------------------------------------------------- vLLM's two interfaces
 
 
-def params(settings: TwoTemperatures | None) -> SamplingParams:
+def params(settings: TwoTemperatures | None):
+    from vllm import SamplingParams
+
     if settings is None:
         return SamplingParams()
     values = [settings.threshold, settings.above, settings.below]
@@ -154,6 +157,10 @@ class Limits:
 
 def test_settings_follow_their_requests_through_the_batch():
     """V1: requests come into free rows, go, slide down into gaps and swap."""
+    from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+
+    from megafork.rollout.vllm_temperatures import TwoTemperatureProcessor
+
     rng, generator = random.Random(1), torch.Generator().manual_seed(1)
     processor = TwoTemperatureProcessor(Limits(), CPU, False)
     rows: list[TwoTemperatures | None] = []
@@ -194,6 +201,13 @@ def test_settings_follow_their_slots():
 
     Its buffers of tokens are None: the processor has no use for them.
     """
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import (
+        LogitsContext,
+        LogitsProcRequestState,
+    )
+
+    from megafork.rollout.vllm_temperatures import TwoTemperatureProcessor
+
     rng, generator = random.Random(2), torch.Generator().manual_seed(2)
     processor = TwoTemperatureProcessor(None, LogitsProcRequestState(CPU, 8, 12, *[None] * 4))
     slots: list[TwoTemperatures | None] = [None] * 8
@@ -236,20 +250,16 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory) -> Iterator[Running]:
+def model():
+    return load_model(MODEL, torch.float64)
+
+
+@pytest.fixture
+def running(tmp_path_factory, model) -> Iterator[Running]:
     torch.set_num_threads(1)
     vocabulary = json.loads((MODEL / "tokenizer.json").read_text())["model"]["vocab"]
-    server = VllmServer(
-        MODEL,
-        dtype="float32",
-        max_model_len=96,
-        max_num_seqs=32,
-        log_path=tmp_path_factory.mktemp("temperatures") / "vllm.log",
-        startup_timeout_s=240,
-        two_temperatures=True,
-    )
-    with server:
-        yield Running(server.client(timeout_s=120), load_model(MODEL, torch.float64), vocabulary)
+    with quickstart_server(tmp_path_factory) as server:
+        yield Running(server.client(timeout_s=120), model, vocabulary)
 
 
 def chi_square_p(counts: np.ndarray, expected: np.ndarray) -> float:

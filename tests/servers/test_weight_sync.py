@@ -20,16 +20,14 @@ from megafork.weight_sync.push import WeightSync
 from tests.helpers import reference
 from tests.helpers.pushes import OPTIONS, PROMPTS, SAMPLING, make_sync
 from tests.helpers.ranks import run_ranks
+from tests.helpers.shared_servers import ON_VLLM, random_server
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def server(request, tmp_path_factory):
-    """(a server of one random model, the folder of another model of the same shape)."""
-    folder = tmp_path_factory.mktemp("models")
-    served = reference.save_model(folder / "served", tied=request.param, seed=1)
-    trained = reference.save_model(folder / "trained", tied=request.param, seed=2)
-    options = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 32}
-    with VllmServer(served, log_path=folder / "vllm.log", **options) as running:
+@pytest.fixture(params=ON_VLLM)
+def server(request, tmp_path_factory, tmp_path):
+    """(a server of random models, the folder of another model of the same shape)."""
+    trained = reference.save_model(tmp_path / "trained", tied=request.param == "vllm-tied", seed=2)
+    with random_server(tmp_path_factory, request.param) as (running, _):
         yield running, trained
 
 
@@ -74,7 +72,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_log_probabilities_agree_after_every_push(server, layout):
     running, trained = server
-    version = 10 * (LAYOUTS.index(layout) + 1)
+    version = running.client().weight_version() + 10
     arguments = (running.url, running.api_key, trained, layout, version)
     for ranks in run_ranks(ParallelConfig(**layout).world_size, push_twice, *arguments):
         before, first, stale, second = ranks

@@ -22,21 +22,19 @@ from megafork.rollout.collector import Collector
 from megafork.rollout.journal import Journal, journal_path, read_step
 from megafork.rollout.remote import RemoteWorker, WorkerLost, serve
 from megafork.rollout.sampling import Sampling
-from megafork.rollout.vllm_server import VllmServer
 from megafork.rollout.worker import RolloutWorker
 from megafork.types import Group, Sample, known_table
 from tests.helpers.commands import QUICKSTART, megafork, small_run
 from tests.helpers.replays import TOLERANCE, comparable, journalled, replayed_in_one_go
 from tests.helpers.rollout_servers import KEY, running, wait_for
+from tests.helpers.shared_servers import ON_QUICKSTART, quickstart_server
 
 WORKER_KEY = "workers"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def server(tmp_path_factory):
-    log = tmp_path_factory.mktemp("vllm") / "vllm.log"
-    options = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 128}
-    with VllmServer(QUICKSTART / "model", log_path=log, **options) as started:
+    with quickstart_server(tmp_path_factory) as started:
         yield started
 
 
@@ -97,6 +95,7 @@ def nowhere():
     return RolloutClient("http://127.0.0.1:9", "key")
 
 
+@ON_QUICKSTART
 def test_a_batch_does_not_depend_on_the_number_of_replicas(server, tmp_path):
     found = []
     for num_replicas in (1, 3):
@@ -123,6 +122,7 @@ def test_a_batch_does_not_depend_on_the_number_of_replicas(server, tmp_path):
             assert contents(again, workers) == found[0][1]
 
 
+@ON_QUICKSTART
 def test_carried_groups_are_found_in_the_journal(server, tmp_path):
     """A checkpoint holds no tokens; the batch after it has them, at another number of replicas."""
     settings = {"max_policy_lag": 1, "oversampling": 2.0, "dynamic_sampling": False}
@@ -145,6 +145,7 @@ def test_carried_groups_are_found_in_the_journal(server, tmp_path):
             asyncio.run(collector.collect(2, 0))
 
 
+@ON_QUICKSTART
 def test_a_group_that_was_judged_again_is_taken_once(server, tmp_path):
     """Another replica has it now, and writes it to a file of its own."""
     options = {"dynamic_sampling": False}
@@ -190,6 +191,7 @@ def test_the_finite_version_of_a_group_is_taken(tmp_path):
     assert read_step(tmp_path, 1) == {1: mended}
 
 
+@ON_QUICKSTART
 def test_what_a_worker_meets_is_told_by_the_collector(server, tmp_path):
     async def one_attempt(worker, url, key=KEY):
         body = {"prompt_ids": [3], "request_id": "a", "sampling_params": {"seed": 0, "n": 1}}
