@@ -215,6 +215,27 @@ def test_every_route_but_health_demands_the_key(running):
     assert running.server.api_key not in str(command_lines)
 
 
+# -------------------------------------------------------------------- in the middle
+
+LONG = Sampling(max_tokens=250)
+
+
+def in_the_middle(attempt):
+    """What `attempt` returns once it has acted on responses that were half done; None: it has not.
+
+    How far responses are cannot be seen from outside. A short request beside them tells roughly,
+    and on a busy machine it may tell too early or too late.
+    """
+    for tokens in (20, 60, 10, 120, 40):
+        if (found := attempt(tokens)) is not None:
+            return found
+    raise AssertionError("the responses were never half done")
+
+
+def half_done(responses) -> bool:
+    return all(0 < len(response.token_ids) < LONG.max_tokens for response in responses)
+
+
 # -------------------------------------------------------------------- weight transfer
 
 
@@ -235,13 +256,17 @@ def test_weights_that_change_in_the_middle_of_responses(running):
     """Every token is of the policy version it names, given all tokens before it."""
     first, second = running.folders
     of_version = {running.client.weight_version(): policy(first)}
-    with ThreadPoolExecutor(1) as pool:
-        generating = pool.submit(running.generate, SHORT_PROMPT, 48, Sampling(max_tokens=250))
-        for folder in (second, first) * 4:
-            of_version[running.push(folder, mode="keep")] = policy(folder)
-    responses = generating.result()
-    in_flight = [r for r in responses if any(first > 0 for _, first in r.versions)]
-    assert len(in_flight) >= 24
+
+    def push_meanwhile(_):
+        with ThreadPoolExecutor(1) as pool:
+            generating = pool.submit(running.generate, SHORT_PROMPT, 48, LONG)
+            for folder in (second, first) * 4:
+                of_version[running.push(folder, mode="keep")] = policy(folder)
+        responses = generating.result()
+        in_flight = [r for r in responses if any(first > 0 for _, first in r.versions)]
+        return (responses, in_flight) if len(in_flight) >= 24 else None
+
+    responses, in_flight = in_the_middle(push_meanwhile)
     for response in responses:
         versions, starts = zip(*response.versions, strict=True)
         assert list(versions) == sorted(versions) and starts[0] == 0
@@ -257,31 +282,43 @@ def test_weights_that_change_in_the_middle_of_responses(running):
 def test_a_server_that_sleeps_is_pushed_to_and_lets_requests_wait(running):
     """What is in flight is aborted; what comes is sampled later, from the new weights."""
     client, folder = running.client, running.folders[1]
-    version = client.weight_version() + 1
     weights = running.weights(folder)
     manifest = [(name, tuple(t.shape), t.dtype) for name, t in weights.items()]
     plan = plan_buckets(0, manifest, 100_000)
 
-    async def sleep_in_the_middle():
+    async def sleep_after(tokens):
         async with client:
             long = asyncio.create_task(
-                client.generate(SHORT_PROMPT, 48, Sampling(max_tokens=250), request_id="cut")
+                client.generate(SHORT_PROMPT, 48, LONG, request_id=f"cut-{tokens}")
             )
-            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=20))
+            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=tokens))
             await asyncio.to_thread(client.sleep)
             return await long
 
-    cut = asyncio.run(sleep_in_the_middle())
-    assert all(r.aborted and 0 < len(r.token_ids) < 250 for r in cut)
-    client.sleep()  # it does already
-    assert client.health()
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(running.generate, LONG_PROMPT, 4, Sampling(max_tokens=30))
+    def give_weights():
+        version = client.weight_version() + 1
         client.wake_up("weights")
         [sender] = connect(client, 1, 20.0)
         client.start_weight_update()
         push_buckets(client, sender, plan, iter(weights.items()))
         client.finish_weight_update(version)
+        return version
+
+    def sleep_in_the_middle(tokens):
+        responses = asyncio.run(sleep_after(tokens))
+        if half_done(responses):
+            return responses
+        give_weights()
+        client.wake_up("kv_cache")
+        return None
+
+    cut = in_the_middle(sleep_in_the_middle)
+    assert all(response.aborted for response in cut)
+    client.sleep()  # it does already
+    assert client.health()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(running.generate, LONG_PROMPT, 4, Sampling(max_tokens=30))
+        version = give_weights()
         assert not waiting.done()
         client.wake_up("kv_cache")
         responses = waiting.result()
@@ -295,19 +332,21 @@ def test_a_server_that_sleeps_is_pushed_to_and_lets_requests_wait(running):
 
 
 def test_aborted_requests_give_what_they_have(running):
-    async def abort_the_long_one():
-        client = running.client
+    async def abort_after(tokens):
+        client, name = running.client, f"long-{tokens}"
         async with client:
-            long = asyncio.create_task(
-                client.generate(SHORT_PROMPT, 48, Sampling(max_tokens=250), request_id="long")
-            )
+            long = asyncio.create_task(client.generate(SHORT_PROMPT, 48, LONG, request_id=name))
             other = asyncio.create_task(client.generate(SHORT_PROMPT, 2, Sampling(max_tokens=60)))
-            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=20))
-            await client.abort(["long", "no such request"])
+            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=tokens))
+            await client.abort([name, "no such request"])
             return await long, await other
 
-    cut, other = asyncio.run(abort_the_long_one())
-    assert all(r.aborted and 0 < len(r.token_ids) < 250 for r in cut)
+    def abort_in_the_middle(tokens):
+        found = asyncio.run(abort_after(tokens))
+        return found if half_done(found[0]) else None
+
+    cut, other = in_the_middle(abort_in_the_middle)
+    assert all(response.aborted for response in cut)
     assert all(len(r.token_ids) == len(r.logprobs) for r in cut)
     assert [len(r.token_ids) for r in other] == [60, 60]
     assert running.generate(SHORT_PROMPT, 1, Sampling(max_tokens=4), seed=None)[0].truncated
@@ -318,30 +357,31 @@ def test_each_way_to_pause(running, mode):
     """What runs is frozen, finished or cut; what comes waits; what is frozen holds the cache."""
     client = running.client
 
-    async def pause_in_the_middle():
+    async def pause_after(tokens):
         async with client:
-            long = asyncio.create_task(
-                client.generate(SHORT_PROMPT, 48, Sampling(max_tokens=250), request_id=mode)
-            )
-            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=20))
+            name = f"{mode}-{tokens}"
+            long = asyncio.create_task(client.generate(SHORT_PROMPT, 48, LONG, request_id=name))
+            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=tokens))
             await asyncio.to_thread(client.pause, mode)
             late = asyncio.create_task(client.generate(SHORT_PROMPT, 1, Sampling(max_tokens=1)))
-            if mode == "keep":
-                with pytest.raises(ServerError, match="running requests hold the cache"):
-                    await asyncio.to_thread(client.reset_prefix_cache)
-                assert not long.done()
-            else:
+            was_running = mode != "keep" or refuses(client.reset_prefix_cache, "hold the cache")
+            if mode != "keep":
                 await long  # before the server goes on
                 await asyncio.to_thread(client.reset_prefix_cache)
-            assert not late.done()
+            assert not (late.done() or (mode == "keep" and was_running and long.done()))
             await asyncio.to_thread(client.resume)
             await late
-            return await long
+            return await long if was_running else None
 
-    responses = asyncio.run(pause_in_the_middle())
+    def pause_in_the_middle(tokens):
+        responses = asyncio.run(pause_after(tokens))
+        missed = responses is None or (mode == "abort" and not half_done(responses))
+        return None if missed else responses
+
+    responses = in_the_middle(pause_in_the_middle)
     assert all(response.aborted == (mode == "abort") for response in responses)
-    lengths = [len(response.token_ids) for response in responses]
-    assert all(0 < n < 250 if mode == "abort" else n == 250 for n in lengths)
+    if mode != "abort":
+        assert all(len(response.token_ids) == LONG.max_tokens for response in responses)
 
 
 def test_who_hangs_up_is_forgotten(running):
@@ -359,11 +399,11 @@ def test_who_hangs_up_is_forgotten(running):
     wait_for(lambda: not refuses(running.client.reset_prefix_cache), seconds=10)
 
 
-def refuses(call) -> bool:
+def refuses(call, cause: str = "") -> bool:
     try:
         call()
-    except ServerError:
-        return True
+    except ServerError as error:
+        return cause in str(error)
     return False
 
 
