@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 from safetensors.torch import load_file
 
-from tests.helpers.commands import ROOT, environment, left_over, lines, megafork
+from tests.helpers.commands import left_over, lines, megafork
 
 
 def journalled(run_dir):
@@ -78,27 +73,3 @@ token that changes sides at the threshold, which update/head_rows would show (do
 a weight whose gradient is all rounding, which Adam moves by up to the learning rate, 5e-4, either
 way; neither happened. The evaluation is left out: its sampling has no seed.
 """
-
-
-def start(arguments, mark):
-    return subprocess.Popen(
-        [sys.executable, "-m", "megafork", *arguments],
-        cwd=ROOT,
-        env=environment(mark),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        text=True,
-    )
-
-
-def kill_when(process, path, delay):
-    """kill -9 of the trainer and all it started in its session, `delay` after `path` appears."""
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert time.monotonic() < deadline, process.stdout.read()
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.005)
-    time.sleep(delay)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

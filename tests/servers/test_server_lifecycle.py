@@ -56,10 +56,25 @@ def test_a_taken_port_is_named_at_once(tmp_path):
             unstarted(folder, tmp_path, port=port).start()
 
 
-def test_a_server_that_fails_says_why_and_leaves_nothing(tmp_path):
+@pytest.mark.slow
+def test_vllm_says_what_it_fails_of(tmp_path):
     folder = save_model(tmp_path / "model", tied=True)
     server = unstarted(folder, tmp_path, max_model_len=100_000)
     with pytest.raises(UserError, match=r"max_model_len.*100000(.|\n)*full log: .*vllm\.log"):
+        server.start()
+    assert gone_within(server.process_group, 1)
+
+
+def test_a_server_that_fails_says_why_and_leaves_nothing(tmp_path):
+    """It has started another process by then, which would go on."""
+    folder = save_model(tmp_path / "model", tied=True)
+    failing = tmp_path / "python"
+    failing.write_text(
+        "#!/bin/sh\nsleep 300 &\necho starting\necho 'ValueError: no room' >&2\nexit 1\n"
+    )
+    failing.chmod(0o755)
+    server = unstarted(folder, tmp_path, python=str(failing))
+    with pytest.raises(UserError, match=r"ValueError: no room(.|\n)*full log: .*vllm\.log"):
         server.start()
     assert gone_within(server.process_group, 1)
 

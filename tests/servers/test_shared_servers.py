@@ -37,13 +37,19 @@ def visit(factory):
 """
 PAUSES = "def test_it(tmp_path_factory):\n    visit(tmp_path_factory)\n    signal.pause()\n"
 OUTLIVES = """
+def has_ended(pid):
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
 def test_it(tmp_path_factory):
     visit(tmp_path_factory)
-    wait_for(lambda: len(list(FOLDER.glob("visitor.*"))) == 2)
+    wait_for(lambda: len(list(FOLDER.glob("visitor.*"))) == 2, 60)
     [starter] = [int(path.suffix[1:]) for path in FOLDER.glob("starter.*")]
     if starter == os.getpid():
         os.kill(starter, signal.SIGKILL)
-    wait_for(lambda: psutil.Process(starter).status() == psutil.STATUS_ZOMBIE)
+    wait_for(lambda: has_ended(starter), 60)
     visit(tmp_path_factory)
     (FOLDER / "outlived").touch()
 """
@@ -123,7 +129,7 @@ def test_a_group_of_tests_runs_on_one_worker(start, tmp_path):
     note = (
         "\nimport pytest\n\ndef note(group):\n"
         "    (FOLDER / f'{group}.{os.getpid()}').touch()\n"
-        "    wait_for(lambda: len(list(FOLDER.glob('[ab].*'))) > 1)\n"
+        "    wait_for(lambda: len(list(FOLDER.glob('[ab].*'))) > 1, 60)\n"
     )
     session = start(note + tests, ["-n", "2", "--dist", "loadgroup", "-p", "tests.conftest"])
     assert session.wait(120) == 0, (tmp_path / "output").read_text()
