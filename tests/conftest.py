@@ -20,8 +20,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     There the scheduler looks for it. pytest-xdist 3.8 does it by an attribute that pytest 9.2 no
     longer reads, and its groups are then taken apart without a word.
     """
-    tests = Path(__file__).parent
-    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.relative_to(tests).parts[0]))
+    items.sort(key=_place)
     if not config.getoption("loadgroup", default=False):  # of xdist's workers alone
         return
     for item in items:
@@ -37,3 +36,11 @@ def pytest_terminal_summary(
     logs = Path(config._tmp_path_factory.getbasetemp()).rglob("*.log")
     count = sum(SAYS_VLLM in log.read_bytes() for log in logs if log.is_file())
     terminalreporter.write_line(f"vLLM servers started: {count}")
+
+
+def _place(item: pytest.Item) -> int:
+    """Where its folder stands in LONGEST_FIRST; tests that lie elsewhere come first."""
+    tests = Path(__file__).parent
+    if not item.path.is_relative_to(tests):
+        return 0
+    return LONGEST_FIRST.index(item.path.relative_to(tests).parts[0])

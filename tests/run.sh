@@ -31,6 +31,7 @@ fi
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy" megafork
-# Two tests at a time, in tests/conftest.py's order; those of one xdist_group stay together.
+# Three tests at a time: many wait for a server or for ranks. Those of one xdist_group stay together,
+# and tests/conftest.py has the longest come first.
 PYTHONPATH=$mcore_path${PYTHONPATH:+:$PYTHONPATH} exec "$bin/python" -m pytest \
-  -n 2 --dist loadgroup --no-loadscope-reorder --durations 10 "$@"
+  -n 3 --dist loadgroup --no-loadscope-reorder --durations 10 "$@"

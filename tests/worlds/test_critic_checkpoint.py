@@ -16,7 +16,7 @@ from megafork.errors import UserError
 from megafork.model.weights import export_weights
 from megafork.training.step import Clock, optimize
 from tests.helpers import reference
-from tests.helpers.commands import lines, megafork, small_run
+from tests.helpers.commands import lines, megafork, tiny_run
 from tests.helpers.ppo import make_critic, make_ppo_table, save_critic
 from tests.helpers.ranks import run_ranks
 from tests.helpers.replays import comparable, resume
@@ -163,7 +163,7 @@ PPO = (
 def test_a_run_with_a_critic_trains_and_goes_on_bit_for_bit(tmp_path):
     """Resumed after step 2 it ends as it did, from its journal; the policy alone converts."""
     run_dir = tmp_path / "run"
-    done = megafork(*small_run(run_dir, *PPO), mark=run_dir)
+    done = megafork(*tiny_run(run_dir, *PPO), mark=run_dir)
     assert done.returncode == 0, done.stderr
     rows = lines(run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]

@@ -16,7 +16,7 @@ from megafork.training.step import Clock, Optimized, optimize
 from megafork.training.telemetry import reference_metrics, update_metrics
 from megafork.types import Group, Sample, token_table
 from tests.helpers import reference
-from tests.helpers.commands import QUICKSTART, left_over, lines, megafork, small_run
+from tests.helpers.commands import QUICKSTART, left_over, lines, megafork, tiny_run
 from tests.helpers.layouts import depth_for
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reference import near
@@ -360,7 +360,7 @@ def test_a_selection_without_entropies_is_not_compared(select):
 @pytest.mark.slow
 def test_a_run_with_everything_on(tmp_path):
     done = megafork(
-        *small_run(
+        *tiny_run(
             tmp_path / "run", "parallel.tp=2", "kl.coefficient=0.01",
             "entropy_bonus.coefficient=0.001", "forking.compare_every=1",
         ),

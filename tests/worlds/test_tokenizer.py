@@ -22,7 +22,15 @@ from megafork.parallel.topology import initialize
 from megafork.rollout.journal import Journal
 from megafork.training.preflight import check_train
 from tests.helpers import reference
-from tests.helpers.commands import QUICKSTART, ROOT, lines, megafork, small_run
+from tests.helpers.commands import (
+    QUICKSTART,
+    ROOT,
+    forked_megafork,
+    lines,
+    megafork,
+    small_run,
+    tiny_run,
+)
 from tests.helpers.ranks import run_ranks
 from tests.helpers.sentencepiece_files import (
     ARITHMETIC,
@@ -299,7 +307,7 @@ def test_another_end_than_the_model_s_is_told(files, tmp_path, capsys):
 
 
 def test_train_refuses_before_anything_starts(files, tmp_path):
-    done = megafork(*small_run(tmp_path / "run", f"tokenizer.path={files['bpe']}"))
+    done = forked_megafork(*small_run(tmp_path / "run", f"tokenizer.path={files['bpe']}"))
     assert done.returncode == 2
     assert f"error: tokenizer.path={files['bpe']}: the tokenizer has ids up to" in done.stderr
     assert "Traceback" not in done.stderr
@@ -350,7 +358,7 @@ def test_score_takes_text_through_a_model_file(files, tmp_path):
         {"prompt_ids": processor.encode(p), "response_ids": processor.encode(r)} for p, r in texts
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in by_text + by_ids))
-    done = megafork(
+    done = forked_megafork(
         *("score", "--model", folder, "--input", tmp_path / "in.jsonl"),
         *("--output", tmp_path / "out.jsonl", f"tokenizer.path={files['small']}"),
     )
@@ -364,7 +372,7 @@ def test_score_takes_text_through_a_model_file(files, tmp_path):
 
 def test_score_names_a_tokenizer_that_is_not_there(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "6", "response": "2"}\n')
-    done = megafork(
+    done = forked_megafork(
         *("score", "--model", QUICKSTART / "model", "--input", tmp_path / "in.jsonl"),
         *("--output", tmp_path / "out.jsonl", "tokenizer.path=none.model"),
     )
@@ -376,7 +384,7 @@ def test_score_names_a_tokenizer_that_is_not_there(tmp_path):
 def test_a_run_with_a_model_file(files, tmp_path):
     """The quickstart's characters from a .model: puzzles are read, solved and judged as before."""
     arguments = ["parallel.tp=1", "training.steps=1", f"tokenizer.path={files['twin']}"]
-    done = megafork(*small_run(tmp_path / "run", *arguments))
+    done = megafork(*tiny_run(tmp_path / "run", *arguments))
     assert done.returncode == 0, done.stderr
     hf = AutoTokenizer.from_pretrained(QUICKSTART / "model")
     prompts = {row["prompt"] for row in lines(QUICKSTART / "data" / "train.jsonl")}
