@@ -237,7 +237,7 @@ ASKS = """#!/bin/bash
 source slurm/common.sh
 echo start >> "$1/starts-$SLURM_ARRAY_TASK_ID"
 if [[ $SLURM_ARRAY_TASK_ID == 2 ]]; then
-  hostname > "$1/host"
+  hostname > "$1/host.new" && mv "$1/host.new" "$1/host"
   if [[ ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
     until [[ -e $1/cut ]]; do sleep 0.2; done
     requeue "asked"
@@ -281,7 +281,7 @@ ASKS_LATE = """#!/bin/bash
 #SBATCH --requeue --open-mode=append
 source slurm/common.sh
 if [[ ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
-  hostname > "$1/host"
+  hostname > "$1/host.new" && mv "$1/host.new" "$1/host"
   until [[ -e $1/second ]]; do sleep 0.2; done
   requeue "asked"
 fi
@@ -323,7 +323,17 @@ def test_nodes_of_two_kinds(cluster, tmp_path):
     kinds = ("--nodes=1", ":", "--nodes=1", "--exclusive", "--ntasks-per-node=1")
     job = Job(cluster, tmp_path, *kinds, settings=("training.steps=1", "parallel.tp=1"))
     job.wait(lambda: job.state()["JobState"] == "RUNNING")
-    cluster.run("scancel", "--batch", "--signal=USR1", job.id)
+    asked = 0.0
+
+    def is_asked():
+        """Slurm says nothing of a signal that comes before the script has been started."""
+        nonlocal asked
+        if time.monotonic() > asked + 5:
+            asked = time.monotonic()
+            cluster.run("scancel", "--batch", "--signal=USR1", job.id)
+        return "asked to stop" in job.told()
+
+    job.wait(is_asked)
     job.wait_for_restart(1)
     told = job.told().split("attempt 1")[0]
     assert "asked to stop: the trainer saves" in told and "stopped by SIGUSR1" in told

@@ -57,7 +57,7 @@ def make_ppo_table(seed=5):
 
 
 def make_critic(path, layout, topology, *, dtype="float32", whiten=True, critic=None, **training):
-    settings = {"steps": 1, "micro_batch_tokens": 64} | training
+    settings = {"steps": 1, "micro_batch_tokens": 128} | training
     return Critic(
         ModelConfig(path=str(path), dtype=dtype),
         ParallelConfig(**layout),

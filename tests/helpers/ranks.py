@@ -7,18 +7,24 @@ import gc
 import multiprocessing
 import os
 import pickle
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 # Imported before the fork, so that no rank pays for it again.
 import torch
+from torch.distributed import TCPStore
 
 import megafork.training.policy  # noqa: F401
-from megafork.parallel.ports import free_port
 from megafork.parallel.topology import shutdown
 
 _CONTEXT = multiprocessing.get_context("fork")
+
+
+_AFTER_A_FAILURE_S = 10.0
+"""How long the other ranks may take to fail too, once one has"""
 
 
 def run_ranks(
@@ -27,37 +33,58 @@ def run_ranks(
     """`function(*args)` on every rank of a fresh world; the results in rank order.
 
     A rank's exception fails the test with that rank's traceback; a hang fails it at `timeout`, in
-    seconds, and stderr shows where the ranks are.
+    seconds, with the ranks that hang, and stderr shows where they are.
     """
     torch.set_num_threads(1)
-    port = free_port()
-    pipes, processes = [], []
+    # As under torchrun, the store is not a rank's. Its port is bound here: one that is only known
+    # to be free may be another world's by the time that rank 0 binds it.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks: dict[Connection, int] = {}
+    processes = []
     for rank in range(world_size):
         receiver, sender = _CONTEXT.Pipe(duplex=False)
         process = _CONTEXT.Process(
-            target=_rank_main, args=(rank, world_size, port, sender, function, args, timeout)
+            target=_rank_main, args=(rank, world_size, store.port, sender, function, args, timeout)
         )
         process.start()
         sender.close()
-        pipes.append(receiver)
+        ranks[receiver] = rank
         processes.append(process)
     try:
-        outcomes = []
-        for rank, pipe in enumerate(pipes):
-            if not pipe.poll(timeout):
-                raise TimeoutError(f"rank {rank} of {world_size} gave no result in {timeout} s")
-            try:
-                outcomes.append(pickle.loads(pipe.recv_bytes()))
-            except EOFError:
-                outcomes.append((False, f"rank {rank} died"))
-        errors = [text for ok, text in outcomes if not ok]
-        assert not errors, "\n".join(errors)
-        return [value for _, value in outcomes]
+        return _results(ranks, timeout)
     finally:
         for process in processes:
             process.join(5)
             if process.is_alive():
                 process.kill()
+
+
+def _results(ranks: dict[Connection, int], timeout: float) -> list:
+    results, errors = {}, {}
+    deadline = time.monotonic() + timeout
+    while waiting := [pipe for pipe, rank in ranks.items() if rank not in results | errors]:
+        ready = wait(waiting, max(deadline - time.monotonic(), 0))
+        if not ready:
+            hung = ", ".join(str(ranks[pipe]) for pipe in waiting)
+            seconds = f"in {timeout} s" if not errors else "after that"
+            raise TimeoutError(
+                _told(errors) + f"rank {hung} of {len(ranks)} gave no result {seconds}"
+            )
+        for pipe in ready:
+            rank = ranks[pipe]
+            try:
+                ok, value = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                ok, value = False, f"rank {rank} died"
+            (results if ok else errors)[rank] = value
+        if errors:
+            deadline = min(deadline, time.monotonic() + _AFTER_A_FAILURE_S)
+    assert not errors, _told(errors)
+    return [results[rank] for rank in range(len(ranks))]
+
+
+def _told(errors: dict[int, str]) -> str:
+    return "".join(f"{errors[rank]}\n" for rank in sorted(errors))
 
 
 def _rank_main(rank, world_size, port, pipe, function, args, timeout) -> None:
@@ -71,6 +98,7 @@ def _rank_main(rank, world_size, port, pipe, function, args, timeout) -> None:
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": "1",
     }
     try:

@@ -57,7 +57,7 @@ def make_policy(
     **training,
 ):
     parallel = ParallelConfig(**layout)
-    settings = {"steps": 1, "micro_batch_tokens": 64, "warmup_steps": 0} | training
+    settings = {"steps": 1, "micro_batch_tokens": 128, "warmup_steps": 0} | training
     return Policy(
         ModelConfig(path=str(folder), dtype=dtype, **(model or {})),
         parallel,

@@ -18,6 +18,7 @@ from megafork.rollout.vllm_server import VllmServer
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
 from tests.helpers import reference
+from tests.helpers.commands import tiny_engine
 from tests.helpers.pushes import OPTIONS, PROMPTS, SAMPLING, make_sync
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shared_servers import ON_VLLM, random_server
@@ -135,9 +136,10 @@ def push_to_a_server_that_dies(dying, process_group, other, folder, layout):
 def test_a_server_that_dies_of_a_push_and_another_that_takes_it(tmp_path):
     served = reference.save_model(tmp_path / "served", tied=True, seed=1)
     trained = reference.save_model(tmp_path / "trained", tied=True, seed=2)
+    options = OPTIONS | {"python": str(tiny_engine(tmp_path))}
     with (
-        VllmServer(served, log_path=tmp_path / "dying.log", **OPTIONS) as dying,
-        VllmServer(served, log_path=tmp_path / "other.log", **OPTIONS) as other,
+        VllmServer(served, log_path=tmp_path / "dying.log", **options) as dying,
+        VllmServer(served, log_path=tmp_path / "other.log", **options) as other,
     ):
         first, second = run_ranks(
             2,

@@ -24,7 +24,7 @@ from megafork.rollout.remote import RemoteWorker, WorkerLost, serve
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.worker import RolloutWorker
 from megafork.types import Group, Sample, known_table
-from tests.helpers.commands import QUICKSTART, megafork, small_run
+from tests.helpers.commands import QUICKSTART, megafork, tiny_run
 from tests.helpers.replays import TOLERANCE, comparable, journalled, replayed_in_one_go
 from tests.helpers.rollout_servers import KEY, running, wait_for
 from tests.helpers.shared_servers import ON_QUICKSTART, quickstart_server
@@ -254,7 +254,7 @@ def test_a_run_of_two_replicas(tmp_path):
     """Each journals half of the groups; one replica learns the same from them."""
     run_dir = tmp_path / "run"
     settings = ("parallel.tp=1", "parallel.dp=2", "training.steps=2", "rollout.max_policy_lag=1")
-    done = megafork(*small_run(run_dir, *settings, "eval.prompts=8"), mark=run_dir)
+    done = megafork(*tiny_run(run_dir, *settings, "eval.prompts=8"), mark=run_dir)
     assert done.returncode == 0, done.stderr
     for step in (1, 2):
         halves = map(Journal.read, run_dir.glob(f"rollouts/step_{step:06d}*.jsonl"))
