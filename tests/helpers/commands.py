@@ -168,7 +168,7 @@ def tiny_run(run_dir: Path, *overrides: str) -> list[str]:
     return small_run(run_dir, f"rollout.python={tiny_engine(run_dir.parent)}", *overrides)
 
 
-HOLD = "MEGAFORK_TEST_HOLD"
+HOLD, HOLD_START = "MEGAFORK_TEST_HOLD", "hold-start"
 
 
 class Moment:
@@ -192,6 +192,13 @@ class Moment:
 
     def go_on(self) -> None:
         self._hold.unlink()
+
+    def hold_starts(self) -> None:
+        """Servers that are started again from now on do not come up before `let_start`."""
+        (self.folder / HOLD_START).touch()
+
+    def let_start(self) -> None:
+        (self.folder / HOLD_START).unlink()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -41,7 +42,7 @@ from megafork.rollout.sampling import (
     version_number,
 )
 from megafork.weight_sync.receiver import WeightReceiver, checkpoint_shapes
-from tests.helpers.commands import HOLD
+from tests.helpers.commands import HOLD, HOLD_START
 from tests.helpers.tiny_model import TinyModel
 
 UNCUT = {
@@ -485,6 +486,8 @@ def main(arguments: list[str]) -> None:
     engine = Engine(model, options.max_num_seqs, options.max_model_len, options.seed)
     if folder := os.environ.get(HOLD):
         engine.hold = Hold(Path(folder))
+        while (engine.hold.folder / HOLD_START).exists():
+            time.sleep(LOOK_S)
     server = TinyServer(engine, options.model, os.environ["VLLM_API_KEY"])
     print(f"tiny engine: {options.model} at {options.host}:{options.port}", flush=True)
     asyncio.run(serve(server, options.host, options.port))

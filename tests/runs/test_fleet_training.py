@@ -59,8 +59,11 @@ def test_a_server_that_dies_is_replaced_while_the_other_goes_on(tmp_path, how):
     arguments = tiny_run(run_dir, *settings, *servers)
     with middle_of(2, run_dir, *arguments, servers=2) as (run, moment):
         before = len(run.rows)
+        moment.hold_starts()
         run.kill_server(1)
         moment.go_on()
+        run.wait_for(lambda: any(row["rollout/servers"] == 1 for row in run.rows))
+        moment.let_start()
         run.wait_for(lambda: any(row["rollout/servers_replaced"] for row in run.rows))
         reached = len(run.rows)
         run.wait_for(lambda: len(run.rows) > reached)
