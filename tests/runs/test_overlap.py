@@ -43,7 +43,7 @@ def test_settings_that_contradict_each_other():
 def test_a_killed_run_with_carried_tails_goes_on_as_if_it_had_not_been(tmp_path):
     run_dir = tmp_path / "run"
     settings = (*SETTINGS, *CARRYING, "checkpoint.every=1")
-    with middle_of(3, run_dir, *tiny_run(run_dir, *settings)) as (run, _):
+    with middle_of(4, run_dir, *tiny_run(run_dir, *settings)) as (run, _):
         run.wait_for((run_dir / "checkpoints" / "step_000002").exists)
         run.kill()
     assert left_over(run_dir, seconds=10) == []
