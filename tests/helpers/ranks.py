@@ -36,20 +36,23 @@ def run_ranks(
     seconds, with the ranks that hang, and stderr shows where they are.
     """
     torch.set_num_threads(1)
-    # As under torchrun, the store is not a rank's. Its port is bound here: one that is only known
-    # to be free may be another world's by the time that rank 0 binds it.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks: dict[Connection, int] = {}
     processes = []
     for rank in range(world_size):
-        receiver, sender = _CONTEXT.Pipe(duplex=False)
+        ours, theirs = _CONTEXT.Pipe()
         process = _CONTEXT.Process(
-            target=_rank_main, args=(rank, world_size, store.port, sender, function, args, timeout)
+            target=_rank_main, args=(rank, world_size, theirs, function, args, timeout)
         )
         process.start()
-        sender.close()
-        ranks[receiver] = rank
+        theirs.close()
+        ranks[ours] = rank
         processes.append(process)
+    # As under torchrun, the store is not a rank's. Its port is bound here: one that is only known
+    # to be free may be another world's by the time that rank 0 binds it. It is made after the
+    # forks: they would inherit whatever lock of libc its thread holds while ranks connect to it.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for pipe in ranks:
+        pipe.send(store.port)
     try:
         return _results(ranks, timeout)
     finally:
@@ -87,7 +90,7 @@ def _told(errors: dict[int, str]) -> str:
     return "".join(f"{errors[rank]}\n" for rank in sorted(errors))
 
 
-def _rank_main(rank, world_size, port, pipe, function, args, timeout) -> None:
+def _rank_main(rank, world_size, pipe, function, args, timeout) -> None:
     # What earlier tests left: a process group's destructor waits for threads that are not here.
     gc.freeze()
     faulthandler.dump_traceback_later(0.95 * timeout, file=2)
@@ -97,7 +100,7 @@ def _rank_main(rank, world_size, port, pipe, function, args, timeout) -> None:
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(pipe.recv()),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": "1",
     }
