@@ -108,8 +108,9 @@ def test_a_carried_group_that_is_too_old_is_dropped(server, tmp_path):
 
 
 def test_strictly_on_policy_nothing_is_carried(server, tmp_path):
+    before = make_collector(server, tmp_path / "before", "by_spelling")
     collector = make_collector(server, tmp_path, "by_spelling", max_sampling_rounds=2)
-    collector.carried = collect(collector, step=1).groups[:2]
+    collector.carried = collect(before, step=1).groups[:2]
     message = r"only 0 of rollout.prompts_per_step=12 .* (\d+) were too old"
     with pytest.raises(UserError, match=message):
         collect(collector, step=2, trained_by=1)  # the server was not updated
