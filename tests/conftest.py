@@ -39,7 +39,7 @@ def pytest_terminal_summary(
 
 
 def _place(item: pytest.Item) -> int:
-    """Where its folder stands in LONGEST_FIRST; tests that lie elsewhere come first."""
+    """The index of the test's folder in LONGEST_FIRST; tests that lie elsewhere come first."""
     tests = Path(__file__).parent
     if not item.path.is_relative_to(tests):
         return 0

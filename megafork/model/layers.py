@@ -121,7 +121,7 @@ class PackedAttention(torch.nn.Module):
 
 
 class PaddedRuns:
-    """Where the tokens of a pack stand when each run of its sequences is padded to its longest.
+    """Pads each run of a pack's sequences to its longest one, and takes the padding away again.
 
     lengths: tokens of each sequence; runs: [start, stop) of the sequences that share a batch.
     Padding and its backward are one copy each, whatever the number of sequences: the backward of
@@ -152,7 +152,7 @@ class PaddedRuns:
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def unpad(self, parts: list[Tensor]) -> Tensor:
-        """What `pad` makes of [T, ...], back again."""
+        """Undo `pad`: one tensor for each run -> [T, ...]."""
         return _TakeRows.apply(torch.cat([part.flatten(0, 1) for part in parts]), self.slots_T)
 
 

@@ -1,4 +1,4 @@
-"""What megatron-core needs before it runs without CUDA; with `megatron_jit`, all that is patched.
+"""Patches that megatron-core needs to run without CUDA; `megatron_jit` has the only other one.
 
 megatron-core takes it for granted that tensors live on a CUDA device. Every patch below redirects
 one such assumption to the CPU, changes no arithmetic, and is applied only when CUDA is absent
