@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -126,9 +125,8 @@ def num_micro_batches(config: TrainConfig) -> int:
 
 def measured(folder: Path, tiny: Path, config: TrainConfig) -> list[float]:
     """MiB of every rank, in rank order."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     world_size = config.parallel.world_size
-    return on_ranks(world_size, _job, tiny, config, repeats=1).value
+    return on_ranks(world_size, _job, tiny, config, repeats=1, timeout=240).value
 
 
 def _job(tiny: Path, config: TrainConfig) -> Job:

@@ -23,7 +23,7 @@ from megafork.parallel.ports import free_port
 from megafork.parallel.topology import initialize
 from tests.helpers.commands import QUICKSTART, ROOT, environment, left_over
 from tests.helpers.guarded import LOST_AFTER_S
-from tests.helpers.ranks import run_ranks
+from tools.benchmarks.ranks import run_ranks
 
 TRAIN, SERVER = ("127.0.0.1", "127.0.0.2"), "127.0.0.3"
 # What `megafork train` leaves for its guard when a rank of its own has failed.

@@ -9,7 +9,7 @@ import torch
 from megafork.config import ParallelConfig
 from megafork.ops.vocab_parallel import linear_logprob_and_entropy
 from megafork.parallel.topology import initialize
-from tests.helpers.ranks import run_ranks
+from tools.benchmarks.ranks import run_ranks
 
 QWEN3_VOCAB = 151_936
 

@@ -12,7 +12,6 @@ import torch
 
 from megafork.config import AlgorithmConfig, MismatchConfig, ParallelConfig
 from tests.helpers import reference
-from tests.helpers.ranks import run_ranks
 from tests.helpers.step import (
     MAX_RESPONSE_TOKENS,
     RHO,
@@ -22,6 +21,7 @@ from tests.helpers.step import (
     score_all,
     whole_gradients,
 )
+from tools.benchmarks.ranks import run_ranks
 
 OUTSIDE_LOSS = (3, 10)
 """Samples that overlong filtering takes out: they are in no count and no denominator."""

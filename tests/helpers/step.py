@@ -26,7 +26,7 @@ from megafork.parallel.topology import initialize
 from megafork.training.policy import Policy
 from megafork.types import token_table
 from tests.helpers import reference
-from tests.helpers.ranks import run_ranks
+from tools.benchmarks.ranks import run_ranks
 
 RHO, CLIP_LOW, CLIP_HIGH = 0.2, 0.2, 0.28
 MAX_RESPONSE_TOKENS = 14  # responses have 1 to 11

@@ -28,7 +28,7 @@ from tests.helpers.commands import (
 )
 from tests.helpers.live_runs import LiveRun, middle_of
 from tests.helpers.pushes import OPTIONS, PROMPTS, SAMPLING, make_sync
-from tests.helpers.ranks import run_ranks
+from tools.benchmarks.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 

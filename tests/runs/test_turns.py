@@ -20,8 +20,8 @@ from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART, Moment, left_over, lines, megafork, tiny_run
 from tests.helpers.live_runs import middle_of
 from tests.helpers.ppo import make_critic, save_critic
-from tests.helpers.ranks import run_ranks
 from tests.helpers.step import make_policy
+from tools.benchmarks.ranks import run_ranks
 
 COLOCATED = "rollout.placement=colocated"
 

@@ -236,6 +236,11 @@ def half_done(responses) -> bool:
     return all(0 < len(response.token_ids) < LONG.max_tokens for response in responses)
 
 
+async def ended_meanwhile(group: asyncio.Task) -> bool:
+    """Of a server that lets nothing begin: responses of the group that had not begun now wait."""
+    return bool((await asyncio.wait([group], timeout=20))[0])
+
+
 # -------------------------------------------------------------------- weight transfer
 
 
@@ -293,7 +298,11 @@ def test_a_server_that_sleeps_is_pushed_to_and_lets_requests_wait(running):
             )
             await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=tokens))
             await asyncio.to_thread(client.sleep)
-            return await long
+            if await ended_meanwhile(long) and half_done(long.result()):
+                return long.result()
+            await asyncio.to_thread(wake)
+            await long
+            return None
 
     def give_weights():
         version = client.weight_version() + 1
@@ -304,15 +313,11 @@ def test_a_server_that_sleeps_is_pushed_to_and_lets_requests_wait(running):
         client.finish_weight_update(version)
         return version
 
-    def sleep_in_the_middle(tokens):
-        responses = asyncio.run(sleep_after(tokens))
-        if half_done(responses):
-            return responses
+    def wake():
         give_weights()
         client.wake_up("kv_cache")
-        return None
 
-    cut = in_the_middle(sleep_in_the_middle)
+    cut = in_the_middle(lambda tokens: asyncio.run(sleep_after(tokens)))
     assert all(response.aborted for response in cut)
     client.sleep()  # it does already
     assert client.health()
@@ -364,21 +369,18 @@ def test_each_way_to_pause(running, mode):
             await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=tokens))
             await asyncio.to_thread(client.pause, mode)
             late = asyncio.create_task(client.generate(SHORT_PROMPT, 1, Sampling(max_tokens=1)))
-            was_running = mode != "keep" or refuses(client.reset_prefix_cache, "hold the cache")
-            if mode != "keep":
-                await long  # before the server goes on
+            if mode == "keep":
+                in_time = refuses(client.reset_prefix_cache, "hold the cache")
+                assert not (in_time and long.done())
+            elif in_time := await ended_meanwhile(long):
                 await asyncio.to_thread(client.reset_prefix_cache)
-            assert not (late.done() or (mode == "keep" and was_running and long.done()))
+            assert not late.done()
             await asyncio.to_thread(client.resume)
             await late
-            return await long if was_running else None
+            responses = await long
+            return responses if in_time and (mode != "abort" or half_done(responses)) else None
 
-    def pause_in_the_middle(tokens):
-        responses = asyncio.run(pause_after(tokens))
-        missed = responses is None or (mode == "abort" and not half_done(responses))
-        return None if missed else responses
-
-    responses = in_the_middle(pause_in_the_middle)
+    responses = in_the_middle(lambda tokens: asyncio.run(pause_after(tokens)))
     assert all(response.aborted == (mode == "abort") for response in responses)
     if mode != "abort":
         assert all(len(response.token_ids) == LONG.max_tokens for response in responses)

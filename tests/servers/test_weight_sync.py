@@ -20,8 +20,8 @@ from megafork.weight_sync.push import WeightSync
 from tests.helpers import reference
 from tests.helpers.commands import tiny_engine
 from tests.helpers.pushes import OPTIONS, PROMPTS, SAMPLING, make_sync
-from tests.helpers.ranks import run_ranks
 from tests.helpers.shared_servers import ON_VLLM, random_server
+from tools.benchmarks.ranks import run_ranks
 
 
 @pytest.fixture(params=ON_VLLM)

@@ -14,8 +14,8 @@ from megafork.checkpoint.hf import HF
 from megafork.checkpoint.store import MANIFEST, STATE
 from megafork.errors import UserError
 from tests.helpers import reference
-from tests.helpers.ranks import run_ranks
 from tests.helpers.trained import load, make_trained, save, store_of
+from tools.benchmarks.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from tests.helpers import reference
 from tests.helpers.commands import MARK, left_over
-from tests.helpers.ranks import run_ranks
 from tests.helpers.trained import load, make_trained, save, store_of
+from tools.benchmarks.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 

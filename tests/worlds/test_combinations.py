@@ -19,9 +19,9 @@ from megafork.training.step import Clock, optimize
 from megafork.training.token_report import token_report
 from tests.helpers import reference
 from tests.helpers.ppo import make_critic, make_ppo_table, save_critic
-from tests.helpers.ranks import run_ranks
 from tests.helpers.reference import near
 from tests.helpers.step import make_policy
+from tools.benchmarks.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 

@@ -35,9 +35,9 @@ from tests.helpers.conversion import (
     to_hf,
     to_megatron,
 )
-from tests.helpers.ranks import run_ranks
 from tests.helpers.step import make_policy, make_table
 from tools.benchmark_convert import measure, write_model
+from tools.benchmarks.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 

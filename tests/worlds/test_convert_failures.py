@@ -8,7 +8,7 @@ import pytest
 
 from megafork.errors import UserError
 from tests.helpers.conversion import make, to_hf, to_megatron
-from tests.helpers.ranks import run_ranks
+from tools.benchmarks.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 

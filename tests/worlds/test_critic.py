@@ -30,9 +30,9 @@ from tests.helpers.ppo import (
     reference_ppo_step,
     save_critic,
 )
-from tests.helpers.ranks import run_ranks
 from tests.helpers.step import make_policy, whole_gradients
 from tests.helpers.trained import adams
+from tools.benchmarks.ranks import run_ranks
 
 SP = {"tp": 2, "sequence_parallel": True}
 CASES = {

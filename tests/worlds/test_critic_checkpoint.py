@@ -18,10 +18,10 @@ from megafork.training.step import Clock, optimize
 from tests.helpers import reference
 from tests.helpers.commands import lines, megafork, tiny_run
 from tests.helpers.ppo import make_critic, make_ppo_table, save_critic
-from tests.helpers.ranks import run_ranks
 from tests.helpers.replays import comparable, resume
 from tests.helpers.step import make_policy
 from tests.helpers.trained import everything, without_padding
+from tools.benchmarks.ranks import run_ranks
 
 TP2, PP2 = {"tp": 2}, {"pp": 2}
 

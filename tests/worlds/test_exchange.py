@@ -8,8 +8,8 @@ import torch
 from megafork.config import ParallelConfig
 from megafork.training.exchange import redistribute
 from tests.helpers import reference
-from tests.helpers.ranks import run_ranks
 from tests.helpers.step import make_policy, make_table, whole_gradients
+from tools.benchmarks.ranks import run_ranks
 
 LAYOUTS = [
     {},

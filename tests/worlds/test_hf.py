@@ -20,7 +20,7 @@ from megafork.model.shape import ModelShape
 from megafork.model.weights import load_weights
 from megafork.parallel.topology import initialize
 from tests.helpers import reference
-from tests.helpers.ranks import run_ranks
+from tools.benchmarks.ranks import run_ranks
 
 
 def load_and_export(folder, layout, dtype, target):

@@ -22,7 +22,6 @@ import torch
 from megafork.ops import kernels
 from megafork.ops.softmax_rows import Rows, Shard
 from tests.helpers import linear_head as linear
-from tests.helpers.ranks import run_ranks
 from tests.helpers.triton_head import (
     bfloat16_inputs,
     in_triton,
@@ -31,6 +30,7 @@ from tests.helpers.triton_head import (
     special_logits,
     uneven_sizes_and_temperatures,
 )
+from tools.benchmarks.ranks import run_ranks
 
 # One process with Triton serves all of them.
 pytestmark = pytest.mark.xdist_group("triton")

@@ -19,7 +19,6 @@ from megafork.config import (
 from tests.helpers import reference, trl
 from tests.helpers.layouts import default_run
 from tests.helpers.objectives import CLIPS, Reference, loss_terms
-from tests.helpers.ranks import run_ranks
 from tests.helpers.reference import near
 from tests.helpers.step import (
     MAX_RESPONSE_TOKENS,
@@ -29,6 +28,7 @@ from tests.helpers.step import (
     score_all,
     whole_gradients,
 )
+from tools.benchmarks.ranks import run_ranks
 
 TOLERANCE = 1e-5
 

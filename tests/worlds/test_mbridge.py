@@ -18,7 +18,7 @@ from megafork.model.scorer import Scorer
 from megafork.parallel.topology import initialize
 from tests.helpers import reference
 from tests.helpers.conversion import LAYOUTS, assert_same, read_all
-from tests.helpers.ranks import run_ranks
+from tools.benchmarks.ranks import run_ranks
 
 INSTALLED = Path(__file__).parents[2] / ".venv" / "mbridge"
 

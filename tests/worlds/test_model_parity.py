@@ -31,7 +31,7 @@ from megafork.parallel.topology import initialize
 from megafork.training.policy import Policy
 from megafork.types import token_table
 from tests.helpers import reference
-from tests.helpers.ranks import run_ranks
+from tools.benchmarks.ranks import run_ranks
 
 LAYOUTS = {
     "tp1": {},

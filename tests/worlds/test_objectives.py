@@ -12,8 +12,8 @@ from megafork.algorithms import losses
 from megafork.config import AlgorithmConfig, MismatchConfig
 from tests.helpers.layouts import default_run, depth_for
 from tests.helpers.objectives import CASES, CLIPS, CORRECTIONS, Reference, assert_cases, table_of
-from tests.helpers.ranks import run_ranks
 from tests.helpers.step import make_policy, perturbation, whole_gradients
+from tools.benchmarks.ranks import run_ranks
 
 SP = {"tp": 2, "sequence_parallel": True}
 LAYOUTS = {

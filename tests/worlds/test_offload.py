@@ -12,9 +12,9 @@ from megafork.parallel.host_memory import HostMemory, storages
 from megafork.training.critic import estimate_advantages
 from tests.helpers import reference
 from tests.helpers.ppo import make_critic, make_ppo_table, save_critic
-from tests.helpers.ranks import run_ranks
 from tests.helpers.step import make_policy, make_table, whole_gradients
 from tests.helpers.trained import own_tensors, store_of
+from tools.benchmarks.ranks import run_ranks
 
 LAYOUTS = {
     "tp2": ({"tp": 2}, "float32"),

@@ -13,7 +13,6 @@ from megafork.training.telemetry import token_metrics
 from megafork.training.token_report import token_report
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART
-from tests.helpers.ranks import run_ranks
 from tests.helpers.step import (
     make_policy,
     make_table,
@@ -22,6 +21,7 @@ from tests.helpers.step import (
     score_all,
     whole_gradients,
 )
+from tools.benchmarks.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")

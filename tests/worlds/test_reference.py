@@ -18,10 +18,10 @@ from megafork.types import Group, Sample, token_table
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART, left_over, lines, megafork, tiny_run
 from tests.helpers.layouts import depth_for
-from tests.helpers.ranks import run_ranks
 from tests.helpers.reference import near
 from tests.helpers.step import make_policy, make_table
 from tests.helpers.trained import load, own_tensors, save, store_of, weights
+from tools.benchmarks.ranks import run_ranks
 
 SP = {"tp": 2, "sequence_parallel": True}
 LAYOUTS = {

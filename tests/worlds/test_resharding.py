@@ -8,7 +8,6 @@ import torch
 from megafork.checkpoint import sharded
 from megafork.config import ParallelConfig
 from tests.helpers import reference
-from tests.helpers.ranks import run_ranks
 from tests.helpers.trained import (
     LAYOUTS,
     adams,
@@ -22,6 +21,7 @@ from tests.helpers.trained import (
     weights,
     without_padding,
 )
+from tools.benchmarks.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ from megafork.training.histogram import EDGES, entropy_histogram
 from megafork.training.samples import is_sampled, pick_responses, sampled_responses
 from megafork.training.step import Clock, Optimized, optimize
 from tests.helpers import reference
-from tests.helpers.ranks import run_ranks
 from tests.helpers.step import RHO, make_policy, make_table, score_all
+from tools.benchmarks.ranks import run_ranks
 
 CLOSE = 1e-5  # nats, float32 against float64
 COUNT, STEP = 5, 3

@@ -15,8 +15,8 @@ from megafork.training.guard import UpdateGuard, UpdateRefused
 from megafork.training.step import Clock, optimize
 from megafork.types import token_table
 from tests.helpers import reference
-from tests.helpers.ranks import run_ranks
 from tests.helpers.step import make_policy, make_table
+from tools.benchmarks.ranks import run_ranks
 
 LAYOUTS = [
     {},

@@ -13,7 +13,6 @@ from megafork.training.policy import BOUNDARY_EPS
 from megafork.training.step import Clock, optimize
 from tests.helpers import reference
 from tests.helpers.layouts import default_run, depth_for
-from tests.helpers.ranks import run_ranks
 from tests.helpers.step import (
     RHO,
     assert_step,
@@ -24,6 +23,7 @@ from tests.helpers.step import (
     score_all,
     whole_gradients,
 )
+from tools.benchmarks.ranks import run_ranks
 
 SP = {"tp": 2, "sequence_parallel": True}
 FULL, SELECTIVE = {"model": {"recompute": "full"}}, {"model": {"recompute": "selective"}}

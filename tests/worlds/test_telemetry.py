@@ -11,8 +11,8 @@ import torch
 from megafork.config import ParallelConfig
 from megafork.training.telemetry import token_metrics
 from tests.helpers import reference
-from tests.helpers.ranks import run_ranks
 from tests.helpers.step import make_policy, make_table
+from tools.benchmarks.ranks import run_ranks
 
 CURRENT = 7
 

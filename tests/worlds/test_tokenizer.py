@@ -31,7 +31,6 @@ from tests.helpers.commands import (
     small_run,
     tiny_run,
 )
-from tests.helpers.ranks import run_ranks
 from tests.helpers.sentencepiece_files import (
     ARITHMETIC,
     AS_WRITTEN,
@@ -40,6 +39,7 @@ from tests.helpers.sentencepiece_files import (
     train_quickstart_twin,
     train_sentencepiece,
 )
+from tools.benchmarks.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")

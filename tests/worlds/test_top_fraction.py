@@ -11,7 +11,7 @@ from megafork.config import ParallelConfig
 from megafork.ops import top_fraction
 from megafork.ops.top_fraction import largest_keys, top_fraction_threshold, top_k
 from megafork.parallel.topology import initialize
-from tests.helpers.ranks import run_ranks
+from tools.benchmarks.ranks import run_ranks
 
 
 def by_sorting(values, fraction):

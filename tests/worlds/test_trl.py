@@ -15,7 +15,6 @@ import pytest
 from megafork.config import AlgorithmConfig, MismatchConfig
 from tests.helpers import reference
 from tests.helpers.objectives import OF_SEQUENCE_WEIGHTS, TOLERANCE
-from tests.helpers.ranks import run_ranks
 from tests.helpers.step import (
     make_policy,
     whole_gradients,
@@ -27,6 +26,7 @@ from tests.helpers.trl import (
     losses_of_trl,
     make_inputs,
 )
+from tools.benchmarks.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(
     not (INSTALLED / "trl").is_dir(),

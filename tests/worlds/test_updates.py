@@ -14,8 +14,8 @@ from megafork.model.shape import ModelShape
 from megafork.training.policy import BOUNDARY_EPS
 from tests.helpers import reference
 from tests.helpers.layouts import default_run, depth_for
-from tests.helpers.ranks import run_ranks
 from tests.helpers.step import RHO, make_policy, make_table, paper_loss, score_all
+from tools.benchmarks.ranks import run_ranks
 
 SP = {"tp": 2, "sequence_parallel": True}
 

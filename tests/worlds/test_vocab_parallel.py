@@ -11,7 +11,7 @@ from megafork.config import ParallelConfig
 from megafork.ops.softmax_rows import Rows, Shard
 from megafork.ops.vocab_parallel import logprob_and_entropy
 from megafork.parallel.topology import initialize
-from tests.helpers.ranks import run_ranks
+from tools.benchmarks.ranks import run_ranks
 
 QWEN3_VOCAB = 151_936
 

@@ -29,7 +29,7 @@ from megafork.weight_sync.transports import (
     send_buckets,
 )
 from tests.helpers import reference
-from tests.helpers.ranks import run_ranks
+from tools.benchmarks.ranks import run_ranks
 
 CPU = torch.device("cpu")
 WAYS = ["broadcast", "local"]

@@ -15,7 +15,7 @@ from megafork.config import ParallelConfig
 from megafork.errors import PeerError, UserError
 from megafork.parallel import whereabouts
 from megafork.parallel.topology import initialize
-from tests.helpers.ranks import run_ranks
+from tools.benchmarks.ranks import run_ranks
 
 LIMIT = datetime.timedelta(minutes=3)
 """For what does come, however busy the machine is"""

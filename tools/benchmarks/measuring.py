@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from benchmarks.ranks import run_ranks
 
 Work = Callable[[], Any]
 """Leaves nothing behind but its value: gradients that it returns are dropped at its end."""
@@ -38,27 +38,11 @@ class Cost:
     value: Any
 
 
-def on_ranks(world_size: int, make: Callable[..., Job], *args: Any, repeats: int) -> Cost:
+def on_ranks(
+    world_size: int, make: Callable[..., Job], *args: Any, repeats: int, timeout: float = 3600
+) -> Cost:
     """Costs of `make(*args)`: the slowest rank's best time, the largest peak, rank 0's bytes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    ranks = [
-        context.Process(target=_measure, args=(rank, world_size, port, queue, make, args, repeats))
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    answers = [queue.get() for _ in ranks]
-    for process in ranks:
-        process.join()
-    costs = []
-    for rank, answer in sorted(answers, key=lambda pair: pair[0]):
-        if isinstance(answer, str):
-            raise RuntimeError(f"rank {rank}: {answer}")
-        costs.append(answer)
+    costs = run_ranks(world_size, _measure, make, args, repeats, timeout=timeout)
     return Cost(
         max(c.seconds for c in costs),
         max(c.cpu_seconds for c in costs),
@@ -82,17 +66,10 @@ def best(world_size: int, rows: dict[str, tuple], *, repeats: int, rounds: int) 
     return found
 
 
-def _measure(rank, world_size, port, queue, make, args, repeats) -> None:
+def _measure(make: Callable[..., Job], args: tuple[Any, ...], repeats: int) -> Cost:
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    try:
-        queue.put((rank, _cost(make(*args), repeats)))
-    except Exception as error:  # the parent reports it; the other ranks meet the same one
-        queue.put((rank, f"{type(error).__name__}: {error}"))
-        return
-    dist.barrier()
-    dist.destroy_process_group()
+    dist.init_process_group("gloo")
+    return _cost(make(*args), repeats)
 
 
 def _cost(job: Job, repeats: int) -> Cost:

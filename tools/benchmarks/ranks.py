@@ -1,4 +1,4 @@
-"""Run a function on N gloo ranks: imported once, forked for each test (0.2 s instead of 8 s)."""
+"""Run a function on N gloo ranks: a fork has its imports already (0.2 s instead of 8 s)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# Imported before the fork, so that no rank pays for it again.
 import torch
-from torch.distributed import TCPStore
-
-import megafork.training.policy  # noqa: F401
-from megafork.parallel.topology import shutdown
+import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("fork")
 
@@ -50,7 +46,7 @@ def run_ranks(
     # As under torchrun, the store is not a rank's. Its port is bound here: one that is only known
     # to be free may be another world's by the time that rank 0 binds it. It is made after the
     # forks: they would inherit whatever lock of libc its thread holds while ranks connect to it.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for pipe in ranks:
         pipe.send(store.port)
     try:
@@ -110,5 +106,5 @@ def _rank_main(rank, world_size, pipe, function, args, timeout) -> None:
         outcome = (False, f"--- rank {rank} ---\n{traceback.format_exc()}")
     # As bytes: multiprocessing would share the tensors' memory, which ends with this process.
     pipe.send_bytes(pickle.dumps(outcome))
-    if outcome[0]:
-        shutdown()
+    if outcome[0] and dist.is_initialized():
+        dist.destroy_process_group()
