@@ -59,6 +59,9 @@ class DataConfig(PromptConfig):
     )
     eval: str | None = Field(None, description="held-out rows, same columns")
     seed: int = Field(0, description="seed of the order of the prompts, new in every epoch")
+    allow_changed: bool = Field(
+        False, description="go on with a run although its rows or data.seed are not what they were"
+    )
 
 
 class BenchmarkConfig(PromptConfig):

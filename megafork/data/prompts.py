@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megafork.config import PromptConfig
-from megafork.config.data import PLACEHOLDER
+from megafork.config.data import PLACEHOLDER, DataConfig
 from megafork.data.tables import look_up, read_table
 from megafork.data.tokenizer import Turns
 from megafork.errors import UserError
@@ -68,6 +68,11 @@ def read_rows(path: str | Path, data: PromptConfig, id_key: str = "") -> list[Ro
     if not rows:
         raise UserError(f"data file {path} is empty")
     return rows
+
+
+def read_both(data: DataConfig) -> tuple[list[Row], list[Row]]:
+    """The rows to train on and the held-out ones; none where data.eval is unset."""
+    return read_rows(data.train, data), read_rows(data.eval, data) if data.eval is not None else []
 
 
 def _check_characters(row: Row) -> None:
@@ -155,8 +160,12 @@ def read_prompts(
     path: str | Path, data: PromptConfig, encode: Encode, id_key: str = ""
 ) -> list[Prompt]:
     """All rows, tokenized: a prompt that is too long is told now, not hours into the run."""
+    return encode_rows(read_rows(path, data, id_key), data, encode)
+
+
+def encode_rows(rows: Sequence[Row], data: PromptConfig, encode: Encode) -> list[Prompt]:
     prompts = []
-    for index, row in enumerate(read_rows(path, data, id_key)):
+    for index, row in enumerate(rows):
         asked = row.prompt
         if data.template is not None and isinstance(asked, str):
             asked = data.template.replace(PLACEHOLDER, asked)

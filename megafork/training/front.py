@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megafork.config import TrainConfig
-from megafork.data.prompts import Prompt, PromptStream, read_prompts
+from megafork.data.prompts import PromptStream, encode_rows, read_both
+from megafork.data.unchanged import identity
 from megafork.errors import OnEveryRank, ServerDied, UserError
 from megafork.evaluation import heldout
 from megafork.interruption import Interruption
@@ -58,7 +59,10 @@ class Front:
         )
         assert workers.own is not None
         self.tokenizer, self.judge = workers.own.tokenizer, workers.own.verdict
-        prompts = read_prompts(config.data.train, config.data, self.tokenizer.encode)
+        rows, heldout = read_both(config.data)
+        self.data = identity(config.data, rows, heldout)
+        """What a checkpoint keeps of the data"""
+        prompts = encode_rows(rows, config.data, self.tokenizer.encode)
         self.collector = Collector(
             client=self.client,
             workers=workers.all,
@@ -67,10 +71,8 @@ class Front:
             rollout=config.rollout,
             sampling=self.sampling,
         )
-        self.heldout: list[Prompt] = []
-        if config.data.eval is not None:
-            found = read_prompts(config.data.eval, config.data, self.tokenizer.encode)
-            self.heldout = found[: config.eval.prompts]
+        found = encode_rows(heldout, config.data, self.tokenizer.encode)
+        self.heldout = found[: config.eval.prompts]
         # One at least for each server: they are asked in turn.
         self.probe_prompts = prompts[: max(config.sync.check_prompts, len(fleet.clients))]
         self.log = MetricsLog(

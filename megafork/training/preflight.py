@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from megafork.config import ScoreConfig, TrainConfig
-from megafork.data.prompts import read_rows
+from megafork.data.prompts import read_both
 from megafork.data.tokenizer import SentencePieceTokenizer, check_tokenizer, find_tokenizer
+from megafork.data.unchanged import check_unchanged, identity
 from megafork.errors import UserError
 from megafork.launch import under_torchrun
 from megafork.model.shape import ModelShape, read_json
@@ -38,9 +39,9 @@ def check_train(config: TrainConfig, *, resume: bool = False) -> None:
             "an eos_token_id, so no response could end: add it"
         )
     check_tokenizer(config, shape.vocab_size, chat_template=config.data.chat_template)
-    read_rows(config.data.train, config.data)
-    if config.data.eval is not None:
-        read_rows(config.data.eval, config.data)
+    rows = read_both(config.data)
+    if resume:
+        check_unchanged(Path(config.run.dir), config.data, identity(config.data, *rows))
     check_verifiers(config.reward.verifiers)
     check_server(config.rollout)
     if not under_torchrun():

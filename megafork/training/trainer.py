@@ -146,6 +146,7 @@ class Trainer:
                 "policy": self.policy.state(),
                 "policy_version": self.policy_version,
                 "collector": self.front.state,
+                "data": self.front.data,
             }
             if self.critic is not None:
                 state["critic"] = self.critic.state()

@@ -16,6 +16,8 @@ from torch.distributed import TCPStore
 from megafork.interruption import INTERRUPTED
 from megafork.logging.metrics import read_rows
 from tests.helpers.commands import (
+    QUICKSTART,
+    forked_megafork,
     left_over,
     lines,
     processes_of,
@@ -142,7 +144,17 @@ def test_a_run_goes_on_however_it_is_ended(tmp_path):
     assert state.startswith(f"not finished: {saved} of {STEPS} steps")
     assert_kept(run_dir, before)
 
+    # Its data is not what it was.
     before = journalled(run_dir)
+    shorter = tmp_path / "shorter.jsonl"
+    shorter.write_text("".join((QUICKSTART / "data" / "train.jsonl").open().readlines()[:-1]))
+    refused = forked_megafork(*again, f"data.train={shorter}")
+    assert refused.returncode == 2
+    assert (
+        f"step_{saved:06d} was trained on other data: data.train={shorter} has " in refused.stderr
+    )
+    assert "data.allow_changed=true" in refused.stderr
+
     resume(run_dir)
     assert_kept(run_dir, before)
     assert_as_if_nothing_had_been(run_dir, tmp_path / "replayed")
