@@ -132,6 +132,18 @@ class SyncConfig(Section):
         None, description="bound of mean |log-probability difference|; unset: by dtype"
     )
     max_k3: PositiveFloat | None = Field(None, description="bound of the k3 KL; unset: by dtype")
+    max_bias: PositiveFloat | None = Field(
+        None, description="bound of the signed mean difference; unset: by dtype"
+    )
+    max_slope: PositiveFloat | None = Field(
+        None,
+        description="bound of the difference's slope over the log-probability; unset: by dtype",
+    )
+    max_noise_ratio: PositiveFloat | None = Field(
+        None,
+        description="bound of the server's mean square error over that of bfloat16 itself; "
+        "unset: 4",
+    )
     timeout_s: PositiveFloat = Field(300.0, description="seconds for one weight push")
 
 
