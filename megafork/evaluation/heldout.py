@@ -13,6 +13,7 @@ from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.sampling import Sampling
+from megafork.rollout.tally import Tally
 
 
 async def sample(
@@ -23,6 +24,7 @@ async def sample(
     sampling: Sampling,
     num_samples: int,
     max_num_seqs: int,
+    tally: Tally,
 ) -> list[list[metrics.Scored]]:
     """`num_samples` responses to each prompt, judged, in the prompts' order.
 
@@ -37,6 +39,7 @@ async def sample(
         verdicts = await asyncio.gather(
             *(judge(prompt.text, text, prompt.answer) for text in texts)
         )
+        tally.add(sum(len(completion.token_ids) for completion in completions))
         failures.extend(verdict.failure for verdict in verdicts)
         found[prompt.index] = [
             metrics.Scored(verdict.accuracy, None, len(completion.token_ids), completion.truncated)

@@ -52,10 +52,13 @@ class MetricsLog:
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[doing]}"),
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._progress.add_task("train", total=num_steps, completed=steps_done)
+        self._task = self._progress.add_task(
+            "train", total=num_steps, completed=steps_done, doing=""
+        )
         self._progress.start()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -71,7 +74,7 @@ class MetricsLog:
             if name in metrics
         )
         self._console.print(f"step {step:>4}  " + "  ".join(values), highlight=False)
-        self._progress.update(self._task, completed=step)
+        self._progress.update(self._task, completed=step, doing="")
 
     def evaluation(self, step: int, row: dict[str, Any]) -> None:
         """What held-out prompts gave after `step` (0: before training), into eval.jsonl."""
@@ -102,6 +105,13 @@ class MetricsLog:
             return
         with (self._run_dir / name).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def progress(self, text: str) -> None:
+        """What a step does meanwhile: beside the bar of a terminal, else a line."""
+        if self._console.is_terminal:
+            self._progress.update(self._task, doing=text)
+        else:
+            self.note(text)
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False)
@@ -140,9 +150,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Keep the rows up to `step`, none for 0 (step 0 is evaluated again); in one go."""
+    """Keep the rows up to `step`, in one go."""
     rows = read_rows(path)
-    kept = [row for row in rows if 0 < step >= row["step"]]
+    kept = [row for row in rows if row["step"] <= step]
     if not path.exists() or (len(kept) == len(rows) and path.read_bytes().endswith(b"\n")):
         return
     shorter = path.with_suffix(".partial")

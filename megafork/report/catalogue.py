@@ -143,7 +143,14 @@ CHARTS = (
         ),
         needs=("rollout/servers_lost",),
     ),
-    Chart("Throughput", "tokens per second", (("throughput/tokens_per_second", "trained on"),)),
+    Chart(
+        "Throughput",
+        "tokens per second",
+        (
+            ("throughput/tokens_per_second", "trained on"),
+            ("throughput/generated_tokens_per_second", "generated"),
+        ),
+    ),
     Chart(
         "Lag",
         "policy versions",

@@ -22,6 +22,7 @@ from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.sampling import Sampling
+from megafork.rollout.tally import Tally
 from megafork.rollout.worker import Worker, replica_of
 from megafork.types import GroupSummary
 
@@ -42,6 +43,8 @@ class RolloutBatch:
     """Groups that a full batch did not wait for: aborted, or carried on unfinished"""
     lost_lengths: list[int] = field(default_factory=list)
     """Tokens of each response that was begun and is in no batch: aborted, or too old"""
+    num_generated_tokens: int = 0
+    """Those of groups that were aborted too, but not those that the journal had"""
     seconds: float = 0.0
     """From the first request until the batch was full; it may overlap with training."""
     reward_seconds: float = 0.0
@@ -60,6 +63,8 @@ class Collector:
     """Says when too many verdicts are none; the workers have their own"""
     rollout: RolloutConfig
     sampling: Sampling
+    tally: Tally = field(default_factory=Tally)
+    """Of the batch that is being filled, or was last"""
     carried: list[GroupSummary] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
     """Prompts whose groups a full batch did not wait for (rollout.tail = "carry")"""
@@ -108,7 +113,7 @@ class Collector:
     async def _collect(self, step: int, trained_by: int) -> RolloutBatch:
         started = time.monotonic()
         wanted, oldest = self.rollout.prompts_per_step, trained_by - self.rollout.max_policy_lag
-        batch = RolloutBatch()
+        batch, self.tally = RolloutBatch(), Tally()
         self.carried += await self._recalled()
         admitted = self._recent(self.carried, oldest, batch)
         known = await self._begin(step)
@@ -143,6 +148,7 @@ class Collector:
         self.carried = [group for group in surplus if group.is_finite]
         await self._forget(asked, batch)
         batch.state = self.state()
+        batch.num_generated_tokens = self.tally.tokens
         batch.seconds = time.monotonic() - started
         return batch
 
@@ -214,6 +220,7 @@ class Collector:
             if prompt.index not in self._running:
                 self._running[prompt.index] = asyncio.create_task(self._generate(prompt))
         groups: list[GroupSummary] = []
+        self.tally.groups += len(left)
         for ended in asyncio.as_completed([self._running[prompt.index] for prompt in left]):
             group, reward_seconds = await ended
             if not group.is_whole:
@@ -239,6 +246,7 @@ class Collector:
         index = group.prompt_index
         del self._running[index]
         batch.reward_seconds += reward_seconds
+        self.tally.add(sum(sample.num_tokens for sample in group.samples))
         await self._worker(index).keep(index, step)
         return replace(group, step=step)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -23,6 +23,7 @@ from megafork.rollout.background import BackgroundLoop, Job
 from megafork.rollout.collector import Collector, RolloutBatch
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.sampling import Sampling
+from megafork.rollout.tally import Tally, tell_regularly
 from megafork.training.step import Skipped
 from megafork.training.workers import SKIPPED, RunWorkers
 from megafork.types import Group, TokenTable, known_table
@@ -107,7 +108,8 @@ class Front:
         those of each sample."""
         self.interruption.check()
         self._collect_ahead(step, 0, policy_version)
-        self.batch = self._wait(self._ahead[step])
+        with self._telling(f"step {step:>4}", lambda: self.collector.tally):
+            self.batch = self._wait(self._ahead[step])
         self._tell_failures()
         self.state = self.batch.state
         if step == self.config.training.steps:  # nobody waits for its tail
@@ -142,6 +144,7 @@ class Front:
         """Held-out accuracy (avg@k), also written, with more, to eval.jsonl."""
         config = self.config.eval
         sampling = replace(self.sampling, temperature=config.temperature)
+        tally = Tally(groups=len(self.heldout))
         evaluating = heldout.sample(
             self.client,
             self.heldout,
@@ -150,11 +153,23 @@ class Front:
             sampling,
             config.samples,
             self.config.rollout.max_num_seqs * len(self.client.clients),
+            tally,
         )
-        row = heldout.row(self._generated(evaluating))
+        with self._telling(f"step {step:>4}  evaluation", lambda: tally):
+            row = heldout.row(self._generated(evaluating))
         self._tell_failures()
         self.log.evaluation(step, row)
         return row["eval/accuracy"]
+
+    @contextlib.contextmanager
+    def _telling(self, what: str, tally: Callable[[], Tally]) -> Iterator[None]:
+        """Inside, a person sees how far it is."""
+        telling = tell_regularly(tally, lambda text: self.log.progress(f"{what}  {text}"))
+        job = self._background.submit(telling)
+        try:
+            yield
+        finally:
+            job.cancel()
 
     def _tell_failures(self) -> None:
         """Of each kind of a verifier's failures the first of the run; metrics.jsonl counts them."""

@@ -235,6 +235,9 @@ class Trainer:
             metrics |= telemetry.overlap_metrics(batch, clock.seconds)
             metrics |= telemetry.lag_metrics(batch.groups, trained_by)
             metrics |= self.front.client.counts()
+            metrics["throughput/generated_tokens_per_second"] = (
+                batch.num_generated_tokens / clock.seconds["total"]
+            )
         return metrics | {
             "tokens": known.num_tokens,
             "throughput/tokens_per_second": known.num_tokens / clock.seconds["total"],

@@ -116,6 +116,7 @@ def test_a_run_goes_on_however_it_is_ended(tmp_path):
     with middle_of(3, run_dir, *again, "rollout.max_restarts=0") as (run, _):
         run.kill_server()
         assert run.end(100) == 2
+    assert "held-out" not in run.told  # step 0's is there, although there was no checkpoint
     assert left_over(run_dir, seconds=20) == []
     assert run.told.count("error:") == 1 and "Traceback" not in run.told
     assert "does not answer" in run.told

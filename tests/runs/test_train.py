@@ -60,6 +60,7 @@ STEP_METRICS = {
     "time/sync",
     "time/total",
     "throughput/tokens_per_second",
+    "throughput/generated_tokens_per_second",
     "policy_version",
     "sampling/groups_dropped",
 }
