@@ -34,6 +34,9 @@ OverlapScope = Annotated[
     Scope, typer.Option(help="what has a threshold of its own: the file or each response")
 ]
 MinCount = Annotated[int, typer.Option(help="tokens that occur less often are left out", min=1)]
+MinResponses = Annotated[
+    int, typer.Option(help="tokens that occur in fewer responses are left out", min=1)
+]
 Words = Annotated[int, typer.Option(help="tokens of each word cloud", min=1)]
 Responses = Annotated[
     str,
@@ -79,6 +82,7 @@ def tokens(
         typer.Option(help="HF folder or SentencePiece .model file; unset: --model's tokenizer"),
     ] = None,
     min_count: MinCount = 50,
+    min_responses: MinResponses = 3,
     words: Words = 100,
     font: FontFile = None,
 ) -> None:
@@ -99,7 +103,7 @@ def tokens(
     reader, drawn_with = load_tokenizer(config, chat_template=False), Font(font)
     with _spool([scored], output) as spool:
         columns = read_scored(scored, spool / "a", encode=reader.encode, vocab_size=vocab_size)
-        ranked = rank_tokens(columns, vocab_size, reader.name, min_count)
+        ranked = rank_tokens(columns, vocab_size, reader.name, min_count, min_responses)
         write_tokens(ranked, scored.stem, output, "tokens", num_words=words, font=drawn_with)
     _tell(output)
 
@@ -199,6 +203,7 @@ def run_command(
     ] = None,
     scope: OverlapScope = Scope.batch,
     min_count: MinCount = 50,
+    min_responses: MinResponses = 3,
     words: Words = 100,
     font: FontFile = None,
 ) -> None:
@@ -221,6 +226,7 @@ def run_command(
             rho=rho,
             scope=scope.value,
             min_count=min_count,
+            min_responses=min_responses,
             num_words=words,
             font=Font(font),
             overrides=overrides or [],

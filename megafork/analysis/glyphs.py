@@ -9,7 +9,7 @@ from typing import Any
 
 from megafork.errors import UserError
 
-_SHOWN = {" ": "␣", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}
+_SHOWN = {" ": "·", "·": "\\xb7", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}
 _UNDECODED = "\ufffd"
 
 

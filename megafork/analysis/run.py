@@ -59,6 +59,7 @@ class RunAnalysis:
     """None: the run's forking.rho"""
     scope: Scope
     min_count: int
+    min_responses: int
     num_words: int
     font: Font
     overrides: Sequence[str]
@@ -270,7 +271,13 @@ def _write_all(asked: RunAnalysis, plan: _Plan, columns: dict[str, Columns]) -> 
     statistics = {label: entropy_statistics(columns[label]) for label in (INITIAL, FINAL)}
     for label, found in statistics.items():
         write_entropy(found, label, folder, f"entropy_{label}")
-        ranked = rank_tokens(columns[label], plan.vocab_size, plan.tokenizer.name, asked.min_count)
+        ranked = rank_tokens(
+            columns[label],
+            plan.vocab_size,
+            plan.tokenizer.name,
+            asked.min_count,
+            asked.min_responses,
+        )
         write_tokens(
             ranked,
             label,

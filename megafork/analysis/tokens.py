@@ -36,18 +36,24 @@ class TokenStatistics:
 
 @dataclass(frozen=True)
 class RankedTokens:
-    """Those that occur min_count times, by mean entropy, highest first; of equal ones the lower id
-    first."""
+    """Those that occur min_count times, in min_responses responses, by mean entropy, highest first;
+    of equal ones the lower id first."""
 
     num_tokens: int
     num_ids: int
     """ids that occur at all"""
     min_count: int
+    min_responses: int
     ranked: list[TokenStatistics]
 
     def highest(self, count: int) -> list[TokenStatistics]:
         """No token is both among the highest and among the lowest."""
         return self.ranked[: min(count, -(-len(self.ranked) // 2))]
+
+    @property
+    def condition(self) -> str:
+        """Of being ranked, as a title says it."""
+        return f"that occur at least {self.min_count} times, in {self.min_responses} responses"
 
     def lowest(self, count: int) -> list[TokenStatistics]:
         """The lowest first."""
@@ -55,17 +61,26 @@ class RankedTokens:
 
 
 def rank_tokens(
-    columns: Columns, vocab_size: int, name: Callable[[int], str], min_count: int
+    columns: Columns,
+    vocab_size: int,
+    name: Callable[[int], str],
+    min_count: int,
+    min_responses: int,
 ) -> RankedTokens:
-    """name: one token as text. Raises UserError when no token occurs min_count times."""
+    """name: one token as text. Raises UserError when no token occurs often enough.
+
+    What a single response repeats may lead by mean entropy and says nothing of the model.
+    """
     means = ClusteredMeans(vocab_size)
     for block in columns.blocks():
         means.add(block.entropy_T, block.id_T.astype(numpy.int64), block.row_T)
-    frequent = (means.count >= min_count).nonzero()[0]
+    often, widely = means.count >= min_count, means.num_responses >= min_responses
+    frequent = (often & widely).nonzero()[0]
     if not len(frequent):
         raise UserError(
-            f"--min-count={min_count}: no token occurs so often in {columns.path} (the most "
-            f"frequent {means.count.max()} times): lower it"
+            f"--min-count={min_count} and --min-responses={min_responses}: no token occurs so "
+            f"often in {columns.path} (the most frequent {means.count.max()} times, the most "
+            f"widespread in {means.num_responses.max()} responses): lower them"
         )
     mean, error = means.mean, means.standard_error
     ids = frequent[numpy.argsort(-mean[frequent], kind="stable")].tolist()
@@ -82,7 +97,8 @@ def rank_tokens(
         )
         for i, text, label in zip(ids, names, _unique_labels(ids, names), strict=True)
     ]
-    return RankedTokens(columns.num_tokens, int((means.count > 0).sum()), min_count, ranked)
+    num_ids = int((means.count > 0).sum())
+    return RankedTokens(columns.num_tokens, num_ids, min_count, min_responses, ranked)
 
 
 def _unique_labels(ids: Sequence[int], names: Sequence[str]) -> list[str]:
@@ -119,6 +135,7 @@ def write_tokens(
         "ids_that_occur": found.num_ids,
         "ids_ranked": len(found.ranked),
         "min_count": found.min_count,
+        "min_responses": found.min_responses,
         "standard_errors": "over responses; empty with fewer than two",
         "highest": [token.text for token in highest],
         "lowest": [token.text for token in lowest],
@@ -127,7 +144,7 @@ def write_tokens(
     }
     write_table(folder, name, rows, about)
     _draw_bars(found, source, folder / f"{name}.png", font)
-    _draw_cloud(highest, lowest, found.min_count, source, folder / f"{name}_cloud.png", font)
+    _draw_cloud(highest, lowest, found.condition, source, folder / f"{name}_cloud.png", font)
 
 
 def _draw_bars(found: RankedTokens, source: str, path: Path, font: Font) -> None:
@@ -160,7 +177,7 @@ def _draw_bars(found: RankedTokens, source: str, path: Path, font: Font) -> None
         top.set_xlim(left=0.0)
         top.set_title(
             f"{source}: tokens (count) of highest and lowest mean entropy,\namong "
-            f"{len(found.ranked)} that occur at least {found.min_count} times",
+            f"{len(found.ranked)} {found.condition}",
             fontsize="medium",
         )
         if lowest:
@@ -185,7 +202,7 @@ def _error_bars(tokens: Sequence[TokenStatistics]) -> numpy.ndarray:
 def _draw_cloud(
     highest: Sequence[TokenStatistics],
     lowest: Sequence[TokenStatistics],
-    min_count: int,
+    condition: str,
     source: str,
     path: Path,
     font: Font,
@@ -209,9 +226,7 @@ def _draw_cloud(
                 one.text(0.5, 0.5, "none that the font can draw", ha="center")
         missing = sum(not font.can_draw(t.label) for t in [*highest, *lowest])
         left_out = f"; {missing} that the font lacks are left out" if missing else ""
-        axes[0].figure.suptitle(
-            f"{source}: tokens that occur at least {min_count} times{left_out}", fontsize="medium"
-        )
+        axes[0].figure.suptitle(f"{source}: tokens {condition}{left_out}", fontsize="medium")
 
 
 def _by_mean(tokens: Sequence[TokenStatistics], font: Font) -> dict[str, float]:

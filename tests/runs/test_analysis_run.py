@@ -95,6 +95,7 @@ def asked(run, output, **changes):
             "rho": None,
             "scope": "batch",
             "min_count": 2,
+            "min_responses": 1,
             "num_words": 10,
             "font": Font(),
             "overrides": [],
@@ -108,7 +109,18 @@ def test_one_command_for_a_run(tmp_path):
     run, out = make_run(tmp_path / "run"), tmp_path / "out"
     kept = run / "checkpoints" / "step_000001"
     hf_to_megatron(QUICKSTART / "model", kept, max_file_bytes=10**9)
-    done = megafork("analyze", "run", run, "--output", out, "--min-count", 2, "batch_sequences=3")
+    done = megafork(
+        "analyze",
+        "run",
+        run,
+        "--output",
+        out,
+        "--min-count",
+        2,
+        "--min-responses",
+        1,
+        "batch_sequences=3",
+    )
     assert done.returncode == 0, done.stderr
     responses = lines(out / "responses.jsonl")
     assert [row["id"] for row in responses] == list(range(10))
@@ -143,7 +155,17 @@ def test_held_out_responses_and_two_temperatures(tmp_path):
     heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = load_config(TrainConfig, run / "config.toml", [f"data.eval={heldout}"])
     save_config(config, run / "config.toml")
-    options = ("--responses", "generate", "--temperatures", "--samples", 2, "--min-count", 1)
+    options = (
+        "--responses",
+        "generate",
+        "--temperatures",
+        "--samples",
+        2,
+        "--min-count",
+        1,
+        "--min-responses",
+        1,
+    )
     done = megafork("analyze", "run", run, "--output", out, *options)
     assert done.returncode == 0, done.stderr
     responses = lines(out / "scored_final.jsonl")

@@ -165,7 +165,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
             for path in paths
         )
         entropy_statistics(a)
-        rank_tokens(a, VOCAB, str, 1)
+        rank_tokens(a, VOCAB, str, 1, 1)
         overlap(a, b, 0.2, "batch")
         overlap(a, b, 0.2, "sequence")
         entropy_change(a, b)

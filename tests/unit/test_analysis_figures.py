@@ -95,7 +95,7 @@ def test_tokens(tmp_path, scored, figures):
     rows, about = table(tmp_path / "tokens.csv")
     assert about["highest"] == [row["token"] for row in rows][:5]
     assert about["not_drawn"] == []
-    assert {"+", "=", "<eos>", "␣"} <= {row["token"] for row in rows}
+    assert {"+", "=", "<eos>", "·"} <= {row["token"] for row in rows}
     (top, below), _ = figures
     half = -(-len(rows) // 2)
     assert [bar.get_width() for bar in top.patches] == [r["mean_entropy_nats"] for r in rows][:half]
@@ -198,7 +198,7 @@ def test_nothing_is_left_where_a_file_is_bad(tmp_path, scored):
 @pytest.mark.parametrize(
     ("text", "label"),
     [
-        (" the", "␣the"),
+        (" the", "·the"),
         ("\n\n", "\\n\\n"),
         ("\\n", "\\\\n"),
         ("\t", "\\t"),
@@ -220,7 +220,7 @@ def test_what_the_font_lacks_is_told(tmp_path, figures):
     names = ["ведь", "因为", "$x$", "same", "same", ""]
     ids = [i for i in range(len(names)) for _ in range(3)]
     rows = [{"response_ids": ids, "entropies": [0.1 * (i + 1) for i in ids]}] * 2
-    found = rank_tokens(columns_of(tmp_path, "a", rows), len(names), names.__getitem__, 1)
+    found = rank_tokens(columns_of(tmp_path, "a", rows), len(names), names.__getitem__, 1, 1)
     assert [t.label for t in found.ranked] == ["<5>", "same #4", "same #3", "$x$", "因为", "ведь"]
     write_tokens(found, "a", tmp_path, "tokens", num_words=10, font=Font())
     assert json.loads((tmp_path / "tokens.json").read_text())["not_drawn"] == ["因为"]

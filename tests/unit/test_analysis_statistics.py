@@ -122,21 +122,23 @@ def test_a_model_that_is_sure_of_everything(tmp_path):
 
 
 @pytest.mark.parametrize("block_tokens", [1, 100, 10**6])
-@pytest.mark.parametrize("min_count", [1, 38])
-def test_tokens_by_mean_entropy(tmp_path, block_tokens, min_count):
+@pytest.mark.parametrize(("min_count", "min_responses"), [(1, 1), (38, 1), (1, 28)])
+def test_tokens_by_mean_entropy(tmp_path, block_tokens, min_count, min_responses):
     rows = make_rows(4)
     columns = columns_of(tmp_path, "a", rows, block_tokens)
-    found = rank_tokens(columns, VOCAB, lambda i: f" w{i}", min_count)
+    found = rank_tokens(columns, VOCAB, lambda i: f" w{i}", min_count, min_responses)
     values = entropies_of(rows)
     ids = numpy.array([i for row in rows for i in row["response_ids"]])
     of_row = numpy.repeat(range(len(rows)), [len(row["entropies"]) for row in rows])
-    expected = [i for i in range(VOCAB) if (ids == i).sum() >= min_count]
+    spread = {i: len(numpy.unique(of_row[ids == i])) for i in range(VOCAB)}
+    often = [i for i in range(VOCAB) if (ids == i).sum() >= min_count]
+    expected = [i for i in often if spread[i] >= min_responses]
     expected.sort(key=lambda i: -values[ids == i].mean())
-    assert len(expected) > 1 and (min_count == 1 or len(expected) < VOCAB)
+    assert len(expected) > 1 and (min_count == min_responses == 1 or len(expected) < VOCAB)
     assert [token.id for token in found.ranked] == expected
     for token in found.ranked:
         inside = ids == token.id
-        assert (token.count, token.label) == (inside.sum(), f"␣w{token.id}")
+        assert (token.count, token.label) == (inside.sum(), f"·w{token.id}")
         assert token.responses == len(numpy.unique(of_row[inside]))
         assert token.mean == pytest.approx(values[inside].mean(), rel=1e-12)
         assert token.standard_error == pytest.approx(
@@ -150,5 +152,7 @@ def test_tokens_by_mean_entropy(tmp_path, block_tokens, min_count):
 
 def test_tokens_that_are_too_rare_are_told(tmp_path):
     columns = columns_of(tmp_path, "a", [{"response_ids": [1, 1, 2], "entropies": [1, 2, 3]}])
-    with pytest.raises(UserError, match=r"--min-count=3: .*\(the most frequent 2 times\)"):
-        rank_tokens(columns, VOCAB, str, 3)
+    with pytest.raises(UserError, match=r"--min-count=3 .*\(the most frequent 2 times"):
+        rank_tokens(columns, VOCAB, str, 3, 1)
+    with pytest.raises(UserError, match=r"--min-responses=2: .*most widespread in 1 responses"):
+        rank_tokens(columns, VOCAB, str, 1, 2)
