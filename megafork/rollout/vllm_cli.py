@@ -8,6 +8,7 @@ answer is given on import.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import sys
 
 _installed_version = importlib.metadata.version
@@ -23,6 +24,27 @@ def _version(distribution: str) -> str:
 
 
 importlib.metadata.version = _version  # type: ignore[assignment]
+
+
+class _NoFault(logging.Filter):
+    """Drops tracebacks that look like the cause of whatever happens later, and are none.
+
+    vLLM warms a chat template up, for which it has no tokenizer here; and when it is told to end,
+    what waits for the engine's next tokens fails.
+    """
+
+    _is_ending = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        self._is_ending |= text.startswith("[shutdown]")
+        of_the_end = self._is_ending and text.startswith("AsyncLLM output_handler failed")
+        return not (of_the_end or text.startswith("Chat template warmup failed"))
+
+
+_no_fault = _NoFault()
+for _name in ("renderers.base", "v1.engine.core_client", "v1.engine.async_llm"):
+    logging.getLogger(f"vllm.{_name}").addFilter(_no_fault)
 
 
 if __name__ == "__main__":

@@ -240,6 +240,12 @@ def test_the_final_checkpoint_is_the_trained_model(run):
     assert list((run_dir / "tensorboard").iterdir())
 
 
+def test_the_servers_log_holds_no_traceback(run):
+    """Whoever looks for a cause there would take a harmless one for it."""
+    run_dir, _, _ = run
+    assert "Traceback" not in (run_dir / "vllm.log").read_text()
+
+
 def test_a_run_is_not_overwritten(run):
     run_dir, model, _ = run
     before = (run_dir / "metrics.jsonl").read_bytes()
