@@ -71,7 +71,6 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[_LAUNCHER] = str(os.getpid())
     for module in ("multiprocessing.api", "agent.server.api"):  # the ranks tell it themselves
         logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)

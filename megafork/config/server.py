@@ -33,6 +33,10 @@ class ServerConfig(Section):
     )
     max_num_seqs: Positive = Field(256, description="responses that the server runs at once")
     gpu_memory_utilization: Fraction = Field(0.6, description="GPU memory for the server")
+    cpu_threads: Positive | None = Field(
+        None,
+        description="threads of a CPU server; unset: OMP_NUM_THREADS, else the cores over servers",
+    )
     cpu_kv_cache_gib: Positive = Field(1, description="KV cache of a CPU server, GiB")
     startup_timeout_s: PositiveFloat = Field(600.0, description="seconds for the server to come up")
     request_timeout_s: PositiveFloat = Field(3600.0, description="seconds for one request")

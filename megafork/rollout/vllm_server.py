@@ -33,7 +33,6 @@ _TORCHRUN_VARIABLE = re.compile(
     r"|(TORCH_)?NCCL_ASYNC_ERROR_HANDLING"
 )
 _CPU_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binding costs a factor of ten
     "TORCHDYNAMO_DISABLE": "1",
 }
@@ -43,8 +42,9 @@ class VllmServer:
     """One vLLM server behind an API key, and nothing left of it after `stop()`.
 
     model_path: a local Hugging Face folder; no tokenizer is needed, only token ids travel.
-    device: "cpu" or "cuda". kv_cache_gib sizes the cache on the CPU, gpu_memory_utilization on
-    a GPU. environment: further variables of the server, for instance CUDA_VISIBLE_DEVICES.
+    device: "cpu" or "cuda". On the CPU kv_cache_gib sizes the cache and cpu_threads is the number
+    of threads, on a GPU gpu_memory_utilization sizes the cache. environment: further variables of
+    the server, for instance CUDA_VISIBLE_DEVICES.
     python: the interpreter that has vLLM; it may belong to another environment. api_key: unset is a
     random one. two_temperatures: requests may ask for `Sampling.forking_temperatures`; loading any
     logits processor makes vLLM's V1 runner on a GPU wait for each step's tokens. sleeps:
@@ -68,6 +68,7 @@ class VllmServer:
         api_key: str | None = None,
         gpu_memory_utilization: float = 0.6,
         kv_cache_gib: int = 1,
+        cpu_threads: int = 1,
         seed: int = 0,
         two_temperatures: bool = False,
         sleeps: bool = False,
@@ -86,6 +87,7 @@ class VllmServer:
         self.port = port
         self.gpu_memory_utilization = gpu_memory_utilization
         self.kv_cache_gib = kv_cache_gib
+        self.cpu_threads = cpu_threads
         self.seed = seed
         self.two_temperatures = two_temperatures
         self.sleeps = sleeps
@@ -226,6 +228,7 @@ class VllmServer:
         if self.device == "cpu":
             environment |= _CPU_ENVIRONMENT
             environment["VLLM_CPU_KVCACHE_SPACE"] = str(self.kv_cache_gib)
+            environment["OMP_NUM_THREADS"] = str(self.cpu_threads)
         return environment | {
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
