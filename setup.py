@@ -44,6 +44,14 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.20", "vllm>=0.33"],
         "reasoning-gym": ["reasoning-gym"],
-        "test": ["mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "types-requests"],
+        "test": [
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "types-requests",
+        ],
     },
 )

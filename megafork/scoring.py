@@ -17,6 +17,7 @@ from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
 from megafork.parallel.topology import Topology, initialize, shutdown
+from megafork.parsing import parse_json
 from megafork.types import Group, Sample, token_table
 
 
@@ -40,7 +41,7 @@ def score_file(config: ScoreConfig, input_path: Path, output_path: Path) -> None
         sink: TextIO | None = None
         if topology.rank == 0:
             lines = stack.enter_context(input_path.open(encoding="utf-8"))
-            source = _parse(lines, input_path, config, scorer.shape.vocab_size)
+            source = read_responses(lines, input_path, config, scorer.shape.vocab_size)
             stack.callback(partial.unlink, missing_ok=True)
             sink = stack.enter_context(partial.open("w", encoding="utf-8"))
         while True:
@@ -82,14 +83,16 @@ def _score(
     ]
 
 
-def _parse(
+def read_responses(
     lines: TextIO, path: Path, config: ScoreConfig, vocab_size: int
 ) -> Iterator[tuple[dict, Group]]:
+    """Each object with its response, as the only sample of a group. Raises UserError for a line
+    that cannot be scored."""
     tokenizer: Tokenizer | None = None
     for number, line in _numbered(lines, path):
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise UserError(f"{where}: not JSON ({error})") from None
         if not isinstance(row, dict):

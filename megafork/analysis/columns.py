@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -23,6 +22,7 @@ import msgspec
 import numpy
 
 from megafork.errors import UserError
+from megafork.parsing import parse_json
 
 BLOCK_TOKENS = 1 << 20
 _BLOCK_ROWS = 1 << 16
@@ -132,7 +132,7 @@ def read_scored(
             where = f"{path}, line {number}"
             try:
                 row = decode(line)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, RecursionError) as error:
                 raise UserError(f"{where}: {_fault(line, error)}") from None
             entropy_T = _entropies(row, where)
             id_T = _ids(row, where, encode, vocab_size)
@@ -249,11 +249,11 @@ def _spelled(text: msgspec.Raw) -> bytes:
     return msgspec.json.encode(msgspec.json.decode(text), order="sorted") if text else b""
 
 
-def _fault(line: bytes, error: msgspec.DecodeError) -> str:
+def _fault(line: bytes, error: Exception) -> str:
     """What is wrong with a line that msgspec refused; Python's parser knows NaN and Infinity."""
     try:
-        row: Any = json.loads(line)
-    except (ValueError, RecursionError) as cause:
+        row: Any = parse_json(line)
+    except ValueError as cause:
         return f"not JSON ({cause})"
     if not isinstance(row, dict):
         return "not an object"

@@ -33,6 +33,7 @@ from megafork.disk import sync
 from megafork.errors import PeerError, UserError
 from megafork.model.weights import Stage
 from megafork.parallel.topology import Topology
+from megafork.parsing import parse_json
 
 MANIFEST, STATE, GENERATORS = "manifest.json", "state.json", "generators.pt"
 _NAME = re.compile(r"step_(\d{6,})")
@@ -132,7 +133,7 @@ class CheckpointStore:
 
         Raises UserError for a critic that the checkpoint does not hold.
         """
-        state = self.topology.on_rank_zero(lambda: json.loads((path / STATE).read_text()))
+        state = self.topology.on_rank_zero(lambda: parse_json((path / STATE).read_text()))
         if critic is not None and "critic" not in state:
             raise UserError(
                 f"{path} holds no critic: algorithm.advantages=gae begins with a new run (its "
@@ -245,7 +246,7 @@ class CheckpointStore:
 
         def read() -> dict[str, tuple[int, int]] | str:
             try:
-                files = json.loads((path / MANIFEST).read_text())
+                files = parse_json((path / MANIFEST).read_text())
                 return {name: (size, crc) for name, (size, crc) in files.items()}
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 return f"no readable {MANIFEST}: {error}"

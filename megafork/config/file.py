@@ -31,7 +31,7 @@ def load_config(kind: type[C], toml_path: str | Path | None, overrides: Sequence
             raw = tomllib.loads(Path(toml_path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"config file {toml_path} does not exist") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise UserError(f"config file {toml_path} cannot be read: {error}") from None
     for override in overrides:
         _apply_override(raw, override)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megafork.errors import UserError
+from megafork.parsing import parse_json
 
 HUB = "hf:"
 _BATCH_ROWS = 1024
@@ -69,8 +69,8 @@ def _from_jsonl(path: Path) -> Table:
 
 def _parsed(line: str, where: str) -> tuple[str, Any]:
     try:
-        return where, json.loads(line)
-    except (ValueError, RecursionError) as error:
+        return where, parse_json(line)
+    except ValueError as error:
         raise UserError(f"{where}: not JSON ({error})") from None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from megafork.config.data import DataConfig
 from megafork.data.prompts import Row
 from megafork.errors import UserError
+from megafork.parsing import parse_json
 
 Identity = dict[str, Any]
 """What a checkpoint keeps of the data: JSON can hold it."""
@@ -46,7 +47,7 @@ def check_unchanged(run_dir: Path, data: DataConfig, now: Identity) -> None:
     if state is None or not state.is_file():  # the search for a whole checkpoint tells of damage
         return
     try:
-        raw = json.loads(state.read_text())
+        raw = parse_json(state.read_text())
     except ValueError:
         return
     before = raw.get("data", {}) if isinstance(raw, dict) else {}

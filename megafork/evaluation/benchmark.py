@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -40,6 +39,7 @@ from megafork.evaluation.samples import (
     read_settings,
     write_json,
 )
+from megafork.parsing import parse_json
 from megafork.rewards.names import check_verifiers
 from megafork.rewards.verifier import Judge
 from megafork.rollout.sampling import Completion
@@ -123,7 +123,7 @@ def _results_before(output: Path, given: Input) -> Results:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
         check_same(found["settings"], given.settings(), str(path))
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is not what eval wrote ({error}): remove it") from None

@@ -9,13 +9,23 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from megafork.disk import cut_torn_line, sync
 from megafork.errors import UserError
+from megafork.parsing import parse_json
 
 Settings = dict[str, Any]
 SETTINGS = ".settings.json"
 PROMPTS = "prompts"
 """Of the settings: what tells the file's prompts from others"""
+
+
+class _Line(msgspec.Struct):
+    """Of PATH.partial"""
+
+    group: int
+    rows: list[dict[str, Any]]
 
 
 class SampleFile:
@@ -57,8 +67,8 @@ class SampleFile:
             start = 0
             for number, line in enumerate(file, 1):
                 try:
-                    yield json.loads(line)["group"], start
-                except (ValueError, KeyError, TypeError) as error:
+                    yield msgspec.convert(parse_json(line), _Line).group, start
+                except ValueError as error:  # a ValidationError is one
                     raise UserError(
                         f"{self.partial}, line {number} is damaged ({error}): remove the line to "
                         "generate its group again"
@@ -114,7 +124,7 @@ class SampleFile:
         with self.partial.open("rb") as source:
             for group in range(self.num_groups):
                 source.seek(self._offsets[group])
-                yield from json.loads(source.readline())["rows"]
+                yield from parse_json(source.readline())["rows"]
 
     def rewrite(self, rows: Iterable[dict[str, Any]]) -> None:
         """Make these the complete file's rows; what was there stays until all are on disk."""
@@ -131,7 +141,7 @@ class SampleFile:
         """Of the complete file, in the input's order."""
         with self.path.open(encoding="utf-8") as lines:
             for line in lines:
-                yield json.loads(line)
+                yield parse_json(line)
 
 
 def files_with_samples(path: Path) -> list[Path]:
@@ -163,10 +173,10 @@ def check_same(before: Settings, now: Settings, what: str) -> None:
 
 def read_settings(path: Path) -> Settings:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return msgspec.convert(parse_json(path.read_text(encoding="utf-8")), Settings)
     except ValueError as error:
         raise UserError(
-            f"{path} is not JSON ({error}): remove it and the samples beside it"
+            f"{path} is not what was written there ({error}): remove it and the samples beside it"
         ) from None
 
 

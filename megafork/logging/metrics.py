@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megafork.errors import UserError
+from megafork.parsing import parse_json
 
 _LINE = (
     ("acc", "reward/accuracy", "{:.3f}"),
@@ -143,7 +144,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 break
             try:
-                rows.append(json.loads(line))
+                rows.append(parse_json(line))
             except ValueError as error:
                 raise UserError(f"{path}:{number} is damaged ({error}): remove the line") from None
     return rows

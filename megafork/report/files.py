@@ -6,12 +6,73 @@ import tomllib
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+import msgspec
 
 from megafork.errors import UserError
 from megafork.logging.metrics import read_rows
 
 Row = dict[str, Any]
+Numbers = dict[str, float | None]
+"""Of metrics.jsonl and eval.jsonl"""
+
+
+class _Token(TypedDict):
+    id: int
+    count: int
+    selected: int
+    mean_entropy: float
+    text: str
+
+
+class _Tokens(TypedDict):
+    """Of forking_tokens.jsonl"""
+
+    step: int
+    tokens: int
+    selected: int
+    min_count: int
+    highest_entropy: list[_Token]
+    most_selected: list[_Token]
+
+
+class _Histogram(TypedDict):
+    """Of entropy_histogram.jsonl"""
+
+    step: int
+    edges: list[float]
+    tokens: list[int]
+    selected: list[int]
+
+
+class _Response(TypedDict):
+    """Of samples.jsonl"""
+
+    step: int
+    uid: int
+    prompt: str
+    token_ids: list[int]
+    text: list[str]
+    entropies: list[float] | None
+    selected: list[bool]
+    rollout_logprobs: list[float]
+    reward: float
+    accuracy: float
+    advantage: float | None
+    threshold: float | None
+    truncated: bool
+    loss: bool
+
+
+_KINDS: dict[str, Any] = {
+    "metrics.jsonl": Numbers,
+    "eval.jsonl": Numbers,
+    "forking_tokens.jsonl": _Tokens,
+    "entropy_histogram.jsonl": _Histogram,
+    "samples.jsonl": _Response,
+}
+_OF_TOKENS = ("token_ids", "text", "entropies", "selected", "rollout_logprobs")
 _CONFIG = "config.toml"
 _JSONL = {
     "metrics.jsonl": "no step has ended yet",
@@ -78,9 +139,26 @@ def read_run(run_dir: Path) -> RunFiles:
 def _rows_of_steps(path: Path) -> list[Row]:
     rows = read_rows(path)
     for row in rows:
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise UserError(f"{path} is damaged: a row without a step: {str(row)[:80]}")
+        if (fault := _fault(row, _KINDS[path.name])) is not None:
+            raise UserError(f"{path} is damaged ({fault}): {str(row)[:80]}")
     return rows
+
+
+def _fault(row: Any, kind: Any) -> str | None:
+    """Why a row is not one that a run wrote."""
+    try:
+        msgspec.convert(row, kind)
+    except ValueError as error:  # a ValidationError, or half of a surrogate pair
+        return str(error)
+    if type(row.get("step")) is not int or row["step"] < 0:
+        return "a row without a step"
+    columns = [row[name] for name in _OF_TOKENS] if kind is _Response else []
+    if len({len(column) for column in columns if column is not None}) > 1:
+        return "columns of different lengths"
+    counts = [row["tokens"], row["selected"]] if kind is _Histogram else []
+    if any(len(count) != len(row["edges"]) - 1 for count in counts):
+        return "counts that do not fit the edges"
+    return None
 
 
 def _num_steps(settings: str) -> int | None:

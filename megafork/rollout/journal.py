@@ -12,11 +12,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
+
+import msgspec
 
 from megafork.disk import cut_torn_line, sync
 from megafork.errors import UserError
-from megafork.types import Group, Sample
+from megafork.parsing import parse_json
+from megafork.types import Group
 
 _log = logging.getLogger(__name__)
 
@@ -114,15 +117,14 @@ def _faults(group: Group) -> tuple[bool, int]:
     return not group.is_finite, sum(sample.failure is not None for sample in group.samples)
 
 
-def _group_of(fields: dict[str, Any]) -> Group:
-    return Group(**fields | {"samples": [Sample(**sample) for sample in fields["samples"]]})
-
-
 def _parse(line: bytes, path: Path, number: int) -> Group:
     try:
-        return _group_of(json.loads(line))
-    except (ValueError, TypeError, KeyError) as error:
-        raise _damage(path, number, f"{type(error).__name__}: {error}") from error
+        group = msgspec.convert(parse_json(line), Group)
+    except ValueError as error:  # a ValidationError is one
+        raise _damage(path, number, str(error)) from error
+    if any(len(sample.token_ids) != len(sample.logprobs) for sample in group.samples):
+        raise _damage(path, number, "a response with another number of log-probabilities")
+    return group
 
 
 def _damage(path: Path, number: int, cause: str) -> UserError:
