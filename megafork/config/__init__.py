@@ -10,7 +10,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from megafork.config.algorithm import AlgorithmConfig, ForkingConfig, MismatchConfig
+from megafork.config.algorithm import (
+    CLIPS,
+    LARGEST_OF_SEQUENCES,
+    SMALLEST_OF_TOKENS,
+    AlgorithmConfig,
+    ForkingConfig,
+    MismatchConfig,
+)
 from megafork.config.critic import CriticConfig
 from megafork.config.data import BenchmarkConfig, DataConfig, PromptConfig
 from megafork.config.evaluate import EvaluateConfig, GenerateConfig, GenerationConfig
@@ -234,6 +241,7 @@ class TrainConfig(Section):
                 "algorithm.objective=cispo, whose ratio algorithm.clip_high bounds at either sign "
                 "of the advantage: leave it unset"
             )
+        self._check_clips()
         if mismatch.correction != "none" and algorithm.old_logprobs == "engine":
             raise UserError(
                 f"mismatch.correction={mismatch.correction} weighs by pi_old / pi_engine, which "
@@ -252,6 +260,30 @@ class TrainConfig(Section):
                 f"reward.overlong_buffer_tokens={buffer} is more than "
                 f"rollout.max_response_tokens={longest}: set it to {longest} or less"
             )
+
+    def _check_clips(self) -> None:
+        """Of the objective, not of another one whose ratio has another size."""
+        algorithm = self.algorithm
+        objective = algorithm.objective
+        if objective == "cispo" and algorithm.clip_low != 1:
+            raise UserError(
+                f"algorithm.clip_low={algorithm.clip_low:g} bounds the ratio from below, which "
+                "algorithm.objective=cispo does not: leave clip_low unset (1, no bound)"
+            )
+        for name, default in zip(("clip_low", "clip_high"), CLIPS[objective], strict=True):
+            value = getattr(algorithm, name)
+            if objective == "gspo" and value > LARGEST_OF_SEQUENCES:
+                raise UserError(
+                    f"algorithm.{name}={value:g} never acts on algorithm.objective=gspo, whose "
+                    "ratio is a mean over the response and moves by thousandths: use about "
+                    f"{default:g} (its default) or objective=ppo"
+                )
+            if objective == "ppo" and value < SMALLEST_OF_TOKENS:
+                raise UserError(
+                    f"algorithm.{name}={value:g} is the size of a whole response's ratio and would "
+                    "clip nearly every token's, which algorithm.objective=ppo takes: use about "
+                    f"{default:g} (its default) or objective=gspo"
+                )
 
     def _check_reference(self) -> None:
         every, select = self.forking.compare_every, self.forking.select

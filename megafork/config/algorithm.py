@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from megafork.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
+
+CLIPS = {"ppo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
+"""(clip_low, clip_high) of an objective where they are not set: DAPO's; those of GSPO's paper; no
+bound below (CISPO's paper) and 5 above (arXiv 2510.13786)."""
+
+SMALLEST_OF_TOKENS, LARGEST_OF_SEQUENCES = 1e-3, 0.1
+"""Clips of one token's ratio are not below, those of a response's mean ratio not above."""
+
+
+def _clip_low(settings: dict[str, Any]) -> float:
+    return CLIPS[settings["objective"]][0]
+
+
+def _clip_high(settings: dict[str, Any]) -> float:
+    return CLIPS[settings["objective"]][1]
 
 
 class AlgorithmConfig(Section):
@@ -22,10 +37,14 @@ class AlgorithmConfig(Section):
         "takes no scoring pass where no entropies are needed",
     )
     clip_low: Fraction = Field(
-        0.2, description="epsilon below 1 of the clipped ratio (gspo: about 3e-4; 1 is no bound)"
+        default_factory=_clip_low,
+        description="epsilon below 1 of the clipped ratio; unset: 0.2 (ppo), 3e-4 (gspo), 1, which "
+        "is no bound (cispo)",
     )
     clip_high: PositiveFloat = Field(
-        0.28, description="epsilon above 1, DAPO's clip-higher (gspo: about 4e-4)"
+        default_factory=_clip_high,
+        description="epsilon above 1; unset: 0.28, DAPO's clip-higher (ppo), 4e-4 (gspo), 4 "
+        "(cispo)",
     )
     clip_dual: Annotated[float, Field(gt=1.0)] | None = Field(
         None, description="bound of the ratio where the advantage is negative; unset: none"

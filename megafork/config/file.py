@@ -94,6 +94,8 @@ def _explain(kind: type[Section], error: ValidationError, source: str) -> str:
     keys = [key for key, _ in known_keys(kind)]
     lines = []
     for problem in error.errors():
+        if problem["type"] == "default_factory_not_called":  # of another key's mistake
+            continue
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             candidates = keys + sorted({k.split(".")[0] for k in keys})

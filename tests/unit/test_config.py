@@ -93,6 +93,48 @@ def test_a_batch_threshold_cannot_wait_for_current_entropies():
         load("forking.scope=batch", "forking.entropy_of=current")
 
 
+CLIP_DEFAULTS = {"ppo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
+
+
+@pytest.mark.parametrize("objective", CLIP_DEFAULTS)
+def test_a_clip_that_is_not_set_is_the_objectives(objective):
+    algorithm = load(f"algorithm.objective={objective}").algorithm
+    assert (algorithm.clip_low, algorithm.clip_high) == CLIP_DEFAULTS[objective]
+
+
+def test_a_saved_config_has_the_objectives_clip(tmp_path):
+    config = load("algorithm.objective=gspo", "algorithm.clip_high=5e-4")
+    save_config(config, tmp_path / "c.toml")
+    text = (tmp_path / "c.toml").read_text()
+    assert "clip_low = 0.0003" in text and "clip_high = 0.0005" in text
+    assert load_config(TrainConfig, tmp_path / "c.toml", []) == config
+
+
+@pytest.mark.parametrize(
+    ("objective", "setting", "message"),
+    [
+        ("gspo", "clip_low=0.2", "clip_low=0.2 never acts on algorithm.objective=gspo"),
+        ("gspo", "clip_low=1", "clip_low=1 never acts"),
+        ("gspo", "clip_high=0.28", "clip_high=0.28 never acts"),
+        ("gspo", "clip_high=0.28", "use about 0.0004 (its default) or objective=ppo"),
+        ("cispo", "clip_low=0.2", "clip_low=0.2 bounds the ratio from below"),
+        ("cispo", "clip_low=3e-4", "leave clip_low unset"),
+        ("ppo", "clip_low=3e-4", "clip_low=0.0003 is the size of a whole response's ratio"),
+        ("ppo", "clip_high=4e-4", "use about 0.28 (its default) or objective=gspo"),
+    ],
+)
+def test_a_clip_of_another_objective_is_refused(objective, setting, message):
+    with pytest.raises(UserError) as caught:
+        load(f"algorithm.objective={objective}", f"algorithm.{setting}")
+    assert message in str(caught.value)
+
+
+def test_an_unknown_objective_is_one_mistake():
+    with pytest.raises(UserError) as caught:
+        load("algorithm.objective=gpso")
+    assert "clip" not in str(caught.value)
+
+
 def test_cispo_has_no_dual_clip():
     with pytest.raises(UserError, match=r"clip_dual=3 has no meaning for .*=cispo.*leave it unset"):
         load("algorithm.objective=cispo", "algorithm.clip_dual=3")
