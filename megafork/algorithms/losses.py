@@ -13,6 +13,7 @@ of GSPO-token (section 4.3 there), whose gradient sums s_i A grad log pi over th
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -200,15 +201,15 @@ def clipped_surrogate(
 ) -> Tensor:
     """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and where A < 0 no less than clip_dual A.
 
-    The dual clip is that of arXiv 1912.09729.
+    The dual clip is that of arXiv 1912.09729. Written by the sign of A, so that an infinite ratio
+    is multiplied by no advantage but a negative one that nothing bounds.
     """
-    unclipped_T = ratio_T * advantages_T
-    clipped_T = ratio_T.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages_T
-    surrogate_T = torch.minimum(unclipped_T, clipped_T)
-    if clip_dual is None:
-        return surrogate_T
-    bounded_T = torch.maximum(surrogate_T, clip_dual * advantages_T)
-    return torch.where(advantages_T < 0, bounded_T, surrogate_T)
+    bounded_T = torch.where(
+        advantages_T < 0,
+        ratio_T.clamp(min=1.0 - clip_low, max=clip_dual),
+        ratio_T.clamp(max=1.0 + clip_high),
+    )
+    return bounded_T * advantages_T
 
 
 def clipped_weight_surrogate(
@@ -228,8 +229,9 @@ def clipped_weight_surrogate(
 
 
 def token_ratio(logprobs_T: Tensor, old_logprobs_T: Tensor, mask_T: Tensor) -> Tensor:
-    """pi_theta / pi_old; 1 outside the mask, where an overflow would be a NaN in the gradient."""
-    return torch.where(mask_T, logprobs_T - old_logprobs_T, 0.0).exp()
+    """pi_theta / pi_old; 1 and without a gradient outside the mask."""
+    log_ratio_T = torch.where(mask_T, logprobs_T.detach() - old_logprobs_T, 0.0)
+    return _Ratio.apply(logprobs_T, log_ratio_T.exp(), mask_T)
 
 
 def sequence_ratio(
@@ -248,7 +250,24 @@ def sequence_ratio(
         logprobs_N - rows.old_logprobs_N, rows.sequence_N, num_sequences, cp_group
     )
     of_sequence_N = (sums_B[rows.sequence_N] / rows.num_tokens_N).exp().float()
-    return of_sequence_N * token_ratio(logprobs_N, logprobs_N.detach(), rows.gradient_N)
+    return _Ratio.apply(logprobs_N, of_sequence_N, rows.gradient_N)
+
+
+class _Ratio(torch.autograd.Function):
+    """A ratio as a function of the token's own log-probability: d ratio = ratio d logprob.
+
+    A token that the clip has decided passes 0 back, and 0 stays 0 where the ratio is infinite.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logprobs_T: Tensor, ratio_T: Tensor, mask_T: Tensor) -> Tensor:
+        ctx.save_for_backward(ratio_T, mask_T)
+        return ratio_T.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        ratio_T, mask_T = ctx.saved_tensors
+        return torch.where(mask_T & (grad_T != 0), grad_T * ratio_T, 0.0), None, None
 
 
 def clip_counts(
@@ -273,7 +292,11 @@ def k3_divergence(logprobs_T: Tensor, other_logprobs_T: Tensor) -> Tensor:
     """k3 estimate of KL(other || this) at tokens sampled from `other`.
 
     r - 1 - log r with r = this / other: never negative, zero where they agree (Schulman,
-    "Approximating KL divergence").
+    "Approximating KL divergence"). Value and gradient are right to the dtype's last digits however
+    small log r is: it is x^2/2 then, which the difference would lose.
     """
     log_ratio_T = logprobs_T - other_logprobs_T
-    return log_ratio_T.expm1() - log_ratio_T
+    x_T = log_ratio_T.double()
+    series_T = x_T.square() * (0.5 + x_T * (1 / 6 + x_T / 24))
+    divergence_T = torch.where(x_T.abs() < 1e-4, series_T, x_T.expm1() - x_T)
+    return divergence_T.to(log_ratio_T.dtype)

@@ -54,7 +54,7 @@ def kl_estimate(log_ratio_T: Tensor, estimator: str) -> Tensor:
     if estimator == "k3":
         return k3_divergence(-log_ratio_T, torch.zeros_like(log_ratio_T))
     k2_T = log_ratio_T.square() / 2
-    return k2_T + (log_ratio_T - k2_T).detach() if estimator == "k1" else k2_T
+    return log_ratio_T.detach() + (k2_T - k2_T.detach()) if estimator == "k1" else k2_T
 
 
 def entropy_loss(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from decimal import Decimal, getcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from megafork.algorithms import losses
 from megafork.algorithms.losses import clip_counts, k3_divergence, policy_loss
 from megafork.algorithms.mismatch import importance_weights
+from megafork.algorithms.regularizers import kl_estimate
 from megafork.config import AlgorithmConfig, MismatchConfig
 from tests.helpers.loss_rows import rows_of
 
@@ -122,6 +124,61 @@ def test_an_unselected_token_cannot_spoil_the_gradient():
     assert logprobs.grad.tolist() == [-0.5, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "advantage", "value"),
+    [
+        ({}, 2.0, -2.0 * 1.28),
+        ({"clip_dual": 3.0}, 2.0, -2.0 * 1.28),
+        ({"clip_dual": 3.0}, -2.0, 2.0 * 3.0),
+        ({"objective": "gspo"}, 2.0, -2.0 * 1.0004),
+        ({"objective": "gspo", "clip_dual": 3.0}, -2.0, 2.0 * 3.0),
+        ({"clip_dual": 3.0}, 0.0, 0.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("log_ratio", [80.0, 89.0, 200.0, 3e38, math.inf])
+def test_a_ratio_that_overflows_is_clipped_like_any_other(algorithm, advantage, value, log_ratio):
+    """e^89 is no float32. The clip decides, so the token has a constant and no gradient; a
+    neighbour keeps its own."""
+    rows = rows_of([advantage, 1.0], [True, True], sequence=[0, 1])
+    logprobs = torch.tensor([log_ratio, 0.0], requires_grad=True)
+    loss, ratio = policy_loss(
+        logprobs, rows, AlgorithmConfig(**algorithm), denominator=1, num_sequences=2
+    )
+    loss.backward()
+    assert loss.item() == close(value - 1.0)
+    assert logprobs.grad.tolist() == [0.0, -1.0]
+    assert ratio[0] == torch.tensor(log_ratio, dtype=torch.float64).exp().float()
+
+
+@pytest.mark.parametrize("objective", ["ppo", "gspo"])
+def test_an_overflow_that_no_clip_bounds_is_no_number(objective):
+    """At a negative advantage the minimum takes the ratio itself: the guard has to see it."""
+    rows = rows_of([-1.0], [True])
+    logprobs = torch.tensor([200.0], requires_grad=True)
+    config = AlgorithmConfig(objective=objective)
+    loss, _ = policy_loss(logprobs, rows, config, denominator=1, num_sequences=1)
+    loss.backward()
+    assert loss.item() == math.inf
+    assert not logprobs.grad.isfinite().any()
+
+
+def test_cispos_weight_is_bounded_where_the_ratio_overflows():
+    config = AlgorithmConfig(objective="cispo")
+    for advantage in (2.0, -2.0):
+        loss, gradient, _ = loss_and_gradient_at(torch.tensor([200.0]), [advantage], config)
+        assert gradient == close([-advantage * 5.0])
+        assert loss == pytest.approx(-advantage * 5.0 * 200.0)
+
+
+def loss_and_gradient_at(logprobs, advantages, config):
+    logprobs = logprobs.clone().requires_grad_()
+    rows = rows_of(advantages, [True] * len(advantages))
+    loss, ratio = policy_loss(logprobs, rows, config, denominator=1, num_sequences=1)
+    loss.backward()
+    return loss.item(), logprobs.grad.tolist(), ratio
+
+
 def test_a_weight_multiplies_the_surrogate():
     weight = torch.tensor([0.5, 1.0, 2.0, 0.25, 1.0])
     rows = replace(rows_of(ADVANTAGE, SELECTED), weight_N=weight)
@@ -148,6 +205,36 @@ def test_k3_by_hand():
     ours, theirs = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -1.0])
     # r = e^-1: r - 1 - log r = e^-1 - 1 + 1
     assert k3_divergence(ours, theirs).tolist() == pytest.approx([0.0, math.exp(-1)], abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [10.0**-k for k in range(0, 19, 2)] + [1e-5, 9.9e-5, 1.1e-4])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_k3_and_its_slope_are_right_to_the_last_digits_at_any_size(size, sign):
+    """x^2/2 of an x of 1e-7 is less than the rounding of expm1(x) - x in float32."""
+    getcontext().prec = 80
+    ours = torch.tensor([sign * size], requires_grad=True)
+    value = k3_divergence(ours, torch.zeros(1))
+    value.sum().backward()
+    x = Decimal(ours.item())
+    assert value.item() == pytest.approx(float(x.exp() - 1 - x), rel=3e-7, abs=0)
+    assert ours.grad.item() == pytest.approx(float(x.exp() - 1), rel=3e-7, abs=0)
+    assert value.dtype == torch.float32
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("x", [1e-12, 1e-7, 1e-5, 1e-3, 1.0, -40.0, 60.0, 3000.0])
+def test_kl_estimates_and_their_slopes(estimator, x):
+    log_ratio = torch.tensor([x], requires_grad=True)
+    value = kl_estimate(log_ratio, estimator)
+    value.sum().backward()
+    exact = Decimal(log_ratio.item())
+    wanted, slope = {
+        "k1": (exact, exact),
+        "k2": (exact * exact / 2, exact),
+        "k3": ((-exact).exp() - 1 + exact, 1 - (-exact).exp()),
+    }[estimator]
+    assert value.item() == pytest.approx(float(wanted), rel=3e-7, abs=0)
+    assert log_ratio.grad.item() == pytest.approx(float(slope), rel=3e-7, abs=0)
 
 
 # pi_old / pi_engine of five tokens; the last is outside the loss mask.
