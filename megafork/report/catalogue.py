@@ -132,7 +132,11 @@ CHARTS = (
             ("sampling/tail_groups", "not waited for"),
         ),
     ),
-    Chart("Skipped updates", "updates", (("update/skipped", "skipped"),)),
+    Chart(
+        "Skipped updates",
+        "updates",
+        (("update/skipped", "skipped"), ("update/empty", "every response cut")),
+    ),
     Chart(
         "Rollout servers",
         "servers",

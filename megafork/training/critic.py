@@ -93,11 +93,12 @@ class Critic(Learner):
         Metrics: the loss over all ranks, rows in it, rows that value clipping decides.
         """
         reports = self.accumulate_gradients(table, scores, mask_N)
+        num_tokens = table.num_loss_tokens
         if not self.topology.is_last_stage:
-            return self.judge({})
+            return self.judge({}, num_tokens=num_tokens)
         sums = torch.stack([report["sums"] for report in reports]).sum(0)
         dist.all_reduce(sums, group=self.topology.groups.dp_cp)
-        return self.judge(dict(zip(_SUMS, sums.tolist(), strict=True)))
+        return self.judge(dict(zip(_SUMS, sums.tolist(), strict=True)), num_tokens=num_tokens)
 
     def accumulate_gradients(
         self, table: TokenTable, scores: Scores, mask_N: Tensor

@@ -39,6 +39,8 @@ class Judged:
     loss: float
     grad_norm: float
     """global, before clipping"""
+    num_tokens: int
+    """of the mini-batch's loss mask; 0: every response was cut, and there is nothing to learn"""
 
 
 class Learner(PackedModel):
@@ -114,10 +116,12 @@ class Learner(PackedModel):
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def judge(self, metrics: dict[str, float], *, loss: Sequence[str] = ("loss",)) -> Judged:
+    def judge(
+        self, metrics: dict[str, float], *, num_tokens: int, loss: Sequence[str] = ("loss",)
+    ) -> Judged:
         """Of the accumulated gradients. metrics: on the last stage, over all ranks.
 
-        loss: names of the metrics that add up to it.
+        num_tokens: of the mini-batch's loss mask. loss: names of the metrics that add up to it.
 
         Raises UpdateRefused, on all ranks, for a NaN, an infinity or a spike (see `UpdateGuard`).
         """
@@ -130,10 +134,16 @@ class Learner(PackedModel):
         )
         if fault is not None:
             raise UpdateRefused(f"{self.name}: {fault}" if self.name else fault)
-        return Judged(metrics, total, norm)
+        return Judged(metrics, total, norm, num_tokens)
 
     def apply(self, judged: Judged) -> dict[str, float]:
-        """The optimizer's step; the metrics with the global gradient norm before clipping."""
+        """The optimizer's step; the metrics with the global gradient norm before clipping.
+
+        None of a mini-batch without a token in the loss, whose weights Adam's momentum and the
+        weight decay would still move.
+        """
+        if not judged.num_tokens:
+            return judged.metrics | {"grad_norm": judged.grad_norm}
         set_hyperparameters(self.optimizer, self.training, self.num_updates)
         _, grad_norm, _ = self.optimizer.step()
         self.num_updates += 1

@@ -132,6 +132,7 @@ class Policy(Scorer, Learner):
     def update(self, table: TokenTable, scores: Scores, mask_N: Tensor) -> dict[str, float]:
         """One optimizer step on the masked tokens, with `algorithm`'s objective and denominator.
 
+        None where no response is in the loss.
         Raises UpdateRefused as `judged_update`, whose metrics it returns with the gradient norm.
         """
         return self.apply(self.judged_update(table, scores, mask_N))
@@ -147,7 +148,8 @@ class Policy(Scorer, Learner):
         """
         reports = self.accumulate_gradients(table, scores, mask_N)
         metrics = self._reduce(reports) if self.topology.is_last_stage else {}
-        return self.judge(metrics, loss=("loss", "kl", "entropy_bonus"))
+        loss = ("loss", "kl", "entropy_bonus")
+        return self.judge(metrics, num_tokens=table.num_loss_tokens, loss=loss)
 
     def accumulate_gradients(
         self, table: TokenTable, scores: Scores, mask_N: Tensor

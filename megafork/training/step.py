@@ -72,6 +72,8 @@ class Optimized:
     values: dict[str, float] = field(default_factory=dict)
     """what the critic thinks of the rollout batch (see estimate_advantages)"""
     skipped: list[Skipped] = field(default_factory=list)
+    num_empty: int = 0
+    """mini-batches without a token in the loss, which are in none of the lists"""
 
 
 def optimize(
@@ -88,12 +90,15 @@ def optimize(
     that sampled them. With entropy_of = "current" each after the first update is scored once more,
     just before its own, for the entropies. With old_logprobs = "engine" that denominator is
     known, and a mini-batch is scored for its entropies alone, if anything looks at them. A
-    mini-batch that cannot be trained on is skipped.
+    mini-batch that cannot be trained on is skipped; one whose every response was cut is counted
+    and left out, with neither an update nor a place in a threshold.
 
     A critic gives the advantages, before the first update too, and learns from the same
     mini-batches. It and the policy both make their update or neither does, whichever is refused.
     """
-    done = Optimized()
+    num_all = len(minibatches)
+    minibatches = [table for table in minibatches if table.num_loss_tokens]
+    done = Optimized(num_empty=num_all - len(minibatches))
     with clock.measure("score"):
         scored = [_score_first(policy, table) for table in minibatches]
     if policy.reference is not None and (policy.kl.coefficient or _compares(policy, step)):

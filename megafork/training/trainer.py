@@ -243,24 +243,25 @@ class Trainer:
             "throughput/tokens_per_second": known.num_tokens / clock.seconds["total"],
             "policy_version": self.policy_version,
             "update/skipped": len(done.skipped),
+            "update/empty": done.num_empty,
         }
 
     def _minibatches(self, known: TokenTable, source_B: Tensor, step: int) -> list[TokenTable]:
         """By whole groups, each with the rows that this rank works on and their advantages.
 
-        known: what every rank knows of the batch; source_B: the replicas that have its rows. A
-        mini-batch that overlong filtering has emptied is left out.
+        known: what every rank knows of the batch; source_B: the replicas that have its rows. Those
+        of a mini-batch that overlong filtering has emptied stay where they are.
         """
         training = self.config.training
 
         def in_order(table: TokenTable) -> list[TokenTable]:
-            parts = table.minibatches(training.prompts_per_minibatch, seed=training.seed + step)
-            return [part for part in parts if part.num_loss_tokens]
+            return table.minibatches(training.prompts_per_minibatch, seed=training.seed + step)
 
         replica_of: dict[int, int] = {}
         for part in in_order(known):
-            replicas = self.policy.replicas(part).tolist()
-            replica_of.update(zip(part.uid_B.tolist(), replicas, strict=True))
+            if part.num_loss_tokens:
+                replicas = self.policy.replicas(part).tolist()
+                replica_of.update(zip(part.uid_B.tolist(), replicas, strict=True))
         if not replica_of:
             raise UserError(
                 f"step {step}: every response was cut at rollout.max_response_tokens="

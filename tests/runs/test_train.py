@@ -40,6 +40,7 @@ STEP_METRICS = {
     "forking/mean_entropy_outside",
     "forking/boundary_fraction",
     "loss/policy",
+    "update/empty",
     "ratio/clip_low_fraction",
     "ratio/clip_high_fraction",
     "ratio/clip_dual_fraction",
@@ -75,7 +76,6 @@ RUNS = {
         "forking.rho_end=0.1",
         "forking.rho_steps=2",
         "algorithm.objective=cispo",
-        "algorithm.clip_low=1",
         "mismatch.correction=truncate",
     ],
     "tp2-sp-cp2-gspo": [

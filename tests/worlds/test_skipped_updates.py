@@ -16,6 +16,7 @@ from megafork.training.step import Clock, optimize
 from megafork.types import token_table
 from tests.helpers import reference
 from tests.helpers.step import make_policy, make_table
+from tests.helpers.trained import adams
 from tools.benchmarks.ranks import run_ranks
 
 LAYOUTS = [
@@ -242,3 +243,73 @@ def test_a_nan_in_the_forward_pass_costs_its_minibatch_alone(model_folder, layou
         reason = "a log-probability or an entropy of the policy is not finite"
         assert skipped == [(index, reason)]
         assert updates == 2
+
+
+def all_cut(table):
+    """As overlong filtering leaves a mini-batch whose every response was cut."""
+    return table.with_loss_mask(torch.zeros_like(table.loss_mask_R))
+
+
+def adam_of(policy):
+    return [t.clone() for state in adams(policy) for s in state.state.values() for t in s.values()]
+
+
+def an_empty_update(folder, layout):
+    """Where Adam has momentum: what moves, and how many updates are counted."""
+    policy = make_policy(folder, layout, lr=1e-3, weight_decay=0.1)
+    good_update(policy)
+    before, adam = weights_of(policy), adam_of(policy)
+    table = all_cut(make_table())
+    scores = policy.score(table)
+    [mask], _ = policy.select([table], [scores], step=1)
+    metrics = policy.update(table, scores, mask)
+    moved = [
+        not equal(before, weights_of(policy)),
+        not all(torch.equal(*pair) for pair in zip(adam, adam_of(policy), strict=True)),
+    ]
+    return moved, policy.num_updates, metrics["grad_norm"]
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2}], ids=str)
+def test_a_minibatch_whose_every_response_was_cut_moves_nothing(model_folder, layout):
+    world = ParallelConfig(**layout).world_size
+    for moved, num_updates, norm in run_ranks(world, an_empty_update, model_folder, layout):
+        assert moved == [False, False]
+        assert (num_updates, norm) == (1, 0.0)
+
+
+def train_around(folder, layout, scope, with_empty):
+    policy = make_policy(folder, layout, lr=1e-3, forking={"scope": scope})
+    first, second, third = make_minibatches()
+    parts = [all_cut(first), second, all_cut(third), third] if with_empty else [second, third]
+    done = optimize(policy, parts, step=1, clock=Clock())
+    return done.num_empty, len(done.updates), done.skipped, len(done.tables), weights_of(policy)
+
+
+@pytest.mark.parametrize(("scope", "layout"), [("minibatch", {}), ("batch", {"dp": 2})], ids=str)
+def test_a_cut_minibatch_is_counted_and_changes_no_other(model_folder, scope, layout):
+    world = ParallelConfig(**layout).world_size
+    ranks, without = (
+        run_ranks(world, train_around, model_folder, layout, scope, with_empty)
+        for with_empty in (True, False)
+    )
+    for (empty, *rest, weights), (none, *expected_rest, expected) in zip(
+        ranks, without, strict=True
+    ):
+        assert (empty, none) == (2, 0)
+        assert rest == expected_rest == [2, [], 2]
+        assert equal(weights, expected)
+
+
+def test_a_batch_that_was_cut_as_a_whole_has_no_update(model_folder):
+    [(empty, updates, unchanged)] = run_ranks(1, train_on_nothing, model_folder)
+    assert (empty, updates, unchanged) == (3, 0, True)
+
+
+def train_on_nothing(folder):
+    policy = make_policy(folder, {}, lr=1e-3)
+    good_update(policy)
+    before = weights_of(policy)
+    parts = [all_cut(part) for part in make_minibatches()]
+    done = optimize(policy, parts, step=1, clock=Clock())
+    return done.num_empty, len(done.updates), equal(before, weights_of(policy))
