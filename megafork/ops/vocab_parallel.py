@@ -154,7 +154,7 @@ class _LinearLogprobAndEntropy(torch.autograd.Function):
 
             linear_head.add_up(rows, hidden_TH, weight_VH, tp_group)
         else:
-            buffer, chunks = _chunks(hidden_TH, weight_VH[: shard.num_columns], chunk_tokens)
+            buffer, chunks = _chunks(hidden_TH, weight_VH, shard, chunk_tokens)
             for chunk in chunks:
                 logits = product(hidden_TH[chunk], weight_VH[: shard.num_columns], buffer)
                 rows.find_max(logits, chunk, tp_group)
@@ -205,7 +205,7 @@ def _add_gradients(
     """Add the gradients of hidden (this shard's part) and weight, both float32, to `into`."""
     grad_hidden_TH, grad_weight_VH = into
     num_columns = rows.shard.num_columns
-    buffer, chunks = _chunks(hidden_TH, weight_VH[:num_columns], chunk_tokens)
+    buffer, chunks = _chunks(hidden_TH, weight_VH, rows.shard, chunk_tokens)
     for chunk in chunks:
         logits = product(hidden_TH[chunk], weight_VH[:num_columns], buffer)
         rows.logits_gradient(logits, chunk, *upstream, out=logits)
@@ -215,15 +215,17 @@ def _add_gradients(
 
 
 def _chunks(
-    hidden_TH: Tensor, weight_CH: Tensor, chunk_tokens: int | None
+    hidden_TH: Tensor, weight_VH: Tensor, shard: Shard, chunk_tokens: int | None
 ) -> tuple[Tensor, list[slice]]:
     """(a buffer for the logits of any chunk, the chunks of tokens).
 
+    Ranks call each other once a chunk, so the chunks follow from the shard's width, padding
+    included, which all ranks of the group share, and never from a rank's own number of columns.
     One buffer for all: memory that is new to a process costs more than a softmax.
     """
-    step = chunk_tokens or max(MIN_ROWS, _CHUNK_LOGITS // max(len(weight_CH), 1))
+    step = chunk_tokens or max(MIN_ROWS, _CHUNK_LOGITS // len(weight_VH))
     height = max(MIN_ROWS, min(step, len(hidden_TH)))
-    buffer = hidden_TH.new_empty(height, len(weight_CH), dtype=torch.float32)
+    buffer = hidden_TH.new_empty(height, shard.num_columns, dtype=torch.float32)
     return buffer, slices(len(hidden_TH), step)
 
 
