@@ -39,6 +39,9 @@ _GRAIN = 1 << 15
 MIN_ROWS = 16
 """A product of fewer rows is padded: matrix libraries round products of one to three rows
 differently, and a row's logits must not depend on how many others were selected."""
+_SUMMED_AT_ONCE = 512
+"""Features that threads of a CPU sum at once. Where several share a product, MKL sums 640 as one,
+and 896 or more in pieces whose size depends on the number of rows."""
 
 
 @dataclass(frozen=True)
@@ -285,13 +288,21 @@ def _integers(terms: Tensor, wide: Tensor) -> Tensor:
 
 
 def product(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    """float32 hidden @ weight.T, in `buffer`; a row's bits do not depend on the number of rows."""
-    num_rows = len(hidden)
+    """float32 hidden @ weight.T, in `buffer`; a row's bits do not depend on the number of rows.
+
+    They do on the number of threads: whether it is 1.
+    """
+    num_rows, num_features = hidden.shape
     padded = hidden.float()
     if num_rows < MIN_ROWS:
-        padded = torch.cat([padded, padded.new_zeros(MIN_ROWS - num_rows, padded.shape[1])])
+        padded = torch.cat([padded, padded.new_zeros(MIN_ROWS - num_rows, num_features)])
+    shared = not hidden.is_cuda and torch.get_num_threads() > 1
+    first, *others = slices(num_features, _SUMMED_AT_ONCE if shared else num_features)
     for tile in tiles(weight):
-        torch.mm(padded, weight[tile].float().T, out=buffer[: len(padded), tile])
+        columns, out = weight[tile].float().T, buffer[: len(padded), tile]
+        torch.mm(padded[:, first], columns[first], out=out)
+        for features in others:
+            out.addmm_(padded[:, features], columns[features])
     return buffer[:num_rows]
 
 

@@ -56,9 +56,11 @@ def save_model(
     layers: int = 4,
     kv_heads: int = 2,
     architecture: str = "qwen3",
+    **sizes: int,
 ) -> Path:
     """A random model with GQA (and, as its architecture has it, QK-norm or biases of q, k and v);
-    weights big enough to give uneven entropies. kv_heads: TP divides them, 4 is no GQA."""
+    weights big enough to give uneven entropies. kv_heads: TP divides them, 4 is no GQA. sizes: of
+    the config, where they are to be others."""
     config_class, settings = ARCHITECTURES[architecture]
     common = {
         "vocab_size": VOCAB,
@@ -74,7 +76,7 @@ def save_model(
         "pad_token_id": 0,
         "bos_token_id": None,
     }
-    config = config_class(**(common | settings))
+    config = config_class(**(common | settings | sizes))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():

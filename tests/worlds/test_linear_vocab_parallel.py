@@ -74,6 +74,19 @@ def test_a_rows_bits_do_not_depend_on_the_rows_beside_it():
     linear_head.check_a_rows_bits_do_not_depend_on_the_rows_beside_it()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_nor_does_it_where_threads_share_a_product(threads, dtype):
+    """Of as many features as published models have, which more threads sum in other pieces."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for hidden in (896, 1024, 1536):
+            linear_head.check_a_rows_bits_do_not_depend_on_the_rows_beside_it(hidden, dtype)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_no_tokens_give_connected_zeros():
     linear_head.check_no_tokens_give_connected_zeros()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from megafork.config import ModelConfig, ParallelConfig
 from megafork.errors import UserError
 from megafork.model import scorer
 from megafork.model.shape import ModelShape
+from megafork.parallel.topology import shutdown
 from megafork.training.policy import BOUNDARY_EPS
 from tests.helpers import reference
 from tests.helpers.layouts import default_run, depth_for
@@ -18,6 +20,7 @@ from tests.helpers.step import RHO, make_policy, make_table, paper_loss, score_a
 from tools.benchmarks.ranks import run_ranks
 
 SP = {"tp": 2, "sequence_parallel": True}
+DTYPES = ("float32", "bfloat16")
 
 
 def decay_only(folder):
@@ -145,6 +148,28 @@ def test_bfloat16_moves_entropies_within_the_stated_eps(tmp_path):
     first, *others = entropies.values()
     moved = [float((first - other).abs().max()) for other in others]
     assert 0 < max(moved) <= BOUNDARY_EPS["bfloat16"]
+
+
+def first_ratio(folder, threads, dtype):
+    policy = make_policy(folder, {}, dtype=dtype)
+    torch.set_num_threads(threads)
+    table = make_table()
+    scores = policy.score(table)
+    [mask], _ = policy.select([table], [scores], step=1)
+    offset = policy.update(table, scores, mask)["max_ratio_offset"]
+    shutdown()
+    return offset
+
+
+@pytest.mark.slow
+def test_the_first_ratio_is_1_at_any_number_of_threads(tmp_path):
+    """The head runs on all rows when they are scored and on the selected ones in the update."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 32}
+    folder = reference.save_model(tmp_path, tied=True, seed=3, layers=1, **sizes)
+    cases = [(folder, threads, dtype) for threads in (1, 2, 3, 4) for dtype in DTYPES]
+    # A fork would wait for the threads that its parent has had.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.starmap(first_ratio, cases) == [0.0] * len(cases)
 
 
 LARGE_LR = 2.0**-10
