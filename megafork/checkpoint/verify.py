@@ -57,7 +57,9 @@ def verify(config: ScoreConfig, megatron: Path, *, logits: bool) -> bool:
         # and transformers builds its models with them.
         if difference is None and compare:
             expected = _transformers_logits(config, table)
-    topology = initialize(config.parallel)
+    # Rank 0 comes when it has compared, which of a large model takes longer than a start may.
+    patience = {"startup_timeout_s": 60 * config.parallel.timeout_minutes}
+    topology = initialize(config.parallel.model_copy(update=patience))
     difference, expected = topology.broadcast_object((difference, expected))
     same = "weights: every tensor has the same bits"
     lines = [(difference is None, f"weights: {difference}" if difference else same)]

@@ -61,6 +61,15 @@ def known_keys(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str
             yield prefix + name, field.description or ""
 
 
+def settings_of(config: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All (dotted key, value) pairs of a config, depth first."""
+    for name, value in config:
+        if isinstance(value, Section):
+            yield from settings_of(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def _needed(kind: type[Section], where: Sequence[int | str]) -> list[str]:
     """The key that is missing; of a whole section those of its keys that have no default."""
     key = ".".join(map(str, where))

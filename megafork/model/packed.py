@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -23,13 +24,18 @@ from megafork.model.gpt import Head
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.shape import ModelShape
 from megafork.model.weights import build_stages, load_weights, mark_tensor_parallel
+from megafork.ops import kernels
+from megafork.parallel import backend
 from megafork.parallel.topology import Topology
 from megafork.parallel.zigzag import Zigzag
 from megafork.types import TokenTable
 
 
 class PackedModel:
-    """A model in its layout, loaded from an HF folder."""
+    """A model in its layout, loaded from an HF folder. Collective.
+
+    Raises UserError on all ranks where one has another shape, layout, budget or head than rank 0.
+    """
 
     def __init__(
         self,
@@ -43,6 +49,19 @@ class PackedModel:
         self.shape = ModelShape.from_folder(model.path)
         self.shape.check(model, parallel)
         self.topology = topology
+        topology.require_equal(
+            "models",
+            vars(self.shape)
+            | model.model_dump(exclude={"path"})
+            | parallel.model_dump()
+            | {
+                "micro_batch_tokens": micro_batch_tokens,
+                "torch": torch.__version__,
+                "megatron-core": megatron.core.__version__,
+                "TransformerEngine": backend.has_transformer_engine(),
+                "the Triton head": kernels.usable(torch.empty(0, device=topology.device)),
+            },
+        )
         self.micro_batch_tokens = micro_batch_tokens
         self.part = Zigzag(
             topology.cp_rank, topology.cp_size, parallel.tp if parallel.sequence_parallel else 1

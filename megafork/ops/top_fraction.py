@@ -45,16 +45,17 @@ def top_fraction_threshold(
     the k-th largest masked value, k = top_k(N, fraction); all values tied with it are kept.
     groups: orthogonal process groups over which the tokens are split. segments_T: ids in
     0..num_segments-1, one independent threshold each, all with the same collectives: for each
-    group one small one that counts NaN and three histograms of together 40 KiB; with more than 64
-    segments more of them, each of 1 MiB at most up to 65,536 segments.
+    group one small one that counts faults and three histograms of together 40 KiB; with more than
+    64 segments more of them, each of 1 MiB at most up to 65,536 segments.
 
     Returns Python numbers, or [num_segments] tensors (float32, int64, int64) when segments_T is
-    given. Raises ValueError, on every rank, naming the ranks that hold NaN and how many.
+    given. Raises ValueError, on every rank, naming the ranks that hold NaN, or segments that there
+    are not, and how many.
     """
     _check_arguments(values_T, mask_T, fraction)
     values = values_T.detach()[mask_T.bool()].float()
     segments = None if segments_T is None else segments_T[mask_T.bool()].long()
-    _refuse_nan(values, groups)
+    _refuse_what_one_rank_has(values, segments, num_segments, groups)
     found = _radix_select(
         _ordered_keys(values), segments, num_segments, groups, lambda n: top_k(n, fraction)
     )
@@ -195,13 +196,23 @@ def _flip_negatives(bits: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _refuse_nan(values: Tensor, groups: Sequence[dist.ProcessGroup]) -> None:
+def _refuse_what_one_rank_has(
+    values: Tensor,
+    segments: Tensor | None,
+    num_segments: int,
+    groups: Sequence[dist.ProcessGroup],
+) -> None:
+    """Counted over all ranks first: one that raised alone would leave the others waiting."""
     distributed = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    counts = torch.zeros(world, dtype=torch.int64, device=values.device)
-    counts[rank] = values.isnan().sum()
+    counts = torch.zeros(2, world, dtype=torch.int64, device=values.device)
+    counts[0, rank] = values.isnan().sum()
+    if segments is not None:
+        counts[1, rank] = ((segments < 0) | (segments >= num_segments)).sum()
     for group in groups:
         dist.all_reduce(counts, group=group)
-    if counts.any():
-        where = ", ".join(f"rank {r}: {n}" for r, n in enumerate(counts.tolist()) if n)
-        raise ValueError(f"NaN among the values ({where})")
+    names = ("NaN among the values", f"segments outside 0..{num_segments - 1}")
+    for name, of_ranks in zip(names, counts.tolist(), strict=True):
+        where = ", ".join(f"rank {r}: {n}" for r, n in enumerate(of_ranks) if n)
+        if where:
+            raise ValueError(f"{name} ({where})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -121,6 +121,25 @@ class Topology:
                 raise PeerError(text)
             raise UserError(text if rank == 0 else f"rank {rank}: {text}")
         return [value for value, _ in outcomes]
+
+    def require_equal(self, what: str, values: Mapping[str, Any]) -> None:
+        """Raise UserError, on every rank, where one has another value than rank 0. Collective.
+
+        For what each rank finds in its own files and environment and what decides how often, or
+        with which shapes, ranks call each other: where it differs, they would wait for ever. what:
+        where the values are from, in the plural.
+        """
+        everyone = self.all_gather_object({name: repr(value) for name, value in values.items()})
+        ours = everyone[0]
+        for rank, theirs in enumerate(everyone):
+            for name in sorted(ours.keys() | theirs.keys()):
+                own, other = (found.get(name, "not there") for found in (ours, theirs))
+                if own != other:
+                    raise UserError(
+                        f"{what} differ between ranks: {name} is {other} on rank {rank} and {own} "
+                        "on rank 0. It has to be the same on all: compare the nodes' configs, "
+                        "models, packages and environments"
+                    )
 
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""

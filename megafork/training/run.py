@@ -8,6 +8,7 @@ from typing import Any
 
 from megafork.checkpoint.store import CheckpointStore
 from megafork.config import TrainConfig
+from megafork.config.file import settings_of
 from megafork.interruption import Interruption
 from megafork.parallel.topology import Topology, initialize, shutdown
 from megafork.rollout.engine import host_of
@@ -37,6 +38,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
 def _train(
     config: TrainConfig, topology: Topology, interruption: Interruption, resume: bool
 ) -> None:
+    topology.require_equal("settings", dict(settings_of(config)))
     run_dir = Path(config.run.dir)
     topology.on_rank_zero(lambda: (reopen_run_dir if resume else make_run_dir)(config, run_dir))
     store = CheckpointStore(

@@ -189,3 +189,26 @@ def nan_on_rank_one():
 
 def test_every_rank_hears_where_the_nan_is():
     assert run_ranks(2, nan_on_rank_one) == [True, True]
+
+
+def segments_out_of_range(bad):
+    """Rank 1 names a segment that there is not: bincount would fail or grow on it alone."""
+    topology = initialize(ParallelConfig())
+    segments = torch.tensor([0, 1, 2, 1])
+    if topology.rank == 1:
+        segments[3] = bad
+    with pytest.raises(ValueError, match=r"segments outside 0\.\.2 \(rank 1: 1\)"):
+        top_fraction_threshold(
+            torch.ones(4),
+            torch.ones(4).bool(),
+            0.2,
+            groups=(topology.groups.dp_cp,),
+            segments_T=segments,
+            num_segments=3,
+        )
+    return True
+
+
+@pytest.mark.parametrize("bad", [3, -1])
+def test_every_rank_hears_of_a_segment_that_one_rank_makes_up(bad):
+    assert run_ranks(2, segments_out_of_range, bad, timeout=30) == [True, True]

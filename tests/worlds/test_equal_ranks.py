@@ -1,0 +1,90 @@
+"""What decides the ranks' collectives comes from each rank's own files and environment: where one
+has it otherwise, all end with the difference in place of a hang."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from megafork.config import ModelConfig, ParallelConfig
+from megafork.errors import UserError
+from megafork.model.scorer import Scorer
+from megafork.parallel.topology import initialize
+from tests.helpers import reference
+from tools.benchmarks.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return reference.save_model(tmp_path_factory.mktemp("model"), tied=True, layers=1)
+
+
+def build(folder, layout, change):
+    """The message, on a rank of a world whose rank 1 has `change` in place."""
+    parallel = ParallelConfig(**layout)
+    topology = initialize(parallel)
+    settings = {"micro_batch_tokens": 64}
+    if topology.rank == 1:
+        folder, settings = change(folder, settings)
+    with pytest.raises(UserError) as caught:
+        Scorer(ModelConfig(path=str(folder)), parallel, topology, **settings)
+    return str(caught.value)
+
+
+def another_vocabulary(folder, settings):
+    """Padded to the same size: every shape fits."""
+    other = folder.with_name("other")
+    other.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 250}
+    (other / "config.json").write_text(json.dumps(config))
+    return other, settings
+
+
+def another_budget(folder, settings):
+    return folder, {"micro_batch_tokens": 32}
+
+
+def another_head(folder, settings):
+    """As on a node without Triton, or with MEGAFORK_TRITON=0."""
+    from megafork.model import packed
+
+    assert packed.kernels.usable
+    packed.kernels.usable = lambda tensor: True
+    return folder, settings
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 1, "dp": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (another_vocabulary, "vocab_size is 250 on rank 1 and 251 on rank 0"),
+        (another_budget, "micro_batch_tokens is 32 on rank 1 and 64 on rank 0"),
+        (another_head, "the Triton head is True on rank 1 and False on rank 0"),
+    ],
+)
+def test_a_rank_that_differs_is_told_on_all(folder, layout, change, message):
+    for told in run_ranks(2, build, folder, layout, change, timeout=60):
+        assert message in told and "the same on all" in told
+
+
+def equal_or_not():
+    topology = initialize(ParallelConfig())
+    topology.require_equal("what is here", {"a": 1, "b": [1.5, "x"]})
+    messages = []
+    for values in ({"a": topology.rank // 2}, {"a": 1} | ({"b": 2} if topology.rank == 2 else {})):
+        with pytest.raises(UserError) as caught:
+            topology.require_equal("what is here", values)
+        messages.append(str(caught.value))
+    assert os.environ["WORLD_SIZE"] == "3"
+    return messages
+
+
+def test_equal_values_pass_and_a_missing_one_does_not():
+    first, *others = run_ranks(3, equal_or_not)
+    assert all(other == first for other in others)
+    assert "a is 1 on rank 2 and 0 on rank 0" in first[0]
+    assert "b is 2 on rank 2 and not there on rank 0" in first[1]
