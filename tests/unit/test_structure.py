@@ -23,7 +23,7 @@ FLOORS = [
     },
     {"parallel"},
     {"ops"},
-    {"data"},
+    {"data", "answers"},
     {"model", "algorithms"},
     {"rewards", "rollout", "weight_sync", "checkpoint", "logging"},
     {"evaluation", "report"},

@@ -1,0 +1,117 @@
+r"""Where the answer stands in a text: a box, an answer line, behind ####, or the last number.
+
+For a response, for the vote of maj@k, and for an answer of the data that is a whole solution.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+Place = Literal["boxed", "answer_line", "hash", "last_number"]
+
+LONGEST = 40_000
+"""Characters of an answer; a longer one is none"""
+_TAIL = 20_000
+"""Characters at the end in which the last number is looked for"""
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+_ANSWER_LINE = re.compile(
+    r"^[^\w\n\\]{0,12}(?:the[ \t]{1,3})?(?:final[ \t]{1,3}|correct[ \t]{1,3})?answer[*_ \t]{0,8}"
+    r"(?:(?:is)?[*_ \t]{0,8}[:\uff1a]|is(?=[ \t$*\\]))[*_ \t]{0,8}(?P<answer>[^\n]*)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_HASH_LINE = re.compile(r"^[ \t]{0,8}####(?!#)[ \t]{0,8}(?P<answer>[^\n]*)", re.MULTILINE)
+_NUMBER = re.compile(
+    r"""(?: (?<![\w)\]}.]) [-+\u2212] \s? )? (?:
+      \\[dt]?frac \s? \{ \s? \d{1,300} \s? \} \{ \s? \d{1,300} \s? \}
+    | (?<![\w.]) \$? (?: \d{1,3} (?:,\d{3}){1,100} (?![\d]) | \d{1,10000} ) (?: \.\d{1,10000} )?
+      (?: /\d{1,300} )? (?: [eE][+-]?\d{1,5} )? \s? (?: \\?% )?
+    | (?<![\w.]) \.\d{1,10000}
+    )""",
+    re.VERBOSE,
+)
+
+
+def find_answer(text: str, places: Sequence[Place]) -> str | None:
+    """Of the first of `places` that has one; None: there is none, or it is blank."""
+    for place in places:
+        found = _FINDERS[place](text)
+        if found is not None and found.strip():
+            return found.strip()
+    return None
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last \boxed{...} holds; None without one, or when it has no end in sight."""
+    start = text.rfind("\\boxed")
+    if start < 0:
+        return None
+    content = text[start + len("\\boxed") : start + len("\\boxed") + LONGEST].lstrip()
+    depth = 0
+    for brace in _BRACES.finditer(content):
+        if depth == 0 and brace.start() > 0:
+            return None
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return content[1 : brace.start()] if brace[0] == "}" else None
+    return None
+
+
+def answer_line(text: str) -> str | None:
+    """What follows the last `Answer:` that begins a line; a box in it is opened."""
+    return _last(_ANSWER_LINE, text)
+
+
+def behind_hash(text: str) -> str | None:
+    """What follows the last `####` that begins a line, as in GSM8K's answers."""
+    return _last(_HASH_LINE, text)
+
+
+def last_number(text: str) -> str | None:
+    """A decimal or a fraction, with its sign."""
+    last = None
+    for found in _NUMBER.finditer(text[-_TAIL:]):
+        last = found[0]
+    return last
+
+
+def _last(line: re.Pattern[str], text: str) -> str | None:
+    last = None
+    for found in line.finditer(text):
+        last = found
+    if last is None:
+        return None
+    answer = last["answer"].strip(" \t*_")
+    if len(answer) > LONGEST:
+        return None
+    return last_boxed(answer) if "\\boxed" in answer else answer
+
+
+_FINDERS: dict[Place, Callable[[str], str | None]] = {
+    "boxed": last_boxed,
+    "answer_line": answer_line,
+    "hash": behind_hash,
+    "last_number": last_number,
+}
+PLACES: tuple[Place, ...] = tuple(_FINDERS)
+_MARKED: tuple[Place, ...] = ("boxed", "hash", "answer_line")
+"""Places that nothing but an answer stands at"""
+
+
+def gold_answer(answer: str, places: Sequence[Place]) -> str:
+    """The answer of the data: where it is marked, at one of `places` before others; else all of it.
+
+    The last number is looked for in a text of several sentences alone, for it would take the 2 of
+    1/2 or the 5 of x = 5 for the whole.
+    """
+    if (box := last_boxed(answer)) is not None and not box.strip():
+        return ""
+    marked = [place for place in places if place in _MARKED]
+    found = find_answer(answer, [*marked, *_MARKED])
+    if found is None and "last_number" in places and len(answer.split()) > _FEW_WORDS:
+        found = last_number(answer)
+    return answer.strip() if found is None else found
+
+
+_FEW_WORDS = 8
