@@ -11,6 +11,7 @@ from typing import Literal
 
 Place = Literal["boxed", "answer_line", "hash", "last_number"]
 
+BOXED: tuple[Place, ...] = ("boxed",)
 LONGEST = 40_000
 """Characters of an answer; a longer one is none"""
 _TAIL = 20_000
@@ -72,7 +73,7 @@ def last_number(text: str) -> str | None:
     """A decimal or a fraction, with its sign."""
     last = None
     for found in _NUMBER.finditer(text[-_TAIL:]):
-        last = found[0]
+        last = found[0].strip()
     return last
 
 
@@ -115,3 +116,36 @@ def gold_answer(answer: str, places: Sequence[Place]) -> str:
 
 
 _FEW_WORDS = 8
+
+
+class Search:
+    """Looks whether the first responses of a run have an answer at all."""
+
+    FIRST = 64
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._places, self._seen = places, 0
+
+    def look(self, response: str) -> str | None:
+        """What to tell the user, once, when none of the first responses has one."""
+        if self._seen >= self.FIRST:
+            return None
+        if find_answer(response, self._places) is not None:
+            self._seen = self.FIRST
+            return None
+        self._seen += 1
+        if self._seen < self.FIRST:
+            return None
+        elsewhere = [
+            f"{place} would find {found[:40]!r} in it"
+            for place in PLACES
+            if (found := find_answer(response, [place])) is not None
+        ]
+        hint = "; ".join(elsewhere) or f"{', '.join(PLACES)}, or a list of them"
+        return (
+            f"warning: none of the first {self.FIRST} responses has an answer where "
+            f"reward.answer_from={','.join(self._places)} looks for it, so all of them score 0. "
+            f"One ends with {response[-200:]!r}. Set reward.answer_from to where the answer stands "
+            f"({hint}), have data.template ask for it there, or raise rollout.max_response_tokens "
+            "if responses are cut"
+        )

@@ -53,8 +53,9 @@ class GenerateConfig(Section):
 class MetricsConfig(Section):
     extract: Literal["auto", "boxed", "text"] = Field(
         "auto",
-        description="what votes in maj@k: the last \\boxed{...}; the whole response; auto: the "
-        "box, or the whole response where it has none and ended",
+        description="what votes in maj@k: boxed, the answer where reward.answer_from looks for it "
+        "(unset: the last \\boxed{...}); text, the whole response; auto: the answer, or the whole "
+        "response where it has none and ended",
     )
 
 

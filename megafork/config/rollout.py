@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megafork.answers.places import Place
 from megafork.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
 from megafork.config.server import ServerConfig
 from megafork.errors import UserError
@@ -62,6 +63,12 @@ class RewardConfig(Section):
         description="maths, countdown, exact, reasoning-gym:TASK, or a function of (prompt, "
         "response, answer) -> reward as MODULE:FUNCTION; or a list of them"
     )
+    answer_from: Place | Annotated[list[Place], Field(min_length=1)] | None = Field(
+        None,
+        description="where the answer of a response stands, for maths and exact: boxed, "
+        "answer_line (Answer: ...), hash (#### ...), last_number, or a list of them in order; "
+        "unset: boxed, and for exact the whole response",
+    )
     weights: list[float] | None = Field(
         None,
         description="of a list of verifiers: the reward is the weighted sum; accuracy is that of "
@@ -99,9 +106,19 @@ class RewardConfig(Section):
     def verifiers(self) -> list[str]:
         return [self.verifier] if isinstance(self.verifier, str) else self.verifier
 
+    @property
+    def places(self) -> list[Place] | None:
+        """`answer_from` as a list; None: unset."""
+        return [self.answer_from] if isinstance(self.answer_from, str) else self.answer_from
+
     def check(self) -> None:
-        """Raises UserError when the weights are not those of the verifiers."""
+        """Raises UserError when the settings are not those of the verifiers."""
         names, weights = self.verifiers, self.weights
+        if self.answer_from is not None and not {"maths", "exact"} & set(names):
+            raise UserError(
+                f"reward.answer_from={', '.join(self.places or [])} is for the verifiers maths and "
+                f"exact, not for reward.verifier={', '.join(names)}: leave it unset"
+            )
         if weights is None and len(names) > 1:
             raise UserError(
                 f"reward.verifier names {len(names)} verifiers but reward.weights is unset: give "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +21,6 @@ from megafork.data.prompts import Prompt
 from megafork.data.tables import stem_of
 from megafork.errors import UserError
 from megafork.evaluation import metrics
-from megafork.evaluation.answers import extract
 from megafork.evaluation.generation import (
     Input,
     Job,
@@ -39,6 +39,7 @@ from megafork.evaluation.samples import (
     read_settings,
     write_json,
 )
+from megafork.evaluation.votes import vote
 from megafork.parsing import parse_json
 from megafork.rewards.names import check_verifiers
 from megafork.rewards.verifier import Judge
@@ -139,6 +140,7 @@ def run_judged(
     next call judges those again.
     """
     with Judge(config.reward) as judge:
+        judge.tell = functools.partial(Console().print, markup=False, highlight=False)
         for job in jobs:
             if job.file.is_complete:
                 _judge_again(judge, job.file)
@@ -186,8 +188,11 @@ def _rows_by(judge: Judge, config: EvaluateConfig, given: Input) -> MakeRows:
             *(judge(prompt.text, row["response"], prompt.answer) for row in rows)
         )
         for row, verdict, completion in zip(rows, verdicts, completions, strict=True):
-            row["extracted"] = extract(
-                row["response"], config.metrics.extract, truncated=completion.truncated
+            row["extracted"] = vote(
+                row["response"],
+                config.metrics.extract,
+                config.reward,
+                truncated=completion.truncated,
             )
             row |= {"reward": verdict.reward, "accuracy": verdict.accuracy}
             row["failure"] = verdict.failure

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megafork.answers.comparison import are_equal, bare
-from megafork.answers.places import Place, find_answer, gold_answer
+from megafork.answers.places import BOXED, Place, find_answer, gold_answer
 from megafork.errors import UserError
-
-BOXED: tuple[Place, ...] = ("boxed",)
 
 
 def verify(prompt: str, response: str, answer: str, *, places: Sequence[Place] = BOXED) -> float:

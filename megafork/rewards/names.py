@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from megafork.errors import UserError
 
@@ -20,14 +21,20 @@ NAMES = {
 }
 
 
+FINDERS = ("maths", "exact")
+"""Verifiers that take `places`, where an answer stands (answers/places.py)"""
+
+
 def check_verifiers(names: Iterable[str]) -> None:
     """Raises UserError for the first that `load_verifier` does not find."""
     for name in names:
         load_verifier(name)
 
 
-def load_verifier(name: str) -> Verifier:
+def load_verifier(name: str, places: Sequence[str] | None = None) -> Verifier:
     """The function of one of NAMES, reasoning-gym:TASK or MODULE:FUNCTION.
+
+    places: where one of FINDERS looks for the answer; None: where it does by itself.
 
     Raises UserError when there is none of that name or it cannot be imported.
     """
@@ -55,6 +62,8 @@ def load_verifier(name: str) -> Verifier:
         raise UserError(f"reward.verifier={name!r} cannot be imported: {cause}") from error
     if not callable(function):
         raise UserError(f"reward.verifier={name!r} is a {type(function).__name__}, no function")
+    if places is not None and name in FINDERS:
+        return functools.partial(function, places=places)
     return function
 
 

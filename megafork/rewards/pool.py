@@ -53,9 +53,17 @@ class WorkerPool:
     """Workers with the verifiers `names`. Close it; without that they end with this process."""
 
     def __init__(
-        self, names: Sequence[str], *, workers: int, timeout_s: float, memory_mib: int
+        self,
+        names: Sequence[str],
+        *,
+        workers: int,
+        timeout_s: float,
+        memory_mib: int,
+        places: Sequence[str] | None = None,
     ) -> None:
+        """places: where verifiers that ask for it look for the answer."""
         self._names, self._timeout_s, self._memory_mib = list(names), timeout_s, memory_mib
+        self._places = None if places is None else list(places)
         self._tasks: SimpleQueue[tuple[Future[Outcome], bytes] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._running: set[_Worker] = set()
@@ -135,7 +143,7 @@ class WorkerPool:
                 if self._closed:
                     raise CancelledError
                 try:
-                    worker = _Worker(self._names, self._memory_mib)
+                    worker = _Worker(self._names, self._memory_mib, self._places)
                 except OSError as error:  # a full process table, no memory, no file descriptor
                     raise UserError(
                         f"a worker for reward.verifier={', '.join(self._names)} cannot be started: "
@@ -172,10 +180,10 @@ class WorkerPool:
 class _Worker:
     """One process and our end of its socket."""
 
-    def __init__(self, names: Sequence[str], memory_mib: int) -> None:
+    def __init__(self, names: Sequence[str], memory_mib: int, places: Sequence[str] | None) -> None:
         self._socket, theirs = socket.socketpair()
         self._received = b""
-        arguments = [theirs.fileno(), os.getpid(), memory_mib, list(names)]
+        arguments = [theirs.fileno(), os.getpid(), memory_mib, list(names), places]
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _START, json.dumps(sys.path), json.dumps(arguments)],

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from megafork.answers.places import BOXED, Search
 from megafork.config import RewardConfig
 from megafork.errors import UserError
 from megafork.rewards.pool import Failure, WorkerPool
@@ -40,6 +41,8 @@ class Judge:
         self.config = config
         self.causes: dict[str, str] = {}
         """Of each kind of failure: the first, with its prompt and response"""
+        self.tell: Callable[[str], None] = lambda text: None
+        """Called at most once, from any thread, when the first responses have no answer"""
         cores = len(os.sched_getaffinity(0))
         self._weights = config.weights or [1.0]
         self._pool = WorkerPool(
@@ -47,13 +50,17 @@ class Judge:
             workers=config.workers or max(1, min(cores // share, _MOST_WORKERS)),
             timeout_s=config.timeout_s,
             memory_mib=config.memory_mib,
+            places=config.places,
         )
+        self._search = Search(config.places or BOXED) if config.verifiers[0] == "maths" else None
 
     async def __call__(self, prompt: str, response: str, answer: str) -> Verdict:
         """Raises UserError when the verifier says that the data is wrong, or cannot be started.
 
         A reward that is not finite goes through: the update that it would spoil is skipped.
         """
+        if self._search is not None and (complaint := self._search.look(response)) is not None:
+            self.tell(complaint)
         outcome = await asyncio.wrap_future(self._pool.submit(prompt, response, answer))
         if outcome.failure is not None:
             self.causes.setdefault(

@@ -23,14 +23,16 @@ _PR_SET_PDEATHSIG = 1
 _LONGEST_CAUSE = 500
 
 
-def main(fd: int, parent: int, memory_mib: int, names: Sequence[str]) -> None:
+def main(
+    fd: int, parent: int, memory_mib: int, names: Sequence[str], places: Sequence[str] | None
+) -> None:
     """Serve until the socket `fd` closes. parent: the trainer's process, to end with it."""
     _protect(parent, memory_mib)
     with socket.socket(fileno=fd) as connection:
         os.set_inheritable(fd, False)  # a verifier's own processes must not keep it open
         asked, told = connection.makefile("rb"), connection.makefile("wb")
         verifiers: list[Verifier] = []
-        _say(told, _loaded(names, memory_mib, verifiers))
+        _say(told, _loaded(names, places, memory_mib, verifiers))
         this = os.getpid()
         for line in asked if verifiers else ():
             message = _answer(verifiers, *json.loads(line))
@@ -55,10 +57,15 @@ def _protect(parent: int, memory_mib: int) -> None:
         signal.signal(number, lambda number, frame: None)
 
 
-def _loaded(names: Sequence[str], memory_mib: int, verifiers: list[Verifier]) -> dict[str, Any]:
+def _loaded(
+    names: Sequence[str],
+    places: Sequence[str] | None,
+    memory_mib: int,
+    verifiers: list[Verifier],
+) -> dict[str, Any]:
     """What to say of it; the functions go to `verifiers`, all or none."""
     try:
-        verifiers += [load_verifier(name) for name in names]
+        verifiers += [load_verifier(name, places) for name in names]
     except BaseException as error:
         verifiers.clear()
         cause = error if isinstance(error, UserError) else _text_of(error)

@@ -60,6 +60,7 @@ class Front:
         )
         assert workers.own is not None
         self.tokenizer, self.judge = workers.own.tokenizer, workers.own.verdict
+        self.judge.tell = lambda text: self.log.note(text)
         rows, heldout = read_both(config.data)
         self.data = identity(config.data, rows, heldout)
         """What a checkpoint keeps of the data"""

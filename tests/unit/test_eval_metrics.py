@@ -11,9 +11,11 @@ from fractions import Fraction
 import numpy
 import pytest
 
+from megafork.answers.comparison import canonical_answer
+from megafork.config import RewardConfig
 from megafork.evaluation import metrics
-from megafork.evaluation.answers import extract, last_boxed
 from megafork.evaluation.metrics import Scored, majority_at_k, pass_at_k, t_quantile
+from megafork.evaluation.votes import vote
 
 ROUNDING = 1e-12  # sums of a few hundred float64 products
 
@@ -206,33 +208,15 @@ def test_lengths_and_truncation():
     assert metrics.truncated_fraction(problems).value == 0.75
 
 
-# ---------------------------------------------------------------------------- answers
-
-
-@pytest.mark.parametrize(
-    ("response", "box"),
-    [
-        (r"so \boxed{\frac{1}{2}}, then \boxed{ 4 2 }.", "42"),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed{1} and then \boxed{2", "1"),
-        (r"\boxed{1} } } { and", "1"),
-        (r"\boxed{\{1, 2\}}", r"\{1,2\}"),
-        (r"\boxed{a \boxed{b}}", "b"),
-        (r"\boxed  {7}", "7"),
-        (r"\boxed{}", None),
-        (r"\unboxed{3} boxed{3}", None),
-        ("no box", None),
-        (r"\boxed{" * 100_000, None),
-    ],
-)
-def test_the_last_closed_box_counts(response, box):
-    assert last_boxed(response) == box
+# ------------------------------------------------------------------------------- votes
 
 
 @pytest.mark.parametrize(
     ("how", "response", "truncated", "answer"),
     [
         ("boxed", r"x \boxed{1} y", True, "1"),
+        ("boxed", r"so \boxed{\frac{1}{2}}, then \boxed{ 4 2 }.", False, "=4 2"),
+        ("boxed", r"\boxed{1} and then \boxed{2", False, None),
         ("boxed", "1", False, None),
         ("text", r" x \boxed{1} ", False, r"x \boxed{1}"),
         ("text", "  ", False, None),
@@ -242,4 +226,45 @@ def test_the_last_closed_box_counts(response, box):
     ],
 )
 def test_what_votes(how, response, truncated, answer):
-    assert extract(response, how, truncated=truncated) == answer
+    assert vote(response, how, RewardConfig(verifier="maths"), truncated=truncated) == answer
+
+
+def test_other_verifiers_votes_are_counted_by_their_spelling():
+    reward = RewardConfig(verifier="exact", answer_from=["hash", "last_number"])
+    responses = ["so\n#### 1 / 2", "it is 0.5", "#### 0.5"]
+    votes = [vote(response, "auto", reward, truncated=False) for response in responses]
+    assert votes == ["1/2", "0.5", "0.5"]
+
+
+@pytest.mark.parametrize(
+    "alike",
+    [
+        ["1/2", r"\frac{1}{2}", "0.5", r"\dfrac12", "½", "x=0.50"],
+        ["50", r"50\%", r"50\text{ cm}", r"\$50", r"50^\circ"],
+        ["1,2", r"\{2,1\}", r"2\text{ or }1", "x=1, x=2"],
+        ["(1,2)", "1<x<2", r"\left(1,\,2\right)"],
+        ["[1,2]", r"1\le x\le2", r"x\in[1,\frac42]"],
+        [r"2\sqrt2", r"\sqrt8", r"\frac{4}{\sqrt2}"],
+        ["4", r"\sqrt8\sqrt2", "2^2"],
+        ["(x+1)^2", "x^2+2x+1"],
+        ["x>5", r"(5,\infty)"],
+        ["y=2x+1", "2x+1"],
+    ],
+)
+def test_one_answer_has_one_vote_however_it_is_spelled(alike):
+    """Not by judging pair by pair: 50% equals 50 and 0.5, which are two answers."""
+    assert len({canonical_answer(text) for text in alike}) == 1
+
+
+def test_different_answers_have_different_votes():
+    texts = ["50", "0.5", "(1,2)", "1,2", "[1,2]", r"\sqrt2", "1.41421356237309504880", "x+1", "x"]
+    texts += ["BACD", "BADC", "10:15", "2:3", "1011_2", "1011", r"\emptyset", "0", r"\int x", "5!!"]
+    assert len({canonical_answer(text) for text in texts}) == len(texts)
+
+
+def test_a_majority_of_spellings_wins():
+    """Three of five are right, each spelled in its own way; two agree on a wrong one."""
+    reward = RewardConfig(verifier="maths")
+    boxes = [r"\frac12", "0.5", "1/2", "2", "2"]
+    votes = [vote(f"\\boxed{{{box}}}", "auto", reward, truncated=False) for box in boxes]
+    assert majority_at_k(votes, [1, 1, 1, 0, 0], 5).value == 1.0

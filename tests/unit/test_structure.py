@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "megafork"
 # A module may import from its own floor and from the floors before it.
 FLOORS = [
     {
+        "answers",
         "errors",
         "disk",
         "config",
@@ -23,7 +24,7 @@ FLOORS = [
     },
     {"parallel"},
     {"ops"},
-    {"data", "answers"},
+    {"data"},
     {"model", "algorithms"},
     {"rewards", "rollout", "weight_sync", "checkpoint", "logging"},
     {"evaluation", "report"},

@@ -34,7 +34,7 @@ def test_there_are_at_least_forty_hostile_texts():
     assert len(set(hostile_texts("probe"))) >= 60
 
 
-@pytest.mark.parametrize("name", [pytest.param("maths", marks=pytest.mark.slow), *list(SHAPES)[1:]])
+@pytest.mark.parametrize("name", SHAPES)
 def test_no_hostile_text_stops_outlasts_or_runs(name, tmp_path):
     before, after, prompt, answer = SHAPES[name]
     probe = tmp_path / "probe"
@@ -53,8 +53,7 @@ def test_no_hostile_text_stops_outlasts_or_runs(name, tmp_path):
         verdicts = asyncio.run(judge_all(judge))
     assert [text[:80] for text, v in zip(texts, verdicts, strict=True) if v.reward] == []
     failed = [(t[:40], v.failure) for t, v in zip(texts, verdicts, strict=True) if v.failure]
-    assert name == "maths" or failed == []
-    assert all(kind in ("timeout", "memory") for _, kind in failed)
+    assert failed == []
     assert not probe.exists()
 
 
