@@ -11,7 +11,7 @@ from typing import Any
 
 from megafork.config import PromptConfig
 from megafork.config.data import PLACEHOLDER, DataConfig
-from megafork.data.tables import look_up, read_table
+from megafork.data.tables import Number, look_up, read_table
 from megafork.data.tokenizer import Turns
 from megafork.errors import UserError
 
@@ -99,7 +99,8 @@ def _column(raw: Any, key: str, setting: str, where: str) -> Any:
 
 def _read_id(raw: Any, key: str, where: str) -> str:
     value = _column(raw, key, "data.id_key (empty: the number of the row)", where)
-    if not isinstance(value, str | int) or value == "":
+    is_fraction = isinstance(value, Number) and not value.lstrip("-").isdigit()
+    if not isinstance(value, str | int) or value == "" or is_fraction:
         raise UserError(f"{where}: {key!r} must be a non-empty string or a whole number")
     return str(value)
 
@@ -109,7 +110,7 @@ def _read_prompt(raw: Any, data: PromptConfig, where: str) -> str | Turns:
     value = _column(raw, key, "data.prompt_key", where)
     if isinstance(value, list):
         return _read_turns(value, data, f"{where}: {key!r}")
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or isinstance(value, Number) or not value.strip():
         raise UserError(f"{where}: {key!r} must be a non-empty string, or a list of chat turns")
     return value
 
@@ -140,20 +141,52 @@ def _read_turns(value: list[Any], data: PromptConfig, what: str) -> Turns:
 
 
 def _read_answer(raw: Any, key: str, where: str) -> str:
-    """As text; a list of one is that one (OlympiadBench), other lists and objects are JSON."""
+    """As text; a list of one is that one (OlympiadBench), other lists and objects are JSON.
+
+    Raises UserError for what is empty, null, NaN, infinite, a boolean or no text.
+    """
     value = _column(raw, key, "data.answer_key", where)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if value is None:
-        raise UserError(f"{where}: {key!r} is null: every row needs an answer")
-    try:
-        if isinstance(value, list | dict):
-            return json.dumps(value, ensure_ascii=False)
-    except TypeError as error:  # a table's bytes, dates, decimals
-        raise UserError(f"{where}: {key!r} cannot be written as JSON ({error})") from None
+    what = f"{where}: {key!r}"
     if isinstance(value, bytes):
-        raise UserError(f"{where}: {key!r} is bytes, no text: store it as a string")
+        raise UserError(f"{what} is bytes, no text: store it as a string")
+    if isinstance(value, list | dict):
+        return _written(value, what)
+    _check_answer(value, what)
     return str(value)
+
+
+def _written(value: Any, what: str) -> str:
+    """As JSON, in which numbers keep their text."""
+    if isinstance(value, dict) and value:
+        pairs = (
+            f"{json.dumps(k, ensure_ascii=False)}: {_written(v, what)}" for k, v in value.items()
+        )
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list) and value:
+        return f"[{', '.join(_written(inner, what) for inner in value)}]"
+    _check_answer(value, what)
+    try:
+        return value if isinstance(value, Number) else json.dumps(value, ensure_ascii=False)
+    except TypeError as error:  # a table's bytes, dates
+        raise UserError(f"{what} cannot be written as JSON ({error})") from None
+
+
+def _check_answer(value: Any, what: str) -> None:
+    fault = None
+    if value is None:
+        fault = "is null"
+    elif isinstance(value, bool):
+        fault = f"is {str(value).lower()}, a boolean"
+    elif isinstance(value, Number) and value.lstrip("-") in ("NaN", "Infinity"):
+        fault = f"is {value}, no number"
+    elif value in ([], {}) or (isinstance(value, str) and not value.strip()):
+        fault = "is empty"
+    if fault is not None:
+        raise UserError(
+            f"{what} {fault}: every row needs an answer as text or a number; mend or remove the row"
+        )
 
 
 def read_prompts(

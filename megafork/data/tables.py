@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy
 
 from megafork.errors import UserError
 from megafork.parsing import parse_json
@@ -15,6 +18,13 @@ _KINDS = ".jsonl, .parquet, a folder that datasets' save_to_disk wrote, or hf:ow
 
 Table = Iterator[tuple[str, Any]]
 """(where, row): the place for messages, and the row, which jsonl does not promise to be a dict"""
+
+
+class Number(str):
+    """A number's text: as it stands in a jsonl, or the shortest decimal of a table's type.
+
+    As a float 0.00005 would become 5e-05, and of twenty digits four would be lost.
+    """
 
 
 def read_table(path: str | Path, columns: Sequence[str]) -> Table:
@@ -69,7 +79,7 @@ def _from_jsonl(path: Path) -> Table:
 
 def _parsed(line: str, where: str) -> tuple[str, Any]:
     try:
-        return where, parse_json(line)
+        return where, parse_json(line, number=Number)
     except ValueError as error:
         raise UserError(f"{where}: not JSON ({error})") from None
 
@@ -83,7 +93,7 @@ def _from_parquet(path: Path, columns: Sequence[str]) -> Table:
             kept = _present(columns, file.schema_arrow.names)
             number = 0
             for batch in file.iter_batches(_BATCH_ROWS, columns=kept):
-                for row in batch.to_pylist():
+                for row in _rows_of_batch(batch):
                     number += 1
                     yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
@@ -131,8 +141,37 @@ def _from_hub(name: str, columns: Sequence[str]) -> Table:
 
 
 def _rows_of(name: str, found: Any, columns: Sequence[str]) -> Table:
-    rows = found.select_columns(_present(columns, found.column_names))
-    return ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
+    rows = found.select_columns(_present(columns, found.column_names)).with_format("arrow")
+    batches = map(_rows_of_batch, rows.iter(_BATCH_ROWS))
+    numbered = enumerate(itertools.chain.from_iterable(batches), 1)
+    return ((f"{name}, row {number}", row) for number, row in numbered)
+
+
+def _rows_of_batch(batch: Any) -> Iterator[dict[str, Any]]:
+    """Of an arrow table or batch, with `Number` for what is no whole number."""
+    types = {field.name: field.type for field in batch.schema}
+    for row in batch.to_pylist():
+        yield {name: _with_text(value, types[name]) for name, value in row.items()}
+
+
+def _with_text(value: Any, type_: Any) -> Any:
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_struct(type_):
+        fields = {field.name: field.type for field in type_}
+        return {name: _with_text(inner, fields[name]) for name, inner in value.items()}
+    if types.is_list(type_) or types.is_large_list(type_) or types.is_fixed_size_list(type_):
+        return [_with_text(inner, type_.value_type) for inner in value]
+    if types.is_decimal(type_):
+        return Number(format(value, "f"))
+    if not types.is_floating(type_):
+        return value
+    exact = type_.to_pandas_dtype()(value)
+    if not numpy.isfinite(exact):
+        return Number({"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)])
+    return Number(numpy.format_float_positional(exact, trim="0"))
 
 
 def _present(columns: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megafork.config import GenerateConfig, GenerationConfig
+from megafork.config import EvaluateConfig, GenerateConfig, GenerationConfig
 from megafork.data.prompts import Prompt, read_prompts, read_rows
 from megafork.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from megafork.errors import Interrupted, UserError
@@ -24,6 +24,7 @@ from megafork.evaluation.samples import PROMPTS, SampleFile, Settings
 from megafork.evaluation.source import ModelSource, find_model
 from megafork.interruption import Interruption
 from megafork.model.shape import ModelShape
+from megafork.rewards.names import check_answers
 from megafork.rollout.background import BackgroundLoop
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.engine import Served, api_key_of, check_server, log_paths, start_here
@@ -119,7 +120,9 @@ def check_input(config: GenerateConfig, files: Iterable[str]) -> Input:
     check_server(config.rollout)
     check_tokenizer(config, shape.vocab_size, chat_template=config.data.chat_template)
     for file in files:
-        read_rows(file, config.data, config.data.id_key)
+        rows = read_rows(file, config.data, config.data.id_key)
+        if isinstance(config, EvaluateConfig):
+            check_answers(rows, config.reward)
     return Input(config, source, shape)
 
 

@@ -8,8 +8,13 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from megafork.errors import UserError
+
+if TYPE_CHECKING:
+    from megafork.config import RewardConfig
+    from megafork.data.prompts import Row
 
 Verifier = Callable[[str, str, str], float]
 """(prompt, response, answer) -> reward, 1.0 for a right response as a rule"""
@@ -29,6 +34,21 @@ def check_verifiers(names: Iterable[str]) -> None:
     """Raises UserError for the first that `load_verifier` does not find."""
     for name in names:
         load_verifier(name)
+
+
+def check_answers(rows: Iterable[Row], reward: RewardConfig) -> None:
+    """Raises UserError for a row whose answer is empty once what stands around it is gone."""
+    if "maths" not in reward.verifiers:
+        return
+    from megafork.answers.comparison import bare
+    from megafork.answers.places import BOXED, gold_answer
+
+    for row in rows:
+        if not bare(gold_answer(row.answer, reward.places or BOXED)):
+            raise UserError(
+                f"{row.where}: reward.verifier=maths finds no answer in {row.answer[:60]!r}: mend "
+                "or remove the row"
+            )
 
 
 def load_verifier(name: str, places: Sequence[str] | None = None) -> Verifier:

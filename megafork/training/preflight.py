@@ -12,7 +12,7 @@ from megafork.data.unchanged import check_unchanged, identity
 from megafork.errors import UserError
 from megafork.launch import under_torchrun
 from megafork.model.shape import ModelShape, read_json
-from megafork.rewards.names import check_verifiers
+from megafork.rewards.names import check_answers, check_verifiers
 from megafork.rollout.engine import check_server
 from megafork.training.run_dir import refuse_other_run
 
@@ -40,6 +40,8 @@ def check_train(config: TrainConfig, *, resume: bool = False) -> None:
         )
     check_tokenizer(config, shape.vocab_size, chat_template=config.data.chat_template)
     rows = read_both(config.data)
+    for part in rows:
+        check_answers(part, config.reward)
     if resume:
         check_unchanged(Path(config.run.dir), config.data, identity(config.data, *rows))
     check_verifiers(config.reward.verifiers)

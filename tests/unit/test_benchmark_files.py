@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from decimal import Decimal
 
 import datasets
+import numpy
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megafork.config import BenchmarkConfig, DataConfig
+from megafork.config import BenchmarkConfig, DataConfig, RewardConfig
 from megafork.data.prompts import read_prompts, read_rows
 from megafork.data.tables import stem_of
 from megafork.data.tokenizer import HfTokenizer
 from megafork.errors import UserError
+from megafork.rewards.names import check_answers
 from tests.helpers.commands import QUICKSTART
 
 ROWS = [
@@ -102,6 +105,120 @@ def test_answers_reach_the_verifier_as_text(tmp_path, answer, text):
     assert (row.id, row.answer) == ("7", text)
 
 
+GOOD = ROWS[0]
+NUMBERS = ["0.00005", "5e-05", "5e-5", "1E5", "1.0", "1.50", "-0.0", "100", "-7", "1e400", "1e-400"]
+NUMBERS += ["12345678901234567890123", "3.14159265358979323846", "9" * 5000]
+
+
+@pytest.mark.parametrize("text", NUMBERS)
+def test_a_number_of_a_jsonl_keeps_its_text(tmp_path, text):
+    path = tmp_path / "b.jsonl"
+    path.write_text(f'{{"id": 7, "problem": "p", "answer": {text}}}\n')
+    [row] = read(path)
+    assert (row.id, row.answer) == ("7", text)
+    path.write_text(f'{{"id": 7, "problem": "p", "answer": [{text}]}}\n')
+    assert read(path)[0].answer == text
+    path.write_text(
+        f'{{"id": 7, "problem": "p", "answer": {{"x": {{"é": [{text}, 1.0, "a"]}}}}}}\n'
+    )
+    assert read(path)[0].answer == f'{{"x": {{"é": [{text}, 1.0, "a"]}}}}'
+    assert read(path, answer_key="answer.x")[0].answer == f'{{"é": [{text}, 1.0, "a"]}}'
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+@pytest.mark.parametrize(
+    ("value", "type_", "text"),
+    [
+        (0.00005, "float64", "0.00005"),
+        (0.1, "float32", "0.1"),
+        (0.1, "float16", "0.1"),
+        (1e22, "float64", "10000000000000000000000.0"),
+        (2.0, "float64", "2.0"),
+        (-0.25, "float32", "-0.25"),
+        (Decimal("0.00000012"), pyarrow.decimal128(20, 8), "0.00000012"),
+        (2**63, "uint64", str(2**63)),
+        (7, "int8", "7"),
+    ],
+)
+def test_a_number_of_a_table_has_the_text_of_its_type(tmp_path, kind, value, type_, text):
+    """The shortest decimal that is that number, and no power of ten."""
+    kept = pyarrow.array([numpy.float16(value) if type_ == "float16" else value], type_)
+    nested = pyarrow.StructArray.from_arrays([kept], ["x"])
+    table = pyarrow.table({"id": ["a"], "problem": ["p"], "answer": kept, "nested": nested})
+    path = tmp_path / f"b.{kind}"
+    if kind == "parquet":
+        parquet.write_table(table, path)
+    else:
+        datasets.Dataset(table).save_to_disk(path)
+    assert read(path)[0].answer == text
+    assert read(path, answer_key="nested.x")[0].answer == text
+
+
+NO_ANSWERS = {
+    "null": "is null",
+    "[null]": "is null",
+    '""': "is empty",
+    '" \\n"': "is empty",
+    '[""]': "is empty",
+    "[]": "is empty",
+    "{}": "is empty",
+    "NaN": "is NaN, no number",
+    "[NaN]": "is NaN, no number",
+    "Infinity": "is Infinity, no number",
+    "-Infinity": "is -Infinity, no number",
+    "true": "is true, a boolean",
+    "[false]": "is false, a boolean",
+    '["1", null]': "is null",
+    '{"x": ["1", NaN]}': "is NaN, no number",
+    '["1", ""]': "is empty",
+}
+
+
+@pytest.mark.parametrize("answer", NO_ANSWERS)
+def test_what_is_no_answer_is_told_with_its_row(tmp_path, answer):
+    path = tmp_path / "b.jsonl"
+    path.write_text(f'{json.dumps(GOOD)}\n{{"id": 7, "problem": "p", "answer": {answer}}}\n')
+    with pytest.raises(UserError, match=rf"b.jsonl, line 2: 'answer'.* {NO_ANSWERS[answer]}"):
+        read(path)
+    with pytest.raises(UserError, match=r"b\.jsonl, line 2: 'answer'"):
+        read_rows(path, DataConfig(train=str(path), prompt_key="problem"))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([1.5, float("nan")], "is NaN, no number"),
+        ([1.5, float("inf")], "is Infinity, no number"),
+        ([1.5, None], "is null"),
+        ([True, False], "is true, a boolean"),
+        (["1", ""], "is empty"),
+        ([["1"], []], "is empty"),
+    ],
+)
+def test_what_is_no_answer_of_a_table_is_told_with_its_row(tmp_path, kind, answers, message):
+    rows = [{"id": i, "problem": "p", "answer": answer} for i, answer in enumerate(answers)]
+    path = written(tmp_path, kind, rows)
+    number = 1 if "boolean" in message else 2
+    with pytest.raises(UserError, match=rf"b[a-z]*.{kind}, row {number}: 'answer' {message}"):
+        read(path)
+
+
+def test_numbers_are_no_problems_and_no_fractions_are_ids(tmp_path):
+    path = tmp_path / "b.jsonl"
+    path.write_text('{"id": 1.5, "problem": "p", "answer": 1}\n')
+    with pytest.raises(UserError, match="'id' must be a non-empty string or a whole number"):
+        read(path)
+
+
+@pytest.mark.parametrize("answer", ["$$", r"\boxed{}", "."])
+def test_an_answer_that_is_empty_for_maths_is_told_before_the_start(tmp_path, answer):
+    path = write_jsonl(tmp_path / "b.jsonl", [GOOD, GOOD | {"id": "b", "answer": answer}])
+    with pytest.raises(UserError, match=r"b.jsonl, line 2: reward.verifier=maths finds no answer"):
+        check_answers(read(path), RewardConfig(verifier="maths"))
+    check_answers(read(path), RewardConfig(verifier="exact"))
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [(b"42", "row 1: 'answer' is bytes"), ([b"4", b"2"], "row 1: .* cannot be written as JSON")],
@@ -117,7 +234,6 @@ def test_without_an_id_column_the_row_s_number_is_the_id(tmp_path):
     assert [row.id for row in read(path, id_key="")] == ["1", "2", "3"]
 
 
-GOOD = ROWS[0]
 SURROGATE = '{"id": 1, "problem": "\\ud83d", "answer": "1"}'
 BAD = {
     "no such column": ({"id": 1, "answer": "1"}, r"no column 'problem' \(it has 'id', 'answer'\)"),
