@@ -24,7 +24,7 @@ from megafork.parallel.addresses import LOOPBACK, is_loopback
 from megafork.parallel.ports import free_port
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.placement import gpus_of_servers, visible_gpus, with_trainers
-from megafork.rollout.vllm_server import VllmServer
+from megafork.rollout.vllm_server import VllmServer, cpu_threads
 
 _SETTLED_S = 20.0
 """A server that came up more recently may not yet be known to answer."""
@@ -303,23 +303,11 @@ def build_server(
         api_key=api_key,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_gib=rollout.cpu_kv_cache_gib,
-        cpu_threads=cpu_threads(rollout),
+        cpu_threads=cpu_threads(rollout.cpu_threads, rollout.servers),
         two_temperatures=served.two_temperatures,
         sleeps=served.sleeps,
         environment=environment,
     )
-
-
-def cpu_threads(rollout: ServerConfig) -> int:
-    """Threads of each server of this machine's CPU: asked for, the user's, or its share."""
-    of_user = os.environ.get("OMP_NUM_THREADS", "").partition(",")[
-        0
-    ]  # a list counts for nested ones
-    if rollout.cpu_threads is not None:
-        return rollout.cpu_threads
-    if of_user.isdecimal() and int(of_user) > 0:
-        return int(of_user)
-    return max(1, len(os.sched_getaffinity(0)) // rollout.servers)
 
 
 def serve(config: TrainConfig, device: str, log_path: Path, host: str, port: int) -> None:

@@ -284,3 +284,15 @@ def _last_error(log_path: Path, num_lines: int = 12) -> str:
     errors = [line for line in bare if re.match(r"([\w.]*(Error|Exception)|Killed)\b", line)]
     causes = [line for line in errors if "root cause" not in line] or errors
     return "\n  ".join([causes[0] if causes else "no error in its log", *bare[-num_lines:]])
+
+
+def cpu_threads(asked: int | None, num_servers: int) -> int:
+    """Threads of each of a machine's servers on its CPU: `asked`, the user's, or their share."""
+    of_user = os.environ.get("OMP_NUM_THREADS", "").partition(",")[
+        0
+    ]  # a list counts for nested ones
+    if asked is not None:
+        return asked
+    if of_user.isdecimal() and int(of_user) > 0:
+        return int(of_user)
+    return max(1, len(os.sched_getaffinity(0)) // num_servers)

@@ -18,6 +18,7 @@ FLOORS = [
         "types",
         "interruption",
         "last_words",
+        "parsing",
         "launch",
         "rank_logs",
         "__init__",
