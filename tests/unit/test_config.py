@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megafork.config import EvaluateConfig, TrainConfig
-from megafork.config.file import known_keys, load_config, save_config
+from megafork.config.file import known_keys, load_config, save_config, settings_of
 from megafork.errors import UserError
 from tests.helpers.commands import QUICKSTART, REQUIRED
 
@@ -43,6 +43,13 @@ def test_a_saved_config_reads_back_equal(tmp_path):
     config = load("parallel.pipeline_layers=[3,1]", "sync.max_k3=0.1", "data.eval=e.jsonl")
     save_config(config, tmp_path / "c.toml")
     assert load_config(TrainConfig, tmp_path / "c.toml", []) == config
+
+
+def test_the_settings_of_a_config_are_its_keys():
+    found = dict(settings_of(load("forking.rho=0.3", "data.eval=e.jsonl")))
+    assert found.keys() == dict(known_keys(TrainConfig)).keys()
+    some = [found[key] for key in ("forking.rho", "data.eval", "parallel.dp")]
+    assert some == [0.3, "e.jsonl", None]
 
 
 def test_every_key_is_described():

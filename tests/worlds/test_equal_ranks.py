@@ -8,11 +8,14 @@ import os
 
 import pytest
 
-from megafork.config import ModelConfig, ParallelConfig
+from megafork.config import ModelConfig, ParallelConfig, TrainConfig
+from megafork.config.file import load_config
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
 from megafork.parallel.topology import initialize
+from megafork.training import run
 from tests.helpers import reference
+from tests.helpers.commands import REQUIRED
 from tools.benchmarks.ranks import run_ranks
 
 
@@ -69,6 +72,23 @@ def another_head(folder, settings):
 def test_a_rank_that_differs_is_told_on_all(folder, layout, change, message):
     for told in run_ranks(2, build, folder, layout, change, timeout=60):
         assert message in told and "the same on all" in told
+
+
+def start_a_run():
+    """With a file that is another one on the second node."""
+    topology = initialize(ParallelConfig())
+    rho = 0.3 if topology.rank == 1 else 0.2
+    config = load_config(TrainConfig, None, [*REQUIRED, f"forking.rho={rho}"])
+    with pytest.raises(UserError) as caught:
+        run._train(config, topology, None, False)
+    return str(caught.value)
+
+
+def test_a_run_with_other_settings_on_one_rank_does_not_begin(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for told in run_ranks(2, start_a_run):
+        assert told.startswith("settings differ between ranks: forking.rho is 0.3 on rank 1 and")
+    assert not list(tmp_path.iterdir())
 
 
 def equal_or_not():
