@@ -112,9 +112,9 @@ def train(
         raise UserError(
             "--node, --serve-nodes and --mean-response-tokens are for --dry-run: add it"
         )
-    from megafork.training.preflight import check_train
+    from megafork.training.preflight import check_start
 
-    check_train(resolved, resume=resume is not None)
+    check_start(resolved, resume=resume is not None)
 
     def work() -> None:
         from megafork.training.run import train as train_on_this_rank

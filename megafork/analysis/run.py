@@ -31,7 +31,7 @@ from megafork.config.file import load_config
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.errors import PeerError, UserError
 from megafork.interruption import ended_by_signals
-from megafork.model.shape import ModelShape
+from megafork.model.hf_model import check_folder
 from megafork.rollout.journal import journals_of, read_step
 
 ROLLOUTS, GENERATE = "rollouts", "generate"
@@ -155,7 +155,7 @@ def _plan(asked: RunAnalysis) -> _Plan:
         )
     settings = [*score_settings(config), *asked.overrides]
     score = load_config(ScoreConfig, None, [f"model.path={json.dumps(str(initial))}", *settings])
-    shape = ModelShape.from_folder(initial)
+    shape = check_folder(initial).shape
     shape.check(score.model, score.parallel)
     samples = [f"rollout.samples={asked.samples}"]
     generated = [*generate_settings(config), *samples]

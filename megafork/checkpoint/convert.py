@@ -19,18 +19,19 @@ from torch import Tensor
 from megafork.checkpoint.files import files_of, rename_synced, torch_save_raises_os_error
 from megafork.checkpoint.hf import HF, copy_side_files
 from megafork.checkpoint.hf_stream import StreamingSafetensors, TensorInfo
-from megafork.checkpoint.layout import Block, blocks, extra_states, key_of, whole_model_rules
+from megafork.checkpoint.layout import Block, blocks, extra_states, key_of
 from megafork.checkpoint.progress import progress
 from megafork.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.disk import sync
 from megafork.errors import UserError
-from megafork.model.hf_folder import SafetensorsFolder
-from megafork.model.shape import ModelShape, padded_vocab_size, read_json
+from megafork.model.hf_config import read_json
+from megafork.model.hf_mapping import whole_model_rules
+from megafork.model.hf_model import HfModel, check_folder
+from megafork.model.shape import ModelShape, padded_vocab_size
 
 _COPIES = "copies.json"
 """Of hf/: tensors that the HF folder held twice, as Qwen3-0.6B holds its tied head."""
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def hf_to_megatron(source: Path, target: Path, *, max_file_bytes: int) -> None:
@@ -38,9 +39,9 @@ def hf_to_megatron(source: Path, target: Path, *, max_file_bytes: int) -> None:
 
     Raises UserError for a folder that cannot be converted, before anything is written.
     """
-    shape = ModelShape.from_folder(source)
-    folder = SafetensorsFolder(source)
-    copies = check_tensors(folder, shape)
+    model = check_folder(source)
+    shape, folder = model.shape, model.weights
+    check_one_dtype(model)
     plan = model_blocks(shape, source)
     total = sum(block.num_bytes(folder.dtype(block.rule.hf[0])) for block in plan)
     with _new_folder(target, total) as partial, progress("HF to megatron", total) as advance:
@@ -54,8 +55,8 @@ def hf_to_megatron(source: Path, target: Path, *, max_file_bytes: int) -> None:
         writer.close()
         (partial / HF).mkdir()
         copy_side_files(source, partial / HF)
-        if copies:
-            (partial / HF / _COPIES).write_text(json.dumps(copies) + "\n")
+        if model.copies:
+            (partial / HF / _COPIES).write_text(json.dumps(model.copies) + "\n")
 
 
 def megatron_to_hf(source: Path, target: Path, *, like: Path | None, max_file_bytes: int) -> None:
@@ -130,52 +131,17 @@ def _tensor_infos(
     return infos
 
 
-def check_tensors(folder: SafetensorsFolder, shape: ModelShape) -> dict[str, str]:
-    """Names, shapes and dtypes against the rules; returns {copy: tensor that it is a copy of}."""
-    known: set[str] = set()
+def check_one_dtype(model: HfModel) -> None:
+    """Raise UserError where tensors that megatron stores as one are of several dtypes."""
     dtypes: dict[str, torch.dtype] = {}
-    for rule in whole_model_rules(shape):
-        for name, expected in zip(rule.hf, rule.hf_shapes, strict=True):
-            folder.check_holds(name)
-            folder.check_shape(name, expected)
-            known.add(name)
-            key, dtype = key_of(rule), folder.dtype(name)
+    for rule in whole_model_rules(model.shape):
+        for name in rule.hf:
+            key, dtype = key_of(rule), model.weights.dtype(name)
             if dtypes.setdefault(key, dtype) != dtype:
                 raise UserError(
-                    f"{folder.folder}: {name} is {dtype}, others of its kind {dtypes[key]}, and "
-                    f"megatron stores them as one tensor: save the model in one dtype"
+                    f"{model.weights.folder}: {name} is {dtype}, others of its kind {dtypes[key]}, "
+                    "and megatron stores them as one tensor: save the model in one dtype"
                 )
-    unknown = folder.names - known
-    copies = {_HEAD: _EMBEDDING} if shape.tied_embeddings and _HEAD in unknown else {}
-    if extra := sorted(unknown - set(copies)):
-        raise UserError(
-            f"{folder.folder} holds {len(extra)} tensors that this architecture does not have, "
-            f"{extra[0]} first: they would be lost"
-        )
-    for copy, name in copies.items():
-        _check_copy(folder, copy, name)
-    return copies
-
-
-def _check_copy(folder: SafetensorsFolder, copy: str, name: str) -> None:
-    same = folder.shape(copy) == folder.shape(name) and folder.dtype(copy) == folder.dtype(name)
-    step = max(1, (64 << 20) // folder.shape(name)[1])
-    for start in range(0, folder.shape(name)[0], step):
-        if not same:
-            break
-        same = same_bits(*(folder.slice(n, 0, start, start + step) for n in (copy, name)))
-    if not same:
-        raise UserError(
-            f"{folder.folder}: config.json ties the head to the embedding, but {copy} and {name} "
-            "differ: set tie_word_embeddings to false if the head is one of its own"
-        )
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Also for NaN, and telling 0 from -0."""
-    return a.dtype == b.dtype and torch.equal(
-        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
-    )
 
 
 def _main_dtype(infos: list[TensorInfo]) -> torch.dtype:

@@ -23,7 +23,7 @@ from megafork.model.hf_mapping import (
     Rule,
     Split,
     VocabSplit,
-    rules,
+    whole_model_rules,
 )
 from megafork.model.shape import ModelShape
 
@@ -122,18 +122,6 @@ def blocks(shape: ModelShape, padded_vocab_size: int) -> Iterator[Block]:
     """Every block of a checkpoint of the whole model, in the order of the layers."""
     for rule in whole_model_rules(shape, padded_vocab_size):
         yield from _blocks(rule, shape.num_layers)
-
-
-def whole_model_rules(shape: ModelShape, padded_vocab_size: int | None = None) -> Iterator[Rule]:
-    """The rules of the model on one rank; without padding where none is given."""
-    return rules(
-        shape,
-        layers=range(shape.num_layers),
-        first_stage=True,
-        last_stage=True,
-        padded_vocab_size=padded_vocab_size or shape.vocab_size,
-        transformer_engine=True,
-    )
 
 
 def extra_states(shape: ModelShape) -> Iterator[tuple[str, int]]:

@@ -18,18 +18,18 @@ from torch import Tensor
 
 from megafork.checkpoint import sharded
 from megafork.checkpoint.convert import (
+    check_one_dtype,
     check_stored,
-    check_tensors,
     model_blocks,
     read_block,
-    same_bits,
 )
 from megafork.checkpoint.progress import progress
 from megafork.checkpoint.torch_dist import TorchDistReader
 from megafork.config import ScoreConfig
 from megafork.errors import UserError
 from megafork.model.gpt import head_input, head_weight
-from megafork.model.hf_folder import SafetensorsFolder
+from megafork.model.hf_folder import same_bits
+from megafork.model.hf_model import open_model
 from megafork.model.scorer import Scorer
 from megafork.model.shape import ModelShape, padded_vocab_size
 from megafork.parallel.topology import Topology, initialize, shutdown
@@ -79,11 +79,11 @@ def verify(config: ScoreConfig, megatron: Path, *, logits: bool) -> bool:
 
 def first_difference(hf: Path, megatron: Path) -> str | None:
     """What differs first, in the order of the layers, and where; None when nothing does."""
-    folder, reader = SafetensorsFolder(hf), TorchDistReader(megatron)
-    shape = ModelShape.from_folder(hf)
-    plan = model_blocks(shape, hf)
+    reader = TorchDistReader(megatron)
     try:
-        check_tensors(folder, shape)
+        model = open_model(hf)
+        check_one_dtype(model)
+        folder, plan = model.weights, model_blocks(model.shape, hf)
         for block in plan:
             check_stored(reader, block)
     except UserError as error:

@@ -123,6 +123,7 @@ def check_input(config: GenerateConfig, files: Iterable[str]) -> Input:
         rows = read_rows(file, config.data, config.data.id_key)
         if isinstance(config, EvaluateConfig):
             check_answers(rows, config.reward)
+    source.check_weights()
     return Input(config, source, shape)
 
 

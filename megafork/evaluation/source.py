@@ -13,7 +13,8 @@ from megafork.config import TrainConfig
 from megafork.config.file import load_config
 from megafork.errors import UserError
 from megafork.logging.metrics import read_rows
-from megafork.model.shape import ModelShape, read_json
+from megafork.model.hf_config import read_json
+from megafork.model.shape import ModelShape
 
 _HF = "hf"
 """Of a megatron folder: config and tokenizer (checkpoint/hf.py, which imports torch)"""
@@ -33,6 +34,16 @@ class ModelSource:
 
     def shape(self) -> ModelShape:
         return ModelShape.from_folder(self.side)
+
+    def check_weights(self) -> None:
+        """Raises UserError for an HF folder that is not what megafork would compute. Imports torch.
+
+        Of a megatron checkpoint the conversion checks what it reads.
+        """
+        if not self.is_megatron:
+            from megafork.model.hf_model import check_folder
+
+            check_folder(self.folder)
 
     def dtype(self) -> Literal["float32", "bfloat16"]:
         """What its config.json says, or bfloat16 for what it says else."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 
@@ -11,8 +10,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megafork.errors import UserError
+from megafork.model.hf_config import read_json
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -30,7 +31,8 @@ class SafetensorsFolder:
     """The tensors of a folder with model.safetensors or a sharded index.
 
     A file is open while a slice is read and no longer: the pages of an open one stay with the
-    process, up to the size of the model.
+    process, up to the size of the model. Raises UserError where the index and the files disagree,
+    where a file is read by some programs and not by others, and for quantised tensors.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -38,12 +40,22 @@ class SafetensorsFolder:
         self._file_of: dict[str, str] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
         self._dtype: dict[str, str] = {}
-        for file_name in self._file_names():
+        index = self._index()
+        for file_name in self._file_names(index):
             with self._open(file_name) as file:
                 for key in file.keys():
+                    if key in self._file_of:
+                        raise UserError(
+                            f"{self.folder}: {key} is in {self._file_of[key]} and in {file_name}: "
+                            "remove the file that is not the model's"
+                        )
                     self._file_of[key] = file_name
                     self._shape[key] = tuple(file.get_slice(key).get_shape())
                     self._dtype[key] = file.get_slice(key).get_dtype()
+        if index is not None:
+            self._compare(index)
+        for name in sorted(self._dtype):
+            self.dtype(name)
 
     @property
     def names(self) -> set[str]:
@@ -82,26 +94,89 @@ class SafetensorsFolder:
                 f"asks for {list(expected)}"
             )
 
-    def _file_names(self) -> list[str]:
-        index = self.folder / INDEX
-        if index.is_file():
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if (self.folder / "model.safetensors").is_file():
-            return ["model.safetensors"]
-        pickled = sorted(p.name for pattern in _PICKLED for p in self.folder.glob(pattern))
-        hint = ""
-        if pickled:
-            command = f"python -c {shlex.quote(_TO_SAFETENSORS)} {shlex.quote(str(self.folder))}"
-            hint = (
-                f". {pickled[0]} is a pickled file, and loading one can run any code: if you trust "
-                f"it, save it as safetensors with\n  {command}"
+    def same_bits(self, name: str, other: str) -> bool:
+        """Whether two matrices are one another's copies; they are read in blocks of rows."""
+        if (self._shape[name], self._dtype[name]) != (self._shape[other], self._dtype[other]):
+            return False
+        rows, columns = self._shape[name]
+        step = max(1, (64 << 20) // columns)
+        return all(
+            same_bits(*(self.slice(n, 0, start, start + step) for n in (name, other)))
+            for start in range(0, rows, step)
+        )
+
+    def _index(self) -> dict[str, str] | None:
+        """{tensor: file} of the sharded index; None where there is none."""
+        path = self.folder / INDEX
+        if not path.is_file():
+            return None
+        weight_map = read_json(path).get("weight_map")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(file, str) and file for file in weight_map.values())
+        ):
+            raise UserError(f"{path} has no weight_map of tensors to files: copy the file again")
+        for file in weight_map.values():
+            if Path(file).name != file:
+                raise UserError(f"{path} names {file!r}, which is no file of its folder")
+        return weight_map
+
+    def _file_names(self, index: dict[str, str] | None) -> list[str]:
+        """The files to read, which must be all that there are: some programs read all of them."""
+        there = {path.name for path in self.folder.glob("*.safetensors")}
+        if index is None and SINGLE not in there:
+            raise UserError(f"{self.folder} holds no {SINGLE} and no {INDEX}{self._pickled_hint()}")
+        wanted = {SINGLE} if index is None else set(index.values())
+        if len(wanted) > 1 and SINGLE in there:
+            raise UserError(
+                f"{self.folder} holds {SINGLE} beside {INDEX}, which names other files, and "
+                "transformers reads the first alone: remove the one that is not the model's"
             )
-        raise UserError(f"{self.folder} holds no model.safetensors and no {INDEX}{hint}")
+        if unread := sorted(there - wanted):
+            by = "beside model.safetensors" if index is None else f"which {INDEX} does not name"
+            raise UserError(
+                f"{self.folder} holds {unread[0]}, {by}: some programs read it and some do not; "
+                "remove it"
+            )
+        return sorted(wanted)
+
+    def _compare(self, index: dict[str, str]) -> None:
+        for name in sorted(index.keys() | self.names):
+            said, found = index.get(name), self._file_of.get(name)
+            if said == found:
+                continue
+            if said is None:
+                raise UserError(
+                    f"{self.folder}: {found} holds {name}, which {INDEX} does not name: copy the "
+                    "model again"
+                )
+            raise UserError(
+                f"{self.folder}: {INDEX} says that {name} is in {said}, but "
+                f"{f'it is in {found}' if found else 'it is not there'}: copy the model again"
+            )
+
+    def _pickled_hint(self) -> str:
+        pickled = sorted(p.name for pattern in _PICKLED for p in self.folder.glob(pattern))
+        if not pickled:
+            return ""
+        command = f"python -c {shlex.quote(_TO_SAFETENSORS)} {shlex.quote(str(self.folder))}"
+        return (
+            f". {pickled[0]} is a pickled file, and loading one can run any code: if you trust "
+            f"it, save it as safetensors with\n  {command}"
+        )
 
     def _open(self, name: str) -> safe_open:
         try:
             return safe_open(self.folder / name, framework="pt")
-        except (FileNotFoundError, SafetensorError) as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{self.folder / name} cannot be read ({error}): copy the file again"
             ) from None
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Also for NaN, and telling 0 from -0."""
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )

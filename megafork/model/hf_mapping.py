@@ -170,6 +170,21 @@ def rules(
             yield Rule("output_layer.weight", embedding, vocab, vocab_shape, exported=False)
 
 
+def whole_model_rules(
+    shape: ModelShape, padded_vocab_size: int | None = None, *, value_head: bool = False
+) -> Iterator[Rule]:
+    """The rules of the model on one rank; without padding where none is given."""
+    return rules(
+        shape,
+        layers=range(shape.num_layers),
+        first_stage=True,
+        last_stage=True,
+        padded_vocab_size=padded_vocab_size or shape.vocab_size,
+        transformer_engine=True,
+        value_head=value_head,
+    )
+
+
 def _norm_rules(
     shape: ModelShape, local: int, layer: int, *, transformer_engine: bool
 ) -> Iterator[Rule]:

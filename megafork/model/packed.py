@@ -21,8 +21,7 @@ from megafork.config import ModelConfig, ParallelConfig
 from megafork.data.packing import Pack, build_pack, fed_lengths, plan_micro_batches
 from megafork.errors import UserError
 from megafork.model.gpt import Head
-from megafork.model.hf_folder import SafetensorsFolder
-from megafork.model.shape import ModelShape
+from megafork.model.hf_model import open_model
 from megafork.model.weights import build_stages, load_weights, mark_tensor_parallel
 from megafork.ops import kernels
 from megafork.parallel import backend
@@ -46,7 +45,8 @@ class PackedModel:
         micro_batch_tokens: int,
         head: Head = "vocabulary",
     ) -> None:
-        self.shape = ModelShape.from_folder(model.path)
+        folder = open_model(model.path, value_head=head == "value")
+        self.shape = folder.shape
         self.shape.check(model, parallel)
         self.topology = topology
         topology.require_equal(
@@ -70,7 +70,7 @@ class PackedModel:
         self.count_multiple = topology.pp_size if parallel.vpp > 1 else 1
         self.stages = build_stages(self.shape, model, parallel, topology, head)
         mark_tensor_parallel(self.stages)
-        load_weights(self.stages, SafetensorsFolder(model.path), topology)
+        load_weights(self.stages, folder.weights, topology)
         self.modules: list[torch.nn.Module] = [stage.gpt for stage in self.stages]
         """What the schedule runs: the stages, or what a subclass wraps them in."""
 

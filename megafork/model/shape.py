@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.errors import UserError
-
-FAMILIES = ("qwen3", "qwen2", "llama")
-_SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "max_position_embeddings",
+from megafork.model.hf_config import (
+    check_config,
+    head_dim,
+    read_json,
+    refuse_side_files,
+    rope,
 )
-"""model_type of config.json. Qwen2.5 is 'qwen2': biases of q, k and v, no norm of q and k; Llama 3
-is 'llama': neither; Qwen3 has the norms."""
-_LLAMA3_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-"""Constants in megatron-core's RotaryEmbedding, and those of every Llama 3 model."""
-_UNSUPPORTED = ("attention_bias", "mlp_bias", "use_sliding_window")
 
 
 @dataclass(frozen=True)
@@ -60,38 +46,28 @@ class ModelShape:
         path = folder / "config.json"
         if not folder.is_dir():
             raise UserError(f"{setting}={folder} is not a folder: give an HF model folder")
+        refuse_side_files(folder)
         if not path.is_file():
             raise UserError(f"{setting}={folder} holds no config.json: give an HF model folder")
         raw = read_json(path)
-        family = raw.get("model_type")
-        if family not in FAMILIES:
-            raise UserError(
-                f"{path} has model_type={family!r}; megafork trains the dense models "
-                f"{', '.join(map(repr, FAMILIES))}"
-            )
-        _refuse_unsupported(path, raw)
-        _check_numbers(path, raw)
-        # transformers 5 nests the rope settings, 4 kept them at the top level.
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        head_dim = raw.get("head_dim")
-        if head_dim is None and family == "qwen3":
-            raise UserError(f"{path} lacks the key 'head_dim'")
+        family = check_config(path, raw)
         try:
+            theta, factor = rope(path, raw)
             return cls(
                 num_layers=raw["num_hidden_layers"],
                 hidden_size=raw["hidden_size"],
                 intermediate_size=raw["intermediate_size"],
                 num_heads=raw["num_attention_heads"],
                 num_kv_heads=raw["num_key_value_heads"],
-                head_dim=head_dim or raw["hidden_size"] // raw["num_attention_heads"],
+                head_dim=head_dim(path, raw, family),
                 vocab_size=raw["vocab_size"],
                 max_positions=raw["max_position_embeddings"],
-                rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else raw["rope_theta"]),
-                rope_factor=_rope_factor(path, rope),
+                rope_theta=theta,
+                rope_factor=factor,
                 rms_norm_eps=raw["rms_norm_eps"],
                 tied_embeddings=raw["tie_word_embeddings"],
-                qkv_bias=family == "qwen2",
-                qk_norm=family == "qwen3",
+                qkv_bias=family.qkv_bias,
+                qk_norm=family.qk_norm,
                 eos_token_ids=_eos_token_ids(folder, raw),
             )
         except KeyError as error:
@@ -165,56 +141,7 @@ def padded_vocab_size(shape: ModelShape, model: ModelConfig, parallel: ParallelC
     return -(-shape.vocab_size // multiple) * multiple
 
 
-def _check_numbers(path: Path, raw: dict[str, Any]) -> None:
-    """Raises UserError for a size that is none. Absent keys are another's business."""
-    for key in _SIZES:
-        value = raw.get(key, 1)
-        if type(value) is not int or value < 1:
-            raise UserError(f"{path} has {key}={value!r}: it has to be a whole number from 1 up")
-    for key in ("rope_theta", "rms_norm_eps"):
-        value = raw.get(key, 1.0)
-        if type(value) not in (int, float) or not value > 0:
-            raise UserError(f"{path} has {key}={value!r}: it has to be a number above 0")
-
-
-def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
-    for key in _UNSUPPORTED:
-        if raw.get(key):
-            raise UserError(f"{path} sets {key}: not supported")
-    kinds = set(raw.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
-        raise UserError(f"{path} has layer_types {sorted(kinds)}: only full_attention is supported")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path} has hidden_act={raw['hidden_act']!r}; only 'silu' is supported")
-
-
-def _rope_factor(path: Path, rope: dict[str, Any]) -> float | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UserError(f"{path} has rope_type={kind!r}; 'default' and 'llama3' are supported")
-    for key, value in _LLAMA3_ROPE.items():
-        if rope[key] != value:
-            raise UserError(
-                f"{path} has {key}={rope[key]}; megatron-core computes Llama 3's rotary embedding "
-                f"with {value}"
-            )
-    return float(rope["factor"])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model folder. Raises UserError naming the file."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): copy the model again") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} is not a JSON object: copy the model again")
-    return raw
-
-
-def _eos_token_ids(folder: Path, raw: dict) -> tuple[int, ...]:
+def _eos_token_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
     """generation_config.json wins over config.json, as in transformers."""
     path = folder / "generation_config.json"
     if path.is_file():

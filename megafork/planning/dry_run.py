@@ -17,14 +17,12 @@ from megafork.config import ParallelConfig, TrainConfig
 from megafork.data.prompts import read_prompts
 from megafork.data.tokenizer import load_tokenizer
 from megafork.errors import UserError
-from megafork.model.hf_folder import SafetensorsFolder
-from megafork.model.hf_mapping import rules
 from megafork.model.shape import ModelShape
 from megafork.planning.memory import MemoryPlan, plan_memory
 from megafork.planning.nodes import GIB, NodeType, node_type
 from megafork.planning.report import assumption_lines, memory_lines, time_lines
 from megafork.planning.roofline import step_time
-from megafork.training.preflight import check_train
+from megafork.training.preflight import check_folders, check_train
 
 _ASSUMED_SHARE = 0.25
 """of the longest response, that the mean one has where nobody says"""
@@ -47,7 +45,7 @@ def rehearse_run(
     check_train(config, resume=resume)
     _check_is_writable(Path(config.run.dir))
     shape = ModelShape.from_folder(config.model.path)
-    facts = _Facts.of(config, shape)
+    facts = _Facts.of(config)
     nodes = _Nodes.of(config, node)
     mean = mean_response_tokens
     if mean is None:
@@ -158,14 +156,15 @@ class _Nodes:
 class _Facts:
     """What the files say."""
 
-    weights: str
+    weights: list[str]
+    """A line for each model folder"""
     prompts: int
     mean_prompt: int
     longest_prompt: int
     heldout: int
 
     @classmethod
-    def of(cls, config: TrainConfig, shape: ModelShape) -> _Facts:
+    def of(cls, config: TrainConfig) -> _Facts:
         tokenizer = load_tokenizer(
             config,
             chat_template=config.data.chat_template,
@@ -177,7 +176,7 @@ class _Facts:
         if config.data.eval is not None:
             heldout = len(read_prompts(config.data.eval, config.data, tokenizer.encode))
         return cls(
-            weights=_weights(Path(config.model.path), shape),
+            weights=check_folders(config, may_lack_weights=True),
             prompts=len(prompts),
             mean_prompt=round(sum(lengths) / len(lengths)),
             longest_prompt=max(lengths),
@@ -186,31 +185,11 @@ class _Facts:
 
     def lines(self) -> list[str]:
         return [
-            f"weights   {self.weights}",
+            *(f"weights   {line}" for line in self.weights),
             f"prompts   {self.prompts}; {self.mean_prompt} tokens on average, "
             f"{self.longest_prompt} at most",
             f"held out  {self.heldout} prompts",
         ]
-
-
-def _weights(folder: Path, shape: ModelShape) -> str:
-    """Raises UserError where there are some and not those that config.json asks for."""
-    if not any(folder.glob("*.safetensors*")):
-        return f"not in {folder} yet: fetch them before the run"
-    files = SafetensorsFolder(folder)
-    everything = rules(
-        shape,
-        layers=range(shape.num_layers),
-        first_stage=True,
-        last_stage=True,
-        padded_vocab_size=shape.vocab_size,
-        transformer_engine=False,
-    )
-    for rule in everything:
-        for name, expected in zip(rule.hf, rule.hf_shapes, strict=True):
-            files.check_holds(name)
-            files.check_shape(name, expected)
-    return f"{len(files.names)} tensors in {folder}"
 
 
 def _check_is_writable(run_dir: Path) -> None:

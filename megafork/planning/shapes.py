@@ -44,7 +44,8 @@ SHAPES = {
 
 
 def named_shape(name: str, *, setting: str = "--model") -> ModelShape:
-    """One of SHAPES, or that of an HF folder (config.json is enough). Raises UserError.
+    """One of SHAPES, or that of an HF folder (config.json is enough; weights that are there are
+    checked). Raises UserError.
 
     setting: what the user calls it.
     """
@@ -55,4 +56,8 @@ def named_shape(name: str, *, setting: str = "--model") -> ModelShape:
             f"{setting}={name} is neither one of {', '.join(SHAPES)} nor a folder with a "
             "config.json"
         )
+    from megafork.model.hf_model import check_folder, has_weights
+
+    if has_weights(name):
+        return check_folder(name, setting=setting).shape
     return ModelShape.from_folder(name, setting=setting)

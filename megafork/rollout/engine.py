@@ -312,7 +312,9 @@ def build_server(
 
 def serve(config: TrainConfig, device: str, log_path: Path, host: str, port: int) -> None:
     """`megafork serve`: run the server until it is interrupted (SIGINT or SIGTERM)."""
-    api_key = api_key_of(config.rollout)
+    from megafork.model.hf_model import check_folder
+
+    check_folder(config.model.path)
     server = build_server(
         served_policy(config),
         config.rollout,
@@ -320,7 +322,7 @@ def serve(config: TrainConfig, device: str, log_path: Path, host: str, port: int
         log_path,
         host=host,
         port=port,
-        api_key=api_key,
+        api_key=api_key_of(config.rollout),
     )
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

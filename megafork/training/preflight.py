@@ -1,4 +1,7 @@
-"""Checks of files and layout that need no torch: done once, before any rank or server starts."""
+"""Checks of files and layout, done once, before any rank or server starts.
+
+What needs no torch comes first, so that most mistakes are told without its import.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,20 @@ from megafork.data.tokenizer import SentencePieceTokenizer, check_tokenizer, fin
 from megafork.data.unchanged import check_unchanged, identity
 from megafork.errors import UserError
 from megafork.launch import under_torchrun
-from megafork.model.shape import ModelShape, read_json
+from megafork.model.hf_config import read_json
+from megafork.model.shape import ModelShape
 from megafork.rewards.names import check_answers, check_verifiers
 from megafork.rollout.engine import check_server
 from megafork.training.run_dir import refuse_other_run
 
 _TRUNCATING = {"top_k": (None, 0, -1), "top_p": (None, 1, 1.0), "min_p": (None, 0, 0.0)}
+
+
+def check_start(config: TrainConfig, *, resume: bool) -> None:
+    """`check_train`, then the weights, which under torchrun each rank checks when it loads them."""
+    check_train(config, resume=resume)
+    if not under_torchrun():
+        check_folders(config)
 
 
 def check_train(config: TrainConfig, *, resume: bool = False) -> None:
@@ -49,6 +60,29 @@ def check_train(config: TrainConfig, *, resume: bool = False) -> None:
     if not under_torchrun():
         _tell_ignored_sampling(Path(config.model.path))
         _tell_other_eos(config, shape)
+
+
+def check_folders(config: TrainConfig, *, may_lack_weights: bool = False) -> list[str]:
+    """The weights of every folder that the run reads; a line for each, for the user to know.
+
+    Raises UserError for a folder whose weights are not what would be computed. may_lack_weights: a
+    folder with a config.json alone is told and not refused. Imports torch.
+    """
+    folders = [("model.path", config.model.path, False)]
+    if config.kl.reference is not None:
+        folders.append(("kl.reference", config.kl.reference, False))
+    if config.algorithm.advantages == "gae" and config.critic.path is not None:
+        folders.append(("critic.path", config.critic.path, True))
+    from megafork.model.hf_model import check_folder, has_weights
+
+    lines = []
+    for setting, path, value_head in folders:
+        if may_lack_weights and not has_weights(path):
+            lines.append(f"{setting}: not in {path} yet: fetch them before the run")
+            continue
+        model = check_folder(path, setting=setting, value_head=value_head)
+        lines.append(f"{setting}: {len(model.weights.names)} tensors in {path}")
+    return lines
 
 
 def check_length(config: TrainConfig, shape: ModelShape) -> None:
@@ -90,6 +124,10 @@ def check_score(config: ScoreConfig, input_path: Path, output_path: Path) -> Non
         raise UserError(f"--input {input_path} does not exist")
     if not output_path.parent.is_dir():
         raise UserError(f"--output {output_path}: the folder {output_path.parent} does not exist")
+    if not under_torchrun():
+        from megafork.model.hf_model import check_folder
+
+        check_folder(config.model.path)
 
 
 def _tell_ignored_sampling(folder: Path) -> None:

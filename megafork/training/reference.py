@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megafork.model.hf_folder import SafetensorsFolder
+from megafork.model.hf_model import open_model
 from megafork.model.scorer import Scorer
 from megafork.model.weights import read_weights
 
@@ -29,11 +29,11 @@ class Reference:
     def __init__(self, policy: Scorer, folder: str | Path) -> None:
         """Read `folder` at the policy's layout; the policy stays as it is."""
         policy.shape.check_same_build(folder, setting="kl.reference")
+        model = open_model(folder, setting="kl.reference")
         self._pairs: list[tuple[torch.nn.Parameter, Tensor]] = []
         """a parameter, and on the host what is not in it now: the reference's or the policy's"""
         pinned = policy.topology.device.type == "cuda"
-        source = SafetensorsFolder(folder)
-        for parameter, shard in read_weights(policy.stages, source, policy.topology):
+        for parameter, shard in read_weights(policy.stages, model.weights, policy.topology):
             host = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=pinned)
             self._pairs.append((parameter, host.copy_(shard)))
 
