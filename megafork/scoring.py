@@ -103,7 +103,8 @@ def read_responses(
                 _check_ids(row[key], f"{where}: {key}", vocab_size)
         elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
             tokenizer = tokenizer or load_tokenizer(config, chat_template=False)
-            prompt, response = tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"])
+            prompt = tokenizer.encode_prompt(row["prompt"])
+            response = tokenizer.encode(row["response"])
         else:
             raise UserError(
                 f"{where}: needs prompt_ids and response_ids, or prompt and response (strings)"

@@ -5,10 +5,14 @@ Finding and checking a tokenizer imports neither transformers nor torch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
+
+from jinja2 import TemplateError
 
 from megafork.config import GenerateConfig, ScoreConfig, TrainConfig
 from megafork.errors import UserError
@@ -18,6 +22,8 @@ _VOCABULARIES = ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json")
 _HF_CONFIG = "tokenizer_config.json"
 Turns = list[dict[str, str]]
 """A chat: {"role": ..., "content": ...} each."""
+_ANSWER = "zqxjkv"
+"""An assistant's turn that no template says of itself"""
 WithTokenizer = TrainConfig | ScoreConfig | GenerateConfig
 _READ_BY_TRANSFORMERS = ("tokenizer.json", "vocab.json", _HF_CONFIG)
 
@@ -25,9 +31,20 @@ _READ_BY_TRANSFORMERS = ("tokenizer.json", "vocab.json", _HF_CONFIG)
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 
-    def encode(self, text: str | Turns) -> list[int]:
-        """Ids of the text alone: no bos, no eos. With a chat template, of it as a user's turn, or
-        of several turns; only there may `text` be turns."""
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone, as of a response: no bos, no eos."""
+
+    def encode_prompt(self, prompt: str | Turns) -> list[int]:
+        """Ids that the model reads before its response.
+
+        With a chat template, of the prompt as a user's turn, or of several turns; only there may it
+        be turns. Without one, of the text behind what the tokenizer begins a text with, as
+        transformers and vLLM have it: Llama's bos, nothing for Qwen. A text that is written with
+        the bos gets no second one.
+        """
+
+    def template_ends(self) -> tuple[int, ...]:
+        """The special tokens that the chat template puts behind the assistant's last turn."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, without special tokens and without ids that no token has.
@@ -37,6 +54,9 @@ class Tokenizer(Protocol):
 
     def name(self, token_id: int) -> str:
         """One token as text, a special one too; empty for an id that no token has."""
+
+    def show(self, ids: Sequence[int]) -> str:
+        """Text of a prompt with the special tokens that are in it."""
 
 
 @dataclass(frozen=True)
@@ -97,26 +117,34 @@ def load_tokenizer(
             enable_thinking=enable_thinking,
         )
     _refuse_chat_template(source, chat_template)
-    return SentencePieceTokenizer(source.sentencepiece_file, setting=source.setting)
+    return SentencePieceTokenizer(
+        source.sentencepiece_file,
+        setting=source.setting,
+        bos_id=_llamas_bos(Path(config.model.path)),
+    )
 
 
-def check_tokenizer(config: WithTokenizer, vocab_size: int, *, chat_template: bool) -> None:
-    """Raise UserError for a tokenizer that cannot be read or has ids that the model has not."""
+def check_tokenizer(config: WithTokenizer, vocab_size: int, *, chat_template: bool) -> int | None:
+    """The id that ends a text by the tokenizer's own files, None where they name none.
+
+    Raises UserError for a tokenizer that cannot be read or has ids that the model has not.
+    """
     source = find_tokenizer(config)
     if source.sentencepiece_file is not None:
         _refuse_chat_template(source, chat_template)
         tokenizer = SentencePieceTokenizer(source.sentencepiece_file, setting=source.setting)
-        largest = tokenizer.num_pieces - 1
+        largest, end = tokenizer.num_pieces - 1, tokenizer.eos_id
     elif (source.path / "tokenizer.json").is_file():
-        largest = _largest_id(source)
-    else:
-        return  # only transformers knows what it adds to a vocab.json; the scorer checks the ids
+        largest, end = _largest_id_and_end(source)
+    else:  # only transformers knows what it adds to a vocab.json; the scorer checks the ids
+        return None
     if largest >= vocab_size:
         raise UserError(
             f"{source.setting}: the tokenizer has ids up to {largest}, but the model in model.path="
             f"{config.model.path} has vocab_size={vocab_size}, so ids 0 to {vocab_size - 1}: give "
             "the tokenizer that the model was made with"
         )
+    return end
 
 
 class HfTokenizer:
@@ -152,17 +180,51 @@ class HfTokenizer:
                     f"of {folder} does not know enable_thinking: leave it unset"
                 )
             self._template_options["enable_thinking"] = enable_thinking
+        self._where = setting or str(folder)
 
-    def encode(self, text: str | Turns) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def encode_prompt(self, prompt: str | Turns) -> list[int]:
         if self._chat_template:
             return self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}] if isinstance(text, str) else text,
+                [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
                 **self._template_options,
             )
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        assert isinstance(prompt, str)
+        bos, plain = self._tokenizer.bos_token, self.encode(prompt)
+        if bos and prompt.startswith(bos):
+            return plain
+        ids = self._tokenizer.encode(prompt)
+        if ids[len(ids) - len(plain) :] != plain:  # some of embedding models put an end behind it
+            raise UserError(
+                f"{self._where}: its tokenizer ends every text with {self.name(ids[-1])!r}, and no "
+                "response follows an end: set add_eos_token to false in its tokenizer_config.json, "
+                "or take the end out of the post_processor of its tokenizer.json"
+            )
+        return ids
+
+    def template_ends(self) -> tuple[int, ...]:
+        if not self._chat_template:
+            return ()
+        turns = [("user", "1"), ("assistant", _ANSWER)]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in turns],
+                tokenize=False,
+                **self._template_options,
+            )
+        except (TemplateError, TypeError):  # one that takes no assistant's turn ends none
+            return ()
+        _, found, tail = text.rpartition(_ANSWER)
+        added = self._tokenizer.added_tokens_decoder
+        special = {i for i, token in added.items() if token.special}
+        special -= {self._tokenizer.unk_token_id, self._tokenizer.bos_token_id}
+        ids = self.encode(tail) if found else []
+        return tuple(dict.fromkeys(i for i in ids if i in special))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -170,11 +232,18 @@ class HfTokenizer:
     def name(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
 
+    def show(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
 
 class SentencePieceTokenizer:
-    """A SentencePiece .model file: byte fallback and whitespace are the file's own."""
+    """A SentencePiece .model file: byte fallback and whitespace are the file's own.
 
-    def __init__(self, file: str | Path, *, setting: str = "") -> None:
+    bos_id: a prompt begins with it, where it is the file's bos. The file does not say whether it
+    does: the model's config.json has to.
+    """
+
+    def __init__(self, file: str | Path, *, setting: str = "", bos_id: int | None = None) -> None:
         where = setting or str(file)
         try:
             from sentencepiece import SentencePieceProcessor
@@ -191,6 +260,7 @@ class SentencePieceTokenizer:
                 "if it is of another kind, as Llama 3's is tiktoken's, give the HF folder "
                 "with the tokenizer.json"
             ) from None
+        self._bos = [bos_id] if bos_id is not None and bos_id == self._processor.bos_id() else []
 
     @property
     def num_pieces(self) -> int:
@@ -202,8 +272,15 @@ class SentencePieceTokenizer:
         found = self._processor.eos_id()
         return found if found >= 0 else None
 
-    def encode(self, text: str | Turns) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return self._processor.encode(text, add_bos=False, add_eos=False)
+
+    def encode_prompt(self, prompt: str | Turns) -> list[int]:
+        assert isinstance(prompt, str)
+        return self._bos + self.encode(prompt)
+
+    def template_ends(self) -> tuple[int, ...]:
+        return ()
 
     def decode(self, ids: Sequence[int]) -> str:
         # Control pieces have no text for sentencepiece; beyond the last piece it would raise.
@@ -216,6 +293,13 @@ class SentencePieceTokenizer:
         # Decoding one piece alone would drop the blank that it begins with.
         return self._processor.id_to_piece(token_id).replace("\u2581", " ")
 
+    def show(self, ids: Sequence[int]) -> str:
+        runs = groupby(ids, self._processor.is_control)
+        return "".join(
+            "".join(map(self.name, run)) if control else self.decode(list(run))
+            for control, run in runs
+        )
+
 
 def _refuse_chat_template(source: TokenizerSource, chat_template: bool) -> None:
     if chat_template:
@@ -226,7 +310,7 @@ def _refuse_chat_template(source: TokenizerSource, chat_template: bool) -> None:
         )
 
 
-def _largest_id(source: TokenizerSource) -> int:
+def _largest_id_and_end(source: TokenizerSource) -> tuple[int, int | None]:
     import tokenizers
 
     try:
@@ -236,4 +320,36 @@ def _largest_id(source: TokenizerSource) -> int:
             f"{source.setting}: tokenizer.json cannot be read ({error}): copy the model's "
             "tokenizer files again"
         ) from None
-    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    end = _named_end(source.path)
+    return largest, None if end is None else tokenizer.token_to_id(end)
+
+
+def _named_end(folder: Path) -> str | None:
+    """eos_token of the tokenizer's own files, which hold it as text or with its properties."""
+    for name in (_HF_CONFIG, "special_tokens_map.json"):
+        raw = _json_object(folder / name).get("eos_token")
+        end = raw.get("content") if isinstance(raw, dict) else raw
+        if isinstance(end, str):
+            return end
+    return None
+
+
+def _llamas_bos(folder: Path) -> int | None:
+    """What a Llama's prompts begin with, by its config.json; None for other models: Qwen's name a
+    bos and do not use it."""
+    raw = _json_object(folder / "config.json")
+    return raw.get("bos_token_id", 1) if raw.get("model_type") == "llama" else None
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """What an optional file says; empty where it is not there. Raises UserError naming the file."""
+    if not path.is_file():
+        return {}
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): copy the model again") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a JSON object: copy the model again")
+    return raw

@@ -27,6 +27,7 @@ from megafork.model.shape import ModelShape
 from megafork.rewards.names import check_answers
 from megafork.rollout.background import BackgroundLoop
 from megafork.rollout.client import RolloutClient
+from megafork.rollout.ends import check_ends, stop_token_ids
 from megafork.rollout.engine import Served, api_key_of, check_server, log_paths, start_here
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.sampling import Completion, Sampling
@@ -63,14 +64,14 @@ class Input:
 
     def prompts(self, path: str) -> list[Prompt]:
         data = self.config.data
-        return read_prompts(path, data, self.tokenizer.encode, data.id_key)
+        return read_prompts(path, data, self.tokenizer.encode_prompt, data.id_key)
 
     def sampling(self) -> Sampling:
         rollout = self.config.rollout
         return Sampling(
             temperature=rollout.temperature,
             max_tokens=rollout.max_response_tokens,
-            stop_token_ids=self.shape.eos_token_ids,
+            stop_token_ids=stop_token_ids(self.shape, self.tokenizer),
             top_p=rollout.top_p,
             top_k=rollout.top_k or -1,
         )
@@ -96,6 +97,7 @@ class Input:
             "model.path": str(self.source.folder.resolve()),
             "model.files": self.source.fingerprint(),
             "rollout.dtype": self.config.rollout.dtype or self.source.dtype(),
+            "rollout.stop_token_ids": list(self.sampling().stop_token_ids),
         }
 
 
@@ -112,13 +114,9 @@ def check_input(config: GenerateConfig, files: Iterable[str]) -> Input:
             f"{config.rollout.max_response_tokens} exceeds the model's max_position_embeddings="
             f"{shape.max_positions}: lower one of them"
         )
-    if not shape.eos_token_ids:
-        raise UserError(
-            f"{source.side}: neither generation_config.json nor config.json names an eos_token_id, "
-            "so no response could end: add it"
-        )
     check_server(config.rollout)
-    check_tokenizer(config, shape.vocab_size, chat_template=config.data.chat_template)
+    end = check_tokenizer(config, shape.vocab_size, chat_template=config.data.chat_template)
+    check_ends(config, shape, end)
     for file in files:
         rows = read_rows(file, config.data, config.data.id_key)
         if isinstance(config, EvaluateConfig):

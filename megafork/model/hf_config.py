@@ -370,6 +370,15 @@ def _llama3_factor(path: Path, raw: dict[str, Any], settings: dict[str, Any]) ->
     return float(settings["factor"])
 
 
+def eos_token_ids(path: Path, raw: dict[str, Any]) -> tuple[int, ...]:
+    """What config.json or generation_config.json calls an end; empty where it names none."""
+    named = raw.get("eos_token_id")
+    ids = [] if named is None else named if isinstance(named, list) else [named]
+    if any(type(token) is not int for token in ids):
+        raise UserError(f"{path} has eos_token_id={named!r}: it has to be an id or a list of ids")
+    return tuple(ids)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model folder. Raises UserError naming the file."""
     try:

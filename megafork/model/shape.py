@@ -10,6 +10,7 @@ from megafork.config import ModelConfig, ParallelConfig
 from megafork.errors import UserError
 from megafork.model.hf_config import (
     check_config,
+    eos_token_ids,
     head_dim,
     read_json,
     refuse_side_files,
@@ -35,6 +36,7 @@ class ModelShape:
     qkv_bias: bool
     qk_norm: bool
     eos_token_ids: tuple[int, ...]
+    """Every end that generation_config.json and config.json name and that the vocabulary has"""
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, setting: str = "model.path") -> ModelShape:
@@ -68,7 +70,7 @@ class ModelShape:
                 tied_embeddings=raw["tie_word_embeddings"],
                 qkv_bias=family.qkv_bias,
                 qk_norm=family.qk_norm,
-                eos_token_ids=_eos_token_ids(folder, raw),
+                eos_token_ids=_in_vocabulary(ends_of_configs(folder, raw), raw["vocab_size"]),
             )
         except KeyError as error:
             raise UserError(f"{path} lacks the key {error}") from None
@@ -141,12 +143,15 @@ def padded_vocab_size(shape: ModelShape, model: ModelConfig, parallel: ParallelC
     return -(-shape.vocab_size // multiple) * multiple
 
 
-def _eos_token_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
-    """generation_config.json wins over config.json, as in transformers."""
+def ends_of_configs(folder: Path, raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """{file: its eos_token_id} of generation_config.json and of config.json, which is `raw`."""
+    ends = {}
     path = folder / "generation_config.json"
     if path.is_file():
-        raw = raw | read_json(path)
-    ids = raw.get("eos_token_id")
-    if ids is None:
-        return ()
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+        ends[path.name] = eos_token_ids(path, read_json(path))
+    return ends | {"config.json": eos_token_ids(folder / "config.json", raw)}
+
+
+def _in_vocabulary(ends: dict[str, tuple[int, ...]], vocab_size: int) -> tuple[int, ...]:
+    """All of them once, in their order."""
+    return tuple(dict.fromkeys(i for ids in ends.values() for i in ids if 0 <= i < vocab_size))

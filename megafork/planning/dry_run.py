@@ -170,11 +170,11 @@ class _Facts:
             chat_template=config.data.chat_template,
             enable_thinking=config.data.enable_thinking,
         )
-        prompts = read_prompts(config.data.train, config.data, tokenizer.encode)
+        prompts = read_prompts(config.data.train, config.data, tokenizer.encode_prompt)
         lengths = [len(prompt.ids) for prompt in prompts]
         heldout = 0
         if config.data.eval is not None:
-            heldout = len(read_prompts(config.data.eval, config.data, tokenizer.encode))
+            heldout = len(read_prompts(config.data.eval, config.data, tokenizer.encode_prompt))
         return cls(
             weights=check_folders(config, may_lack_weights=True),
             prompts=len(prompts),

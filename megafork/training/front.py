@@ -19,8 +19,10 @@ from megafork.evaluation import heldout
 from megafork.interruption import Interruption
 from megafork.logging.figure import draw_curves
 from megafork.logging.metrics import MetricsLog, read_rows
+from megafork.model.shape import ModelShape
 from megafork.rollout.background import BackgroundLoop, Job
 from megafork.rollout.collector import Collector, RolloutBatch
+from megafork.rollout.ends import stop_token_ids
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.tally import Tally, tell_regularly
@@ -46,25 +48,25 @@ class Front:
         fleet: Fleet,
         workers: RunWorkers,
         interruption: Interruption,
-        eos: tuple[int, ...],
+        shape: ModelShape,
         *,
         steps_done: int = 0,
     ) -> None:
         self.config, self.client, self.interruption = config, fleet, interruption
         self.run_dir = Path(config.run.dir)
         self.skipped_dir = self.run_dir / SKIPPED
+        assert workers.own is not None
+        self.tokenizer, self.judge = workers.own.tokenizer, workers.own.verdict
         self.sampling = Sampling(
             temperature=config.rollout.temperature,
             max_tokens=config.rollout.max_response_tokens,
-            stop_token_ids=eos,
+            stop_token_ids=stop_token_ids(shape, self.tokenizer),
         )
-        assert workers.own is not None
-        self.tokenizer, self.judge = workers.own.tokenizer, workers.own.verdict
         self.judge.tell = lambda text: self.log.note(text)
         rows, heldout = read_both(config.data)
         self.data = identity(config.data, rows, heldout)
         """What a checkpoint keeps of the data"""
-        prompts = encode_rows(rows, config.data, self.tokenizer.encode)
+        prompts = encode_rows(rows, config.data, self.tokenizer.encode_prompt)
         self.collector = Collector(
             client=self.client,
             workers=workers.all,
@@ -73,7 +75,7 @@ class Front:
             rollout=config.rollout,
             sampling=self.sampling,
         )
-        found = encode_rows(heldout, config.data, self.tokenizer.encode)
+        found = encode_rows(heldout, config.data, self.tokenizer.encode_prompt)
         self.heldout = found[: config.eval.prompts]
         # One at least for each server: they are asked in turn.
         self.probe_prompts = prompts[: max(config.sync.check_prompts, len(fleet.clients))]

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from megafork.config import ScoreConfig, TrainConfig
 from megafork.data.prompts import read_both
-from megafork.data.tokenizer import SentencePieceTokenizer, check_tokenizer, find_tokenizer
+from megafork.data.tokenizer import check_tokenizer
 from megafork.data.unchanged import check_unchanged, identity
 from megafork.errors import UserError
 from megafork.launch import under_torchrun
 from megafork.model.hf_config import read_json
 from megafork.model.shape import ModelShape
 from megafork.rewards.names import check_answers, check_verifiers
+from megafork.rollout.ends import check_ends
 from megafork.rollout.engine import check_server
 from megafork.training.run_dir import refuse_other_run
 
@@ -44,12 +45,7 @@ def check_train(config: TrainConfig, *, resume: bool = False) -> None:
     if config.algorithm.advantages == "gae":
         check_critic(config, shape)
     check_length(config, shape)
-    if not shape.eos_token_ids:
-        raise UserError(
-            f"model.path={config.model.path}: neither generation_config.json nor config.json names "
-            "an eos_token_id, so no response could end: add it"
-        )
-    check_tokenizer(config, shape.vocab_size, chat_template=config.data.chat_template)
+    end = check_tokenizer(config, shape.vocab_size, chat_template=config.data.chat_template)
     rows = read_both(config.data)
     for part in rows:
         check_answers(part, config.reward)
@@ -57,9 +53,9 @@ def check_train(config: TrainConfig, *, resume: bool = False) -> None:
         check_unchanged(Path(config.run.dir), config.data, identity(config.data, *rows))
     check_verifiers(config.reward.verifiers)
     check_server(config.rollout)
+    check_ends(config, shape, end, tell=not under_torchrun())
     if not under_torchrun():
         _tell_ignored_sampling(Path(config.model.path))
-        _tell_other_eos(config, shape)
 
 
 def check_folders(config: TrainConfig, *, may_lack_weights: bool = False) -> list[str]:
@@ -141,20 +137,5 @@ def _tell_ignored_sampling(folder: Path) -> None:
         print(
             f"note: {path} sets {', '.join(found)}; rollouts ignore it and sample the whole "
             "distribution at rollout.temperature",
-            file=sys.stderr,
-        )
-
-
-def _tell_other_eos(config: TrainConfig, shape: ModelShape) -> None:
-    """Responses end where the model's folder says, whatever a SentencePiece file calls its end."""
-    source = find_tokenizer(config)
-    if source.sentencepiece_file is None:
-        return
-    eos = SentencePieceTokenizer(source.sentencepiece_file).eos_id
-    if eos is not None and eos not in shape.eos_token_ids:
-        print(
-            f"note: {source.setting} ends a text with id {eos}, which is not among the "
-            f"eos_token_id of model.path={config.model.path}: responses end at "
-            f"{' or '.join(map(str, shape.eos_token_ids))}",
             file=sys.stderr,
         )

@@ -66,9 +66,8 @@ def _train(
         def open_front() -> None:
             nonlocal front
             assert servers.fleet is not None
-            steps_done = state["step"] if state is not None else 0
-            eos = policy.shape.eos_token_ids
-            front = Front(config, servers.fleet, workers, interruption, eos, steps_done=steps_done)
+            done, shape = state["step"] if state is not None else 0, policy.shape
+            front = Front(config, servers.fleet, workers, interruption, shape, steps_done=done)
             stack.callback(front.close)
 
         topology.on_rank_zero(open_front)

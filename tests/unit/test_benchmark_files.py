@@ -369,11 +369,11 @@ def test_a_template_stands_around_the_problem_before_the_chat_template(tmp_path,
     path = write_jsonl(tmp_path / "b.jsonl", [{"problem": "6*4", "answer": "24"}])
     plain = HfTokenizer(QUICKSTART / "model")
     data = BenchmarkConfig(template="1+{problem}={problem};")
-    [prompt] = read_prompts(path, data, plain.encode)
+    [prompt] = read_prompts(path, data, plain.encode_prompt)
     assert prompt.ids == plain.encode("1+6*4=6*4;")
     assert prompt.text == "6*4"  # what the verifier is told
     chat = HfTokenizer(chat_folder, chat_template=True)
-    [prompt] = read_prompts(path, data, chat.encode)
+    [prompt] = read_prompts(path, data, chat.encode_prompt)
     assert prompt.ids == plain.encode("1user>1+6*4=6*4;")
 
 
@@ -384,7 +384,7 @@ def test_a_chat_of_several_turns_and_thinking(tmp_path, chat_folder):
     data = BenchmarkConfig(chat_template=True)
     for thinking, end in ((None, ""), (True, ""), (False, "=9")):
         chat = HfTokenizer(chat_folder, chat_template=True, enable_thinking=thinking)
-        [prompt] = read_prompts(path, data, chat.encode)
+        [prompt] = read_prompts(path, data, chat.encode_prompt)
         assert prompt.ids == plain.encode(f"1system>71user>8{end}")
         assert prompt.text == "8"
 

@@ -151,6 +151,7 @@ REFUSED = {
     "odd head_dim": (configured(head_dim=31), "head_dim=31: rotary"),
     "no head_dim": (configured(head_dim=0), "head_dim=0: it has to be"),
     "groups": (configured(num_key_value_heads=3), "num_key_value_heads=3 does not divide"),
+    "ends": (configured(eos_token_id="<eos>"), "eos_token_id='<eos>'"),
     # rotary positions
     "yarn": (configured(rope_scaling=YARN), "rope_type='yarn'"),
     "old yarn": (configured(rope_scaling={"type": "yarn", "factor": 2.0}), "rope_type='yarn'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from megafork.config.file import load_config
 from megafork.data.tokenizer import check_tokenizer, find_tokenizer, load_tokenizer
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
+from megafork.model.shape import ModelShape
 from megafork.parallel.topology import initialize
+from megafork.rollout.ends import stop_token_ids
 from megafork.rollout.journal import Journal
 from megafork.training.preflight import check_train
 from tests.helpers import reference
@@ -31,6 +34,7 @@ from tests.helpers.commands import (
     small_run,
     tiny_run,
 )
+from tests.helpers.folders import Null, configure
 from tests.helpers.sentencepiece_files import (
     ARITHMETIC,
     AS_WRITTEN,
@@ -277,7 +281,8 @@ def test_a_chat_template_wraps_the_prompt(tmp_path):
     template = "{% for m in messages %}1+{{ m.content }}=2;{% endfor %}"
     (folder / "chat_template.jinja").write_text(template)
     tokenizer = load_tokenizer(score_config(folder), chat_template=True)
-    assert tokenizer.encode("6*4") == load().encode("1+6*4=2;")
+    assert tokenizer.encode_prompt("6*4") == load().encode("1+6*4=2;")
+    assert tokenizer.encode("6*4") == load().encode("6*4")
     with pytest.raises(UserError, match="has no chat template"):
         load_tokenizer(score_config(), chat_template=True)
 
@@ -304,6 +309,173 @@ def test_another_end_than_the_model_s_is_told(files, tmp_path, capsys):
     told = capsys.readouterr().err
     assert f"tokenizer.path={files['twin']} ends a text with id 1, which is not among" in told
     assert "responses end at 5 or 20" in told
+
+
+# ---- what a prompt begins with ----
+
+
+def bos_tokenizer(folder: Path, **config) -> Path:
+    """The quickstart's tokenizer as Llama 3's is: its post-processor puts a bos in front."""
+    copy_of(folder, "tokenizer.json", "tokenizer_config.json")
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    bos = {"id": 0, "content": "<pad>", "special": True}
+    raw["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<pad>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<pad>": {"id": "<pad>", "ids": [bos["id"]], "tokens": ["<pad>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"bos_token": "<pad>"} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_prompt_begins_as_transformers_has_it(files, tmp_path):
+    folder = bos_tokenizer(tmp_path / "m")
+    theirs, ours = AutoTokenizer.from_pretrained(folder), load(folder)
+    for text in (*ARITHMETIC, " 24", "8"):
+        ids = ours.encode_prompt(text)
+        assert ids == theirs(text)["input_ids"] == [0, *ours.encode(text)]
+        assert ours.show(ids) == "<pad>" + text
+    # Who writes the bos into the template means one.
+    assert ours.encode_prompt("<pad>8") == [0, *ours.encode("8")]
+    quickstart = load()
+    assert quickstart.encode_prompt("8") == quickstart.encode("8")
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_llama_s_own_class_begins_as_its_settings_say(files, tmp_path, add_bos):
+    shutil.copyfile(files["bpe as written"], tmp_path / "tokenizer.model")
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": add_bos}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("the sum  is even", "6*4=24;"):
+        ids = load(tmp_path).encode_prompt(text)
+        assert ids == theirs(text)["input_ids"]
+        assert ids[: len(ids) - len(load(tmp_path).encode(text))] == [1] * add_bos
+
+
+def test_a_model_file_alone_begins_a_llama_s_prompts_with_its_bos(files, tmp_path):
+    """Of the id that config.json names, 1 where it names none; null is for models without."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+
+    def begin(**keys):
+        configure(tmp_path, **keys)
+        tokenizer = load(files["bpe"], model=tmp_path)
+        ids = tokenizer.encode_prompt("the sum")
+        assert (
+            tokenizer.show(ids) == "<s>" * (len(ids) - len(tokenizer.encode("the sum"))) + "the sum"
+        )
+        return ids[: len(ids) - len(tokenizer.encode("the sum"))]
+
+    assert begin() == [1]
+    assert begin(bos_token_id=1) == [1]
+    assert begin(bos_token_id=Null) == begin(bos_token_id=5) == []
+    assert begin(bos_token_id=1, model_type="qwen2") == []
+
+
+def test_a_tokenizer_that_ends_every_prompt_is_refused(files, tmp_path):
+    shutil.copyfile(files["unigram"], tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    tokenizer = load(tmp_path)
+    with pytest.raises(UserError, match="ends every text with '</s>', and no response follows"):
+        tokenizer.encode_prompt("the sum")
+    assert tokenizer.encode("the sum")
+
+
+# ---- what a response ends with ----
+
+
+IM_END = (
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<pad>;<unk>{% endif %}"
+    "{% endfor %}"
+)
+
+
+def model_with(tmp_path: Path, template: str | None = None, **files: object) -> Path:
+    """The quickstart's model without weights; eos_token_id by file, None: the file is not there."""
+    folder = copy_of(tmp_path / "m", "config.json", "tokenizer.json", "tokenizer_config.json")
+    for name, eos in files.items():
+        path = folder / f"{name}.json"
+        raw = json.loads(path.read_text()) if path.is_file() else {}
+        raw.pop("eos_token_id", None)
+        path.write_text(json.dumps(raw if eos is None else raw | {"eos_token_id": eos}))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+ENDS = {
+    "agree": ({"config": 1, "generation_config": 1}, False, (1,), []),
+    "both stop": (
+        {"config": 1, "generation_config": [5, 1]},
+        False,
+        (5, 1),
+        ["generation_config.json ends at 5 or 1, config.json ends at 1: each of them ends a resp"],
+    ),
+    "config alone": ({"config": [1, 7]}, False, (1, 7), []),
+    "generation alone": ({"config": None, "generation_config": 1}, False, (1,), []),
+    "the template": (
+        {"config": 1},
+        True,
+        (1, 0),
+        ["config.json ends at 1, the chat template ends at 0: each of them ends a response"],
+    ),
+    "the template alone": ({"config": None}, True, (0,), ["ends a text with id 1", "end at 0"]),
+    "the template is not used": ({"config": 1}, False, (1,), []),
+    "beyond the vocabulary": (
+        {"config": 1, "generation_config": [22, 1]},
+        False,
+        (1,),
+        ["generation_config.json has the end 22, which the model cannot produce: its vocabulary"],
+    ),
+    "below it": ({"config": [-1, 1]}, False, (1,), ["config.json has the end -1, which the model"]),
+    "the tokenizer's": (
+        {"config": 5},
+        False,
+        (5,),
+        ["ends a text with id 1, which is not among", "responses end at 5"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_who_ends_a_response(tmp_path, capsys, case):
+    files, chat, expected, told = ENDS[case]
+    folder = model_with(tmp_path, IM_END, **files)
+    config = train_config(
+        tmp_path, f"model.path={folder}", f"data.chat_template={str(chat).lower()}"
+    )
+    check_train(config)
+    shape = ModelShape.from_folder(folder)
+    tokenizer = load_tokenizer(config, chat_template=chat)
+    assert stop_token_ids(shape, tokenizer) == expected
+    notes = capsys.readouterr().err
+    assert bool(notes) == bool(told)
+    for part in told:
+        assert part in notes
+
+
+@pytest.mark.parametrize(
+    ("eos", "message"),
+    [
+        (None, "neither generation_config.json nor config.json names an eos_token_id"),
+        (22, "config.json ends at 22, but its vocabulary has 22 tokens, so no response could end"),
+        ([], "neither generation_config.json nor config.json names an eos_token_id"),
+        ("<eos>", "config.json has eos_token_id='<eos>': it has to be an id or a list of ids"),
+        ([1, None], "it has to be an id or a list of ids"),
+        (True, "it has to be an id or a list of ids"),
+    ],
+)
+def test_ends_that_are_none_are_refused(tmp_path, eos, message):
+    folder = model_with(tmp_path, config=eos)
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_train(train_config(tmp_path, f"model.path={folder}"))
 
 
 def test_train_refuses_before_anything_starts(files, tmp_path):
@@ -349,13 +521,18 @@ def test_an_export_carries_the_tokenizer_that_was_used(files, tmp_path, kind):
         assert load(model=tmp_path / "out").encode(text) == ids
 
 
-def test_score_takes_text_through_a_model_file(files, tmp_path):
-    folder = reference.save_model(tmp_path / "model", tied=False)
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_score_takes_text_through_a_model_file(files, tmp_path, architecture):
+    """Llama's prompts begin with the file's bos, as transformers has it."""
+    folder = reference.save_model(tmp_path / "model", tied=False, architecture=architecture)
+    configure(folder, bos_token_id=1)
     processor = SentencePieceProcessor(model_file=str(files["small"]))
+    bos = [processor.bos_id()] if architecture == "llama" else []
     texts = [("the sum of two", "numbers is even."), ("6 2 4>48:", "6*4=24;2*24=48.")]
     by_text = [{"prompt": p, "response": r} for p, r in texts]
     by_ids = [
-        {"prompt_ids": processor.encode(p), "response_ids": processor.encode(r)} for p, r in texts
+        {"prompt_ids": bos + processor.encode(p), "response_ids": processor.encode(r)}
+        for p, r in texts
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in by_text + by_ids))
     done = forked_megafork(
