@@ -42,7 +42,7 @@ def main(folder: Path) -> None:
     for name, sources in FILES.items():
         lines = []
         for dataset, configuration, split, problem, answer in sources:
-            rows = load_dataset(dataset, configuration, split=split)
+            rows = load_dataset(dataset, configuration, split=split, trust_remote_code=False)
             lines += examples(rows, problem, answer)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (folder / name).write_text(text, encoding="utf-8")

@@ -6,22 +6,19 @@ rank is started, so a mistake costs a second and is told once.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
-import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
-from megafork import last_words, launch
+from megafork import exits, launch
 from megafork.analysis.commands import analyze
 from megafork.config import (
     EvaluateConfig,
@@ -33,13 +30,8 @@ from megafork.config import (
 )
 from megafork.config.file import known_keys, load_config
 from megafork.config.temperatures import TemperaturesConfig
-from megafork.errors import Interrupted, PeerError, UserError
-from megafork.interruption import INTERRUPTED
+from megafork.errors import UserError
 from megafork.planning.command import plan
-
-_PATIENCE_S, _PEERS_S = 5.0, 10.0
-"""A rank that waits for another one's words: for the same error's, and while its servers end."""
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     name="megafork",
@@ -121,7 +113,7 @@ def train(
 
         train_on_this_rank(resolved, resume=resume is not None)
 
-    _on_ranks(resolved.parallel, work)
+    _on_ranks(resolved.parallel, work, resolved.run.dir)
 
 
 @app.command()
@@ -336,58 +328,16 @@ def keys(
 
 
 def main() -> None:
-    """Entry point: a UserError or a full disk is one message on stderr and exit status 2.
-
-    A run that a signal ended exits with 75.
-    """
+    """Entry point; see exits.run for how it ends."""
     # megatron-core warns of every fused package that is absent; `megafork doctor` says it once.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     # It also calls collectives by names that torch is about to rename.
     for module in (r"torch\.distributed", r"megatron\."):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-    try:
-        app()
-    except Interrupted as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print(stop, file=sys.stderr, flush=True)
-        sys.exit(INTERRUPTED)
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            _leave_words(error)
-            raise
-        _end_with(f"{error}: make room and start it again")
-    except PeerError:
-        _wait_for_the_end(_PEERS_S)
-        sys.exit(launch.USER_ERROR)
-    except UserError as error:
-        _end_with(str(error))
-    except Exception as error:
-        _leave_words(error)
-        raise
+    exits.run(app)
 
 
-def _leave_words(error: Exception) -> None:
-    if words := last_words.of_exception(error):
-        last_words.leave(words)
-
-
-def _wait_for_the_end(seconds: float) -> None:
-    """By the signal of whoever started the ranks, once another one has ended with its words."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(seconds)
-
-
-def _end_with(message: str) -> NoReturn:
-    last_words.leave(message)
-    rank = os.environ.get("RANK", "0")
-    where = "" if rank == "0" else f" (rank {rank})"
-    if where:  # what all ranks find, rank 0 tells; then we are ended before we speak
-        _wait_for_the_end(_PATIENCE_S)
-    print(f"error{where}: {message}", file=sys.stderr, flush=True)
-    sys.exit(launch.USER_ERROR)
-
-
-def _on_ranks(parallel: ParallelConfig, work: Callable[[], None]) -> None:
+def _on_ranks(parallel: ParallelConfig, work: Callable[[], None], run_dir: str = "") -> None:
     """Do `work` on this rank, or start the ranks of the layout, which come here again."""
     if launch.under_torchrun():
         launch.end_with_launcher()
@@ -396,5 +346,5 @@ def _on_ranks(parallel: ParallelConfig, work: Callable[[], None]) -> None:
         work()
     elif parallel.world_size == 1 and not launch.Machines.from_environment():
         work()
-    elif status := launch.launch_ranks(parallel, sys.argv[1:]):
+    elif status := launch.launch_ranks(parallel, sys.argv[1:], run_dir):
         raise typer.Exit(status)

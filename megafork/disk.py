@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+from megafork.errors import UserError
+
 _BLOCK = 1 << 20
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of what is written to `path` names it: Python's does not after the opening."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def refuse_links(folder: Path, setting: str) -> None:
+    """Raise UserError for a symbolic link in the folder, by which we would write elsewhere.
+
+    setting: the folder's key; the folder itself may be a link.
+    """
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        if path.is_symlink():
+            raise UserError(
+                f"{setting}={folder} holds a symbolic link, {path.relative_to(folder)}, by which "
+                "files elsewhere would be written: remove it (the folder itself may be a link)"
+            )
 
 
 def sync(path: Path) -> None:

@@ -13,6 +13,8 @@ import re
 import time
 from pathlib import Path
 
+from megafork.printable import printable
+
 VARIABLE = "TORCHELASTIC_ERROR_FILE"
 _LONGEST = 2000
 _BROKEN = re.compile(r"closed by peer|connection (was )?reset|broken pipe|connection closed", re.I)
@@ -28,7 +30,7 @@ def leave(message: str, log: str | None = None) -> None:
     if not path:
         return
     words = {
-        "message": _first_line(message),
+        "message": printable(_first_line(message)),
         "extraInfo": {"timestamp": int(time.time()), "log": log},
     }
     with contextlib.suppress(OSError), open(path, "x") as file:  # the status tells enough

@@ -9,7 +9,9 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,6 +21,7 @@ from megafork import last_words
 from megafork.config import ParallelConfig
 from megafork.errors import UserError
 from megafork.interruption import INTERRUPTED, SIGNALS
+from megafork.lock import STALE_S, held
 
 USER_ERROR = 2
 """Exit status after a UserError, which the rank has told."""
@@ -28,8 +31,9 @@ ENDPOINT = "MEGAFORK_ENDPOINT"
 """host:port of the first machine's rendezvous, which is found when all machines are there"""
 JOINED = "MEGAFORK_JOINED_OUTPUT"
 """Set for a rank whose errors belong into the file that has its output"""
-_RENDEZVOUS_S = 60
-"""The machines are known to be there: an address that does not answer by now is wrong."""
+_RENDEZVOUS_S = 60 + STALE_S
+"""The machines are known to be there: an address that does not answer by now is wrong. The first
+one may have to find out whether the run's lock is stale."""
 _PR_SET_PDEATHSIG = 1
 
 if TYPE_CHECKING:
@@ -62,8 +66,10 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch_ranks(parallel: ParallelConfig, arguments: list[str]) -> int:
+def launch_ranks(parallel: ParallelConfig, arguments: list[str], run_dir: str = "") -> int:
     """Run `python -m megafork ARGUMENTS` on parallel.world_size ranks of this machine.
+
+    run_dir: of a training run, which is held for it as long as ranks live.
 
     Returns the exit status of the first rank that failed, 0 when none did. What the ranks print
     goes through, and so do SIGTERM and SIGUSR1 to them; they end with this process.
@@ -75,11 +81,6 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str]) -> int:
     for module in ("multiprocessing.api", "agent.server.api"):  # the ranks tell it themselves
         logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)
     machines = Machines.from_environment()
-    config = LaunchConfig(
-        max_restarts=0,
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # its grace of 30 s is too short for the others
-        **(_here_alone(parallel) if machines is None else _one_of(machines)),
-    )
     passed_on: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -88,8 +89,15 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str]) -> int:
 
     for number in SIGNALS:
         signal.signal(number, pass_on)
+    folder = tempfile.TemporaryDirectory(prefix="megafork-ranks-")  # of this user alone
+    config = LaunchConfig(
+        max_restarts=0,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # its grace of 30 s is too short for the others
+        **_of_ranks(parallel, machines, folder.name),
+    )
     try:
-        elastic_launch(config, sys.executable)("-m", "megafork", *arguments)
+        with folder, _hold(run_dir, machines):
+            elastic_launch(config, sys.executable)("-m", "megafork", *arguments)
     except ChildFailedError as error:
         rank, first = _first_failure(error)
         if -first.exitcode in passed_on:
@@ -107,31 +115,33 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str]) -> int:
     return 0
 
 
-def _here_alone(parallel: ParallelConfig) -> dict[str, Any]:
-    return {
-        "min_nodes": 1,
-        "max_nodes": 1,
-        "nproc_per_node": parallel.world_size,
-        "rdzv_backend": "c10d",
-        "rdzv_endpoint": "127.0.0.1:0",
-        "run_id": f"megafork-{os.getpid()}",
-    }
+def _hold(run_dir: str, machines: Machines | None) -> contextlib.AbstractContextManager[None]:
+    """By the first machine for all."""
+    if not run_dir or (machines is not None and machines.this != 0):
+        return contextlib.nullcontext()
+    return held(Path(run_dir), "run.dir")
 
 
-def _one_of(machines: Machines) -> dict[str, Any]:
-    """A static rendezvous: a machine that is lost ends the run, nobody waits for another."""
+def _of_ranks(parallel: ParallelConfig, machines: Machines | None, folder: str) -> dict[str, Any]:
+    """A machine that is lost ends the run, nobody waits for another."""
     from megafork.rank_logs import RankLogs
+    from megafork.rendezvous import STORE, launch_options, on_one_machine, on_several_machines
 
-    return {
-        "min_nodes": machines.count,
-        "max_nodes": machines.count,
-        "nproc_per_node": machines.ranks_each,
-        "rdzv_backend": "static",
-        "rdzv_endpoint": os.environ[ENDPOINT],
-        "rdzv_configs": {"rank": machines.this, "timeout": _RENDEZVOUS_S},
-        "run_id": "megafork",
-        "logs_specs": RankLogs(machines.log_of),
-        "log_line_prefix_template": "[rank ${rank}] ",
+    count, variables, log_of = 1, {}, None
+    if machines is not None:
+        count, log_of = machines.count, machines.log_of
+    if machines is None or count == 1:
+        variables[STORE] = f"{folder}/store"
+        meeting = on_one_machine(variables[STORE])
+    else:
+        endpoint, this = os.environ[ENDPOINT], machines.this
+        meeting = on_several_machines(endpoint, this=this, count=count, timeout_s=_RENDEZVOUS_S)
+    return launch_options(meeting) | {
+        "min_nodes": count,
+        "max_nodes": count,
+        "nproc_per_node": parallel.world_size if machines is None else machines.ranks_each,
+        "logs_specs": RankLogs(folder, log_of, variables),
+        "log_line_prefix_template": None if machines is None else "[rank ${rank}] ",
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,26 +11,35 @@ from megafork.launch import JOINED
 
 
 class RankLogs(LogsSpecs):
-    """log_of: global rank to file. What rank 0 prints is seen here, too."""
+    """folder: for the ranks' last words. log_of: global rank to file; None: all is ours to show.
+    variables: what every rank finds in its environment.
 
-    def __init__(self, log_of: Callable[[int], str]) -> None:
+    What rank 0 prints is seen here in any case.
+    """
+
+    def __init__(
+        self, folder: str, log_of: Callable[[int], str] | None, variables: dict[str, str]
+    ) -> None:
         super().__init__()
-        self._log_of = log_of
-        self._folder = tempfile.TemporaryDirectory(prefix="megafork-ranks-")  # last words
+        self._folder, self._log_of, self._variables = folder, log_of, variables
 
     @property
     def root_log_dir(self) -> str:
-        return str(Path(self._log_of(0)).parent)
+        return self._folder if self._log_of is None else str(Path(self._log_of(0)).parent)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         Path(self.root_log_dir).mkdir(parents=True, exist_ok=True)
         to = LogsDest()
         for local_rank, env in envs.items():
-            words = f"{self._folder.name}/{local_rank}.json"
-            env |= {"TORCHELASTIC_ERROR_FILE": words, JOINED: "1"}
-            to.stdouts[local_rank] = self._log_of(int(env["RANK"]))
-            to.stderrs[local_rank] = ""  # one opened file takes both, or each overwrites the other
+            words = f"{self._folder}/{local_rank}.json"
+            env |= self._variables | {"TORCHELASTIC_ERROR_FILE": words}
             to.error_files[local_rank] = words
+            to.stdouts[local_rank] = to.stderrs[local_rank] = ""  # as they are
+            if self._log_of is None:
+                continue
+            env[JOINED] = "1"
+            # One opened file takes both streams, or each would overwrite the other.
+            to.stdouts[local_rank] = self._log_of(int(env["RANK"]))
             if env["RANK"] == "0":
                 to.tee_stdouts[local_rank] = to.stdouts[local_rank]
         return to

@@ -14,6 +14,7 @@ from typing import Any
 
 from megafork.errors import UserError
 from megafork.interruption import ended_by_signals
+from megafork.printable import as_cell
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 """Okabe and Ito's colours, which colour-blind readers tell apart."""
@@ -40,11 +41,14 @@ def spool_beside(folder: Path) -> Iterator[Path]:
 
 
 def write_table(folder: Path, name: str, rows: Sequence[Row], about: Row) -> list[Path]:
-    """NAME.csv with the rows, NAME.json with `about` and the rows; NaN is empty or null."""
+    """NAME.csv with the rows, NAME.json with `about` and the rows; NaN is empty or null.
+
+    In the CSV, text that a spreadsheet would take for a formula begins with an apostrophe.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [])
     writer.writeheader()
-    writer.writerows({k: "" if _is_nan(v) else v for k, v in row.items()} for row in rows)
+    writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
     document = {**about, "rows": list(rows)}
     return [
         _write(folder / f"{name}.csv", text.getvalue()),
@@ -96,6 +100,12 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if _is_nan(value) else value
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, str):
+        return as_cell(value)
+    return "" if _is_nan(value) else value
 
 
 def _is_nan(value: Any) -> bool:

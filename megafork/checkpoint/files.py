@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megafork.disk import sync
+from megafork.disk import naming, sync
 
 _BLOCK = 1 << 24
 
@@ -32,7 +32,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def write_and_sync(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

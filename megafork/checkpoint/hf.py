@@ -58,7 +58,7 @@ class SafetensorsWriter:
         try:
             save_file(self._pending, self.folder / file_name, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(str(error)) from error
+            raise OSError(f"{self.folder / file_name}: {error}") from error
         self.weight_map |= dict.fromkeys(self._pending, file_name)
         self.total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import pickle
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,14 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megafork.checkpoint.files import torch_save_raises_os_error
 from megafork.checkpoint.writer import renew_results
+from megafork.errors import UserError
 from megafork.model.weights import Stage
 from megafork.parallel.topology import Topology
+from megafork.parallel.unpickling import guarded_checkpoint
 
 # It warns of an "old incomplete / corrupted checkpoint" where our own files are there before it.
 logging.getLogger(dist_checkpointing.serialization.__name__).setLevel(logging.ERROR)
@@ -114,13 +118,22 @@ def load(
     topology: Topology,
     critic: Saved | None = None,
 ) -> None:
-    """Fill weights and optimizer state from `folder`, whatever layout wrote it. Collective."""
+    """Fill weights and optimizer state from `folder`, whatever layout wrote it. Collective.
+
+    Raises UserError for what is damaged, or holds code.
+    """
     strategy = FullyParallelLoadStrategyWrapper(
         dist_checkpointing.serialization.get_default_load_sharded_strategy(str(folder)),
         topology.groups.dp_cp,
     )
     wanted = contents(stages, optimizer, topology, critic, loading=True)
-    loaded = dist_checkpointing.load(wanted, str(folder), sharded_strategy=strategy)
+    try:
+        with guarded_checkpoint():
+            loaded = dist_checkpointing.load(wanted, str(folder), sharded_strategy=strategy)
+    except (pickle.UnpicklingError, CheckpointException) as error:
+        causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
+        told = str(causes[0]).partition("\n")[0]
+        raise UserError(f"the checkpoint {folder} cannot be read ({told}): copy it again") from None
     _fill(stages, optimizer, loaded)
     if critic is not None:
         _fill(critic.stages, critic.optimizer, loaded["critic"])

@@ -28,9 +28,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megafork.errors import UserError
+from megafork.parallel.unpickling import guarded_checkpoint
 
 METADATA = ".metadata"
 _COMMON, _FORMAT = "common.pt", "metadata.json"  # what megatron-core keeps beside the tensors
+_UNREADABLE = (
+    *(EOFError, OSError, MemoryError, pickle.UnpicklingError),
+    *(AttributeError, ImportError, LookupError, TypeError, ValueError, RuntimeError),
+)
+"""What a pickle that is damaged, or holds other objects than an index, is found by"""
 _FORMAT_IS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -107,21 +113,22 @@ class TorchDistReader:
                 "(dist_checkpointing, torch_dist)"
             )
         try:
-            metadata = FileSystemReader(folder).read_metadata()
-        except (EOFError, pickle.UnpicklingError) as error:
+            with guarded_checkpoint():
+                metadata = FileSystemReader(folder).read_metadata()
+            self._tensors = {
+                key: stored
+                for key, stored in metadata.state_dict_metadata.items()
+                if isinstance(stored, TensorStorageMetadata)
+            }
+            self._storage = {
+                (index.fqn, tuple(index.offset)): info
+                for index, info in metadata.storage_data.items()
+                if index.offset is not None
+            }
+        except _UNREADABLE as error:
             raise UserError(
                 f"{folder / METADATA} cannot be read ({error}): copy it again"
             ) from None
-        self._tensors = {
-            key: stored
-            for key, stored in metadata.state_dict_metadata.items()
-            if isinstance(stored, TensorStorageMetadata)
-        }
-        self._storage = {
-            (index.fqn, tuple(index.offset)): info
-            for index, info in metadata.storage_data.items()
-            if index.offset is not None
-        }
         self._held: tuple[_StorageInfo, Tensor] | None = None
 
     def size(self, key: str) -> tuple[int, ...]:

@@ -143,7 +143,11 @@ def _transformers_logits(config: ScoreConfig, table: TokenTable) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        config.model.path, dtype=getattr(torch, config.model.dtype), attn_implementation="eager"
+        config.model.path,
+        dtype=getattr(torch, config.model.dtype),
+        attn_implementation="eager",
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     parts = []
     with torch.no_grad():

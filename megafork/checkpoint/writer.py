@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import (
 )
 
 from megafork.checkpoint.files import checksum, write_and_sync
+from megafork.parallel.unpickling import SafeUnpickler
 
 _PR_SET_PDEATHSIG = 1
 _CHECKSUMS = "checksums"
@@ -44,7 +45,7 @@ class _Results:
         """Raises queue.Empty when nothing was told to its end."""
         self._file.seek(0)
         try:
-            return pickle.load(self._file)
+            return SafeUnpickler(self._file).load()
         except (EOFError, pickle.UnpicklingError):
             raise queue.Empty from None
 
@@ -96,7 +97,11 @@ def _write(
             transforms, index, bucket, written, begun, use_fsync=True
         )
     outcomes = dict(written.get() for _ in buckets)
-    failures = [outcome for outcome in outcomes.values() if isinstance(outcome, Exception)]
+    failures = [
+        OSError(f"{buckets[index][0]}: {outcome}")
+        for index, outcome in outcomes.items()
+        if isinstance(outcome, Exception)
+    ]
     if not failures:
         try:
             _leave_checksums(rank, [Path(bucket[0]) for bucket in buckets])

@@ -123,7 +123,9 @@ def _from_hub(name: str, columns: Sequence[str]) -> Table:
     import datasets
 
     try:
-        found = datasets.load_dataset(f"{owner}/{short}", config or None, split=split or None)
+        found = datasets.load_dataset(
+            f"{owner}/{short}", config or None, split=split or None, trust_remote_code=False
+        )
     except Exception as error:  # the hub, the network and datasets raise what they like
         cause = str(error).strip().split("\n")[0]
         raise UserError(

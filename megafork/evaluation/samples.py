@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from megafork.disk import cut_torn_line, sync
+from megafork.disk import cut_torn_line, naming, sync
 from megafork.errors import UserError
 from megafork.parsing import parse_json
 
@@ -102,9 +102,10 @@ class SampleFile:
         """Write the rows of one group and wait for the disk; the last group completes the file."""
         line = json.dumps({"group": group, "rows": rows}, ensure_ascii=False)
         start = self._file.tell()
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.partial):
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._offsets[group] = start
         self._complete_if_all()
 

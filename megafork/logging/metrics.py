@@ -11,8 +11,10 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megafork.disk import naming
 from megafork.errors import UserError
 from megafork.parsing import parse_json
+from megafork.printable import printable
 
 _LINE = (
     ("acc", "reward/accuracy", "{:.3f}"),
@@ -26,7 +28,7 @@ _LINE = (
 )
 
 
-_APPENDED = ("forking_tokens.jsonl", "entropy_histogram.jsonl", "samples.jsonl")
+APPENDED = ("forking_tokens.jsonl", "entropy_histogram.jsonl", "samples.jsonl")
 
 
 class MetricsLog:
@@ -37,7 +39,7 @@ class MetricsLog:
     ) -> None:
         """steps_done: rows of later steps are removed; a resumed run writes them again."""
         self._run_dir = run_dir
-        for name in ("metrics.jsonl", "eval.jsonl", *_APPENDED):
+        for name in ("metrics.jsonl", "eval.jsonl", *APPENDED):
             _forget_after(run_dir / name, steps_done)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._writer: Any = None
@@ -64,8 +66,9 @@ class MetricsLog:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with naming(self._run_dir / "metrics.jsonl"):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
@@ -79,7 +82,8 @@ class MetricsLog:
 
     def evaluation(self, step: int, row: dict[str, Any]) -> None:
         """What held-out prompts gave after `step` (0: before training), into eval.jsonl."""
-        with (self._run_dir / "eval.jsonl").open("a", encoding="utf-8") as file:
+        path = self._run_dir / "eval.jsonl"
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | row) + "\n")
         accuracy, low, high = (row[f"eval/accuracy{end}"] for end in ("", "_low", "_high"))
         interval = f" [{low:.3f}, {high:.3f}]" if low is not None else ""
@@ -101,10 +105,11 @@ class MetricsLog:
         self._append("samples.jsonl", responses)
 
     def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
-        assert name in _APPENDED
+        assert name in APPENDED
         if not rows:
             return
-        with (self._run_dir / name).open("a", encoding="utf-8") as file:
+        path = self._run_dir / name
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def progress(self, text: str) -> None:
@@ -115,7 +120,7 @@ class MetricsLog:
             self.note(text)
 
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(printable(text), highlight=False, markup=False)
 
     def close(self) -> None:
         self._progress.stop()

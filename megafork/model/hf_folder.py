@@ -23,7 +23,8 @@ SAFETENSORS_DTYPES = {
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TO_SAFETENSORS = (
     "import sys; from transformers import AutoModelForCausalLM as M; "
-    "M.from_pretrained(sys.argv[1], use_safetensors=False).save_pretrained(sys.argv[1])"
+    "M.from_pretrained(sys.argv[1], use_safetensors=False, trust_remote_code=False)"
+    ".save_pretrained(sys.argv[1])"
 )
 
 

@@ -140,8 +140,7 @@ class Guard:
         while self._end is None and (message := await receive(reader)) is not None:
             self._heard = time.monotonic()
             if "go" in message:
-                endpoint = f"{self.plan.head}:{message['go']}"
-                self._environment = {STOP_FILE: str(self._stop_file), ENDPOINT: endpoint}
+                self._environment = {STOP_FILE: str(self._stop_file), ENDPOINT: message["go"]}
                 for work in self.works:
                     self._start(work)
             if "stop" in message:

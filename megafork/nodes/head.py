@@ -12,6 +12,7 @@ from typing import Any
 from megafork.interruption import INTERRUPTED
 from megafork.launch import USER_ERROR
 from megafork.nodes.plan import BEAT_S, LOST, MAX_LINE, Failure, Plan, pack, receive
+from megafork.parallel.addresses import LOOPBACK
 from megafork.parallel.ports import free_port
 
 _SETTLE_S = 2.0
@@ -61,13 +62,19 @@ class Head:
         async with server:
             end = await self._all_come()
             if end is None:
-                self._tell(go=free_port())
+                self._tell(go=self._endpoint())
                 while (end := self._verdict()) is None:
                     await self._beat()
             self._tell(end=end.status)
             watching.cancel()
             await self._part()
         return end
+
+    def _endpoint(self) -> str:
+        """Where the ranks' store listens: at the address by which another machine reached us."""
+        others = [self.peers[name] for name in self.plan.training[1:]]
+        hosts = [peer.writer.get_extra_info("sockname")[0] for peer in others] or [LOOPBACK]
+        return f"{hosts[0]}:{free_port(hosts[0])}"
 
     async def _part(self) -> None:
         """From those that are still heard of; a guard that has ended its processes is gone."""

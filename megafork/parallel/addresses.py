@@ -6,6 +6,8 @@ import ipaddress
 import os
 import socket
 
+import psutil
+
 from megafork.errors import UserError
 
 LOOPBACK = "127.0.0.1"
@@ -22,6 +24,12 @@ def address_towards(host: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # sends nothing
         return probe.getsockname()[0]
+
+
+def loopback_interface() -> str:
+    """Its name, "lo" on Linux."""
+    names = psutil.net_if_addrs().items()
+    return next(name for name, found in names if any(a.address == LOOPBACK for a in found))
 
 
 def is_loopback(address: str) -> bool:

@@ -18,8 +18,10 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megafork.config import ParallelConfig
 from megafork.errors import OnEveryRank, PeerError, UserError
 from megafork.parallel import backend
-from megafork.parallel.ports import free_port
+from megafork.parallel.addresses import LOOPBACK, loopback_interface, on_several_nodes
+from megafork.parallel.unpickling import guard_collectives
 from megafork.parallel.whereabouts import Whereabouts
+from megafork.rendezvous import STORE, file_store, listening_store
 
 T = TypeVar("T")
 
@@ -155,19 +157,11 @@ def find_world(startup_s: float, timeout: datetime.timedelta) -> dict[str, Any]:
     is found out soon. Raises UserError that names the absent ranks, or the address.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    where = os.environ.get(STORE) or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     limit = datetime.timedelta(seconds=startup_s)
     try:
-        world = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            world_size,
-            is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-            timeout=limit,
-            wait_for_workers=False,  # it would not say who is missing
-            multi_tenant=True,
-        )
-    except (RuntimeError, ValueError) as error:
+        world = _open_store(rank, world_size, limit)
+    except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"rank {rank} cannot reach the rendezvous at {where} (parallel.startup_timeout_s="
             f"{startup_s:g}): is it the first machine's address as seen from here? {error}"
@@ -186,6 +180,23 @@ def find_world(startup_s: float, timeout: datetime.timedelta) -> dict[str, Any]:
     return {"store": world, "rank": rank, "world_size": world_size}
 
 
+def _open_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """The launcher's file; under torchrun its store, or one that rank 0 serves."""
+    if path := os.environ.get(STORE):
+        return file_store(path)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # Not waiting for the others: it would not say who is missing.
+    if rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return dist.TCPStore(
+            host, port, world_size, is_master=False, timeout=timeout, wait_for_workers=False
+        )
+    if not on_several_nodes():
+        return listening_store(LOOPBACK, port, timeout=timeout, wait_for_workers=False)
+    return dist.TCPStore(
+        host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False
+    )
+
+
 def initialize(parallel: ParallelConfig, *, seed: int = 0, gloo_groups: bool = True) -> Topology:
     """Join the world that torchrun (or a plain start) made and split it as `parallel` says.
 
@@ -193,11 +204,14 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0, gloo_groups: bool = T
     Raises UserError when the world's size and the layout disagree.
     """
     device = backend.prepare()
+    guard_collectives()
+    if not on_several_nodes():
+        os.environ["GLOO_SOCKET_IFNAME"] = loopback_interface()
     if not dist.is_initialized():
         timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
         kwargs: dict[str, Any] = {"backend": backend.communication_backend(), "timeout": timeout}
         if "RANK" not in os.environ:
-            kwargs |= {"init_method": f"tcp://127.0.0.1:{free_port()}", "rank": 0, "world_size": 1}
+            kwargs |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         else:
             kwargs |= find_world(parallel.startup_timeout_s, timeout)
         dist.init_process_group(**kwargs)

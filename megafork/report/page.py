@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from megafork.disk import refuse_links
 from megafork.report import palette
 from megafork.report.charts import drawings, histogram
 from megafork.report.files import Row, RunFiles, read_run
@@ -38,6 +39,7 @@ class Range:
 def write_report(run_dir: Path, target: Path | None = None) -> Path:
     """Write the page of what is in `run_dir` to `target` (run_dir/report.html), under its name only
     when it is whole. Raises UserError where there is no run."""
+    refuse_links(run_dir, "the run's folder")
     path = run_dir / "report.html" if target is None else target
     page = render(read_run(run_dir))
     partial = path.with_name(path.name + ".partial")

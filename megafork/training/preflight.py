@@ -12,8 +12,10 @@ from megafork.config import ScoreConfig, TrainConfig
 from megafork.data.prompts import read_both
 from megafork.data.tokenizer import check_tokenizer
 from megafork.data.unchanged import check_unchanged, identity
+from megafork.disk import refuse_links
 from megafork.errors import UserError
 from megafork.launch import under_torchrun
+from megafork.lock import refuse_held
 from megafork.model.hf_config import read_json
 from megafork.model.shape import ModelShape
 from megafork.rewards.names import check_answers, check_verifiers
@@ -36,8 +38,12 @@ def check_train(config: TrainConfig, *, resume: bool = False) -> None:
 
     resume: the run in run.dir is to go on; otherwise there must not be one.
     """
+    run_dir = Path(config.run.dir)
+    refuse_links(run_dir, "run.dir")
+    if not under_torchrun():
+        refuse_held(run_dir, "run.dir")
     if not resume:
-        refuse_other_run(Path(config.run.dir))
+        refuse_other_run(run_dir)
     shape = ModelShape.from_folder(config.model.path)
     shape.check(config.model, config.parallel)
     if config.kl.reference is not None:

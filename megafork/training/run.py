@@ -15,7 +15,7 @@ from megafork.rollout.engine import host_of
 from megafork.training.critic import Critic, make_critic
 from megafork.training.front import Front
 from megafork.training.policy import Policy
-from megafork.training.run_dir import make_run_dir, reopen_run_dir
+from megafork.training.run_dir import open_run_dir
 from megafork.training.servers import RunServers
 from megafork.training.trainer import Trainer
 from megafork.training.workers import RunWorkers
@@ -40,7 +40,6 @@ def _train(
 ) -> None:
     topology.require_equal("settings", dict(settings_of(config)))
     run_dir = Path(config.run.dir)
-    topology.on_rank_zero(lambda: (reopen_run_dir if resume else make_run_dir)(config, run_dir))
     store = CheckpointStore(
         run_dir / "checkpoints",
         topology,
@@ -49,6 +48,7 @@ def _train(
         tokenizer=config.tokenizer.path,
     )
     with contextlib.ExitStack() as stack:
+        topology.on_rank_zero(lambda: stack.enter_context(open_run_dir(config, resume=resume)))
         servers = RunServers(config, topology, stack)  # they load while the policy does
         stack.enter_context(topology.whereabouts.told())  # at once: a server's end takes time
         colocated = config.rollout.placement == "colocated"
@@ -80,7 +80,7 @@ def _train(
             servers.fleet,
             config.sync,
             num_workers=config.rollout.tensor_parallel,
-            server_host=host_of(config.rollout),
+            server_host=host_of(config.rollout) if config.rollout.urls else None,
             in_flight=config.rollout.in_flight_update,
             colocated=colocated,
         )

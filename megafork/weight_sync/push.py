@@ -14,7 +14,7 @@ import torch
 from megafork.config import SyncConfig
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
-from megafork.parallel.addresses import address_towards, on_several_nodes, own_address
+from megafork.parallel.addresses import LOOPBACK, address_towards, on_several_nodes, own_address
 from megafork.parallel.topology import Topology
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.fleet import Fleet
@@ -40,12 +40,13 @@ class WeightSync:
         sync: SyncConfig,
         *,
         num_workers: int,
-        server_host: str = "127.0.0.1",
+        server_host: str | None = None,
         in_flight: bool = True,
         colocated: bool = False,
     ) -> None:
         """num_workers: of one server.
-        server_host: where the servers run, to find the address that their workers reach us by.
+        server_host: where servers run that are not ours, to find the address by which their
+        workers reach us.
         in_flight: responses that are being generated go on with the new weights; False: a push
         waits for them. colocated: the servers, which may share our GPUs, sleep around a push.
 
@@ -128,8 +129,9 @@ class WeightSync:
             return LocalSender(stage, self.own_buckets, self.num_workers, device, self.timeout_s)
         # NCCL does not connect two ranks on one GPU; gloo goes through the host's memory.
         wire = torch.device("cpu") if self.colocated else device
-        address = _own_address(self.server_host)
-        return WeightSender(stage, address, self.num_workers, wire, self.timeout_s)
+        address = _own_address(self.server_host or LOOPBACK)
+        is_here = self.server_host is None and not on_several_nodes()
+        return WeightSender(stage, address, self.num_workers, wire, self.timeout_s, is_here=is_here)
 
     def _join(self) -> None:
         if self.sender is None:

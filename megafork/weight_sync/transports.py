@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import socket
+import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megafork.rendezvous import file_store, listening_store, private_folder
 
 if TYPE_CHECKING:
     from megafork.rollout.client import RolloutClient
@@ -156,12 +159,21 @@ class WeightSender:
     """The sending end of one broadcast group. It hosts the group's store on a free port of `host`.
 
     host: an address of this machine that the workers can reach; the store listens there alone.
+    is_here: the workers are this user's on this machine, and the store is a file that nobody else
+    can read.
     device: of the group: NCCL's for "cuda", gloo's for "cpu", whatever the weights are on.
     timeout_s: for connecting, and for each broadcast.
     """
 
     def __init__(
-        self, sender: int, host: str, num_workers: int, device: torch.device, timeout_s: float
+        self,
+        sender: int,
+        host: str,
+        num_workers: int,
+        device: torch.device,
+        timeout_s: float,
+        *,
+        is_here: bool = False,
     ) -> None:
         self.sender = sender
         self.host = host
@@ -169,16 +181,16 @@ class WeightSender:
         self.device = device
         self.timeout_s = timeout_s
         self.bytes_sent = 0
-        listener = socket.create_server((host, 0))
-        self.port = listener.getsockname()[1]
-        self._store: dist.TCPStore | None = dist.TCPStore(
-            host,
-            self.port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s),
-            master_listen_fd=listener.detach(),
-        )
+        timeout = timedelta(seconds=timeout_s)
+        self._folder: tempfile.TemporaryDirectory | None = None
+        self._store: dist.Store | None
+        if is_here:
+            self._folder = private_folder()
+            self._store = file_store(f"{self._folder.name}/store", timeout)
+            self._found_at: dict[str, Any] = {"file": f"{self._folder.name}/store"}
+        else:
+            store = listening_store(host, 0, wait_for_workers=False, timeout=timeout)
+            self._store, self._found_at = store, {"port": store.port}
         self._group: Group | None = None
         self._in_flight: deque[tuple[Any, Tensor, Bucket]] = deque()
         self._free: Tensor | None = None
@@ -186,20 +198,14 @@ class WeightSender:
 
     @property
     def address(self) -> dict[str, Any]:
-        return {"host": self.host, "port": self.port, "device": self.device.type}
+        return {"host": self.host, "device": self.device.type} | self._found_at
 
     def connect(self) -> None:
         """As of `Sender`."""
         assert self._store is not None, "closed"
         try:
             self._group = _create_group(
-                self._store,
-                self.host,
-                self.port,
-                0,
-                1 + self.num_workers,
-                self.device,
-                self.timeout_s,
+                self._store, self.host, 0, 1 + self.num_workers, self.device, self.timeout_s
             )
         except RuntimeError as error:
             raise TransferError(f"sender {self.sender}: workers did not join: {error}") from error
@@ -243,6 +249,8 @@ class WeightSender:
         self._in_flight.clear()
         self._free = self._group = None
         self._store = None
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 class BroadcastLink:
@@ -257,12 +265,15 @@ class BroadcastLink:
         timeout_s: float,
     ) -> None:
         self.device = device if sender["device"] == "cuda" else torch.device("cpu")
-        host, port = sender["host"], sender["port"]
-        timeout = timedelta(seconds=timeout_s)
-        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-        self._group = _create_group(
-            store, host, port, rank, 1 + num_workers, self.device, timeout_s
-        )
+        host, timeout = sender["host"], timedelta(seconds=timeout_s)
+        store: dist.Store
+        if "file" in sender:
+            store = file_store(sender["file"], timeout)
+        else:
+            store = dist.TCPStore(
+                host, sender["port"], is_master=False, wait_for_workers=False, timeout=timeout
+            )
+        self._group = _create_group(store, host, rank, 1 + num_workers, self.device, timeout_s)
         self._coming: deque[tuple[Any, Tensor, Bucket]] = deque()
 
     def begin(self, bucket: Bucket) -> None:
@@ -337,7 +348,6 @@ def _take(weights: Iterator[tuple[str, Tensor]], names: Iterable[str]) -> Iterat
 def _create_group(
     store: dist.Store,
     host: str,
-    port: int,
     rank: int,
     world_size: int,
     device: torch.device,
@@ -352,12 +362,12 @@ def _create_group(
         return dist.ProcessGroupNCCL(store, rank, world_size, options)
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=_local_address(host, port))]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=_local_address(host))]
     return dist.ProcessGroupGloo(store, rank, world_size, options)
 
 
-def _local_address(host: str, port: int) -> str:
+def _local_address(host: str) -> str:
     """This machine's address on the way to `host`: the host name may resolve to another one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))  # sends nothing
+        probe.connect((host, 9))  # sends nothing
         return probe.getsockname()[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 
@@ -99,7 +100,9 @@ def test_another_run_is_refused_before_torch_is_imported(tmp_path):
     )
     assert (done.returncode, done.stdout) == (2, "False\n")
     [line] = done.stderr.splitlines()
-    assert line.startswith(f"error: run.dir={tmp_path}/run holds another run (rollouts): ")
+    assert line.startswith(
+        f"error: run.dir={tmp_path}/run holds another run (rollouts/step_000001.jsonl): "
+    )
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["rollouts"]
 
 
@@ -202,6 +205,26 @@ def test_doctor_names_what_is_broken_and_the_command_that_mends_it(tmp_path):
     assert "torchvision::nms does not exist" in done.stdout
     assert "mend:  " in done.stdout
     assert "cannot run here without vLLM" in done.stdout
+
+
+def test_too_few_open_files_are_named(tmp_path):
+    """Before anything is imported that would need them."""
+    limit = (resource.RLIMIT_NOFILE, (64, 64))
+    done = forked_megafork(
+        *small_run(tmp_path / "run"), mark=tmp_path, prepare=lambda: resource.setrlimit(*limit)
+    )
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: this process may have 64 files open (ulimit -n), and needs ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_as_many_files_are_allowed_as_may_be():
+    def prepare():
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+
+    assert forked_megafork("keys", prepare=prepare).returncode == 0
 
 
 def test_keys_lists_every_setting():

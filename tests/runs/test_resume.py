@@ -8,13 +8,15 @@ import random
 import re
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
-from torch.distributed import TCPStore
 
 from megafork.interruption import INTERRUPTED
 from megafork.logging.metrics import read_rows
+from megafork.parallel.whereabouts import FileBoard
+from megafork.rendezvous import STORE
 from tests.helpers.commands import (
     QUICKSTART,
     forked_megafork,
@@ -176,19 +178,16 @@ class Board:
 
     def __init__(self, process):
         self.process = process
-        self.store = self.key = None
+        self.board: FileBoard | None = None
 
     def says(self, phase, after_step):
         """Whether rank 0 is in this phase of a step later than `after_step`."""
-        with contextlib.suppress(psutil.Error, RuntimeError, StopIteration):
-            if self.store is None:
+        with contextlib.suppress(psutil.Error, OSError, StopIteration):
+            if self.board is None:
                 ranks = psutil.Process(self.process.pid).children()
-                environ = next(e for r in ranks if "MASTER_PORT" in (e := r.environ()))
-                host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-                self.store = TCPStore(host, port, is_master=False, wait_for_workers=False)
-            if self.key is None:
-                self.key = next(k for k in self.store.list_keys() if k.endswith("whereabouts/at/0"))
-            found = re.fullmatch(r"\S+ (\w+) of step (\d+)", self.store.get(self.key).decode())
+                environ = next(e for r in ranks if STORE in (e := r.environ()))
+                self.board = FileBoard(Path(environ[STORE]).parent)
+            found = re.fullmatch(r"\S+ (\w+) of step (\d+)", self.board.get("at/0").decode())
             return found is not None and found[1] == phase and int(found[2]) > after_step
         return False
 

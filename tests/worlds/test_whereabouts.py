@@ -57,7 +57,7 @@ def one_rank_stays_away(who, layout):
 def wait_for_the_other(topology, who):
     """The grace that a rank gives the others, to the event that it is for."""
     waiting = [f"waits/{rank}" for rank in range(3) if rank != who]
-    topology.whereabouts._store.wait(waiting, LIMIT)
+    topology.whereabouts._board.wait(waiting, LIMIT)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""How a command ends: its exit status, and the one message that says why."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from megafork import last_words, launch
+from megafork.errors import Interrupted, PeerError, UserError
+from megafork.interruption import INTERRUPTED
+from megafork.printable import printable
+
+_PATIENCE_S, _PEERS_S = 5.0, 10.0
+"""A rank that waits for another one's words: for the same error's, and while its servers end."""
+_FIX = dict.fromkeys(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and start it again"
+) | dict.fromkeys(
+    (errno.EMFILE, errno.ENFILE), "raise the number of open files (ulimit -n) and start it again"
+)
+FEWEST_FILES = 256
+"""That a process must be allowed to have open: the collectives of one rank alone take dozens"""
+
+
+def run(command: Callable[[], object]) -> None:
+    """A UserError, a full disk and too few open files are one message on stderr and exit status 2.
+
+    A run that a signal ended exits with 75.
+    """
+    try:
+        _allow_open_files()
+        command()
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(printable(str(stop)), file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+    except OSError as error:
+        if error.errno not in _FIX:
+            _leave_words(error)
+            raise
+        _end_with(f"{error}: {_FIX[error.errno]}")
+    except PeerError:
+        _wait_for_the_end(_PEERS_S)
+        sys.exit(launch.USER_ERROR)
+    except UserError as error:
+        _end_with(str(error))
+    except Exception as error:
+        _leave_words(error)
+        raise
+
+
+def _allow_open_files() -> None:
+    """As many as may be. Raises UserError where that is too few for anything."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and hard < FEWEST_FILES:
+        raise UserError(
+            f"this process may have {hard} files open (ulimit -n), and needs {FEWEST_FILES}: raise "
+            "the limit, `ulimit -n 4096`"
+        )
+
+
+def _leave_words(error: Exception) -> None:
+    if words := last_words.of_exception(error):
+        last_words.leave(words)
+
+
+def _wait_for_the_end(seconds: float) -> None:
+    """By the signal of whoever started the ranks, once another one has ended with its words."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
+
+
+def _end_with(message: str) -> NoReturn:
+    last_words.leave(message)
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" (rank {rank})"
+    if where:  # what all ranks find, rank 0 tells; then we are ended before we speak
+        _wait_for_the_end(_PATIENCE_S)
+    print(f"error{where}: {printable(message)}", file=sys.stderr, flush=True)
+    sys.exit(launch.USER_ERROR)
