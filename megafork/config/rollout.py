@@ -85,6 +85,10 @@ class RewardConfig(Section):
     memory_mib: Annotated[int, Field(ge=64, strict=True)] = Field(
         2048, description="address space of one worker; what needs more scores 0"
     )
+    environment: list[str] = Field(
+        [],
+        description="variables that verifiers see beside those that can hold no key: their names",
+    )
     max_failed_fraction: Fraction = Field(
         0.5,
         description="the run ends when verifiers give no verdict on more than this share of a "

@@ -40,7 +40,7 @@ _HOW_FAST = {
         *("url", "servers", "api_key_env", "python", "tensor_parallel", "max_num_seqs"),
         *("gpu_memory_utilization", "cpu_kv_cache_gib", "startup_timeout_s", "request_timeout_s"),
     ),
-    "reward": ("workers", "timeout_s", "memory_mib", "max_failed_fraction"),
+    "reward": ("workers", "timeout_s", "memory_mib", "max_failed_fraction", "environment"),
 }
 """Settings that change how fast samples come and are judged, not what they are drawn from."""
 

@@ -5,7 +5,9 @@ Nothing is shared between workers, so one that dies at any moment (out of memory
 fault) takes nothing with it. pebble.ProcessPool, which shares a pipe and its locks, gives up the
 whole pool when an idle worker is killed, or a worker ends at once after taking a task.
 
-What comes back is JSON: nothing that a worker says is unpickled or evaluated.
+What comes back is JSON: nothing that a worker says is unpickled or evaluated. A verifier runs in
+the worker's own process and may write on its socket too. So every answer has its question's number,
+is of bounded length, and is the only line since the question; whatever else comes ends the worker.
 """
 
 from __future__ import annotations
@@ -35,9 +37,17 @@ _STARTS = 3
 """How often a worker that ends while it starts, without a word, is tried"""
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from megafork.rewards.worker "
 _START += "import main; main(*json.loads(sys.argv[2]))"
-_OF_TORCHRUN = re.compile(
-    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(TORCHELASTIC|PET)_.*"
+_LONGEST_ANSWER = 1 << 16
+_PART = 1 << 14
+_SHOWN = 200
+_FAILURES = ("memory", "error")
+"""That a worker tells of itself"""
+_HANDED_ON = re.compile(
+    r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|LC_\w+|TZ|TMPDIR|TERM|PYTHON\w*|LD_LIBRARY_PATH"
+    r"|LD_PRELOAD|VIRTUAL_ENV|CONDA_PREFIX|XDG_\w+|SSL_CERT_(FILE|DIR)|HF_(HOME|\w+_CACHE|\w*OFFLINE)"
+    r"|(OMP|MKL|OPENBLAS|NUMEXPR)_NUM_THREADS|MEGAFORK_TEST_\w+"
 )
+"""Variables that hold no secret by their meaning; reward.environment names others"""
 
 
 @dataclass(frozen=True)
@@ -60,11 +70,14 @@ class WorkerPool:
         timeout_s: float,
         memory_mib: int,
         places: Sequence[str] | None = None,
+        environment: Sequence[str] = (),
     ) -> None:
-        """places: where verifiers that ask for it look for the answer."""
+        """places: where verifiers that ask for it look for the answer. environment: variables of
+        ours that the workers have too; see _HANDED_ON."""
         self._names, self._timeout_s, self._memory_mib = list(names), timeout_s, memory_mib
         self._places = None if places is None else list(places)
-        self._tasks: SimpleQueue[tuple[Future[Outcome], bytes] | None] = SimpleQueue()
+        self._environment = list(environment)
+        self._tasks: SimpleQueue[tuple[Future[Outcome], list[str]] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._running: set[_Worker] = set()
         self._closed = False
@@ -82,8 +95,7 @@ class WorkerPool:
         if self._closed:
             raise RuntimeError("the pool is closed")
         future: Future[Outcome] = Future()
-        message = json.dumps([prompt, response, answer]).encode() + b"\n"
-        self._tasks.put((future, message))
+        self._tasks.put((future, [prompt, response, answer]))
         return future
 
     def close(self) -> None:
@@ -120,6 +132,10 @@ class WorkerPool:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
+                if worker is not None and worker.has_spoken():
+                    self._end(worker)
+                    worker = None  # should the start fail
+                    worker = self._start()
                 if worker is None:
                     assert broken is not None
                     raise broken
@@ -143,7 +159,7 @@ class WorkerPool:
                 if self._closed:
                     raise CancelledError
                 try:
-                    worker = _Worker(self._names, self._memory_mib, self._places)
+                    worker = _Worker(self._names, self._places, self._memory_mib, self._environment)
                 except OSError as error:  # a full process table, no memory, no file descriptor
                     raise UserError(
                         f"a worker for reward.verifier={', '.join(self._names)} cannot be started: "
@@ -151,7 +167,7 @@ class WorkerPool:
                     ) from None
                 self._running.add(worker)
             try:
-                said = worker.exchange(b"", _STARTUP_S)
+                said = worker.exchange(None, _STARTUP_S)
             except TimeoutError:
                 self._end(worker)
                 raise UserError(
@@ -180,14 +196,20 @@ class WorkerPool:
 class _Worker:
     """One process and our end of its socket."""
 
-    def __init__(self, names: Sequence[str], memory_mib: int, places: Sequence[str] | None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        places: Sequence[str] | None,
+        memory_mib: int,
+        environment: Sequence[str],
+    ) -> None:
         self._socket, theirs = socket.socketpair()
-        self._received = b""
+        self._num_asked, self._num_scores = 0, len(names)
         arguments = [theirs.fileno(), os.getpid(), memory_mib, list(names), places]
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _START, json.dumps(sys.path), json.dumps(arguments)],
-                env=_environment(),
+                env=_environment(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -195,7 +217,7 @@ class _Worker:
                 start_new_session=True,  # and a process group, with what it starts itself
             )
 
-    def ask(self, message: bytes, timeout_s: float) -> Outcome:
+    def ask(self, message: list[str], timeout_s: float) -> Outcome:
         """Raises UserError when the verifier does."""
         try:
             said = self.exchange(message, timeout_s)
@@ -204,30 +226,50 @@ class _Worker:
         if said is None:
             return Outcome([], "death", f"its process ended {self.end()}")
         if "user_error" in said:
-            raise UserError(said["user_error"])
-        if "failure" in said:
-            return Outcome([], said["failure"], said["cause"])
-        return Outcome(said["scores"])
+            raise UserError(str(said["user_error"]))
+        if said.get("failure") in _FAILURES:
+            return Outcome([], said["failure"], str(said.get("cause")))
+        scores = said.get("scores")
+        if isinstance(scores, list) and [type(s) for s in scores] == [float] * self._num_scores:
+            return Outcome(scores)
+        return Outcome([], "death", f"it answered with {str(said)[:_SHOWN]}")
 
-    def exchange(self, message: bytes, timeout_s: float) -> dict[str, Any] | None:
-        """The next line after `message`; None: it died. Raises TimeoutError."""
-        deadline = time.monotonic() + timeout_s
+    def has_spoken(self) -> bool:
+        """Whether something came without a question, or its process has ended."""
+        self._socket.settimeout(0)
         try:
-            self._socket.settimeout(timeout_s)
-            self._socket.sendall(message)
-            while not self._received.endswith(b"\n"):
-                self._socket.settimeout(max(deadline - time.monotonic(), 1e-6))
-                part = self._socket.recv(1 << 16)
+            return self._socket.recv(1) is not None
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def exchange(self, message: list[str] | None, timeout_s: float) -> dict[str, Any] | None:
+        """The answer to `message`; None: it died, or is to, as it said anything else.
+
+        message: None for its first word, which it says unasked. Raises TimeoutError.
+        """
+        deadline = time.monotonic() + timeout_s
+        received = b""
+        try:
+            if message is not None:
+                self._num_asked += 1
+                self._socket.settimeout(timeout_s)
+                self._socket.sendall(json.dumps([self._num_asked, *message]).encode() + b"\n")
+            while b"\n" not in received:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError
+                if len(received) > _LONGEST_ANSWER:
+                    return None
+                self._socket.settimeout(left)
+                part = self._socket.recv(_PART)
                 if not part:
                     return None
-                self._received += part
+                received += part
         except ConnectionError:
             return None
-        line, self._received = self._received, b""
-        try:
-            return json.loads(line)
-        except ValueError:  # something of the verifier's wrote on the socket
-            return None
+        return _answer_of(received, self._num_asked)
 
     def kill(self) -> None:
         if self._process.returncode is not None:  # the number may be another's by now
@@ -243,7 +285,19 @@ class _Worker:
         return f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
 
 
-def _environment() -> dict[str, str]:
-    """Ours, without the trainer's world and its devices."""
-    inherited = {k: v for k, v in os.environ.items() if not _OF_TORCHRUN.fullmatch(k)}
-    return inherited | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def _answer_of(received: bytes, number: int) -> dict[str, Any] | None:
+    """The one line, if it is an object with that number."""
+    line, _, more = received.partition(b"\n")
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if more or not isinstance(said, dict) or said.pop("number", None) != number:
+        return None
+    return said
+
+
+def _environment(named: Sequence[str]) -> dict[str, str]:
+    """Of ours what cannot be a key, a token or the trainer's world, and what the user names."""
+    kept = {k: v for k, v in os.environ.items() if k in named or _HANDED_ON.fullmatch(k)}
+    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -51,6 +51,7 @@ class Judge:
             timeout_s=config.timeout_s,
             memory_mib=config.memory_mib,
             places=config.places,
+            environment=config.environment,
         )
         self._search = Search(config.places or BOXED) if config.verifiers[0] == "maths" else None
 

@@ -20,7 +20,7 @@ from megafork.errors import UserError
 from megafork.rewards.names import Verifier, load_verifier
 
 _PR_SET_PDEATHSIG = 1
-_LONGEST_CAUSE = 500
+_LONGEST_CAUSE = 2000
 
 
 def main(
@@ -32,13 +32,14 @@ def main(
         os.set_inheritable(fd, False)  # a verifier's own processes must not keep it open
         asked, told = connection.makefile("rb"), connection.makefile("wb")
         verifiers: list[Verifier] = []
-        _say(told, _loaded(names, places, memory_mib, verifiers))
+        _say(told, 0, _loaded(names, places, memory_mib, verifiers))
         this = os.getpid()
         for line in asked if verifiers else ():
-            message = _answer(verifiers, *json.loads(line))
+            number, *question = json.loads(line)
+            message = _answer(verifiers, *question)
             if os.getpid() != this:  # a verifier forked, and its child came back
                 os._exit(1)
-            _say(told, message)
+            _say(told, number, message)
 
 
 def _protect(parent: int, memory_mib: int) -> None:
@@ -69,7 +70,8 @@ def _loaded(
     except BaseException as error:
         verifiers.clear()
         cause = error if isinstance(error, UserError) else _text_of(error)
-        return {"unusable": f"{cause} (in a worker of reward.memory_mib={memory_mib})"}
+        told = str(cause)[:_LONGEST_CAUSE]
+        return {"unusable": f"{told} (in a worker of reward.memory_mib={memory_mib})"}
     return {"ready": True}
 
 
@@ -79,7 +81,7 @@ def _answer(
     try:
         return {"scores": [float(verify(prompt, response, answer)) for verify in verifiers]}
     except UserError as error:
-        return {"user_error": str(error)}
+        return {"user_error": str(error)[:_LONGEST_CAUSE]}
     except MemoryError:
         return {"failure": "memory", "cause": "MemoryError"}
     except BaseException as error:  # SystemExit too
@@ -93,6 +95,6 @@ def _text_of(error: BaseException) -> str:
         return type(error).__name__
 
 
-def _say(stream: BinaryIO, message: dict[str, Any]) -> None:
-    stream.write(json.dumps(message).encode() + b"\n")
+def _say(stream: BinaryIO, number: int, message: dict[str, Any]) -> None:
+    stream.write(json.dumps({"number": number} | message).encode() + b"\n")
     stream.flush()

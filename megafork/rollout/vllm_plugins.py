@@ -11,6 +11,7 @@ import hmac
 import json
 import os
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.sampling_params import RequestOutputKind
 
+from megafork.rollout.bodies import ENGINE_PATHS, check_tokens, parsed_body
+from megafork.rollout.pulse import Pulse
 from megafork.rollout.sampling import (
     ABORT_PATH,
     CONNECT_PATH,
@@ -43,26 +46,39 @@ from megafork.weight_sync.receiver import WeightReceiver, checkpoint_shapes, lis
 class RolloutMiddleware:
     """Demands the API key on every route but /health, and answers megafork's own routes.
 
-    vLLM's own check covers /v1 but not the routes that pause the engine or change its weights.
+    vLLM's own check covers /v1 but not the routes that pause the engine or change its weights. Of
+    its routes those alone are open that a run uses.
     """
 
     def __init__(self, app: Any) -> None:
         self.app = app
         self._authorization = f"Bearer {os.environ['VLLM_API_KEY']}".encode()
+        self._pulse = Pulse(_one_token)
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         path = scope.get("path")
-        if scope["type"] == "lifespan" or path == "/health":
+        if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
+        if path == "/health":
+            return await self._tell_health(scope, send)
         given = dict(scope["headers"]).get(b"authorization", b"")
         if not hmac.compare_digest(given, self._authorization):
             return await _reply_error(send, 401, "Unauthorized")
+        if path in ENGINE_PATHS:
+            with self._pulse.administration():
+                return await self.app(scope, receive, send)
         if path not in _ROUTES:
-            return await self.app(scope, receive, send)
+            return await _reply_error(send, 404, f"there is no {path}")
+        engine = scope["app"].state.engine_client
         try:
-            body = json.loads(await _read_body(receive))
-            answer = asyncio.ensure_future(_ROUTES[path](scope["app"].state.engine_client, body))
-            payload = await _unless_disconnected(answer, receive)
+            body = parsed_body(path, await _read_body(receive))
+            with (
+                self._pulse.generation()
+                if path == GENERATE_PATH
+                else (self._pulse.administration())
+            ):
+                answer = asyncio.ensure_future(_ROUTES[path](engine, body))
+                payload = await _unless_disconnected(answer, receive)
         except _WorkerError as error:
             return await _reply_error(send, 500, str(error))
         except (ValueError, TypeError, KeyError, VLLMClientError) as error:
@@ -70,12 +86,28 @@ class RolloutMiddleware:
         if payload is not None:
             await _reply(send, 200, payload, b"application/octet-stream")
 
+    async def _tell_health(self, scope: dict, send: Any) -> None:
+        ailment = await self._pulse.ailment(scope["app"].state.engine_client)
+        if ailment is not None:
+            return await _reply_error(send, 503, ailment)
+        await _reply(send, 200, b"")
+
+
+async def _one_token(engine: Any) -> None:
+    """Greedy, so that no random number is taken from what others are sampled with."""
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    async for _ in engine.generate(tokens_input([0]), params, f"health-{uuid.uuid4().hex}"):
+        pass
+
 
 async def _generate(engine: Any, body: dict[str, Any]) -> bytes:
-    vocab_size = engine.model_config.get_vocab_size()
-    for token in body["prompt_ids"]:
-        if not 0 <= token < vocab_size:  # without a tokenizer vLLM lets it through, and crashes
-            raise ValueError(f"prompt token {token} is not in the vocabulary of {vocab_size}")
+    check_tokens(body["prompt_ids"], engine.model_config.get_vocab_size())
     extra = body["sampling_params"].get("extra_args") or {}
     if TWO_TEMPERATURES in extra and not engine.model_config.logits_processors:
         # Sampling at a temperature of 1 without a word would be worse.

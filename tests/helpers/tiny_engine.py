@@ -31,6 +31,7 @@ from aiohttp import web
 from multidict import MultiMapping
 from torch import Tensor
 
+from megafork.rollout.bodies import OWN_PATHS, check_tokens, parsed_body
 from megafork.rollout.sampling import (
     ABORT_PATH,
     CONNECT_PATH,
@@ -357,8 +358,10 @@ class TinyServer:
         if path != GENERATE_PATH and path not in self._routes:
             return _error(404, "Not Found")
         try:
-            body = json.loads(await request.read() or b"{}")
+            content = await request.read() or b"{}"
+            body = parsed_body(path, content) if path in OWN_PATHS else json.loads(content)
             if path == GENERATE_PATH:
+                check_tokens(body["prompt_ids"], self.engine.model.vocab_size)
                 return web.Response(body=await self._generate(body))
             return web.json_response(await self._routes[path](request.query, body))
         except WorkerError as error:

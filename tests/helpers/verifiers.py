@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 
@@ -171,7 +174,66 @@ def _survive_signals() -> float:
     return 1.0
 
 
+def _own_socket() -> int:
+    """The worker's end of its pool's socket, which this process has too."""
+    for descriptor in range(3, 256):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                return descriptor
+    raise AssertionError("no socket")
+
+
+def _drip() -> float:
+    while True:
+        os.write(_own_socket(), b" ")
+        time.sleep(0.05)
+
+
+def _flood(content: bytes) -> float:
+    descriptor = _own_socket()
+    while True:
+        os.write(descriptor, content)
+
+
+def _say_more(content: bytes) -> float:
+    os.write(_own_socket(), content)
+    return 1.0
+
+
+def _say_more_later() -> float:
+    """Once the answer is on its way, and before the next question."""
+    answered = threading.Timer(0.2, lambda: os.write(_own_socket(), SCORES + b"\n"))
+    answered.start()
+    return 1.0
+
+
+def _has_no_secret() -> float:
+    values = " ".join(os.environ.values())
+    assert "s3cret" not in values, {k for k, v in os.environ.items() if "s3cret" in v}
+    assert os.environ["PATH"] and os.environ["HOME"]
+    return 1.0
+
+
+def _sees_what_is_named() -> float:
+    assert os.environ["MY_SANDBOX"] == "s3cret"
+    return 1.0
+
+
+SCORES = b'{"scores": [1.0], "number": 1}'
+
 _ACTS = {
+    "flood": lambda: _flood(b"x" * (1 << 16)),
+    "flood of blanks": lambda: _flood(b" "),
+    "flood of lines": lambda: _flood(SCORES + b"\n"),
+    "drip": _drip,
+    "forge": lambda: _say_more(SCORES.replace(b"1.0", b"7.5") + b"\n"),
+    "forge half": lambda: _say_more(SCORES[:9]),
+    "forge depth": lambda: _say_more(b"[" * 60_000 + b"\n"),
+    "forge a list": lambda: _say_more(b"[1]\n"),
+    "say more later": _say_more_later,
+    "no secret": _has_no_secret,
+    "what is named": _sees_what_is_named,
+    "wrong": lambda: 0.0,
     "hang": _hang,
     "hang in C": _hang_in_c,
     "hang in a child": _hang_in_a_child,

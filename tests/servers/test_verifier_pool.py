@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -54,6 +55,7 @@ HANGING = {
     "hang": "no answer within 1 s",
     "hang in C": "no answer",
     "hang in a child": "no answer",
+    "drip": "no answer within 1 s",
 }
 
 
@@ -79,6 +81,12 @@ FAILING = {
     "interrupt": ("error", "KeyboardInterrupt"),
     "text": ("error", "could not convert string to float: 'no number'"),
     "nothing of the kind": ("error", "KeyError"),
+    "flood": ("death", "ended"),
+    "flood of blanks": ("death", "ended"),
+    "flood of lines": ("death", "ended"),
+    "forge half": ("death", "ended"),
+    "forge depth": ("death", "ended"),
+    "forge a list": ("death", "ended"),
 }
 
 
@@ -116,8 +124,38 @@ def test_an_idle_worker_that_is_killed_is_replaced(acting):
     [worker] = acting._pool._running
     os.kill(worker._process.pid, signal.SIGKILL)
     worker._process.wait()
-    assert verdict(acting, "right") == Verdict(0.0, 0.0, "death")
     assert verdict(acting, "right") == Verdict(1.0, 1.0)
+
+
+def test_a_line_too_much_shifts_no_verdict(acting):
+    """Neither one before the answer, which is the worker's last, nor one after it."""
+    assert verdict(acting, "right").failure is None  # so that it is not question number 1
+    assert verdict(acting, "forge") == Verdict(0.0, 0.0, "death")
+    assert verdict(acting, "say more later") == Verdict(1.0, 1.0)
+    [worker] = acting._pool._running
+    assert select.select([worker._socket], [], [], 30)[0]
+    for response in ("wrong", "right", "wrong"):
+        assert verdict(acting, response).reward == (response == "right")
+
+
+def test_a_flood_costs_no_memory(acting):
+    before = psutil.Process().memory_info().rss
+    assert verdict(acting, "flood").failure == "death"
+    assert psutil.Process().memory_info().rss - before < 64 << 20
+
+
+def test_workers_get_no_secret(monkeypatch):
+    for name in (
+        *("MEGAFORK_API_KEY", "VLLM_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "GITHUB_PAT"),
+        *("AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "DATABASE_URL", "http_proxy", "MY_SANDBOX"),
+        *("SSH_AUTH_SOCK", "OPENAI_KEY", "HF_HOME_TOKEN", "MEGAFORK_LOCK", "A"),
+    ):
+        monkeypatch.setenv(name, "s3cret")
+    with judge_of("tests.helpers.verifiers:acts") as judge:
+        assert verdict(judge, "no secret") == Verdict(1.0, 1.0)
+    with judge_of("tests.helpers.verifiers:acts", environment=["MY_SANDBOX"]) as judge:
+        assert verdict(judge, "what is named") == Verdict(1.0, 1.0)
+        assert verdict(judge, "no secret").failure == "error"
 
 
 def test_waiting_does_not_count_against_the_deadline():

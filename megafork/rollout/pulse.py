@@ -1,0 +1,63 @@
+"""What a server's /health says: that its engine can generate a token. Imports no vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+HEALTH_S = 8.0
+"""For one token of an engine that has nothing else to do; less than who asks waits"""
+
+
+class Pulse:
+    """Whether the engine can generate a token, which a living process alone does not say.
+
+    It is asked for one where it has nothing to do. While it generates, is paused or sleeps, its
+    loop has to answer; while it is administered, as when weights come in, it may be silent.
+    """
+
+    def __init__(self, one_token: Callable[[Any], Awaitable[None]]) -> None:
+        """one_token: has an engine generate one."""
+        self._one_token = one_token
+        self._num_generating = self._num_administering = 0
+        self._asking: asyncio.Task[str | None] | None = None
+
+    @contextlib.contextmanager
+    def generation(self) -> Iterator[None]:
+        self._num_generating += 1
+        try:
+            yield
+        finally:
+            self._num_generating -= 1
+
+    @contextlib.contextmanager
+    def administration(self) -> Iterator[None]:
+        self._num_administering += 1
+        try:
+            yield
+        finally:
+            self._num_administering -= 1
+
+    async def ailment(self, engine: Any) -> str | None:
+        """Why it cannot; None where it can. Who asks at the same time gets the same answer."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.ensure_future(self._ask(engine))
+        return await asyncio.shield(self._asking)
+
+    async def _ask(self, engine: Any) -> str | None:
+        try:
+            await engine.check_health()
+            async with asyncio.timeout(HEALTH_S):
+                if not self._num_administering and not await self._is_busy(engine):
+                    await self._one_token(engine)
+        except TimeoutError:
+            if not self._num_administering:
+                return f"the engine has generated no token within {HEALTH_S:g} s"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    async def _is_busy(self, engine: Any) -> bool:
+        return await engine.is_sleeping() or self._num_generating > 0
