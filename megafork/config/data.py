@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import Field, field_validator
 
 from megafork.config.section import Positive, Section
 from megafork.errors import UserError
 
 PLACEHOLDER = "{problem}"
+_ESCAPES = {"\b": "b", "\t": "t", "\n": "n", "\f": "f", "\r": "r", "\x1b": "e"}
+"""Characters that TOML's strings in double quotes write with a backslash and a letter"""
+_SWALLOWED = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+    r"|\t(?=(ext(bf|it|tt|rm)?|heta|imes|frac|ilde|au|herefore|riangle)(?![a-z]))"
+    r"|\n(?=(abla|eq|eg|otin|ewline)(?![a-z]))"
+)
+"""Control characters; a tab or new line that TOML made of \\text, \\times, \\neq and the like"""
 
 
 class PromptConfig(Section):
@@ -37,6 +47,22 @@ class PromptConfig(Section):
     def _holds_the_problem(cls, template: str | None) -> str | None:
         if template is not None and PLACEHOLDER not in template:
             raise ValueError(f"must contain {PLACEHOLDER}, where the prompt goes")
+        return template
+
+    @field_validator("template")
+    @classmethod
+    def _holds_no_control_characters(cls, template: str | None) -> str | None:
+        if template is not None and (found := _SWALLOWED.search(template)):
+            rest = template[found.end() : found.end() + 12]
+            fix = "take it out"
+            if letter := _ESCAPES.get(found[0]):
+                fix = (
+                    f"a TOML string in double quotes reads \\{letter} as that; write the "
+                    f"template in single quotes, or double the backslash (\\\\{letter}{rest})"
+                )
+            raise ValueError(
+                f"holds the control character U+{ord(found[0]):04X} before {rest!r}: {fix}"
+            )
         return template
 
     def check(self, *, needs_answers: bool) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 from megafork.config import PromptConfig
 from megafork.config.data import PLACEHOLDER, DataConfig
 from megafork.data.tables import Number, look_up, read_table
-from megafork.data.tokenizer import Turns
+from megafork.data.tokenizer import Tokenizer, Turns
 from megafork.errors import UserError
 
 Encode = Callable[[str | Turns], list[int]]
+_SHOWN = 1500
+"""Characters of a prompt's beginning and of its end that are shown"""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,20 @@ def encode_rows(rows: Sequence[Row], data: PromptConfig, encode: Encode) -> list
             )
         prompts.append(Prompt(index, row.text, row.answer, ids, row.id))
     return prompts
+
+
+def lines_of(prompt: Prompt, tokenizer: Tokenizer) -> list[str]:
+    """The prompt as the model reads it, its special tokens included, for the user to look at.
+
+    Control characters are written as Python writes them, all but the ends of lines; the middle of a
+    long prompt is left out.
+    """
+    text = tokenizer.show(prompt.ids)
+    if len(text) > 2 * _SHOWN:
+        text = f"{text[:_SHOWN]}\n[{len(text) - 2 * _SHOWN} characters]\n{text[-_SHOWN:]}"
+    lines = text.split("\n")
+    shown = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines]
+    return [f"{len(prompt.ids)} tokens", *(f"| {line}" for line in shown)]
 
 
 class PromptStream:

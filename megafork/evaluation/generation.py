@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megafork.config import EvaluateConfig, GenerateConfig, GenerationConfig
-from megafork.data.prompts import Prompt, read_prompts, read_rows
+from megafork.data.prompts import Prompt, lines_of, read_prompts, read_rows
 from megafork.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from megafork.errors import Interrupted, UserError
 from megafork.evaluation.samples import PROMPTS, SampleFile, Settings
@@ -64,7 +64,10 @@ class Input:
 
     def prompts(self, path: str) -> list[Prompt]:
         data = self.config.data
-        return read_prompts(path, data, self.tokenizer.encode_prompt, data.id_key)
+        prompts = read_prompts(path, data, self.tokenizer.encode_prompt, data.id_key)
+        lines = lines_of(prompts[0], self.tokenizer)
+        print("\n".join([f"first prompt of {path}:", *lines]), flush=True)
+        return prompts
 
     def sampling(self) -> Sampling:
         rollout = self.config.rollout

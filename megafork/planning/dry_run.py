@@ -14,7 +14,7 @@ from pathlib import Path
 import tomli_w
 
 from megafork.config import ParallelConfig, TrainConfig
-from megafork.data.prompts import read_prompts
+from megafork.data.prompts import lines_of, read_prompts
 from megafork.data.tokenizer import load_tokenizer
 from megafork.errors import UserError
 from megafork.model.shape import ModelShape
@@ -65,6 +65,7 @@ def rehearse_run(
     sections = {
         "config": [tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)).rstrip()],
         "found": facts.lines(),
+        "first prompt": facts.first_prompt,
         "layout": list(layout(shape, config.parallel, memory.dp, nodes.node.gpus)),
         "memory": list(memory_lines(memory, shape, nodes.node)),
         "time": list(time_lines(time)),
@@ -161,6 +162,8 @@ class _Facts:
     prompts: int
     mean_prompt: int
     longest_prompt: int
+    first_prompt: list[str]
+    """Lines that show it as the model reads it"""
     heldout: int
 
     @classmethod
@@ -180,6 +183,7 @@ class _Facts:
             prompts=len(prompts),
             mean_prompt=round(sum(lengths) / len(lengths)),
             longest_prompt=max(lengths),
+            first_prompt=lines_of(prompts[0], tokenizer),
             heldout=heldout,
         )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megafork.config import TrainConfig
-from megafork.data.prompts import PromptStream, encode_rows, read_both
+from megafork.data.prompts import PromptStream, encode_rows, lines_of, read_both
 from megafork.data.unchanged import identity
 from megafork.errors import OnEveryRank, ServerDied, UserError
 from megafork.evaluation import heldout
@@ -67,6 +67,7 @@ class Front:
         self.data = identity(config.data, rows, heldout)
         """What a checkpoint keeps of the data"""
         prompts = encode_rows(rows, config.data, self.tokenizer.encode_prompt)
+        print("\n".join(["first prompt:", *lines_of(prompts[0], self.tokenizer)]), flush=True)
         self.collector = Collector(
             client=self.client,
             workers=workers.all,

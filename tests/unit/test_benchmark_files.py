@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from megafork.config import BenchmarkConfig, DataConfig, RewardConfig
-from megafork.data.prompts import read_prompts, read_rows
+from megafork.data.prompts import Prompt, lines_of, read_prompts, read_rows
 from megafork.data.tables import stem_of
 from megafork.data.tokenizer import HfTokenizer
 from megafork.errors import UserError
@@ -387,6 +387,22 @@ def test_a_chat_of_several_turns_and_thinking(tmp_path, chat_folder):
         [prompt] = read_prompts(path, data, chat.encode_prompt)
         assert prompt.ids == plain.encode(f"1system>71user>8{end}")
         assert prompt.text == "8"
+
+
+def test_a_prompt_is_shown_as_the_model_reads_it(chat_folder):
+    """Its special tokens, and what a terminal would not show or would act upon."""
+    plain = HfTokenizer(chat_folder)
+    shown = lines_of(Prompt(0, "", "", plain.encode("6*4<eos>8\n")), plain)
+    assert shown == ["6 tokens", "| 6*4<eos>8<unk>"]
+
+    class AsWritten:
+        show = staticmethod("".join)
+
+    text = "a\x08oxed\n\x1b[31m\tb\u202e"
+    [_, first, second] = lines_of(Prompt(0, "", "", list(text)), AsWritten())
+    assert (first, second) == (r"| a\x08oxed", r"| \x1b[31m\tb\u202e")
+    lines = lines_of(Prompt(0, "", "", list("x" * 5000)), AsWritten())
+    assert lines == ["5000 tokens", "| " + "x" * 1500, "| [2000 characters]", "| " + "x" * 1500]
 
 
 def test_thinking_needs_a_template_that_knows_it(chat_folder):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,36 @@ def test_overrides_win_over_the_file_and_are_toml_values(tmp_path):
 
 def test_a_folder_may_be_named_by_a_date():
     assert load("model.path=2024-06-01").model.path == "2024-06-01"
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (r"\boxed{}", r"U+0008 before 'oxed{}': a TOML string in double .* (\\boxed{})"),
+        (r"\frac{1}{2}", r"U+000C before 'rac{1}{2}': .* single quotes, .* (\\frac{1}{2})"),
+        (r"\right)", r"U+000D before 'ight)': .* (\\right))"),
+        (r"\text{it}", r"U+0009 before 'ext{it}': .* (\\text{it})"),
+        (r"2 \times 3", r"U+0009 before 'imes 3': .* (\\times 3)"),
+        (r"x \neq 3", r"U+000A before 'eq 3': .* (\\neq 3)"),
+        (r"\u0000", "U+0000 before '': take it out"),
+        (r"\u009b1m", "U+009B before '1m': take it out"),
+    ],
+)
+def test_a_template_holds_no_control_characters(tmp_path, written, message):
+    path = tmp_path / "c.toml"
+    path.write_text(f'[data]\ntemplate = "{{problem}} {written}"\n')
+    with pytest.raises(UserError, match=re.escape(message).replace(r"\.\*", ".*")):
+        load(path=path)
+    if not written.startswith(r"\u"):
+        path.write_text(f"[data]\ntemplate = '{{problem}} {written}'\n")
+        assert load(path=path).data.template == "{problem} " + written
+
+
+@pytest.mark.parametrize(
+    "template", ["{problem}\nequal or not?\n", "\t{problem}\textra", "A:\tB\t{problem} \\boxed{}"]
+)
+def test_a_template_may_have_lines_and_tabs(template):
+    assert load(f"data.template={json.dumps(template)}").data.template == template
 
 
 def test_the_papers_defaults():

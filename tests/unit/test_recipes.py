@@ -273,6 +273,8 @@ def test_the_command_starts_nothing_and_writes_nothing(tmp_path):
     done = forked_megafork("train", config, f"run.dir={run}", "--dry-run", mark=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "46 tensors in" in done.stdout and "prompts   4096; " in done.stdout
+    first = json.loads((QUICKSTART / "data" / "train.jsonl").read_text().splitlines()[0])["prompt"]
+    assert f"# first prompt\n{len(first)} tokens\n| {first}\n" in done.stdout
     assert list(tmp_path.iterdir()) == []
     assert left_over(tmp_path) == []
 
