@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +28,7 @@ class Board(Protocol):
 
     def set(self, key: str, value: str) -> object: ...
     def get(self, key: str) -> bytes: ...
-    def check(self, keys: Sequence[str]) -> bool: ...
+    def check(self, keys: list[str]) -> bool: ...
     def add(self, key: str, amount: int) -> int: ...
 
 
@@ -46,7 +46,7 @@ class FileBoard:
     def get(self, key: str) -> bytes:
         return self._path(key).read_bytes()
 
-    def check(self, keys: Sequence[str]) -> bool:
+    def check(self, keys: list[str]) -> bool:
         return all(self._path(key).exists() for key in keys)
 
     def add(self, key: str, amount: int) -> int:

@@ -7,12 +7,13 @@ answer is given on import, and so is the address at which their torch.distribute
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import logging
 import sys
 from typing import Any
 
-from torch.distributed import TCPStore, rendezvous
+from torch.distributed import TCPStore
 
 from megafork.rendezvous import listening_store
 
@@ -36,7 +37,9 @@ def _store(host_name: str, port: int, *, is_master: bool, **options: Any) -> TCP
 
 
 importlib.metadata.version = _version  # type: ignore[assignment]
-rendezvous.TCPStore = _store  # type: ignore[assignment, misc]
+# The package has a function of the module's name in its place.
+_rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")
+_rendezvous.TCPStore = _store
 
 
 class _NoFault(logging.Filter):

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 import torch
@@ -213,6 +214,13 @@ def test_every_route_but_health_demands_the_key(running):
     assert running.client.health()
     command_lines = [p.cmdline() for p in members(running.server.process_group)]
     assert running.server.api_key not in str(command_lines)
+
+
+def test_a_server_listens_on_this_machine_alone(running):
+    """All of its processes, on whatever port."""
+    processes = members(running.server.process_group)
+    sockets = [s for process in processes for s in process.net_connections("inet")]
+    assert {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
 
 
 # -------------------------------------------------------------------- in the middle
