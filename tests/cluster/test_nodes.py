@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import re
@@ -18,6 +19,8 @@ import pytest
 from megafork.config import ParallelConfig
 from megafork.errors import Interrupted, UserError
 from megafork.interruption import INTERRUPTED, STOP_FILE, Interruption
+from megafork.launch import ENDPOINT
+from megafork.launch import Machines as Launched
 from megafork.nodes.plan import LOST
 from megafork.parallel.ports import free_port
 from megafork.parallel.topology import initialize
@@ -314,3 +317,38 @@ def wrong_address():
 
 def test_a_wrong_address_is_named():
     run_ranks(2, wrong_address)
+
+
+@pytest.mark.slow
+def test_ranks_of_two_machines_meet_at_one_address(tmp_path):
+    """Started as guards start them; the store listens at the endpoint's address alone."""
+    rows = [{"prompt_ids": [4, 5], "response_ids": [6, 7, 8]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    endpoint = f"127.0.0.1:{free_port()}"
+    launchers = []
+    for this in (1, 0):
+        machines = Launched(2, this, 1, str(tmp_path / "logs"))
+        variables = machines.environment() | {ENDPOINT: endpoint, "GLOO_SOCKET_IFNAME": "lo"}
+        command = ["score", "--model", QUICKSTART / "model", "--input", tmp_path / "in.jsonl"]
+        command += ["--output", tmp_path / "out.jsonl", "parallel.tp=2", "model.dtype=float32"]
+        launchers.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "megafork", *map(str, command)],
+                cwd=ROOT,
+                env=environment(tmp_path) | variables,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    heads_sockets = set()
+    while launchers[1].poll() is None:
+        with contextlib.suppress(psutil.Error):
+            found = psutil.Process(launchers[1].pid).net_connections("inet")
+            heads_sockets |= {tuple(s.laddr) for s in found if s.status == psutil.CONN_LISTEN}
+        time.sleep(0.05)
+    told = [launcher.communicate(timeout=120)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], told
+    assert heads_sockets == {("127.0.0.1", int(endpoint.rpartition(":")[2]))}
+    [row] = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(row["logprobs"]) == 3
+    assert left_over(tmp_path) == []

@@ -223,6 +223,38 @@ def test_a_server_listens_on_this_machine_alone(running):
     assert {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
 
 
+def test_a_malformed_request_is_refused_and_the_engine_goes_on(running):
+    """Before the engine sees it: a token of 1.5 would stop it for good."""
+    url, key = running.server.url, {"Authorization": f"Bearer {running.server.api_key}"}
+    good = Sampling(max_tokens=3).request_body(SHORT_PROMPT, 1, None, request_id="malformed")
+    params = good["sampling_params"]
+    for wrong in (
+        *({"prompt_ids": prompt} for prompt in ([1.5], [True], ["5"], [[5]], [None], [-1], [])),
+        *({"prompt_ids": prompt} for prompt in ([VOCAB], [2**40], {"0": 5}, "5", 5, None)),
+        *({"request_id": name} for name in (1, None, [], "")),
+        *({"sampling_params": params | {"max_tokens": value}} for value in (1.5, "3", 0, None)),
+        *({"sampling_params": params | {"n": value}} for value in (0, 1.5, True, 10**9)),
+        {"sampling_params": params | {"seed": 2**70}},
+        {"sampling_params": params | {"stop_token_ids": [1.5]}},
+        {"sampling_params": params | {"unknown": 1}},
+        {"sampling_params": []},
+        {"unknown": 1},
+    ):
+        reply = requests.post(
+            f"{url}/megafork/generate", json=good | wrong, headers=key, timeout=30
+        )
+        assert reply.status_code == 400, (wrong, reply.text)
+    for content in (b"", b"[", b"null", b"[" * 50_000):
+        reply = requests.post(f"{url}/megafork/generate", data=content, headers=key, timeout=30)
+        assert reply.status_code == 400, content[:9]
+    for route in ("/collective_rpc", "/v1/completions", "/server_info", "/metrics", "/docs"):
+        reply = requests.post(url + route, json={"method": "x"}, headers=key, timeout=30)
+        assert reply.status_code == 404, route
+    assert requests.get(f"{url}/health", timeout=30).status_code == 200
+    [response] = running.generate(SHORT_PROMPT, 1, Sampling(max_tokens=3))
+    assert len(response.token_ids) == 3
+
+
 # -------------------------------------------------------------------- in the middle
 
 LONG = Sampling(max_tokens=250)
