@@ -66,6 +66,14 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def tells() -> bool:
+    """Whether this process says what every rank finds: the one that starts them, or rank 0 of a
+    world that somebody else started."""
+    if not under_torchrun():
+        return True
+    return _LAUNCHER not in os.environ and os.environ["RANK"] == "0"
+
+
 def launch_ranks(parallel: ParallelConfig, arguments: list[str], run_dir: str = "") -> int:
     """Run `python -m megafork ARGUMENTS` on parallel.world_size ranks of this machine.
 

@@ -14,7 +14,7 @@ from megafork.data.tokenizer import check_tokenizer
 from megafork.data.unchanged import check_unchanged, identity
 from megafork.disk import refuse_links
 from megafork.errors import UserError
-from megafork.launch import under_torchrun
+from megafork.launch import tells
 from megafork.lock import refuse_held
 from megafork.model.hf_config import read_json
 from megafork.model.shape import ModelShape
@@ -27,9 +27,9 @@ _TRUNCATING = {"top_k": (None, 0, -1), "top_p": (None, 1, 1.0), "min_p": (None, 
 
 
 def check_start(config: TrainConfig, *, resume: bool) -> None:
-    """`check_train`, then the weights, which under torchrun each rank checks when it loads them."""
+    """`check_train`, then the weights, once; each rank checks them again when it loads them."""
     check_train(config, resume=resume)
-    if not under_torchrun():
+    if tells():
         check_folders(config)
 
 
@@ -59,8 +59,8 @@ def check_train(config: TrainConfig, *, resume: bool = False) -> None:
         check_unchanged(Path(config.run.dir), config.data, identity(config.data, *rows))
     check_verifiers(config.reward.verifiers)
     check_server(config.rollout)
-    check_ends(config, shape, end, tell=not under_torchrun())
-    if not under_torchrun():
+    check_ends(config, shape, end, tell=tells())
+    if tells():
         _tell_ignored_sampling(Path(config.model.path))
 
 
@@ -126,7 +126,7 @@ def check_score(config: ScoreConfig, input_path: Path, output_path: Path) -> Non
         raise UserError(f"--input {input_path} does not exist")
     if not output_path.parent.is_dir():
         raise UserError(f"--output {output_path}: the folder {output_path.parent} does not exist")
-    if not under_torchrun():
+    if tells():
         from megafork.model.hf_model import check_folder
 
         check_folder(config.model.path)

@@ -462,6 +462,23 @@ def test_who_ends_a_response(tmp_path, capsys, case):
 
 
 @pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True),  # torchrun's, which somebody else started
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MEGAFORK_LAUNCHER_PID": "1"}, False),
+    ],
+)
+def test_one_process_tells(tmp_path, capsys, monkeypatch, variables, told):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    folder = model_with(tmp_path, config=[1, 22])
+    check_train(train_config(tmp_path, f"model.path={folder}"))
+    assert ("config.json has the end 22" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize(
     ("eos", "message"),
     [
         (None, "neither generation_config.json nor config.json names an eos_token_id"),
