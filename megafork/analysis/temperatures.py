@@ -102,14 +102,11 @@ def table(evaluations: Sequence[Evaluation]) -> list[Row]:
 
 
 def _of_differences(values: Sequence[float]) -> metrics.Estimate:
-    """`metrics.estimate` is made for 0..1, differences lie in -1..1."""
-    found = metrics.estimate([(value + 1) / 2 for value in values])
-
-    def back(value: float | None) -> float | None:
-        return None if value is None else 2 * value - 1
-
-    error = None if found.standard_error is None else 2 * found.standard_error
-    return metrics.Estimate(2 * found.value - 1, back(found.low), back(found.high), error)
+    """Of differences, which lie in -1..1: Student's t, cut to what is possible."""
+    found = metrics.estimate(values, is_share=False)
+    if found.low is None or found.high is None:
+        return found
+    return replace(found, low=max(-1.0, found.low), high=min(1.0, found.high))
 
 
 def draw(rows: Sequence[Row], about: dict[str, Any], path: Path) -> None:

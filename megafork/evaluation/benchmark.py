@@ -45,9 +45,7 @@ from megafork.rewards.names import check_verifiers
 from megafork.rewards.verifier import Judge
 from megafork.rollout.sampling import Completion
 
-_INTERVAL = (
-    "95%: Student's t over problems, cut to the possible; Clopper-Pearson where all are 0 or 1"
-)
+_INTERVAL = "95%, for new problems of the kind: docs/evaluation.md; of lengths Student's t"
 _ROWS_AT_ONCE = 1024
 Results = dict[str, Any]
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy
 
-CONFIDENCE = 0.95
+from megafork.evaluation.intervals import CONFIDENCE, share_interval, t_quantile
+
 EXACT_SAMPLES = 128
 """Up to as many samples of a problem maj@k is computed exactly."""
 _DRAWS = 4096
@@ -23,7 +23,7 @@ _DRAWS = 4096
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems with its 95% interval (Student's t over problems, cut to [0, bound])."""
+    """A mean over problems with its 95% interval for new problems of the kind."""
 
     value: float
     low: float | None
@@ -36,11 +36,11 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(values: Sequence[float], *, upper: float | None = 1.0) -> Estimate:
-    """Mean of one number for each problem. upper: the largest possible (None: there is none).
+def estimate(values: Sequence[float], *, is_share: bool = True) -> Estimate:
+    """Mean of one number for each problem.
 
-    Where all problems agree on 0 or on `upper`, t's interval would have no width; Clopper and
-    Pearson's for as many trials without (or with nothing but) success is given.
+    is_share: the numbers lie between 0 and 1, and the interval is `share_interval`'s; else it is
+    Student's t.
     """
     count = len(values)
     if count == 0:
@@ -50,16 +50,11 @@ def estimate(values: Sequence[float], *, upper: float | None = 1.0) -> Estimate:
         return Estimate(mean, None, None, None)
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     error = math.sqrt(variance / count)
+    if is_share:
+        low, high = share_interval(values)
+        return Estimate(mean, min(low, mean), max(high, mean), error)
     margin = t_quantile(0.5 + CONFIDENCE / 2, count - 1) * error
-    low, high = max(0.0, mean - margin), mean + margin
-    if upper is not None:
-        high = min(upper, high)
-        extreme = ((1 - CONFIDENCE) / 2) ** (1 / count)
-        if all(value == 0 for value in values):
-            high = upper * (1 - extreme)
-        elif all(value == upper for value in values):
-            low = upper * extreme
-    return Estimate(mean, low, high, error)
+    return Estimate(mean, mean - margin, mean + margin, error)
 
 
 def sampling_error(accuracies: Sequence[Sequence[float]]) -> float | None:
@@ -73,34 +68,6 @@ def sampling_error(accuracies: Sequence[Sequence[float]]) -> float | None:
             return None
         variances.append(float(numpy.var(scores, ddof=1)) / len(scores))
     return math.sqrt(math.fsum(variances)) / len(accuracies)
-
-
-@lru_cache
-def t_quantile(probability: float, degrees: int) -> float:
-    """Of Student's t, by bisection; `probability` above 0.5. Normal beyond 10,000 degrees."""
-    low, high = 0.0, 1.0
-    while _t_cdf(high, degrees) < probability:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_cdf(middle, degrees) < probability else (low, middle)
-    return (low + high) / 2
-
-
-def _t_cdf(t: float, degrees: int) -> float:
-    """For t >= 0. Abramowitz and Stegun 26.7.3 and 26.7.4, finite sums."""
-    if degrees > 10_000:
-        return 0.5 + 0.5 * math.erf(t / math.sqrt(2))
-    angle = math.atan(t / math.sqrt(degrees))
-    sine, square = math.sin(angle), math.cos(angle) ** 2
-    is_odd = degrees % 2
-    term = math.cos(angle) if is_odd else 1.0
-    total = 0.0 if degrees == 1 else term
-    for i in range(3 if is_odd else 2, degrees - 1, 2):
-        term *= square * (i - 1) / i
-        total += term
-    inside = 2 / math.pi * (angle + sine * total) if is_odd else sine * total
-    return 0.5 + inside / 2
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
@@ -229,7 +196,8 @@ def majorities(problems: Sequence[Sequence[Scored]], k: int) -> tuple[Estimate, 
 
 def mean_length(problems: Sequence[Sequence[Scored]]) -> Estimate:
     """Tokens of a response."""
-    return _over(problems, lambda samples: _mean(s.length for s in samples), upper=None)
+    found = _over(problems, lambda samples: _mean(s.length for s in samples), is_share=False)
+    return found if found.low is None else replace(found, low=max(0.0, found.low))
 
 
 def truncated_fraction(problems: Sequence[Sequence[Scored]]) -> Estimate:
@@ -241,9 +209,9 @@ def _over(
     problems: Sequence[Sequence[Scored]],
     value: Callable[[Sequence[Scored]], float],
     *,
-    upper: float | None = 1.0,
+    is_share: bool = True,
 ) -> Estimate:
-    return estimate([value(samples) for samples in problems], upper=upper)
+    return estimate([value(samples) for samples in problems], is_share=is_share)
 
 
 def _mean(values: Any) -> float:

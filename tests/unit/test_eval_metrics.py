@@ -8,14 +8,24 @@ import random
 from collections import Counter
 from fractions import Fraction
 
+import mpmath
 import numpy
 import pytest
 
 from megafork.answers.comparison import canonical_answer
 from megafork.config import RewardConfig
 from megafork.evaluation import metrics
-from megafork.evaluation.metrics import Scored, majority_at_k, pass_at_k, t_quantile
+from megafork.evaluation.intervals import beta_cdf, covers, share_interval, t_quantile
+from megafork.evaluation.metrics import Scored, majority_at_k, pass_at_k
 from megafork.evaluation.votes import vote
+from tools.benchmark_intervals import (
+    ACCURACIES,
+    CONCENTRATIONS,
+    PROBLEMS,
+    SAMPLES,
+    draw,
+    students,
+)
 
 ROUNDING = 1e-12  # sums of a few hundred float64 products
 
@@ -156,12 +166,83 @@ def test_intervals_are_those_of_a_bootstrap_over_problems(metric):
     assert found.standard_error == pytest.approx(means.std(), rel=0.03)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
-    """30 problems, as AIME has, drawn from a known distribution of difficulties (mean 0.4)."""
-    generator = numpy.random.default_rng(1)
-    found = [metrics.avg_at_k(problems_of(generator, 30, 4)) for _ in range(1000)]
-    covered = numpy.mean([each.low <= 0.4 <= each.high for each in found])
-    assert 0.925 < covered < 0.975  # 95% within three standard errors of 1000 trials, and t's own
+REPETITIONS = 2000
+FOUR_ERRORS = 4 * math.sqrt(0.93 * 0.07 / REPETITIONS)  # of the simulation
+CELLS = [
+    # problems, samples, accuracy, concentration
+    (30, 1, 0.01, 1.0),
+    (30, 4, 0.01, 1.0),
+    (30, 64, 0.01, math.inf),
+    (30, 16, 0.05, 0.3),
+    (30, 4, 0.4, 1.5),
+    (30, 64, 0.99, 1.0),
+    (50, 1, 0.01, 1.0),
+    (100, 4, 0.9, 4.0),
+    (100, 64, 0.25, 1.0),
+    (100, 1, 0.5, 1.0),
+    (500, 64, 0.02, 1.0),
+    (500, 16, 0.05, 1.5),
+    (500, 1, 0.95, 1.0),
+]
+
+
+def coverage(cell, seed=0):
+    problems, samples, accuracy, _ = cell
+    generator = numpy.random.default_rng([seed, problems, samples])
+    return covers(draw(generator, REPETITIONS, *cell), accuracy).mean()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_intervals_hold_the_truth_as_often_as_they_say(cell):
+    """New problems, whose difficulty is drawn from a Beta distribution of known mean."""
+    problems, _, accuracy, _ = cell
+    found = coverage(cell)
+    assert found > 0.93 - FOUR_ERRORS
+    if problems * accuracy * (1 - accuracy) >= 10:
+        assert found < 0.97 + FOUR_ERRORS
+
+
+def test_students_interval_would_not_have_held_the_rare():
+    """What the interval was: at 1% accuracy 30 problems often have no right sample, or one."""
+    generator = numpy.random.default_rng(0)
+    shares = draw(generator, REPETITIONS, 30, 64, 0.01, 1.0)
+    low, high = students(shares)
+    assert numpy.mean((low <= 0.01) & (high >= 0.01)) < 0.8 < 0.93 < covers(shares, 0.01).mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problems", PROBLEMS)
+def test_intervals_hold_the_truth_over_the_whole_table(problems):
+    """Of 200 shapes a cell some would be 4 errors off by chance alone: once drawn anew, they have
+    to hold."""
+    wrong = []
+    for cell in itertools.product([problems], SAMPLES, ACCURACIES, CONCENTRATIONS):
+        highest = 0.97 if problems * cell[2] * (1 - cell[2]) >= 10 else 1.0
+        found = coverage(cell)
+        if not 0.93 <= found <= highest:
+            found = (found + coverage(cell, seed=1) + coverage(cell, seed=2)) / 3
+            if not 0.93 - FOUR_ERRORS / 3 <= found <= highest + FOUR_ERRORS / 3:
+                wrong.append((cell, found))
+    assert wrong == []
+
+
+def test_the_interval_says_what_covers_says():
+    generator = numpy.random.default_rng(3)
+    for problems, samples, accuracy in ((2, 4, 0.5), (30, 8, 0.02), (60, 4, 0.97), (200, 16, 0.3)):
+        shares = draw(generator, 20, problems, samples, accuracy, 1.0)
+        for row in shares:
+            low, high = share_interval(row)
+            assert 0 <= low <= row.mean() <= high <= 1
+            for truth in (low - 1e-6, low + 1e-6, high - 1e-6, high + 1e-6):
+                if 0 < truth < 1:
+                    assert covers(row[None], truth)[0] == (low < truth < high)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.5, 0.5), (1, 30), (3.7, 900.2), (400.5, 1600), (0.01, 4)])
+def test_the_beta_distribution_is_mpmaths(a, b):
+    for x in (1e-6, 0.001, 0.03, 0.2, 0.5, 0.9, 1 - 1e-6):
+        exact = float(mpmath.betainc(a, b, 0, x, regularized=True))
+        assert float(beta_cdf(x, a, b)) == pytest.approx(exact, abs=1e-9)
 
 
 def test_the_sampling_error_is_that_of_drawing_the_samples_anew():
@@ -185,10 +266,10 @@ def test_where_all_problems_agree_the_interval_still_has_a_width():
 
 
 def test_an_interval_by_hand():
-    """Mean 0.5, variance 0.26 / 2, t of two degrees 4.3027; below 0 there is nothing."""
-    found = metrics.estimate([0.2, 0.4, 0.9], upper=None)
+    """Mean 0.5, variance 0.26 / 2, t of two degrees 4.3027."""
+    found = metrics.estimate([0.2, 0.4, 0.9], is_share=False)
     assert found.standard_error == pytest.approx((0.13 / 3) ** 0.5)
-    assert found.low == 0
+    assert found.low == pytest.approx(0.5 - 4.3027 * (0.13 / 3) ** 0.5, abs=1e-4)
     assert found.high == pytest.approx(0.5 + 4.3027 * (0.13 / 3) ** 0.5, abs=1e-4)
 
 
