@@ -269,7 +269,7 @@ def _text_of(text: str, place: int, command: str) -> tuple[int, list[Mark]]:
     if depth:
         raise Unreadable(f"{command}{{ is not closed")
     content = text[place : end - 1]
-    if command[1:] in WITH_ARGUMENT:
+    if command[1:] in WITH_ARGUMENT or not content.strip(" ~"):
         return end, []
     words = " ".join(re.sub(r"\\[,;: ]|~|\$", " ", content).split())
     if words in ("e", "i") or (len(words) == 1 and words.isalpha() and command in _LETTERS):
