@@ -229,7 +229,7 @@ def test_intervals_hold_the_truth_over_the_whole_table(problems):
 def test_the_interval_says_what_covers_says():
     generator = numpy.random.default_rng(3)
     for problems, samples, accuracy in ((2, 4, 0.5), (30, 8, 0.02), (60, 4, 0.97), (200, 16, 0.3)):
-        shares = draw(generator, 20, problems, samples, accuracy, 1.0)
+        shares = draw(generator, 4, problems, samples, accuracy, 1.0)
         for row in shares:
             low, high = share_interval(row)
             assert 0 <= low <= row.mean() <= high <= 1
