@@ -14,7 +14,7 @@ from megafork.data.tokenizer import check_tokenizer
 from megafork.data.unchanged import check_unchanged, identity
 from megafork.disk import refuse_links
 from megafork.errors import UserError
-from megafork.launch import tells
+from megafork.launch import tells, under_torchrun
 from megafork.lock import refuse_held
 from megafork.model.hf_config import read_json
 from megafork.model.shape import ModelShape
