@@ -212,8 +212,11 @@ def test_every_route_but_health_demands_the_key(running):
                 assert reply.status_code == 401, (method, route)
     assert not RolloutClient(url, "wrong").health()
     assert running.client.health()
-    command_lines = [p.cmdline() for p in members(running.server.process_group)]
-    assert running.server.api_key not in str(command_lines)
+    processes = members(running.server.process_group)
+    assert running.server.api_key not in str([process.cmdline() for process in processes])
+    sockets = [s for process in processes for s in process.net_connections("inet")]
+    listening = {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}
 
 
 def test_a_server_listens_on_this_machine_alone(running):
