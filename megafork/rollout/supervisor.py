@@ -10,19 +10,23 @@ does not reach it). The group is ended, TERM first and KILL after a grace period
 - the server exits by itself, leaving engine or worker processes behind,
 - the supervisor gets SIGTERM or SIGINT.
 
-The last KILL hits the supervisor too, so nothing of the group is left. Standard library only.
+The last KILL hits the supervisor too, so nothing of the group is left; before it goes the folder of
+the server's sockets and temporary files. Standard library only.
 """
 
 from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 GRACE_S = 5.0  # between TERM and KILL
+FOLDER = "MEGAFORK_SERVER_FOLDER"
+"""Names what is removed with the server"""
 _POLL_S = 0.25
 
 
@@ -48,6 +52,8 @@ def _end_group(server: subprocess.Popen) -> None:
         time.sleep(_POLL_S)  # its children got the same TERM
     except subprocess.TimeoutExpired:
         pass
+    if folder := os.environ.get(FOLDER):
+        shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 

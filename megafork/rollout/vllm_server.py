@@ -22,7 +22,7 @@ from megafork.errors import UserError
 from megafork.parallel.addresses import LOOPBACK, loopback_interface
 from megafork.parallel.ports import free_port
 from megafork.rollout.client import RolloutClient
-from megafork.rollout.supervisor import GRACE_S
+from megafork.rollout.supervisor import FOLDER, GRACE_S
 
 _PLUGINS = "megafork.rollout.vllm_plugins"
 _TWO_TEMPERATURES = "megafork.rollout.vllm_temperatures:TwoTemperatureProcessor"
@@ -247,6 +247,7 @@ class VllmServer:
             "GLOO_SOCKET_IFNAME": loopback_interface(),
             "VLLM_RPC_BASE_PATH": str(imports),  # their sockets, in a folder of this user alone
             "TMPDIR": str(imports),
+            FOLDER: str(imports),
             "PYTHONPATH": os.pathsep.join(
                 filter(None, [str(imports), os.environ.get("PYTHONPATH")])
             ),

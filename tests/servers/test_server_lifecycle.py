@@ -24,7 +24,7 @@ from megafork.rollout.sampling import (
     decode_completions,
     encode_completions,
 )
-from megafork.rollout.supervisor import GRACE_S
+from megafork.rollout.supervisor import FOLDER, GRACE_S
 from megafork.rollout.vllm_server import VllmServer
 from tests.helpers.commands import ROOT, gone_within, members
 from tests.helpers.reference import save_model
@@ -145,7 +145,14 @@ def start_supervisor(script: str, stdout: int, grace_s: float = GRACE_S) -> subp
 
 
 @pytest.mark.parametrize("how", ["pipe", "signal"])
-def test_the_supervisor_kills_what_ignores_term(how):
+def test_the_supervisor_kills_what_ignores_term(how, tmp_path, monkeypatch):
+    """And leaves nothing of the server's folder, whoever made it."""
+    folder, kept = tmp_path / "server", tmp_path / "kept"
+    folder.mkdir()
+    kept.mkdir()
+    (folder / "socket").touch()
+    (folder / "megafork").symlink_to(kept)
+    monkeypatch.setenv(FOLDER, str(folder))
     script = "trap '' TERM; sleep 300 & sleep 300"
     supervisor = start_supervisor(script, subprocess.DEVNULL, grace_s=0.5)
     while len(members(supervisor.pid)) < 4:
@@ -157,6 +164,7 @@ def test_the_supervisor_kills_what_ignores_term(how):
         supervisor.terminate()
     assert gone_within(supervisor.pid, 10)
     supervisor.wait()
+    assert list(tmp_path.iterdir()) == [kept]
 
 
 def test_the_supervisor_sweeps_up_after_a_server_that_exits():
