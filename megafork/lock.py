@@ -127,7 +127,10 @@ def _taken(path: Path, setting: str) -> int:
             if is_free is False and (holder is None or holder.is_of_this_machine):
                 raise _in_use(path, setting, holder)
             if holder is not None and (is_free is None or not holder.is_of_this_machine):
-                _wait_until_stale(path, setting, holder, os.fstat(descriptor).st_mtime)
+                touched = os.fstat(descriptor).st_mtime
+                _wait_until_stale(path, setting, holder, touched)
+                if is_free is False and not _stays(descriptor, touched):
+                    continue  # somebody here takes it at this moment
             if _is_at(path, descriptor):  # else its holder has just removed it
                 stack.pop_all()
                 return descriptor
@@ -148,6 +151,16 @@ def _wait_until_stale(path: Path, setting: str, holder: Holder, touched: float) 
             print(f"{path}: is {holder.told()}, still there?", file=sys.stderr, flush=True)
             told = True
         time.sleep(_LOOK_S)
+
+
+def _stays(descriptor: int, touched: float) -> bool:
+    """Whether nobody writes into a stale file whose lock is held: the lock outlived its machine."""
+    deadline = time.monotonic() + 2 * _BEAT_S
+    while time.monotonic() < deadline:
+        if os.fstat(descriptor).st_mtime != touched:
+            return False
+        time.sleep(_LOOK_S)
+    return True
 
 
 def _beat(path: Path, descriptor: int, holder: Holder, ended: threading.Event) -> None:

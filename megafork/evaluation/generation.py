@@ -28,9 +28,10 @@ from megafork.rewards.names import check_answers
 from megafork.rollout.background import BackgroundLoop
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.ends import check_ends, stop_token_ids
-from megafork.rollout.engine import Served, api_key_of, check_server, log_paths, start_here
+from megafork.rollout.engine import Served, api_key_of, check_server, start_here
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.sampling import Completion, Sampling
+from megafork.rollout.vllm_server import log_paths
 
 Rows = list[dict[str, Any]]
 MakeRows = Callable[[Prompt, list[Completion]], Awaitable[Rows]]

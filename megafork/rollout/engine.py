@@ -269,13 +269,6 @@ def start_here(
     )
 
 
-def log_paths(log: Path, num_servers: int) -> list[Path]:
-    """`log` of one server; of several with their numbers."""
-    if num_servers == 1:
-        return [log]
-    return [log.with_name(f"{log.stem}-{i}{log.suffix}") for i in range(num_servers)]
-
-
 def build_server(
     served: Served,
     rollout: ServerConfig,

@@ -300,6 +300,13 @@ def _last_error(log_path: Path, num_lines: int = 12) -> str:
     return "\n  ".join([causes[0] if causes else "no error in its log", *bare[-num_lines:]])
 
 
+def log_paths(log: Path, num_servers: int) -> list[Path]:
+    """`log` of one server; of several with their numbers."""
+    if num_servers == 1:
+        return [log]
+    return [log.with_name(f"{log.stem}-{i}{log.suffix}") for i in range(num_servers)]
+
+
 def cpu_threads(asked: int | None, num_servers: int) -> int:
     """Threads of each of a machine's servers on its CPU: `asked`, the user's, or their share."""
     of_user = os.environ.get("OMP_NUM_THREADS", "").partition(",")[

@@ -13,8 +13,9 @@ from megafork.interruption import Interruption
 from megafork.parallel.addresses import own_address
 from megafork.parallel.topology import Topology
 from megafork.rollout.client import RolloutClient
-from megafork.rollout.engine import LocalServers, api_key_of, log_paths, served_policy, start_here
+from megafork.rollout.engine import LocalServers, api_key_of, served_policy, start_here
 from megafork.rollout.fleet import Fleet
+from megafork.rollout.vllm_server import log_paths
 from megafork.weight_sync.push import is_local
 
 

@@ -12,7 +12,8 @@ from megafork.config import ServerConfig
 from megafork.errors import UserError
 from megafork.rollout import engine as engine_module
 from megafork.rollout.client import RolloutClient
-from megafork.rollout.engine import Served, log_paths, start_here
+from megafork.rollout.engine import Served, start_here
+from megafork.rollout.vllm_server import log_paths
 from tests.helpers.commands import QUICKSTART, gone_within, members
 from tests.helpers.rollout_servers import stand_in_for_python, wait_for
 

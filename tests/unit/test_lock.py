@@ -185,13 +185,22 @@ def test_who_was_started_by_the_holder_is_let_in(tmp_path):
     assert outcome.value == 1
 
 
-def race(folder, start, winners):
+RACERS = 8
+
+
+def race(folder, start, winners, losers):
+    """Who wins holds the lock until all others have lost."""
     os.environ.pop(HELD, None)
     start.wait()
-    with contextlib.suppress(UserError), held(folder, "run.dir"):
-        with winners.get_lock():
-            winners.value += 1
-        time.sleep(0.5)
+    try:
+        with held(folder, "run.dir"):
+            with winners.get_lock():
+                winners.value += 1
+            for _ in range(RACERS - 1):
+                if not losers.acquire(timeout=60):  # two have won
+                    return
+    except UserError:
+        losers.release()
 
 
 @pytest.mark.parametrize("left", ["nothing", "a stale one", "a dead one's"])
@@ -200,8 +209,9 @@ def test_of_many_at_once_one_wins(tmp_path, left):
         elsewhere(tmp_path, OLD)
     elif left == "a dead one's":
         (tmp_path / NAME).write_text(json.dumps(asdict(Holder.this_process())))
-    winners, start = FORK.Value("i"), FORK.Barrier(8)
-    racers = [FORK.Process(target=race, args=(tmp_path, start, winners)) for _ in range(8)]
+    winners, losers, start = FORK.Value("i"), FORK.Semaphore(0), FORK.Barrier(RACERS)
+    arguments = tmp_path, start, winners, losers
+    racers = [FORK.Process(target=race, args=arguments) for _ in range(RACERS)]
     for racer in racers:
         racer.start()
     for racer in racers:
