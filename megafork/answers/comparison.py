@@ -14,7 +14,7 @@ from megafork.answers.reader import read
 from megafork.answers.values import Value, canonical, equal
 
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,300}(?:\.[0-9]{1,300})?")
-_EULERS = re.compile(r"(?<![0-9.])([0-9]+)e(?=[+-][0-9](?![0-9.]))")
+_EULERS = re.compile(r"(?<![0-9.])((?!1e)[0-9]+)e(?=[+-][0-9](?![0-9.]))")
 _AROUND = re.compile(r"(?:\\[,;:! ()]|\\\[(?!\d)|[\s$~])+")
 
 

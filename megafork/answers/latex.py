@@ -111,9 +111,14 @@ def spelled(nodes: Nodes) -> str:
     return " ".join(
         f"{node.opener} {spelled(node.inner)} {node.closer}"
         if isinstance(node, Group)
-        else (written(node.value) if node.kind == "number" else node.text)
+        else (written(node.value) if _is_plain_number(node) else node.text)
         for node in nodes
     )
+
+
+def _is_plain_number(mark: Mark) -> bool:
+    """Not one with a zero in front, as the minutes of 9:05 have."""
+    return mark.kind == "number" and re.match(r"0\d", mark.text) is None
 
 
 def _closers_of(opener: str) -> tuple[str, ...]:

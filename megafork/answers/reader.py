@@ -36,6 +36,8 @@ from megafork.answers.values import (
     union,
 )
 
+_NO_NAMES = ("\\pi", "\\infty", "\\circ", "\\degree", "\\cdot", "\\times", "!", "\\%", "\\$")
+_REALS = ("\\mathbb { R }", "\\mathbb R", "\\reals")
 _RELATIONS = {"=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!="}
 _TURNED = {"=": "=", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
 _NO_SOLUTION = frozenset(("no solution", "no solutions", "empty set", "null set"))
@@ -203,13 +205,16 @@ def _is_name(nodes: Nodes) -> bool:
     marks = flat(nodes)
     if any(mark.kind == "number" or (is_sign(mark, ",") and len(nodes) > 1) for mark in marks):
         return False
-    letters = {mark.text for mark in marks if mark.kind in ("letter", "name")}
+    named = [mark.text for mark in marks if mark.kind in ("letter", "name")]
+    letters = set(named)
+    if len(named) > len(letters):  # x x = 2
+        return False
     if letters <= {"e", "i"} and not any(mark.kind in ("text", "command") for mark in marks):
         return False
     is_formula = any(is_sign(mark, "+", "-", "/", "*", "^", *_STRUCTURE) for mark in marks)
     if is_formula:
         return len(letters) > 1 and not is_sign(nodes[0], "-")
-    return not any(is_sign(mark, "\\pi", "\\infty", "!", "\\%", "\\$") for mark in marks)
+    return not any(is_sign(mark, *_NO_NAMES) for mark in marks)
 
 
 def _name(nodes: Nodes) -> str:
@@ -305,7 +310,7 @@ def _special(nodes: Nodes) -> Value | None:
     match spelled(nodes):
         case "\\emptyset" | "\\{  \\}":
             return EMPTY
-        case "\\mathbb { R }" | "\\mathbb R" | "\\reals" | "\\Bbb { R }":
+        case text if text in _REALS:
             return ALL
     return None
 
@@ -314,7 +319,10 @@ def _set(inner: Nodes) -> Value:
     for at, node in enumerate(inner):
         if is_sign(node, "|", "\\mid", ":"):
             condition = _answer(inner[at + 1 :])
-            if not isinstance(condition, Named) or condition.name != spelled(inner[:1]):
+            if not isinstance(condition, Named) or spelled(inner[:at]) not in (
+                condition.name,
+                *(f"{condition.name} \\in {reals}" for reals in _REALS),
+            ):
                 raise Unreadable("a set by a condition")
             return as_set(condition)
     value = _answer(inner)
