@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from megafork.errors import UserError
+from megafork.parallel.ports import free_port
 from megafork.rollout import client as client_module
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.sampling import (
@@ -165,6 +167,28 @@ def test_the_supervisor_kills_what_ignores_term(how, tmp_path, monkeypatch):
     assert gone_within(supervisor.pid, 10)
     supervisor.wait()
     assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_the_engines_own_world_listens_on_loopback_alone():
+    """As torch makes it for a server with several workers."""
+    program = (
+        "import megafork.rollout.vllm_cli, psutil, sys, torch.distributed as dist\n"
+        "address = 'tcp://127.0.0.1:' + sys.argv[1]\n"
+        "dist.init_process_group('gloo', init_method=address, rank=0, world_size=1)\n"
+        "sockets = psutil.Process().net_connections('inet')\n"
+        "print(sorted(s.laddr for s in sockets if s.status == psutil.CONN_LISTEN))"
+    )
+    port = free_port()
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(port)],
+        cwd=ROOT,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+    )
+    found = re.findall(r"ip='(.*?)', port=(\d+)", done.stdout)
+    assert {host for host, _ in found} == {"127.0.0.1"}, done.stderr
+    assert str(port) in {port for _, port in found}
 
 
 def test_the_supervisor_sweeps_up_after_a_server_that_exits():
