@@ -15,6 +15,7 @@ from megafork.analysis.commands import analyze
 from megafork.analysis.glyphs import Font, token_label
 from megafork.analysis.tokens import rank_tokens, write_tokens
 from megafork.errors import UserError
+from megafork.printable import as_cell
 from tests.helpers.commands import QUICKSTART
 from tests.helpers.scored import columns_of, entropies_of, make_rows, rescored, write
 
@@ -58,13 +59,22 @@ def cell(value):
 
 
 def table(path):
-    """Rows of a CSV file, and of the JSON file beside it, which hold the same."""
+    """Rows of a CSV file, and of the JSON file beside it, which hold the same.
+
+    But for text that a spreadsheet would take for a formula.
+    """
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     document = json.loads(path.with_suffix(".json").read_text())
     for row, same in zip(rows, document["rows"], strict=True):
         assert row == {k: cell(v) for k, v in same.items()}
     return document["rows"], document
+
+
+def cell(value):
+    if isinstance(value, str):
+        return as_cell(value)
+    return "" if value is None else str(value)
 
 
 def is_drawn(path):
