@@ -23,6 +23,8 @@ _FIX = dict.fromkeys(
 ) | dict.fromkeys(
     (errno.EMFILE, errno.ENFILE), "raise the number of open files (ulimit -n) and start it again"
 )
+MOST_FILES = 65_536
+"""More would only slow down programs that close all that they could have open"""
 FEWEST_FILES = 256
 """That a process must be allowed to have open: the collectives of one rank alone take dozens"""
 
@@ -55,14 +57,15 @@ def run(command: Callable[[], object]) -> None:
 
 
 def _allow_open_files() -> None:
-    """As many as may be. Raises UserError where that is too few for anything."""
+    """As many as may be of use. Raises UserError where that is too few for anything."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard != resource.RLIM_INFINITY and hard < FEWEST_FILES:
+    allowed = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < FEWEST_FILES:
         raise UserError(
-            f"this process may have {hard} files open (ulimit -n), and needs {FEWEST_FILES}: raise "
-            "the limit, `ulimit -n 4096`"
+            f"this process may have {allowed} files open (ulimit -n), and needs {FEWEST_FILES}: "
+            "raise the limit, `ulimit -n 4096`"
         )
 
 
