@@ -52,12 +52,6 @@ def run(*arguments):
     assert done.exit_code == 0, done.output
 
 
-def cell(value):
-    """As the CSV file has it: a token "-" or "=" is no formula there."""
-    text = "" if value is None else str(value)
-    return f"'{text}" if isinstance(value, str) and text.startswith(("=", "+", "-", "@")) else text
-
-
 def table(path):
     """Rows of a CSV file, and of the JSON file beside it, which hold the same.
 
