@@ -93,6 +93,7 @@ def held(folder: Path, setting: str) -> Iterator[None]:
     if (token := os.environ.get(HELD)) and (there := _at(path)) and there.token == token:
         yield
         return
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _taken(path, setting)
@@ -114,6 +115,9 @@ def held(folder: Path, setting: str) -> Iterator[None]:
         if _at(path) == holder:
             path.unlink(missing_ok=True)
         os.close(descriptor)
+        if is_new:  # and nothing was written into it
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _taken(path: Path, setting: str) -> int:

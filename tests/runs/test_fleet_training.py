@@ -81,7 +81,7 @@ def test_a_server_that_dies_is_replaced_while_the_other_goes_on(tmp_path, how):
     assert fresh and max(fresh) < 1e-6  # all servers have the current weights, always
     [_] = run_dir.glob("vllm-?.1.log")
     if "rollout.seeded=true" not in how:
-        assert max(row["lag/max"] for row in run.rows) == 2
+        assert 1 <= max(row["lag/max"] for row in run.rows) <= 2  # how far it gets ahead is luck
         return
     other = tmp_path / "other"
     done = megafork(*tiny_run(other, *settings, "training.steps=4"), mark=tmp_path)

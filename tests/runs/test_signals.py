@@ -38,7 +38,8 @@ def test_a_hung_verifier_does_not_hold_up_a_signal(tmp_path):
     run_dir, hung = tmp_path / "run", tmp_path / "hung"
     hung.mkdir()
     verifier = "reward.verifier=tests.helpers.verifiers:hangs_in_the_folder"
-    settings = ["parallel.tp=1", verifier, "reward.timeout_s=600", "eval.prompts=1"]
+    sees = 'reward.environment=["HUNG"]'
+    settings = ["parallel.tp=1", verifier, sees, "reward.timeout_s=600", "eval.prompts=1"]
     with LiveRun(run_dir, *tiny_run(run_dir, *settings), HUNG=str(hung)) as run:
         run.wait_for(lambda: list(hung.iterdir()))
         run.signal(signal.SIGTERM)

@@ -179,8 +179,8 @@ def test_seeds_reproduce_a_full_batch(running):
     ("prompt", "cause"),
     [
         ([VOCAB], "not in the vocabulary"),
-        ([-1], "not in the vocabulary"),
-        ([], "empty"),
+        ([-1], "greater than or equal to 0, not -1"),
+        ([], "at least 1 item"),
         ([5] * 300, "256"),
     ],
 )
