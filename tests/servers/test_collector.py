@@ -51,7 +51,8 @@ def make_collector(server, folder, verifier, reward=None, **rollout):
     settings = {"prompts_per_step": 12, "group_size": 4, "max_response_tokens": 32} | rollout
     config = RolloutConfig(**settings)
     reward = {"workers": 1} | (reward or {})
-    JUDGES.append(Judge(RewardConfig(verifier=f"{VERIFIERS}:{verifier}", **reward)))
+    judged = RewardConfig(verifier=f"{VERIFIERS}:{verifier}", environment=["MENDED"], **reward)
+    JUDGES.append(Judge(judged))
     worker = RolloutWorker(config, tokenizer, JUDGES[-1], folder, api_key=server.api_key)
     return Collector(
         client=server.client(timeout_s=config.request_timeout_s),

@@ -380,7 +380,7 @@ def test_temperatures_of_one_are_the_same_as_none(running):
         (Sampling(top_p=0.9, forking_temperatures=TwoTemperatures(0.5)), "leave out top_p=0.9"),
         (Sampling(forking_temperatures=TwoTemperatures(0.5, -1.0)), "below 0"),
         (Sampling(forking_temperatures=TwoTemperatures(math.inf)), "finite"),
-        (Sampling(forking_temperatures=TwoTemperatures("0.5")), "finite numbers"),
+        (Sampling(forking_temperatures=TwoTemperatures("0.5")), "a valid number"),
     ],
 )
 def test_settings_that_cannot_be_kept_are_refused(running, sampling, cause):

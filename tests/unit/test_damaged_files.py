@@ -29,7 +29,7 @@ from tests.helpers.commands import QUICKSTART
 from tests.helpers.damage import damaged, torn
 from tests.helpers.pages import make_run
 
-CASES = int(os.environ.get("MEGAFORK_CASES", "400"))
+CASES = int(os.environ.get("MEGAFORK_CASES", "150"))
 """of each reader; all have seen 2,000"""
 
 
