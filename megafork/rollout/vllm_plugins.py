@@ -94,7 +94,11 @@ class RolloutMiddleware:
 
 
 async def _one_token(engine: Any) -> None:
-    """Greedy, so that no random number is taken from what others are sampled with."""
+    """Greedy, so that no random number is taken from what others are sampled with.
+
+    After sixteen tokens: a bfloat16 engine on a CPU ends at prompts of one or two.
+    """
+    prompt = tokens_input([0] * min(16, engine.model_config.max_model_len - 1))
     params = SamplingParams(
         max_tokens=1,
         temperature=0.0,
@@ -102,7 +106,7 @@ async def _one_token(engine: Any) -> None:
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    async for _ in engine.generate(tokens_input([0]), params, f"health-{uuid.uuid4().hex}"):
+    async for _ in engine.generate(prompt, params, f"health-{uuid.uuid4().hex}"):
         pass
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from megafork.errors import PeerError, UserError
 from megafork.model.scorer import Scorer
 from megafork.parallel.topology import initialize
 from megafork.rollout.client import RolloutClient
+from megafork.rollout.sampling import Sampling
 from megafork.rollout.vllm_server import VllmServer
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
@@ -158,3 +160,42 @@ def test_a_server_that_dies_of_a_push_and_another_that_takes_it(tmp_path):
     assert "the weight transfer to the rollout server failed" in first[1]
     assert second[0] is PeerError
     assert max(first[2], second[2]) <= 1e-4
+
+
+def probe_at(url, api_key, folder, samplings):
+    """The agreement of a bfloat16 trainer at a temperature of 1 with each way to sample."""
+    parallel = ParallelConfig(tp=2)
+    topology = initialize(parallel)
+    model = ModelConfig(path=str(folder), dtype="bfloat16")
+    scorer = Scorer(model, parallel, topology, micro_batch_tokens=512)
+    found = []
+    for sampling in samplings:
+        groups = topology.on_rank_zero(
+            lambda s=sampling: asyncio.run(agreement.probe(RolloutClient(url, api_key), LONG, s))
+        )
+        found.append(agreement.measure(groups, scorer, topology))
+    return found
+
+
+LONG = [replace(prompt, index=i) for i, prompt in enumerate(PROMPTS * 2)]
+WAYS = {
+    "as the trainer": Sampling(max_tokens=100),
+    "temperature of 0.95": Sampling(max_tokens=100, temperature=0.95),
+    "top_p of 0.95": Sampling(max_tokens=100, top_p=0.95),
+}
+
+
+@pytest.mark.slow
+def test_in_bfloat16_a_server_that_samples_otherwise_is_found(tmp_path):
+    folder = reference.save_model(tmp_path / "model", tied=True, dtype=torch.bfloat16)
+    options = OPTIONS | {"dtype": "bfloat16"}
+    with VllmServer(folder, log_path=tmp_path / "vllm.log", **options) as running:
+        arguments = running.url, running.api_key, folder, list(WAYS.values())
+        found, _ = run_ranks(2, probe_at, *arguments)
+    found = dict(zip(WAYS, found, strict=True))
+    print(found)
+    agreement.require(found.pop("as the trainer"), SyncConfig(), "bfloat16")
+    complaints = {"temperature of 0.95": "sync.max_slope", "top_p of 0.95": "sync.max_bias"}
+    for way, other in found.items():
+        with pytest.raises(UserError, match=complaints[way]):
+            agreement.require(other, SyncConfig(), "bfloat16")
