@@ -36,7 +36,7 @@ def environment(mark: object = "") -> dict[str, str]:
 
 
 def megafork(
-    *arguments: object, mark: object = "", timeout: float = 280
+    *arguments: object, mark: object = "", timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """`megafork ARGUMENTS`, to its end."""
     return subprocess.run(
@@ -52,7 +52,7 @@ def megafork(
 def forked_megafork(
     *arguments: object,
     mark: object = "",
-    timeout: float = 280,
+    timeout: float = 600,
     prepare: Callable[[], object] = lambda: None,
 ) -> subprocess.CompletedProcess[str]:
     """`megafork ARGUMENTS`, to its end, in a fork of this process.

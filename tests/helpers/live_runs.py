@@ -55,7 +55,7 @@ class LiveRun:
     def journal(self, step: int) -> Path:
         return self.run_dir / "rollouts" / f"step_{step:06d}.jsonl"
 
-    def wait_for(self, condition: Callable[[], Any], seconds: float = 150) -> None:
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 400) -> None:
         """Until the condition holds, which it has to while the run is there."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -63,7 +63,7 @@ class LiveRun:
             assert time.monotonic() < deadline, self.told
             time.sleep(0.005)
 
-    def end(self, seconds: float = 200) -> int:
+    def end(self, seconds: float = 400) -> int:
         """Its exit status, once it has ended by itself."""
         try:
             return self.process.wait(seconds)
