@@ -36,13 +36,13 @@ def build(folder, layout, change):
     return str(caught.value)
 
 
-def another_vocabulary(folder, settings):
-    """Padded to the same size: every shape fits."""
+def another_config(folder, settings):
+    """Every shape fits."""
     other = folder.with_name("other")
     other.mkdir(exist_ok=True)
     for path in folder.iterdir():
         (other / path.name).write_bytes(path.read_bytes())
-    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 250}
+    config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": 1e-5}
     (other / "config.json").write_text(json.dumps(config))
     return other, settings
 
@@ -64,7 +64,7 @@ def another_head(folder, settings):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (another_vocabulary, "vocab_size is 250 on rank 1 and 251 on rank 0"),
+        (another_config, "rms_norm_eps is 1e-05 on rank 1 and 1e-06 on rank 0"),
         (another_budget, "micro_batch_tokens is 32 on rank 1 and 64 on rank 0"),
         (another_head, "the Triton head is True on rank 1 and False on rank 0"),
     ],
