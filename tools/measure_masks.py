@@ -18,30 +18,19 @@ from megafork.algorithms.advantages import group_relative_advantages
 from megafork.config import TrainConfig
 from megafork.config.file import load_config
 from megafork.parallel.ports import free_port
-from megafork.parallel.topology import initialize
+from megafork.parallel.topology import Topology, initialize
 from megafork.rollout.journal import read_step
-from megafork.training.policy import Policy
+from megafork.training.run import make_policy
 from megafork.types import TokenTable, token_table
 
 
-def make_policy(config: TrainConfig) -> Policy:
+def join_alone(config: TrainConfig) -> Topology:
+    """A world of this process alone."""
     os.environ |= {
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
-    return Policy(
-        config.model,
-        config.parallel,
-        initialize(config.parallel),
-        training=config.training,
-        algorithm=config.algorithm,
-        forking=config.forking,
-        mismatch=config.mismatch,
-        kl=config.kl,
-        entropy_bonus=config.entropy_bonus,
-        max_response_tokens=config.rollout.max_response_tokens,
-        temperature=config.rollout.temperature,
-    )
+    return initialize(config.parallel)
 
 
 def minibatches(config: TrainConfig, run: Path, step: int) -> list[TokenTable]:
@@ -67,7 +56,7 @@ def main() -> None:
     one_rank = ["parallel.tp=1", "parallel.pp=1", "parallel.cp=1", "parallel.vpp=1"]
     settings = [*one_rank, "parallel.sequence_parallel=false", *arguments.settings]
     config = load_config(TrainConfig, arguments.run / "config.toml", settings)
-    policy = make_policy(config)
+    policy = make_policy(config, join_alone(config))
     shares: dict[int, list[float]] = {}
     moved: dict[int, list[float]] = {}
     for step in range(1, arguments.steps + 1):

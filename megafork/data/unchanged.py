@@ -30,7 +30,7 @@ def identity(data: DataConfig, train: Sequence[Row], heldout: Sequence[Row]) -> 
 
 
 def _digest(rows: Sequence[Row]) -> dict[str, Any]:
-    """Of prompts and answers in their order, before any template."""
+    """The number of rows, and a hash of prompts and answers in their order, before any template."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.prompt, row.answer]).encode() + b"\n")

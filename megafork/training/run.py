@@ -57,7 +57,7 @@ def _train(
             servers.wait_until_up(interruption)
             servers.put_to_sleep(interruption)
         topology.whereabouts.enter("the loading of the model")
-        policy = _make_policy(config, topology)
+        policy = make_policy(config, topology)
         critic = make_critic(config, topology)
         state = _load_newest(store, policy, critic) if resume else None
         workers = RunWorkers(config, topology, servers.key, stack)
@@ -93,7 +93,8 @@ def _train(
         trainer.run()
 
 
-def _make_policy(config: TrainConfig, topology: Topology) -> Policy:
+def make_policy(config: TrainConfig, topology: Topology) -> Policy:
+    """The policy of a run, with the weights of model.path. Collective."""
     return Policy(
         config.model,
         config.parallel,

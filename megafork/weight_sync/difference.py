@@ -30,13 +30,13 @@ class Estimate:
         return Estimate(abs(self.value), self.error)
 
     def is_above(self, bound: float) -> bool:
-        """Whatever the luck of the sample."""
+        """Whether the value passes the bound by more than the luck of the sample explains."""
         return self.value - MARGIN * self.error > bound
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of trainer less engine, in nats, over all tokens of a probe."""
+    """The differences of trainer less engine, in nats, over all tokens of a probe."""
 
     num_tokens: int
     absolute: float

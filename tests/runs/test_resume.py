@@ -100,6 +100,18 @@ def test_vllm_a_killed_run_goes_on_and_its_server_is_replaced(tmp_path):
     assert_as_if_nothing_had_been(run_dir, tmp_path / "replayed")
 
 
+def assert_refused_with_fewer_rows(run_dir, saved):
+    shorter = run_dir.parent / "shorter.jsonl"
+    rows = (QUICKSTART / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+    shorter.write_text("".join(rows[:-1]))
+    refused = forked_megafork("train", "--resume", run_dir, f"data.train={shorter}")
+    assert refused.returncode == 2
+    assert (
+        f"step_{saved:06d} was trained on other data: data.train={shorter} has " in refused.stderr
+    )
+    assert "data.allow_changed=true" in refused.stderr
+
+
 def test_a_run_goes_on_however_it_is_ended(tmp_path):
     """Four times, each while one batch is generated beside the training of another."""
     run_dir = tmp_path / "run"
@@ -147,17 +159,8 @@ def test_a_run_goes_on_however_it_is_ended(tmp_path):
     assert state.startswith(f"not finished: {saved} of {STEPS} steps")
     assert_kept(run_dir, before)
 
-    # Its data is not what it was.
     before = journalled(run_dir)
-    shorter = tmp_path / "shorter.jsonl"
-    shorter.write_text("".join((QUICKSTART / "data" / "train.jsonl").open().readlines()[:-1]))
-    refused = forked_megafork(*again, f"data.train={shorter}")
-    assert refused.returncode == 2
-    assert (
-        f"step_{saved:06d} was trained on other data: data.train={shorter} has " in refused.stderr
-    )
-    assert "data.allow_changed=true" in refused.stderr
-
+    assert_refused_with_fewer_rows(run_dir, saved)
     resume(run_dir)
     assert_kept(run_dir, before)
     assert_as_if_nothing_had_been(run_dir, tmp_path / "replayed")
