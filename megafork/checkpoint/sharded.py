@@ -9,12 +9,10 @@ from __future__ import annotations
 import inspect
 import logging
 import pickle
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -23,12 +21,11 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megafork.checkpoint import optimizer_state
 from megafork.checkpoint.files import torch_save_raises_os_error
-from megafork.checkpoint.writer import renew_results
+from megafork.checkpoint.writer import renew_results, without_copies
 from megafork.errors import UserError
 from megafork.model.weights import Stage
 from megafork.parallel.topology import Topology
@@ -83,7 +80,7 @@ def state_dict(
         for index, stage in enumerate(stages)
     }
     if optimizer is not None:
-        _make_adam_state(optimizer)
+        optimizer_state.prepare(optimizer)
         weights = {f"model{i}": sharded[f"model{i}"] for i in range(len(stages))}
         sharded["optimizer"] = optimizer.sharded_state_dict(
             weights, is_loading=loading, metadata=metadata
@@ -105,6 +102,7 @@ def save(folder: Path, contents: dict[str, Any], topology: Topology) -> AsyncReq
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         options["async_strategy"] = "mcore"  # later versions default to a package of its own
     renew_results()
+    without_copies(contents)
     with torch_save_raises_os_error():
         request = dist_checkpointing.save(contents, str(folder), **options)
     assert request is not None
@@ -145,52 +143,4 @@ def _fill(
     for index, stage in enumerate(stages):
         stage.gpt.load_state_dict(loaded[f"model{index}"])
     if optimizer is not None:
-        _without_step(optimizer)
-        optimizer.load_state_dict(loaded["optimizer"])
-        _separate_steps(optimizer)
-
-
-def _adams(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
-    yield from getattr(optimizer, "chained_optimizers", [optimizer])
-
-
-def _make_adam_state(optimizer: MegatronOptimizer) -> None:
-    """torch's Adam makes its state in its first step; megatron asks for it before."""
-    for distributed in _adams(optimizer):
-        adam = distributed.optimizer
-        if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
-            continue
-        for group in adam.param_groups:
-            for parameter in group["params"]:
-                if not adam.state[parameter]:
-                    adam.state[parameter].update(
-                        step=torch.tensor(0.0),
-                        exp_avg=torch.zeros_like(parameter),
-                        exp_avg_sq=torch.zeros_like(parameter),
-                    )
-
-
-def _without_step(optimizer: MegatronOptimizer) -> None:
-    """megatron copies every tensor of a parameter's state, and has no `step` to copy."""
-    for distributed in _adams(optimizer):
-        distributed._set_main_param_and_optimizer_states = partial(_copy_state, distributed)
-
-
-def _copy_state(
-    distributed: DistributedOptimizer, model_param: Tensor, tensors: dict[str, Tensor]
-) -> None:
-    group, index = distributed.model_param_group_index_map[model_param]
-    main = distributed.optimizer.param_groups[group]["params"][index]
-    state = distributed.optimizer.state[main]
-    own = {"step": state["step"]} if "step" in state else {}
-    DistributedOptimizer._set_main_param_and_optimizer_states(
-        distributed, model_param, own | tensors
-    )
-
-
-def _separate_steps(optimizer: MegatronOptimizer) -> None:
-    """megatron gives all parameters one `step` tensor: each update would count for all of them."""
-    for distributed in _adams(optimizer):
-        for state in distributed.optimizer.state.values():
-            if "step" in state:
-                state["step"] = state["step"].clone()
+        optimizer_state.fill(optimizer, loaded["optimizer"])

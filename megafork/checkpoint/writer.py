@@ -15,11 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import (
     AsyncRequest,
     TemporalAsyncCaller,
 )
+from torch import Tensor
 
 from megafork.checkpoint.files import checksum, write_and_sync
 from megafork.parallel.unpickling import SafeUnpickler
@@ -48,6 +51,24 @@ class _Results:
             return SafeUnpickler(self._file).load()
         except (EOFError, pickle.UnpicklingError):
             raise queue.Empty from None
+
+
+class _Uncopied(Tensor):
+    """A tensor that megatron takes as it is.
+
+    torch.save writes the whole storage of a view, so megatron copies every view when a save is
+    begun: most of a model. `_write` copies them too, but one at a time.
+    """
+
+    def clone(self, **_: Any) -> Tensor:
+        return self
+
+
+def without_copies(contents: dict[str, Any]) -> None:
+    """Let megatron refer to what is to be saved, which may not change until `Writer` is made."""
+    for part in nested_values(contents):
+        if isinstance(part, ShardedTensor | ShardedTensorFactory):
+            part.data = part.data.detach().as_subclass(_Uncopied)
 
 
 def renew_results() -> None:
@@ -91,10 +112,11 @@ def _write(
             os._exit(1)
     written: queue.Queue = queue.Queue()
     begun: queue.Queue = queue.Queue()
-    for index, bucket in enumerate(buckets):
+    for index, (path, key, (objects, tensors)) in enumerate(buckets):
         begun.put(index)
+        one_by_one = ((item, tensor.as_subclass(Tensor).clone()) for item, tensor in tensors)
         filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, index, bucket, written, begun, use_fsync=True
+            transforms, index, (path, key, (objects, one_by_one)), written, begun, use_fsync=True
         )
     outcomes = dict(written.get() for _ in buckets)
     failures = [

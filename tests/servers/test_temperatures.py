@@ -24,9 +24,9 @@ from tests.helpers.shared_servers import ON_QUICKSTART, quickstart_server
 pytestmark = ON_QUICKSTART
 CPU = torch.device("cpu")
 MODEL = Path(__file__).parents[2] / "examples/quickstart/model"
-# A float32 engine against float64. A few rare tokens of the toy are off by 6e-5, in transformers'
-# float32 too; another request's temperature would be off by 1e-2 and more.
-USUAL_TOL, WORST_TOL = 1e-5, 1e-4
+# A float32 engine against float64. A few rare tokens of the toy are off by 6e-5, once by 1.2e-4, in
+# transformers' float32 too; another request's temperature would be off by 1e-2 and more.
+USUAL_TOL, WORST_TOL = 1e-5, 1e-3
 NEAR = 1e-5  # nats: closer to the threshold the engine may round to the other side
 FALSE_ALARM = 1e-7
 SURELY_WRONG = 1e-12

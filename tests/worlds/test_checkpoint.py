@@ -14,7 +14,8 @@ from megafork.checkpoint.hf import HF
 from megafork.checkpoint.store import MANIFEST, STATE
 from megafork.errors import UserError
 from tests.helpers import reference
-from tests.helpers.trained import load, make_trained, save, store_of
+from tests.helpers.trained import load, make_trained, own_tensors, save, store_of
+from tools.benchmarks.measuring import memory, peak_from_here
 from tools.benchmarks.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -202,3 +203,25 @@ def test_random_generators_go_on(tmp_path):
     assert run_ranks(2, draw_after_load, folder, tmp_path / "out", {"dp": 2}) == before
     seed(99)
     assert run_ranks(2, draw_after_load, folder, tmp_path / "out", {"tp": 2}) == [draw()] * 2
+
+
+def bytes_for_a_save(folder, target, layout):
+    """(bytes beyond what this rank held before, of its optimizer's state)"""
+    policy = make_trained(folder, layout, updates=1, dtype="bfloat16")
+    state = sum(tensor.nbytes for name, tensor in own_tensors(policy).items() if "adam" in name)
+    store = store_of(policy, target, asynchronous=False)
+    before = peak_from_here()
+    save(policy, store, 1)
+    return 2**20 * (memory("VmHWM") - before), state
+
+
+@pytest.mark.parametrize("layout", [{}, {"dp": 2}], ids=str)
+def test_a_save_copies_no_optimizer_state(tmp_path, layout):
+    """megatron copies more than all of it twice, and for two replicas more than four times."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048}
+    folder = reference.save_model(tmp_path / "model", tied=False, **sizes)
+    world = layout.get("dp", 1)
+    for copied, state in run_ranks(world, bytes_for_a_save, folder, tmp_path / "out", layout):
+        print(f"{copied / 2**20:.0f} MiB for a save of {state / 2**20:.0f} MiB of optimizer state")
+        assert state > 70 * 2**20
+        assert copied < state / 8

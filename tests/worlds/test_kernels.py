@@ -88,8 +88,8 @@ def with_exact_products(test, **arguments):
     """numpy rounds a product by the row's place in the tile, which a GPU does not: leave it nothing
     to round, so that all the rest can be compared bit by bit."""
 
-    def case(*sizes, original=linear.case):
-        x, w, targets = original(*sizes)
+    def case(*sizes, original=linear.case, **options):
+        x, w, targets = original(*sizes, **options)
         return (x * 32).round() / 32, (w * 32).round() / 32, targets
 
     with pytest.MonkeyPatch.context() as patch:

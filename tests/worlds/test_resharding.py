@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megafork.checkpoint import sharded
+from megafork.checkpoint import optimizer_state
 from megafork.config import ParallelConfig
 from tests.helpers import reference
 from tests.helpers.trained import (
@@ -76,7 +76,7 @@ def run(layout, function, *arguments):
     [
         ("tp2-pp2", ["tp1", "tp4", "pp2", "dp2", "tp2-pp2"], False, "float32"),
         ("pp2-vpp2", ["tp2", "pp2-vpp2"], True, "float32"),
-        ("dp2", ["tp2-cp2", "dp2"], False, "bfloat16"),
+        ("dp4", ["tp2-cp2", "dp4"], False, "bfloat16"),
     ],
 )
 def test_a_layout_loads_what_another_saved_and_back(tmp_path, source, targets, tied, dtype):
@@ -120,8 +120,8 @@ def after_two_updates(tmp_path_factory):
 def go_on(folder, layout, source, without):
     """Load into a policy that has not learned yet and update it twice more."""
     if without is not None:
-        assert getattr(sharded, without)
-        setattr(sharded, without, lambda _: None)
+        assert getattr(optimizer_state, without)
+        setattr(optimizer_state, without, lambda _: None)
     policy = make_trained(folder, layout)
     load(policy, store_of(policy, source))
     policy.num_updates = 2

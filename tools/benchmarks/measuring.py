@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.ranks import run_ranks
+from .ranks import run_ranks
 
 Work = Callable[[], Any]
 """Leaves nothing behind but its value: gradients that it returns are dropped at its end."""
@@ -118,9 +117,9 @@ class BytesSent:
 
 
 def in_a_fork(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` in a process of its own, whose memory ends with it."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(function, args)
+    """`function(*args)` in a process of its own, whose memory ends with it; at most 30 min."""
+    (value,) = run_ranks(1, function, *args, timeout=1800)
+    return value
 
 
 def peak_from_here() -> float:
