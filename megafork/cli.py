@@ -51,7 +51,10 @@ DryRun = Annotated[
 ]
 Node = Annotated[
     str | None,
-    typer.Option(help="of --dry-run: a100-80g, h100 (unset), h200, h20, b200 or a TOML file"),
+    typer.Option(
+        help="of --dry-run: a100-80g, h100, h200, h20, b200, a TOML file, or this: a machine "
+        "without GPUs. Unset: h100; this where there is no GPU"
+    ),
 ]
 ServeNodes = Annotated[
     int | None, typer.Option(help="of --dry-run: nodes full of rollout servers", min=0)
@@ -88,9 +91,11 @@ def train(
         raise UserError("give a config file, or --resume with a run's folder")
     resolved = load_config(TrainConfig, config, settings)
     if dry_run:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the plan is of other GPUs than this machine's
         from megafork.planning.dry_run import rehearse_run
 
+        if node is None and serve_nodes is None and not _has_gpu():
+            node = "this"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the plan is of other GPUs than this machine's
         rehearse_run(
             resolved,
             node or "h100",
@@ -107,6 +112,10 @@ def train(
     from megafork.training.preflight import check_start
 
     check_start(resolved, resume=resume is not None)
+    if launch.starts_on_this_machine() and not _has_gpu():
+        from megafork.planning.machine import check_machine
+
+        check_machine(resolved)
 
     def work() -> None:
         from megafork.training.run import train as train_on_this_rank
@@ -335,6 +344,14 @@ def main() -> None:
     for module in (r"torch\.distributed", r"megatron\."):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     exits.run(app)
+
+
+def _has_gpu() -> bool:
+    """Asked in a way that leaves CUDA untouched."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _on_ranks(parallel: ParallelConfig, work: Callable[[], None], run_dir: str = "") -> None:

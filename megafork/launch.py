@@ -20,6 +20,7 @@ import psutil
 from megafork import last_words
 from megafork.config import ParallelConfig
 from megafork.errors import UserError
+from megafork.host_memory import told_of_a_kill
 from megafork.interruption import INTERRUPTED, SIGNALS
 from megafork.lock import STALE_S, held
 
@@ -64,6 +65,11 @@ class Machines:
 
 def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def starts_on_this_machine() -> bool:
+    """Whether this process is going to start all ranks of a run, here."""
+    return not under_torchrun() and Machines.from_environment() is None
 
 
 def tells() -> bool:
@@ -115,8 +121,8 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str], run_dir: str = 
         if status == -signal.SIGTERM and _words_of(first):
             status = USER_ERROR  # it had told, and was ended as another had ended before it
         if status not in (USER_ERROR, INTERRUPTED) and machines is None:
-            how = f"by signal {-status}" if status < 0 else f"{status}"
-            print(f"error: rank {rank} was the first to end, with status {how}", file=sys.stderr)
+            how = _killed(status) if status < 0 else f"status {status}"
+            print(f"error: rank {rank} was the first to end, with {how}", file=sys.stderr)
         if machines is not None:
             _leave_words_of(rank, status, _words_of(first), machines.log_of(rank))
         return status if status > 0 else 1
@@ -170,6 +176,11 @@ def _leave_words_of(rank: int, status: int, words: str | None, log: str) -> None
         last_words.leave(f"rank {rank} was killed by signal {-status}", log)
     elif words is not None:
         last_words.leave(f"rank {rank} ended with status {status}: {words}", log)
+
+
+def _killed(status: int) -> str:
+    told = f", {told_of_a_kill()}" if status == -signal.SIGKILL else ""
+    return f"signal {-status}{told}"
 
 
 def _signal_ranks(number: int) -> None:

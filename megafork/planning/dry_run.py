@@ -17,13 +17,17 @@ from megafork.config import ParallelConfig, TrainConfig
 from megafork.data.prompts import lines_of, read_prompts
 from megafork.data.tokenizer import load_tokenizer
 from megafork.errors import UserError
+from megafork.host_memory import available
 from megafork.model.shape import ModelShape
+from megafork.planning.machine import machine_lines, machine_memory, problem
 from megafork.planning.memory import MemoryPlan, plan_memory
 from megafork.planning.nodes import GIB, NodeType, node_type
 from megafork.planning.report import assumption_lines, memory_lines, time_lines
 from megafork.planning.roofline import step_time
 from megafork.training.preflight import check_folders, check_train
 
+THIS = "this"
+"""As a --node: the machine itself, without a GPU"""
 _ASSUMED_SHARE = 0.25
 """of the longest response, that the mean one has where nobody says"""
 
@@ -41,11 +45,50 @@ def rehearse_run(
 
     Raises UserError, last of all where the plan does not fit the node.
     """
-    node = node_type(node_name)
     check_train(config, resume=resume)
     _check_is_writable(Path(config.run.dir))
     shape = ModelShape.from_folder(config.model.path)
     facts = _Facts.of(config)
+    plan = _on_this_machine if node_name == THIS else _on_nodes
+    planned, problems = plan(config, shape, node_name, num_serve_nodes, mean_response_tokens, facts)
+    sections = {
+        "config": [tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)).rstrip()],
+        "found": facts.lines(),
+        "first prompt": facts.first_prompt,
+    }
+    for name, lines in (sections | planned).items():
+        tell("\n".join([f"# {name}", *lines, ""]))
+    if problems:
+        raise UserError("the plan does not fit: " + "; ".join(problems))
+
+
+def _on_this_machine(
+    config: TrainConfig,
+    shape: ModelShape,
+    node_name: str,
+    num_serve_nodes: int,
+    mean_response_tokens: float | None,
+    facts: _Facts,
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Sections and problems. Nothing is known of the time that its processors take."""
+    parallel, total = config.parallel, available()[0]
+    needs = machine_memory(config, shape)
+    sections = {
+        "layout": list(layout(shape, parallel, parallel.dp or 1, parallel.world_size)),
+        "memory": list(machine_lines(needs)),
+    }
+    return sections, [problem(needs, total, config)] if needs.total > total else []
+
+
+def _on_nodes(
+    config: TrainConfig,
+    shape: ModelShape,
+    node_name: str,
+    num_serve_nodes: int,
+    mean_response_tokens: float | None,
+    facts: _Facts,
+) -> tuple[dict[str, list[str]], list[str]]:
+    node = node_type(node_name)
     nodes = _Nodes.of(config, node)
     mean = mean_response_tokens
     if mean is None:
@@ -63,21 +106,15 @@ def rehearse_run(
         mean_prompt_tokens=facts.mean_prompt,
     )
     sections = {
-        "config": [tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)).rstrip()],
-        "found": facts.lines(),
-        "first prompt": facts.first_prompt,
         "layout": list(layout(shape, config.parallel, memory.dp, nodes.node.gpus)),
         "memory": list(memory_lines(memory, shape, nodes.node)),
         "time": list(time_lines(time)),
         "assumptions": list(assumption_lines(time)),
     }
-    for name, lines in sections.items():
-        tell("\n".join([f"# {name}", *lines, ""]))
     problems = list(memory.problems)
     if config.rollout.placement == "disaggregated" and not num_serve_nodes:
         problems += _problems_beside_ranks(config, node, nodes.node.gpus, memory)
-    if problems:
-        raise UserError("the plan does not fit: " + "; ".join(problems))
+    return sections, problems
 
 
 def _problems_beside_ranks(

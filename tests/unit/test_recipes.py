@@ -63,7 +63,7 @@ def overrides(folder):
 def dry_run(name, folder, *more):
     config = str(EXAMPLES / name / "config.toml")
     serve = f"--serve-nodes={RECIPES[name][1]}"
-    arguments = ["train", config, "--dry-run", serve, *overrides(folder), *more]
+    arguments = ["train", config, "--dry-run", "--node", "h100", serve, *overrides(folder), *more]
     return CliRunner().invoke(app, arguments)
 
 

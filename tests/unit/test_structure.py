@@ -18,6 +18,7 @@ FLOORS = [
         "types",
         "interruption",
         "last_words",
+        "host_memory",
         "parsing",
         "lock",
         "launch",

@@ -1,0 +1,155 @@
+"""The memory of a machine without a GPU, which ranks and rollout servers share.
+
+A run that needs more is ended by the kernel, process by process, without a word: it is told before
+anything is started, with what to lower.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from megafork.config import TrainConfig
+from megafork.errors import UserError
+from megafork.host_memory import available
+from megafork.model.shape import ModelShape
+from megafork.planning.nodes import GIB
+from megafork.planning.serving import DTYPE_BYTES
+from megafork.planning.work import num_parameters
+
+if TYPE_CHECKING:
+    from megafork.planning.memory import StageMemory
+
+RANK_PROCESS = int(0.45 * GIB)
+"""A rank's interpreter, libraries and buffers: measured"""
+SERVER_PROCESS = int(1.3 * GIB)
+"""A vLLM server's processes without weights and cache: measured"""
+_HEAD_ROWS = 16
+"""that are rehearsed: of thousands, row by row, it takes a minute"""
+_HEAD_CHUNK = 4 << 25
+"""what a head of many rows has beside them, of the logits at a time (ops/vocab_parallel.py)"""
+
+
+@dataclass(frozen=True)
+class MachineMemory:
+    """Bytes of all processes together, in an update with all responses at full length."""
+
+    model: int
+    """weights, gradients and optimizer of every rank"""
+    update: int
+    """beside them: activations of full micro-batches, or gradients on their way"""
+    save: int
+    """a checkpoint that is written while the next update changes what it holds"""
+    servers: int
+    """weights, KV cache and processes"""
+    processes: int
+    """of the ranks, without their tensors"""
+
+    @property
+    def total(self) -> int:
+        return self.model + self.update + self.save + self.servers + self.processes
+
+
+def machine_memory(config: TrainConfig, shape: ModelShape) -> MachineMemory:
+    """In a process that has no world. Imports megatron-core."""
+    from megafork.planning.memory import training_memory, worst_micro_batch
+
+    parallel, dp = config.parallel, config.parallel.dp or 1
+    micro_batch, number = worst_micro_batch(config, dp)
+    few = replace(micro_batch, head_rows=min(_HEAD_ROWS, micro_batch.head_rows))
+    stages = training_memory(config, shape, dp, few, number, device="cpu", quick=True)
+    of_stage = parallel.world_size // parallel.pp
+    return MachineMemory(
+        model=of_stage * sum(stage.static for stage in stages),
+        update=of_stage * (sum(map(_beside_the_model, stages)) + _HEAD_CHUNK),
+        save=of_stage * sum(stage.parameters + stage.optimizer for stage in stages)
+        if config.checkpoint.asynchronous
+        else 0,
+        servers=_servers(config, shape),
+        processes=parallel.world_size * RANK_PROCESS,
+    )
+
+
+def check_machine(config: TrainConfig) -> None:
+    """Raise UserError for a run that this machine cannot hold; warn where it is not free now.
+
+    Far below the limit nothing is rehearsed, which takes seconds.
+    """
+    shape = ModelShape.from_folder(config.model.path)
+    total, free = available()
+    if _at_most(config, shape) < min(total, free) / 2:
+        return
+    # A rehearsal leaves megatron's globals behind, and this process may become a rank.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        needs = pool.submit(machine_memory, config, shape).result()
+    if needs.total > total:
+        raise UserError(problem(needs, total, config))
+    if needs.total > free:
+        print(
+            f"warning: the run needs up to {needs.total / GIB:.1f} GiB of memory, and "
+            f"{free / GIB:.1f} of this machine's {total / GIB:.1f} are free: the kernel may end it",
+            file=sys.stderr,
+        )
+
+
+def machine_lines(needs: MachineMemory) -> Iterator[str]:
+    total, free = available()
+    parts = {
+        "weights, gradients, optimizer": needs.model,
+        "an update's activations": needs.update,
+        "a checkpoint being written": needs.save,
+        "rollout servers": needs.servers,
+        "the ranks' processes": needs.processes,
+    }
+    for name, count in parts.items():
+        yield f"{name:<30} {count / GIB:7.2f} GiB"
+    yield f"{'in all, at most':<30} {needs.total / GIB:7.2f} GiB"
+    yield f"{'this machine':<30} {total / GIB:7.2f} GiB, {free / GIB:.2f} of them free now"
+
+
+def problem(needs: MachineMemory, total: int, config: TrainConfig) -> str:
+    """What does not fit, and what to lower: the largest part that can be."""
+    training = config.training
+    ways = {
+        needs.update: f"lower training.micro_batch_tokens={training.micro_batch_tokens}"
+        + ("" if config.model.recompute == "full" else " or set model.recompute=full"),
+        needs.save: "set checkpoint.asynchronous=false",
+        needs.servers: "use fewer rollout.servers, or one on another machine (rollout.url)",
+    }
+    largest = max(ways)
+    way = ways[largest]
+    if needs.total - largest > total:
+        way = "take a smaller model or a larger machine; with a GPU, plan with --node"
+    return (
+        f"the run needs {needs.total / GIB:.1f} GiB of memory and this machine has "
+        f"{total / GIB:.1f}: model {needs.model / GIB:.1f}, update {needs.update / GIB:.1f}, "
+        f"checkpoint {needs.save / GIB:.1f}, servers {needs.servers / GIB:.1f}, processes "
+        f"{needs.processes / GIB:.1f}; {way}"
+    )
+
+
+def _beside_the_model(stage: StageMemory) -> int:
+    return max(stage.activations + stage.passing, stage.head, stage.reduction, stage.transfer)
+
+
+def _servers(config: TrainConfig, shape: ModelShape) -> int:
+    rollout = config.rollout
+    if rollout.url is not None:
+        return 0
+    weights = num_parameters(shape) * DTYPE_BYTES[rollout.dtype or config.model.dtype]
+    return rollout.servers * (weights + rollout.cpu_kv_cache_gib * GIB + SERVER_PROCESS)
+
+
+def _at_most(config: TrainConfig, shape: ModelShape) -> int:
+    """More than `machine_memory` finds, by arithmetic alone."""
+    parallel = config.parallel
+    tokens = config.training.micro_batch_tokens * (parallel.pp + parallel.vpp)
+    of_a_token = shape.num_layers * (64 * shape.hidden_size + 16 * shape.intermediate_size)
+    state = 36 * num_parameters(shape) * (2 if config.algorithm.advantages == "gae" else 1)
+    ranks = parallel.world_size * RANK_PROCESS
+    activations = 4 * tokens * (of_a_token + 4 * shape.vocab_size) * parallel.world_size
+    return state * (parallel.dp or 1) + activations + ranks + _servers(config, shape)
