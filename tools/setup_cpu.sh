@@ -73,7 +73,8 @@ phase() {
   echo "setup_cpu: $name done in $((SECONDS - started)) s"
 }
 
-pip_install() { "$venv/bin/python" -m pip --disable-pip-version-check install -q --no-deps "$@"; }
+# Python compiles the third of it that is used when it is used.
+pip_install() { "$venv/bin/python" -m pip --disable-pip-version-check install -q --no-compile --no-deps "$@"; }
 
 # pip writes INSTALLER last: a package without it was cut off half-way, though pip would take it for installed.
 forget_partial_packages() {

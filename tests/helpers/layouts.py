@@ -15,6 +15,15 @@ def default_run(cases: Iterable[Any], taken: Collection[Any]) -> list[Any]:
     return params
 
 
+def ci_run(cases: Iterable[Any], taken: Collection[Any]) -> list[Any]:
+    """`cases` for parametrize; those that are not in `taken` vary one that is, and are left to
+    `bash tests/run.sh -m exhaustive`."""
+    left = (pytest.mark.slow, pytest.mark.exhaustive)
+    params = [pytest.param(case, marks=() if case in taken else left) for case in cases]
+    assert sum(not param.marks for param in params) == len(taken), "taken names an unknown case"
+    return params
+
+
 def depth_for(layout: dict[str, Any]) -> int:
     """Layers of a model that is no deeper than the layout needs: one a virtual stage, at least 2.
 

@@ -17,8 +17,8 @@ from tests.helpers.commands import QUICKSTART, forked_megafork, lines, megafork
 @pytest.mark.parametrize(
     "layout",
     [
-        ["parallel.tp=1"],
-        ["parallel.tp=2", "parallel.pp=2"],
+        pytest.param(["parallel.tp=1"], marks=pytest.mark.exhaustive),
+        pytest.param(["parallel.tp=2", "parallel.pp=2"], marks=pytest.mark.exhaustive),
         ["parallel.dp=2"],
         ["parallel.cp=2", "parallel.pp=2", "parallel.vpp=2"],
     ],

@@ -14,6 +14,9 @@ import pytest
 from tests.helpers.commands import ROOT, environment, gone_within, left_over, members
 from tests.helpers.rollout_servers import stand_in_for_python, wait_for
 
+# Of the tests' own means: what hangs or is left over in any other test shows too.
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
+
 TEST = """
 import json, os, signal
 from pathlib import Path

@@ -32,7 +32,7 @@ def entropies(folder, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [4, 12, 24])
+@pytest.mark.parametrize("layers", [4, 12, pytest.param(24, marks=pytest.mark.exhaustive)])
 def test_entropies_move_with_tp_and_with_depth(tmp_path, layers):
     folder = reference.save_model(
         tmp_path / "model", tied=True, layers=layers, dtype=torch.bfloat16

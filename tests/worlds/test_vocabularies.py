@@ -77,7 +77,8 @@ def expected_of(vocab):
 
 
 def assert_head(head, ranks, exact):
-    rounding = 1e-5 if head.dtype == torch.float32 else 2**-8  # of the gradients' own dtype
+    # Sums over 150,000 columns in the gradients' own dtype: 2.4e-5 was seen of one processor.
+    rounding = 1e-4 if head.dtype == torch.float32 else 2**-8
     for rank in ranks:
         assert all(torch.equal(a, b) for a, b in zip(rank[:2], ranks[0][:2], strict=True))
         for ours, value in zip(rank[:2], exact[:2], strict=True):
