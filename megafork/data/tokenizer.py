@@ -12,8 +12,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
-from jinja2 import TemplateError
-
 from megafork.config import GenerateConfig, ScoreConfig, TrainConfig
 from megafork.errors import UserError
 
@@ -164,7 +162,7 @@ class HfTokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever the files make transformers and tokenizers trip over
             raise UserError(
                 f"{setting or folder}: its tokenizer cannot be loaded ({error}): copy the model's "
                 "tokenizer files again"
@@ -185,17 +183,18 @@ class HfTokenizer:
         self._where = setting or str(folder)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise UserError(
+                f"{self._where}: this text is not Unicode, it holds half a surrogate pair: "
+                f"{text[:200]!r}"
+            ) from None
 
     def encode_prompt(self, prompt: str | Turns) -> list[int]:
         if self._chat_template:
-            return self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **self._template_options,
-            )
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return self.encode(self._through_template(turns, add_generation_prompt=True))
         assert isinstance(prompt, str)
         bos, plain = self._tokenizer.bos_token, self.encode(prompt)
         if bos and prompt.startswith(bos):
@@ -214,12 +213,10 @@ class HfTokenizer:
             return ()
         turns = [("user", "1"), ("assistant", _ANSWER)]
         try:
-            text = self._tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in turns],
-                tokenize=False,
-                **self._template_options,
+            text = self._through_template(
+                [{"role": role, "content": content} for role, content in turns]
             )
-        except (TemplateError, TypeError):  # one that takes no assistant's turn ends none
+        except UserError:  # one that takes no assistant's turn ends none
             return ()
         _, found, tail = text.rpartition(_ANSWER)
         added = self._tokenizer.added_tokens_decoder
@@ -227,6 +224,18 @@ class HfTokenizer:
         special -= {self._tokenizer.unk_token_id, self._tokenizer.bos_token_id}
         ids = self.encode(tail) if found else []
         return tuple(dict.fromkeys(i for i in ids if i in special))
+
+    def _through_template(self, turns: Turns, **options: bool) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(
+                turns, tokenize=False, **options, **self._template_options
+            )
+        except Exception as error:  # a template is a program: it may fail of anything
+            raise UserError(
+                f"{self._where}: its chat template cannot take the turns of "
+                f"{', '.join(str(turn.get('role')) for turn in turns)} ({error}): correct "
+                "chat_template in the tokenizer's files, or set data.chat_template=false"
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -350,7 +359,7 @@ def _json_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy the model again") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} is not a JSON object: copy the model again")

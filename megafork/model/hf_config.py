@@ -269,6 +269,8 @@ def _check_positive(path: Path, key: str, value: object) -> None:
 
 def _check_layer_types(path: Path, raw: dict[str, Any]) -> None:
     types = raw.get("layer_types") or []
+    if not isinstance(types, list):
+        raise UserError(f"{path} has layer_types={types!r}: it has to be a list of a layer's each")
     others = sorted({str(kind) for kind in types} - {"full_attention"})
     if others:
         raise UserError(f"{path} has layer_types {others}: only full_attention is supported")

@@ -170,7 +170,7 @@ class SafetensorsFolder:
     def _open(self, name: str) -> safe_open:
         try:
             return safe_open(self.folder / name, framework="pt")
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"{self.folder / name} cannot be read ({error}): copy the file again"
             ) from None

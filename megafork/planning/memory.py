@@ -93,7 +93,7 @@ class HostMemory:
     token_table: int
     reference: int
     checkpoint: int
-    """weights and the optimizer state of a whole data-parallel group, gathered on every rank"""
+    """what each rank writes of weights and optimizer state, until it is written"""
     offload: int
     """weights and optimizer while the servers have the GPUs"""
 
@@ -169,7 +169,7 @@ def plan_memory(
             f"a node's host needs {host.total / GIB:.0f} GiB and has {node.host_memory_gib:.0f} "
             f"(checkpoint {host.checkpoint / GIB:.0f}, token table {host.token_table / GIB:.0f}, "
             f"reference {host.reference / GIB:.0f}, offload {host.offload / GIB:.0f}): raise "
-            "parallel.tp or pp, so that each rank gathers less, or lower rollout.prompts_per_step"
+            "parallel.tp, pp or dp, so that each rank holds less, or lower rollout.prompts_per_step"
         )
     return MemoryPlan(
         dp, micro_batch, num_micro_batches, stages, server, host, turns, tuple(problems)
@@ -323,6 +323,7 @@ def _host_memory(
     leaders = -(-node.gpus // config.parallel.model_parallel_size)
     has_reference = bool(config.kl.coefficient or config.forking.compare_every)
     state = largest.parameters + _MASTER_AND_MOMENTS * largest.num_parameters
+    state //= dp * config.parallel.cp
     state *= 2 if config.algorithm.advantages == "gae" else 1  # a critic's
     return HostMemory(
         processes=node.gpus * HOST_PROCESS,
