@@ -77,11 +77,11 @@ def machine_memory(config: TrainConfig, shape: ModelShape) -> MachineMemory:
 def check_machine(config: TrainConfig) -> None:
     """Raise UserError for a run that this machine cannot hold; warn where it is not free now.
 
-    Far below the limit nothing is rehearsed, which takes seconds.
+    Nothing is rehearsed, which takes seconds, where an upper bound fits.
     """
     shape = ModelShape.from_folder(config.model.path)
     total, free = available()
-    if _at_most(config, shape) < min(total, free) / 2:
+    if _at_most(config, shape) < min(total, free):
         return
     # A rehearsal leaves megatron's globals behind, and this process may become a rank.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -145,11 +145,16 @@ def _servers(config: TrainConfig, shape: ModelShape) -> int:
 
 
 def _at_most(config: TrainConfig, shape: ModelShape) -> int:
-    """More than `machine_memory` finds, by arithmetic alone."""
+    """More than `machine_memory` finds, by arithmetic alone.
+
+    Of a token in a layer: what its products, norms and attention keep for backward, in float32.
+    """
     parallel = config.parallel
-    tokens = config.training.micro_batch_tokens * (parallel.pp + parallel.vpp)
-    of_a_token = shape.num_layers * (64 * shape.hidden_size + 16 * shape.intermediate_size)
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    of_a_token = shape.num_layers * (
+        20 * shape.hidden_size + 6 * shape.intermediate_size + 2 * shape.num_heads * longest
+    )
+    activations = 4 * config.training.micro_batch_tokens * parallel.pp * of_a_token + _HEAD_CHUNK
     state = 36 * num_parameters(shape) * (2 if config.algorithm.advantages == "gae" else 1)
-    ranks = parallel.world_size * RANK_PROCESS
-    activations = 4 * tokens * (of_a_token + 4 * shape.vocab_size) * parallel.world_size
-    return state * (parallel.dp or 1) + activations + ranks + _servers(config, shape)
+    ranks = parallel.world_size * (RANK_PROCESS + activations)
+    return state * (parallel.dp or 1) + ranks + _servers(config, shape)

@@ -195,7 +195,7 @@ def test_settings_that_a_serving_machine_refuses_are_the_cause(tmp_path):
     cause = "error: 127.0.0.3: --servers 2 on 1 GPUs of 127.0.0.3: ask for fewer"
     assert (tmp_path / "cause").read_text().startswith(cause)
     assert told[0].splitlines()[-1].startswith(cause)
-    assert left_over(tmp_path) == []
+    assert left_over(tmp_path, 10) == []
 
 
 def test_a_killed_head_ends_all(machines):
