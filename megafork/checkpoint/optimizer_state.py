@@ -90,7 +90,7 @@ def _sharded_state(
     is_loading: bool = False,
     metadata: dict[str, Any] | None = None,
 ) -> dict[int, dict[str, ShardedTensor | ShardedTensorFactory]]:
-    """In place of megatron's method: {parameter's number: its tensors}.
+    """Return {parameter's number: its tensors}; it takes the place of megatron's method.
 
     Loading, a single replica's state is filled where it lies; several use megatron's method.
     """
@@ -141,7 +141,7 @@ def _most_of(held: dict[int, Range]) -> int:
 def _put_together(
     piece: Tensor, held: dict[int, Range], keeper: int, numel: int, replicas: dist.ProcessGroup
 ) -> Tensor:
-    """On the keeper all of a flat tensor, of which the other replicas have sent their pieces."""
+    """Return the whole flat tensor on the keeper, made of the pieces that the others send it."""
     here = replicas.rank()
     if len(held) == 1:
         return piece

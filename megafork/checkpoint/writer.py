@@ -101,7 +101,7 @@ class Writer:
 def _write(
     trainer: int, transforms: list[Any], rank: int, buckets: list[Any], results: Any
 ) -> None:
-    """One file after the other, in this process.
+    """Write one file after the other, in this process.
 
     megatron-core 0.16 forks once more for each file, and waits for ever for one that was killed.
     A process that outlived its trainer could write into the folder of the resumed run.
