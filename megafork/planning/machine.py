@@ -11,18 +11,15 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from megafork.config import TrainConfig
 from megafork.errors import UserError
 from megafork.host_memory import available
 from megafork.model.shape import ModelShape
 from megafork.planning.nodes import GIB
+from megafork.planning.parts import StageMemory
 from megafork.planning.serving import DTYPE_BYTES
 from megafork.planning.work import num_parameters
-
-if TYPE_CHECKING:
-    from megafork.planning.memory import StageMemory
 
 RANK_PROCESS = int(0.45 * GIB)
 """A rank's interpreter, libraries and buffers: measured"""

@@ -14,6 +14,7 @@ from typing import Literal
 from megafork.config import ParallelConfig, TrainConfig
 from megafork.model.shape import ModelShape, padded_vocab_size
 from megafork.planning.nodes import GIB, NodeType
+from megafork.planning.parts import HostMemory, StageMemory
 from megafork.planning.rehearsal import (
     ChunkMemory,
     MicroBatch,
@@ -35,71 +36,6 @@ _ROW_BYTES, _PROMPT_BYTES = 25, 8
 """of a response token and of a prompt's in the token table (types.py)"""
 _LEADER_BYTES = 68 + _ROW_BYTES
 """more of a token where it was generated: in a Sample's lists, and as a row to be sent"""
-
-
-@dataclass(frozen=True)
-class StageMemory:
-    """Of one GPU at one pipeline rank, in bytes."""
-
-    pp_rank: int
-    num_layers: int
-    num_parameters: int
-    parameters: int
-    gradients: int
-    """float32"""
-    optimizer: int
-    """this rank's share: moments, and in bfloat16 float32 weights"""
-    critic: int
-    """its parameters, gradients and optimizer"""
-    activations: int
-    """held by the micro-batches in flight, when most is needed"""
-    passing: int
-    """beside them at that moment: a layer's temporaries, or the head's"""
-    head: int
-    """at the head's own peak: chunks of logits, the softmax's sums, gradients of its rows"""
-    reduction: int
-    """instead of activations, while gradients are reduced: gloo's copy of them; NCCL makes none"""
-    transfer: int
-    """instead of activations: whole tensors and buckets of a weight sync, the reference's swap"""
-    bucket: int
-    """of a weight sync, the largest; a server that takes it through local memory copies it"""
-    reserve: int
-
-    @property
-    def static(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.critic
-
-    @property
-    def put_away(self) -> int:
-        """What moves to the host for a server's turn: all but gradients, which are dropped."""
-        own = self.parameters + self.optimizer
-        return own + self.critic * own // (own + self.gradients)
-
-    @property
-    def training(self) -> int:
-        """Tensors at the peak of an update."""
-        return self.static + max(self.activations + self.passing, self.reduction)
-
-    @property
-    def total(self) -> int:
-        return max(self.training, self.static + self.transfer) + self.reserve
-
-
-@dataclass(frozen=True)
-class HostMemory:
-    """Of a node that trains, in bytes."""
-
-    processes: int
-    token_table: int
-    reference: int
-    checkpoint: int
-    """what each rank writes of weights and optimizer state, until it is written"""
-    offload: int
-    """weights and optimizer while the servers have the GPUs"""
-
-    @property
-    def total(self) -> int:
-        return self.processes + self.token_table + self.reference + self.checkpoint + self.offload
 
 
 @dataclass(frozen=True)

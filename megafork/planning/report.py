@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megafork.model.shape import ModelShape
-from megafork.planning.memory import MemoryPlan, StageMemory
+from megafork.planning.memory import MemoryPlan
 from megafork.planning.nodes import GIB, NodeType
+from megafork.planning.parts import StageMemory
 from megafork.planning.roofline import StepTime
 from megafork.planning.search import Changes, Layout
 from megafork.planning.work import num_parameters
