@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
-import logging
-import multiprocessing
 import os
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from megafork.cli import main
+from tests.helpers.forks import Fork, variable
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -36,9 +32,37 @@ def environment(mark: object = "") -> dict[str, str]:
 
 
 def megafork(
+    *arguments: object,
+    mark: object = "",
+    timeout: float = 600,
+    prepare: Callable[[], object] = lambda: None,
+) -> subprocess.CompletedProcess[str]:
+    """`megafork ARGUMENTS`, to its end, in a fork of this process; see forks.py.
+
+    prepare: is called in the fork first.
+    """
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        fork = Fork(
+            tuple(map(str, arguments)),
+            environment(mark),
+            (MARK,),
+            stdout=stdout,
+            stderr=stderr,
+            prepare=prepare,
+        )
+        try:
+            status = fork.wait(timeout)
+        finally:
+            fork.kill()
+        stdout.seek(0)
+        stderr.seek(0)
+        return subprocess.CompletedProcess(fork.args, status, stdout.read(), stderr.read())
+
+
+def executed_megafork(
     *arguments: object, mark: object = "", timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """`megafork ARGUMENTS`, to its end."""
+    """The same, started as a user does."""
     return subprocess.run(
         [sys.executable, "-m", "megafork", *map(str, arguments)],
         cwd=ROOT,
@@ -49,80 +73,12 @@ def megafork(
     )
 
 
-def forked_megafork(
-    *arguments: object,
-    mark: object = "",
-    timeout: float = 600,
-    prepare: Callable[[], object] = lambda: None,
-) -> subprocess.CompletedProcess[str]:
-    """`megafork ARGUMENTS`, to its end, in a fork of this process.
-
-    A fork finds imported what the test has imported: a message costs a tenth of a second and not
-    the import of torch. Its environment, signal handlers and threads end with it.
-
-    prepare: is called in the fork first.
-    """
-    fork = multiprocessing.get_context("fork")
-    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        argv = ["megafork", *map(str, arguments)]
-        files = (stdout.fileno(), stderr.fileno())
-        child = fork.Process(target=_be_megafork, args=(argv, mark, files, prepare))
-        child.start()
-        child.join(timeout)
-        if child.exitcode is None:
-            child.kill()
-            child.join()
-            raise subprocess.TimeoutExpired(argv, timeout)
-        stdout.seek(0)
-        stderr.seek(0)
-        return subprocess.CompletedProcess(argv, child.exitcode, stdout.read(), stderr.read())
-
-
-def _be_megafork(
-    argv: list[str], mark: object, files: tuple[int, int], prepare: Callable[[], object]
-) -> None:
-    """What a start of the command finds, without pytest's streams, handlers and filters."""
-    gc.freeze()  # what earlier tests left is not this process's to collect
-    for descriptor, own in zip((1, 2), files, strict=True):
-        os.dup2(own, descriptor)
-    sys.stdout, sys.stderr = (open(d, "w", 1, closefd=False) for d in (1, 2))  # noqa: SIM115
-    sys.argv = argv
-    inherited = environment(mark)
-    os.environ.clear()
-    os.environ.update(inherited)
-    os.chdir(ROOT)
-    logging.root.handlers.clear()
-    _show_warnings_as_python_does()
-    if torch := sys.modules.get("torch"):
-        torch.set_num_threads(1)  # the threads of this process's OpenMP are not in the fork
-    try:
-        prepare()
-        main()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-
-
-def _show_warnings_as_python_does() -> None:
-    """pytest records them, and has filters of its own."""
-
-    def show(message, category, filename, lineno, file=None, line=None):
-        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
-
-    warnings.resetwarnings()
-    warnings.showwarning = show
-    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
-        warnings.simplefilter("ignore", category)
-
-
 def processes_of(mark: object) -> list[str]:
     """Names of the live processes that carry `mark`, whatever they call themselves."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE and (
-                process.environ().get(MARK) == str(mark)
-            ):
+            if process.status() != psutil.STATUS_ZOMBIE and variable(process, MARK) == str(mark):
                 found.append(" ".join(process.cmdline()) or process.name())
     return found
 

@@ -15,24 +15,38 @@ from typing import Any, Self
 
 import psutil
 
-from tests.helpers.commands import ROOT, Moment, environment
+from tests.helpers.commands import MARK, ROOT, Moment, environment
+from tests.helpers.forks import Fork
 
 
 class LiveRun:
-    """`megafork ARGUMENTS` in a session of its own; what is left of it at the end is killed."""
+    """`megafork ARGUMENTS` in a session of its own; what is left of it at the end is killed.
 
-    def __init__(self, run_dir: Path, *arguments: object, **variables: str) -> None:
+    executed: it is started as a user does, and no fork of this process.
+    """
+
+    def __init__(
+        self, run_dir: Path, *arguments: object, executed: bool = False, **variables: str
+    ) -> None:
         self.run_dir = run_dir
         self._output = run_dir.parent / f"{run_dir.name}.out"
+        words = tuple(map(str, arguments))
+        told = environment(run_dir) | variables
+        self.process: Fork | subprocess.Popen[bytes]
         with self._output.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "megafork", *map(str, arguments)],
-                cwd=ROOT,
-                env=environment(run_dir) | variables,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            if executed:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "megafork", *words],
+                    cwd=ROOT,
+                    env=told,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            else:
+                self.process = Fork(
+                    words, told, (MARK,), stdout=output, stderr=output, session=True
+                )
 
     def __enter__(self) -> Self:
         return self
@@ -93,6 +107,7 @@ class LiveRun:
         """kill -9 of all in its session at once: the launcher and the ranks."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()  # a fork that has no session yet
         self.process.wait()
 
 

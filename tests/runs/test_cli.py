@@ -19,7 +19,7 @@ from tests.helpers.commands import (
     QUICKSTART,
     ROOT,
     environment,
-    forked_megafork,
+    executed_megafork,
     left_over,
     megafork,
     small_run,
@@ -55,7 +55,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_costs_a_second_and_is_told_once(tmp_path, case):
     override, message = CASES[case]
-    done = forked_megafork(*small_run(tmp_path / "run", override(tmp_path)), mark=tmp_path)
+    done = megafork(*small_run(tmp_path / "run", override(tmp_path)), mark=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("error:") == 1
@@ -65,7 +65,7 @@ def test_a_mistake_costs_a_second_and_is_told_once(tmp_path, case):
 
 def test_a_mistake_is_told_by_the_command_itself(tmp_path):
     """By a Python that has imported nothing before."""
-    done = megafork(*small_run(tmp_path / "run", "forking.roh=0.1"), mark=tmp_path)
+    done = executed_megafork(*small_run(tmp_path / "run", "forking.roh=0.1"), mark=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ") and "did you mean forking.rho?" in line
@@ -75,7 +75,7 @@ def test_a_mistake_is_told_by_the_command_itself(tmp_path):
 def test_a_plan_tells_nothing_of_its_libraries(tmp_path):
     """What they say when they are imported."""
     of = ["plan", QUICKSTART / "config.toml", "--nodes", "2", "--mean-response-tokens", "-5"]
-    done = megafork(*of, mark=tmp_path)
+    done = executed_megafork(*of, mark=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
@@ -108,7 +108,7 @@ def test_another_run_is_refused_before_torch_is_imported(tmp_path):
 
 @pytest.mark.parametrize(
     ("layout", "command"),
-    [("parallel.tp=1", forked_megafork), ("parallel.tp=2", megafork)],
+    [("parallel.tp=1", megafork), ("parallel.tp=2", executed_megafork)],
     ids=["parallel.tp=1", "parallel.tp=2"],
 )
 def test_a_server_that_does_not_come_up_ends_the_run(tmp_path, layout, command):
@@ -126,7 +126,7 @@ def test_a_server_that_does_not_come_up_ends_the_run(tmp_path, layout, command):
 
 def test_a_server_that_is_too_slow_ends_the_run(tmp_path):
     override = "rollout.startup_timeout_s=1"
-    done = forked_megafork(*small_run(tmp_path / "run", "parallel.tp=1", override), mark=tmp_path)
+    done = megafork(*small_run(tmp_path / "run", "parallel.tp=1", override), mark=tmp_path)
     assert done.returncode == 2
     assert "startup_timeout_s=1" in done.stderr
     assert left_over(tmp_path) == []
@@ -138,7 +138,7 @@ def test_a_missing_tokenizer_is_named(tmp_path):
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         (model / name).symlink_to(QUICKSTART / "model" / name)
     arguments = ["parallel.tp=1", f"model.path={model}"]
-    done = forked_megafork(*small_run(tmp_path / "run", *arguments), mark=tmp_path)
+    done = megafork(*small_run(tmp_path / "run", *arguments), mark=tmp_path)
     assert done.returncode == 2
     assert "holds no tokenizer (tokenizer.json, tokenizer.model, vocab.json)" in done.stderr
     assert left_over(tmp_path) == []
@@ -176,7 +176,7 @@ def test_a_world_of_the_wrong_size_is_named(tmp_path):
 )
 def test_score_names_the_line_it_cannot_score(tmp_path, line, message):
     (tmp_path / "in.jsonl").write_text(line + "\n")
-    done = forked_megafork(
+    done = megafork(
         *("score", "--model", QUICKSTART / "model", "--input", tmp_path / "in.jsonl"),
         *("--output", tmp_path / "out.jsonl", "model.dtype=float32"),
     )
@@ -187,7 +187,7 @@ def test_score_names_the_line_it_cannot_score(tmp_path, line, message):
 
 
 def test_doctor_reports_what_is_here():
-    done = forked_megafork("doctor")
+    done = megafork("doctor")
     assert done.returncode == 0, done.stdout
     for name in ("torch", "megatron-core", "transformers", "vLLM"):
         assert re.search(rf"^ok +{name} \d", done.stdout, re.MULTILINE), done.stdout
@@ -200,7 +200,7 @@ def test_doctor_names_what_is_broken_and_the_command_that_mends_it(tmp_path):
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho 'ImportError: torchvision::nms does not exist' >&2\nexit 1\n")
     fake.chmod(0o755)
-    done = forked_megafork("doctor", "--python", fake)
+    done = megafork("doctor", "--python", fake)
     assert done.returncode == 1
     assert "torchvision::nms does not exist" in done.stdout
     assert "mend:  " in done.stdout
@@ -210,7 +210,7 @@ def test_doctor_names_what_is_broken_and_the_command_that_mends_it(tmp_path):
 def test_too_few_open_files_are_named(tmp_path):
     """Before anything is imported that would need them."""
     limit = (resource.RLIMIT_NOFILE, (64, 64))
-    done = forked_megafork(
+    done = megafork(
         *small_run(tmp_path / "run"), mark=tmp_path, prepare=lambda: resource.setrlimit(*limit)
     )
     assert done.returncode == 2
@@ -224,11 +224,11 @@ def test_as_many_files_are_allowed_as_may_be():
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
 
-    assert forked_megafork("keys", prepare=prepare).returncode == 0
+    assert megafork("keys", prepare=prepare).returncode == 0
 
 
 def test_keys_lists_every_setting():
-    done = forked_megafork("keys")
+    done = megafork("keys")
     assert done.returncode == 0
     assert "forking.rho" in done.stdout
 
@@ -241,6 +241,6 @@ def test_keys_lists_every_setting():
     ],
 )
 def test_train_wants_a_config_or_a_run(arguments, message):
-    done = forked_megafork("train", *arguments)
+    done = megafork("train", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr

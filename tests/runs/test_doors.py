@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psutil
 import pytest
 import requests
 from torch.distributed import TCPStore
 
-from tests.helpers.commands import forked_megafork, left_over, tiny_run
-from tests.helpers.live_runs import middle_of
+from tests.helpers.commands import left_over, megafork, tiny_run
+from tests.helpers.live_runs import LiveRun, middle_of
 
 VALIDATE, PING = b"\0" + (0x3C85F7CE).to_bytes(4, "little"), b"\x0d"
 """What a TCPStore's client begins with"""
@@ -89,7 +85,7 @@ def assert_no_second_run(run_dir, pid):
         ["train", "--resume", run_dir, "--dry-run"],
         [*tiny_run(run_dir), "--dry-run"],
     ):
-        done = forked_megafork(*arguments, mark=run_dir.parent)
+        done = megafork(*arguments, mark=run_dir.parent)
         assert done.returncode == 2, done.stdout
         [line] = done.stderr.splitlines()
         assert line.startswith(f"error: run.dir={run_dir} is in use by process {pid} on ")
@@ -101,25 +97,22 @@ def assert_no_second_run(run_dir, pid):
 def test_of_two_that_start_at_once_one_goes_on(tmp_path):
     """Past all checks of the other's files, which come before the ranks are started."""
     run_dir = tmp_path / "run"
-    with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda n: forked(run_dir, f"training.seed={n}"), (1, 2)))
-    assert sorted(done.returncode for done in both) == [0, 2], [done.stderr for done in both]
-    [refused] = [done for done in both if done.returncode]
-    assert "is in use by process" in refused.stderr or "holds another run" in refused.stderr
-    [kept] = [n for n, done in zip((1, 2), both, strict=True) if done.returncode == 0]
+    one = ("training.steps=1", "parallel.tp=2")
+    with contextlib.ExitStack() as stack:
+        both = [
+            stack.enter_context(
+                LiveRun(tmp_path / f"{seed}", *tiny_run(run_dir, *one, f"training.seed={seed}"))
+            )
+            for seed in (1, 2)
+        ]
+        statuses = [live.end() for live in both]
+    told = [live.told for live in both]
+    assert sorted(statuses) == [0, 2], told
+    refused, kept = told[statuses.index(2)], 1 + statuses.index(0)
+    assert "is in use by process" in refused or "holds another run" in refused
     assert f"seed = {kept}" in (run_dir / "config.toml").read_text()
-    assert left_over(tmp_path) == []
-
-
-def forked(run_dir, *settings):
-    return subprocess.run(
-        [sys.executable, "-m", "megafork", *tiny_run(run_dir, "training.steps=1", *settings)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    for seed in (1, 2):
+        assert left_over(tmp_path / f"{seed}") == []
 
 
 @pytest.mark.parametrize(
@@ -141,7 +134,7 @@ def test_a_folder_with_anything_of_another_run_is_refused(tmp_path, left, dry):
     path.parent.mkdir(parents=True)
     (tmp_path / "run" / "rollouts").mkdir()
     path.write_text(json.dumps({"step": 1}) + "\n")
-    done = forked_megafork(*tiny_run(tmp_path / "run"), *dry, mark=tmp_path)
+    done = megafork(*tiny_run(tmp_path / "run"), *dry, mark=tmp_path)
     assert done.returncode == 2
     told = "/".join(left.split("/")[:2])
     assert f"run.dir={tmp_path}/run holds another run ({told})" in done.stderr
@@ -153,5 +146,5 @@ def test_what_a_failed_start_left_is_no_run(tmp_path):
     (run_dir / "rollouts").mkdir(parents=True)
     for name in ("metrics.jsonl", "config.toml", "vllm.log", "lock"):
         (run_dir / name).touch()
-    done = forked_megafork(*tiny_run(run_dir), "rollout.python=/nowhere/python", mark=tmp_path)
+    done = megafork(*tiny_run(run_dir), "rollout.python=/nowhere/python", mark=tmp_path)
     assert "rollout.python=/nowhere/python is not an executable" in done.stderr

@@ -21,6 +21,7 @@ from tests.helpers.commands import (
     tiny_engine,
     tiny_run,
 )
+from tests.helpers.forks import variable
 from tests.helpers.live_runs import LiveRun, middle_of
 
 
@@ -115,7 +116,7 @@ def test_a_rank_that_hangs_is_named(tmp_path):
     seconds = 18
     layout = ("parallel.tp=1", "parallel.dp=3", f"parallel.timeout_minutes={seconds / 60}")
     with middle_of(2, run_dir, *tiny_run(run_dir, *layout)) as (run, moment):
-        [hung] = [rank for rank in run.find("megafork") if rank.environ().get("RANK") == "1"]
+        [hung] = [rank for rank in run.find("megafork") if variable(rank, "RANK") == "1"]
         hung.suspend()
         moment.go_on()
         assert run.end() == 2

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import random
 import re
 import signal
-import time
-from pathlib import Path
 
-import psutil
 import pytest
 
 from megafork.interruption import INTERRUPTED
-from megafork.logging.metrics import read_rows
-from megafork.parallel.whereabouts import FileBoard
-from megafork.rendezvous import STORE
 from tests.helpers.commands import (
     QUICKSTART,
-    forked_megafork,
     left_over,
     lines,
+    megafork,
     processes_of,
     small_run,
     tiny_engine,
@@ -72,13 +63,13 @@ def test_vllm_a_killed_run_goes_on_and_its_server_is_replaced(tmp_path):
     """Killed while it writes a checkpoint and generates the next step."""
     run_dir = tmp_path / "run"
     settings = (*SETTINGS, "parallel.tp=1", "checkpoint.every=2")
-    with LiveRun(run_dir, *small_run(run_dir, *settings)) as run:
+    with LiveRun(run_dir, *small_run(run_dir, *settings), executed=True) as run:
         # Half-written, or just whole.
         run.wait_for(lambda: list(run_dir.glob("checkpoints/step_000002*")))
         run.kill()
     assert left_over(run_dir, seconds=10) == []
     before = journalled(run_dir)
-    with LiveRun(run_dir, "train", "--resume", run_dir) as run:
+    with LiveRun(run_dir, "train", "--resume", run_dir, executed=True) as run:
         run.wait_for(run.journal(5).exists)
         half = run.journal(5).read_bytes()
         run.kill_server()
@@ -104,7 +95,7 @@ def assert_refused_with_fewer_rows(run_dir, saved):
     shorter = run_dir.parent / "shorter.jsonl"
     rows = (QUICKSTART / "data" / "train.jsonl").read_text().splitlines(keepends=True)
     shorter.write_text("".join(rows[:-1]))
-    refused = forked_megafork("train", "--resume", run_dir, f"data.train={shorter}")
+    refused = megafork("train", "--resume", run_dir, f"data.train={shorter}")
     assert refused.returncode == 2
     assert (
         f"step_{saved:06d} was trained on other data: data.train={shorter} has " in refused.stderr
@@ -174,77 +165,3 @@ def saved_step(run):
     assert f"megafork train --resume {run.run_dir}" in run.told
     assert "Traceback" not in run.told and "error" not in run.told
     return int(said[2])
-
-
-class Board:
-    """What the ranks write down of their whereabouts, read from outside."""
-
-    def __init__(self, process):
-        self.process = process
-        self.board: FileBoard | None = None
-
-    def says(self, phase, after_step):
-        """Whether rank 0 is in this phase of a step later than `after_step`."""
-        with contextlib.suppress(psutil.Error, OSError, StopIteration):
-            if self.board is None:
-                ranks = psutil.Process(self.process.pid).children()
-                environ = next(e for r in ranks if STORE in (e := r.environ()))
-                self.board = FileBoard(Path(environ[STORE]).parent)
-            found = re.fullmatch(r"\S+ (\w+) of step (\d+)", self.board.get("at/0").decode())
-            return found is not None and found[1] == phase and int(found[2]) > after_step
-        return False
-
-
-def wait_for_moment(kind, run, run_dir, moments):
-    """Until the run, just started, is in the middle of what `kind` says, of a step that is new."""
-    before = {path.name for path in run_dir.glob("checkpoints/*")}
-    last = max((row["step"] for row in read_rows(run_dir / "metrics.jsonl")), default=0)
-    if kind == "start":
-        time.sleep(moments.uniform(0, 12))
-    elif kind == "save":
-        partial = run_dir / "checkpoints"
-        run.wait_for(lambda: {p.name for p in partial.glob("*.partial")} - before)
-        time.sleep(moments.uniform(0, 0.5))
-    else:
-        board = Board(run.process)
-        run.wait_for(lambda: board.says(kind, last))
-        time.sleep(moments.uniform(0, 0.1))
-        if not board.says(kind, last):
-            print(f"({kind} was over already)")
-
-
-KINDS = ("generate", "update", "sync", "save", "start", "score")
-
-
-@pytest.mark.skipif("MEGAFORK_KILLS" not in os.environ, reason="set MEGAFORK_KILLS to a number")
-@pytest.mark.timeout(3000)
-def test_random_moments(tmp_path):
-    """MEGAFORK_KILLS=20 takes some minutes; MEGAFORK_SEED repeats a sequence of moments."""
-    seed = int(os.environ.get("MEGAFORK_SEED", random.randrange(10**6)))
-    print(f"MEGAFORK_SEED={seed}")
-    moments = random.Random(seed)
-    run_dir = tmp_path / "run"
-    settings = ("training.steps=1000", *SETTINGS[1:], "parallel.tp=2", "checkpoint.every=2")
-    arguments = tiny_run(run_dir, *settings)
-    for kill in range(int(os.environ["MEGAFORK_KILLS"])):
-        before = journalled(run_dir)
-        kind = KINDS[kill % len(KINDS)]
-        with LiveRun(run_dir, *arguments) as run:
-            wait_for_moment(kind, run, run_dir, moments)
-            assert run.process.poll() is None, f"kill {kill}: {run.told}"
-        assert left_over(run_dir, seconds=10) == []
-        assert_kept(run_dir, before, f"kill {kill}")
-        rows, partial = read_rows(run_dir / "metrics.jsonl"), list(run_dir.glob("*/*.partial"))
-        print(
-            f"kill {kill}, in {kind}: {len(journalled(run_dir))} steps in the journal, {len(rows)} "
-            f"in the metrics, half-written: {[path.name for path in partial]}",
-            flush=True,
-        )
-        arguments = ["train", "--resume", str(run_dir)]
-    last = max(int(name[5:11]) for name in journalled(run_dir))
-    resume(run_dir, f"training.steps={last}")
-    rows, weights = comparable(run_dir)
-    assert [row["step"] for row in rows] == list(range(1, last + 1))
-    other_rows, other_weights = replayed_in_one_go(run_dir, tmp_path / "replayed")
-    assert rows == other_rows
-    assert weights == other_weights

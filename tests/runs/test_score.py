@@ -10,7 +10,7 @@ import torch
 
 import megafork.scoring
 from tests.helpers import reference
-from tests.helpers.commands import QUICKSTART, forked_megafork, lines, megafork
+from tests.helpers.commands import QUICKSTART, lines, megafork
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def test_score_is_the_same_at_every_layout(tmp_path, layout):
 
 def test_score_takes_text(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "6 2 4>48:", "response": "6*4=24;2*24=48."}\n')
-    done = forked_megafork(
+    done = megafork(
         *("score", "--model", QUICKSTART / "model", "--input", tmp_path / "in.jsonl"),
         *("--output", tmp_path / "out.jsonl", "model.dtype=float32"),
     )
@@ -72,7 +72,7 @@ def test_a_full_disk_is_told_and_leaves_the_former_output(tmp_path):
     (tmp_path / "in.jsonl").write_text(row * 300)
     (tmp_path / "out.jsonl").write_text("former")
     files = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"]
-    done = forked_megafork(
+    done = megafork(
         *("score", "--model", folder, *files),
         prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14)),
     )

@@ -14,7 +14,6 @@ from megafork.config.file import load_config
 from megafork.rollout.journal import Journal
 from tests.helpers.commands import (
     QUICKSTART,
-    forked_megafork,
     left_over,
     lines,
     megafork,
@@ -249,7 +248,7 @@ def test_the_servers_log_holds_no_traceback(run):
 def test_a_run_is_not_overwritten(run):
     run_dir, model, _ = run
     before = (run_dir / "metrics.jsonl").read_bytes()
-    done = forked_megafork(*small_run(run_dir, f"model.path={model}", "parallel.tp=1"))
+    done = megafork(*small_run(run_dir, f"model.path={model}", "parallel.tp=1"))
     assert done.returncode == 2
     assert f"run.dir={run_dir} holds another run" in done.stderr
     assert (run_dir / "metrics.jsonl").read_bytes() == before

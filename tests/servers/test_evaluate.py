@@ -18,7 +18,7 @@ from megafork.evaluation.samples import SampleFile
 from megafork.evaluation.source import find_model
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.rewards.countdown import verify
-from tests.helpers.commands import QUICKSTART, forked_megafork, left_over, lines, megafork
+from tests.helpers.commands import QUICKSTART, executed_megafork, left_over, lines, megafork
 from tests.helpers.evaluations import MODEL, SETTINGS, config
 from tests.helpers.shared_servers import ON_QUICKSTART, quickstart_server
 
@@ -62,7 +62,7 @@ def test_what_generate_writes_is_scored(url, bench, tmp_path):
     }
 
     scored = tmp_path / "scored.jsonl"
-    done = forked_megafork("score", "--model", MODEL, "--input", output, "--output", scored)
+    done = megafork("score", "--model", MODEL, "--input", output, "--output", scored)
     assert done.returncode == 0, done.stderr
     for row, before in zip(lines(scored), rows, strict=True):
         assert row["rollout_logprobs"] == before["rollout_logprobs"]
@@ -217,7 +217,7 @@ ON_CHECKPOINT = pytest.mark.xdist_group("checkpoint of the quickstart")  # made 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "checkpoints" / "step_000010"
-    done = forked_megafork("convert", "hf-to-megatron", "--hf", MODEL, "--megatron", folder)
+    done = megafork("convert", "hf-to-megatron", "--hf", MODEL, "--megatron", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -248,7 +248,7 @@ def test_a_run_stands_for_its_final_checkpoint(checkpoint):
 def test_the_command_evaluates_a_checkpoint_with_a_server_of_its_own(checkpoint, bench, tmp_path):
     output = tmp_path / "eval"
     arguments = ["eval", "--model", checkpoint, "--output", output, bench, *SETTINGS, COUNTDOWN]
-    done = megafork(*arguments, mark=tmp_path)
+    done = executed_megafork(*arguments, mark=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((output / "results.json").read_text())["benchmarks"]["held"]
     rows = lines(output / "samples" / "held.jsonl")
@@ -306,7 +306,7 @@ def test_the_command_tells_a_mistake_as_one_message(tmp_path):
     """Files and settings come in one list, in any order."""
     output = tmp_path / "eval"
     arguments = ["--model", MODEL, "--output", output, COUNTDOWN, "none.jsonl", *SETTINGS]
-    done = forked_megafork("eval", *arguments, mark=tmp_path)
+    done = megafork("eval", *arguments, mark=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: data file none.jsonl does not exist")
     assert not output.exists()
@@ -326,7 +326,7 @@ def test_a_file_of_unknown_origin_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("command", ["generate", "eval", "temperatures"])
 def test_keys_lists_the_settings_of_the_command(command):
-    done = forked_megafork("keys", command)
+    done = megafork("keys", command)
     assert done.returncode == 0
     assert ("rollout.samples" in done.stdout, "forking.rho" in done.stdout) == (True, False)
     assert ("reward.verifier" in done.stdout) == (command != "generate")

@@ -27,7 +27,7 @@ from megafork.planning.report import overrides
 from megafork.planning.search import changed, search
 from megafork.planning.serving import server_memory
 from megafork.planning.shapes import SHAPES
-from tests.helpers.commands import QUICKSTART, forked_megafork
+from tests.helpers.commands import QUICKSTART, megafork
 
 SMALL = replace(
     SHAPES["qwen3-8b"],
@@ -257,7 +257,7 @@ def test_mistakes_are_named(arguments, words):
 def test_a_mistake_is_one_line_and_status_2(tmp_path, change, words):
     config = json.loads((QUICKSTART / "model" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    done = forked_megafork("plan", "--model", tmp_path, "--nodes", "2", mark=tmp_path)
+    done = megafork("plan", "--model", tmp_path, "--nodes", "2", mark=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     [line] = done.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path}/config.json has ") and words in line

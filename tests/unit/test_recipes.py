@@ -22,7 +22,7 @@ from megafork.planning.dry_run import place
 from megafork.planning.nodes import NODES
 from megafork.planning.roofline import step_time
 from megafork.planning.shapes import SHAPES
-from tests.helpers.commands import QUICKSTART, ROOT, forked_megafork, left_over
+from tests.helpers.commands import QUICKSTART, ROOT, left_over, megafork
 
 EXAMPLES = ROOT / "examples"
 # Nodes that train and that serve, as run.sbatch asks for them.
@@ -270,7 +270,7 @@ def test_a_dry_run_finds(fault, folder, monkeypatch):
 def test_the_command_starts_nothing_and_writes_nothing(tmp_path):
     config = QUICKSTART / "config.toml"
     run = tmp_path / "run"
-    done = forked_megafork("train", config, f"run.dir={run}", "--dry-run", mark=tmp_path)
+    done = megafork("train", config, f"run.dir={run}", "--dry-run", mark=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "46 tensors in" in done.stdout and "prompts   4096; " in done.stdout
     first = json.loads((QUICKSTART / "data" / "train.jsonl").read_text().splitlines()[0])["prompt"]

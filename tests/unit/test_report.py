@@ -11,7 +11,7 @@ from megafork.errors import UserError
 from megafork.report import palette
 from megafork.report.page import duration, write_report
 from megafork.report.tokens import sampled_steps, visible
-from tests.helpers.commands import forked_megafork
+from tests.helpers.commands import megafork
 from tests.helpers.pages import (
     Element,
     make_run,
@@ -281,12 +281,12 @@ def test_a_folder_without_a_run_and_a_damaged_line_are_told(tmp_path):
 
 def test_the_command_writes_where_it_is_told(tmp_path):
     run_dir = make_run(tmp_path / "run")
-    done = forked_megafork("report", run_dir, "--output", tmp_path / "there.html")
+    done = megafork("report", run_dir, "--output", tmp_path / "there.html")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "there.html")
     assert not (run_dir / "report.html").exists()
     assert read_page(tmp_path / "there.html").by_id("state").text == "finished: 3 of 3 steps"
-    done = forked_megafork("report", tmp_path)
+    done = megafork("report", tmp_path)
     assert done.returncode == 2 and "no run in this folder" in done.stderr
 
 

@@ -27,7 +27,7 @@ from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.scorer import Scorer
 from megafork.parallel.topology import initialize
 from tests.helpers import reference
-from tests.helpers.commands import ROOT, environment, forked_megafork, megafork
+from tests.helpers.commands import ROOT, environment, megafork
 from tests.helpers.conversion import (
     LAYOUTS,
     assert_same,
@@ -318,7 +318,7 @@ def test_the_commands(tmp_path):
 
     source = make(tmp_path / "other", architecture="qwen3", tied=False)
     edit(source, lambda t: t["model.norm.weight"][0].add_(1))
-    done = forked_megafork("convert", "verify", "--hf", source, *folders[2:])
+    done = megafork("convert", "verify", "--hf", source, *folders[2:])
     assert done.returncode == 1
     assert done.stdout.startswith("FAILED weights: model.norm.weight[0] is ")
 

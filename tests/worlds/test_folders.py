@@ -13,7 +13,7 @@ from megafork.model.scorer import Scorer
 from megafork.parallel.topology import initialize
 from megafork.types import token_table
 from tests.helpers import folders, reference
-from tests.helpers.commands import QUICKSTART, forked_megafork, small_run
+from tests.helpers.commands import QUICKSTART, megafork, small_run
 from tests.helpers.folders import Null, change, configure
 from tools.benchmarks.ranks import run_ranks
 
@@ -85,7 +85,7 @@ def test_every_reader_refuses_with_one_message(tmp_path, make):
     make(folder)
     told = {}
     for reader, command in readers(tmp_path, folder).items():
-        done = forked_megafork(*command)
+        done = megafork(*command)
         assert done.returncode == 2, (reader, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr, reader
         told[reader] = done.stderr.strip().splitlines()[-1]
@@ -196,7 +196,7 @@ def test_no_reader_minds_a_repeated_head(tmp_path):
     folder = quickstart(tmp_path)
     stored_head(folder)
     for reader in ("plan", "convert"):
-        done = forked_megafork(*readers(tmp_path, folder)[reader])
+        done = megafork(*readers(tmp_path, folder)[reader])
         assert done.returncode in (0, 1), done.stderr  # 1: the plan does not fit
         assert "error" not in done.stderr
     assert json.loads((tmp_path / "out" / "hf" / "copies.json").read_text())

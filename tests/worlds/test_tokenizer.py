@@ -28,7 +28,6 @@ from tests.helpers import reference
 from tests.helpers.commands import (
     QUICKSTART,
     ROOT,
-    forked_megafork,
     lines,
     megafork,
     small_run,
@@ -496,7 +495,7 @@ def test_ends_that_are_none_are_refused(tmp_path, eos, message):
 
 
 def test_train_refuses_before_anything_starts(files, tmp_path):
-    done = forked_megafork(*small_run(tmp_path / "run", f"tokenizer.path={files['bpe']}"))
+    done = megafork(*small_run(tmp_path / "run", f"tokenizer.path={files['bpe']}"))
     assert done.returncode == 2
     assert f"error: tokenizer.path={files['bpe']}: the tokenizer has ids up to" in done.stderr
     assert "Traceback" not in done.stderr
@@ -552,7 +551,7 @@ def test_score_takes_text_through_a_model_file(files, tmp_path, architecture):
         for p, r in texts
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in by_text + by_ids))
-    done = forked_megafork(
+    done = megafork(
         *("score", "--model", folder, "--input", tmp_path / "in.jsonl"),
         *("--output", tmp_path / "out.jsonl", f"tokenizer.path={files['small']}"),
     )
@@ -566,7 +565,7 @@ def test_score_takes_text_through_a_model_file(files, tmp_path, architecture):
 
 def test_score_names_a_tokenizer_that_is_not_there(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "6", "response": "2"}\n')
-    done = forked_megafork(
+    done = megafork(
         *("score", "--model", QUICKSTART / "model", "--input", tmp_path / "in.jsonl"),
         *("--output", tmp_path / "out.jsonl", "tokenizer.path=none.model"),
     )
