@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 HEALTH_S = 8.0
-"""For one token of an engine that has nothing else to do; less than who asks waits"""
+"""For an answer, or one token of an engine that has nothing else to do; less than who asks waits"""
+SILENCE_S = 300.0
+"""How long an engine that has answered before may be in one step: it answers between steps alone.
+On a CPU the prompts of one batch took a model of 0.5B parameters 43 s and more."""
 
 
 class Pulse:
     """Whether the engine can generate a token, which a living process alone does not say.
 
     It is asked for one where it has nothing to do. While it generates, is paused or sleeps, its
-    loop has to answer; while it is administered, as when weights come in, it may be silent.
+    loop has to answer. Once it has, it may be silent for SILENCE_S; and while it is administered,
+    as when weights come in, for as long as that takes.
     """
 
     def __init__(self, one_token: Callable[[Any], Awaitable[None]]) -> None:
@@ -23,6 +28,8 @@ class Pulse:
         self._one_token = one_token
         self._num_generating = self._num_administering = 0
         self._asking: asyncio.Task[str | None] | None = None
+        self._has_answered = False
+        self._silent_since: float | None = None
 
     @contextlib.contextmanager
     def generation(self) -> Iterator[None]:
@@ -47,17 +54,30 @@ class Pulse:
         return await asyncio.shield(self._asking)
 
     async def _ask(self, engine: Any) -> str | None:
+        asked_at = time.monotonic()
         try:
             await engine.check_health()
             async with asyncio.timeout(HEALTH_S):
                 if not self._num_administering and not await self._is_busy(engine):
                     await self._one_token(engine)
         except TimeoutError:
-            if not self._num_administering:
-                return f"the engine has generated no token within {HEALTH_S:g} s"
+            return self._silence(asked_at)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
+        self._has_answered, self._silent_since = True, None
         return None
+
+    def _silence(self, asked_at: float) -> str | None:
+        """What there is to say of an engine that has not answered in time."""
+        if self._num_administering:
+            self._silent_since = None
+            return None
+        if not self._has_answered:
+            return f"the engine has generated no token within {HEALTH_S:g} s"
+        if self._silent_since is None:
+            self._silent_since = asked_at
+        seconds = time.monotonic() - self._silent_since
+        return None if seconds < SILENCE_S else f"the engine has not answered for {seconds:.0f} s"
 
     async def _is_busy(self, engine: Any) -> bool:
         return await engine.is_sleeping() or self._num_generating > 0

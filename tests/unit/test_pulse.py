@@ -90,6 +90,29 @@ def test_one_that_takes_weights_may_be_silent():
     assert ailment_of(Engine(silent=True), administering=True) == [None]
 
 
+@pytest.mark.parametrize("generating", [False, True])
+def test_one_that_has_answered_may_be_in_a_long_step(monkeypatch, generating):
+    """A step with many prompts takes minutes on a CPU, and the engine answers between steps."""
+    monkeypatch.setattr(pulse, "SILENCE_S", 0.3)
+    engine = Engine()
+
+    async def ask():
+        found = Pulse(lambda engine: engine.one_token())
+        assert await found.ailment(engine) is None
+        with stack_of(found, generating, administering=False):
+            engine.silent = True
+            assert await found.ailment(engine) is None
+            while (told := await found.ailment(engine)) is None:
+                pass
+            assert "has not answered for" in told
+            engine.silent = False
+            assert await found.ailment(engine) is None
+            engine.silent = True  # again: counted anew
+            assert await found.ailment(engine) is None
+
+    asyncio.run(asyncio.wait_for(ask(), 60))
+
+
 def test_many_who_ask_cost_one_token():
     engine = Engine()
     assert ailment_of(engine, times=50) == [None] * 50
