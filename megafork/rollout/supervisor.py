@@ -17,6 +17,7 @@ the server's sockets and temporary files. Standard library only.
 from __future__ import annotations
 
 import os
+import resource
 import select
 import shutil
 import signal
@@ -40,7 +41,14 @@ def _wait_for_reason(server: subprocess.Popen, trainer_pid: int, signals: list[i
             return "the trainer is gone"
         if signals:
             return f"got {signal.Signals(signals[0]).name}"
-    return f"the server exited with status {server.returncode}"
+    return _told_of_the_end(server.returncode)
+
+
+def _told_of_the_end(status: int) -> str:
+    """The kernel ends whoever is largest where memory runs out, and tells its own log alone."""
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # KiB on Linux
+    how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
+    return f"the server {how}; its largest process had {most:.1f} GiB"
 
 
 def _end_group(server: subprocess.Popen) -> None:

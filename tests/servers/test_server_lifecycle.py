@@ -197,8 +197,22 @@ def test_the_supervisor_sweeps_up_after_a_server_that_exits():
     with supervisor.stdout as log:  # its end is the end of everyone who could write to it
         lines = log.read().decode().splitlines()
     assert lines[0] == "started"
-    assert "exited with status 3" in lines[1]
+    assert re.search(r"exited with status 3; its largest process had \d+\.\d GiB", lines[1])
     assert gone_within(supervisor.pid, 1)
+    supervisor.stdin.close()
+    supervisor.wait()
+
+
+def test_the_supervisor_names_the_memory_of_a_server_that_was_killed():
+    """As by the kernel, where memory runs out: here with 200 MiB in the engine of an API server."""
+    engine = "import os, signal; b = bytes([1]) * (200 << 20); os.kill(os.getpid(), signal.SIGKILL)"
+    script = f"{sys.executable} -c '{engine}'; kill -9 $$"
+    supervisor = start_supervisor(script, stdout=subprocess.PIPE)
+    with supervisor.stdout as log:
+        told = log.read().decode()
+    found = re.search(r"was killed by signal 9; its largest process had (\d+\.\d) GiB", told)
+    assert found is not None, told
+    assert 0.2 <= float(found[1]) < 1
     supervisor.stdin.close()
     supervisor.wait()
 
