@@ -26,8 +26,10 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
+from megafork.parallel import bfloat16_products
 from megafork.rollout.bodies import ENGINE_PATHS, check_tokens, parsed_body
 from megafork.rollout.pulse import Pulse
 from megafork.rollout.sampling import (
@@ -41,6 +43,9 @@ from megafork.rollout.sampling import (
     version_number,
 )
 from megafork.weight_sync.receiver import WeightReceiver, checkpoint_shapes, listed
+
+if current_platform.is_cpu():
+    bfloat16_products.replace_where_slow(few_rows=8)
 
 
 class RolloutMiddleware:
