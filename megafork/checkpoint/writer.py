@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import pickle
 import queue
 import signal
+import stat
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -110,6 +112,7 @@ def _write(
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != trainer:  # ended before the line above
             os._exit(1)
+        _let_go_of_connections()
     written: queue.Queue = queue.Queue()
     begun: queue.Queue = queue.Queue()
     for index, (path, key, (objects, tensors)) in enumerate(buckets):
@@ -130,6 +133,17 @@ def _write(
         except OSError as error:
             failures.append(error)
     results.put(failures[0] if failures else outcomes)
+
+
+def _let_go_of_connections() -> None:
+    """Sockets and pipes of the trainer, which has others write: who waits for the end of one would
+    wait for this process. They become /dev/null, so that no file of ours gets their numbers."""
+    with open(os.devnull, "r+b") as nothing:
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # the listing's own is closed by now
+                mode = os.fstat(int(name)).st_mode
+                if int(name) > 2 and (stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)):
+                    os.dup2(nothing.fileno(), int(name))
 
 
 def _leave_checksums(rank: int, files: Sequence[Path]) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
 import resource
+import select
 import shutil
+import socket
 
 import numpy
 import pytest
 import torch
 
+from megafork.checkpoint import writer as writer_module
 from megafork.checkpoint.hf import HF
 from megafork.checkpoint.store import MANIFEST, STATE
 from megafork.errors import UserError
@@ -225,3 +230,32 @@ def test_a_save_copies_no_optimizer_state(tmp_path, layout):
         print(f"{copied / 2**20:.0f} MiB for a save of {state / 2**20:.0f} MiB of optimizer state")
         assert state > 70 * 2**20
         assert copied < state / 8
+
+
+def test_a_process_that_writes_holds_no_connection_open():
+    """A thread that starts a process meanwhile waits for the end of a pipe that a fork has too."""
+    reads, writes = os.pipe()
+    ours, theirs = socket.socketpair()
+    let_go, told = multiprocessing.Event(), multiprocessing.Event()
+
+    def write():
+        writer_module._let_go_of_connections()
+        assert os.fstat(writes).st_rdev == os.stat(os.devnull).st_rdev  # its number is taken
+        let_go.set()
+        told.wait()
+
+    writer = multiprocessing.get_context("fork").Process(target=write)
+    writer.start()
+    os.close(writes)
+    theirs.close()
+    assert let_go.wait(30)
+    ready, _, _ = select.select([reads, ours], [], [], 30)
+    while len(ready) < 2:
+        ready, _, _ = select.select([reads, ours], [], [], 30)
+    assert os.read(reads, 1) == ours.recv(1) == b""
+    assert writer.is_alive()
+    told.set()
+    writer.join(30)
+    assert writer.exitcode == 0
+    os.close(reads)
+    ours.close()
