@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megafork.disk import naming
 from megafork.errors import UserError
 
 NAME = "lock"
@@ -100,7 +101,13 @@ def held(folder: Path, setting: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{setting}={folder} cannot be written: {error}") from None
     holder, ended = Holder.this_process(), threading.Event()
-    _write(descriptor, holder)
+    try:
+        with naming(path):
+            _write(descriptor, holder)
+    except OSError:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        raise
     beating = threading.Thread(
         target=_beat, args=(path, descriptor, holder, ended), name="lock", daemon=True
     )

@@ -14,6 +14,7 @@ import torch
 
 from megafork.config import ScoreConfig
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
+from megafork.disk import naming
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
 from megafork.parallel.topology import Topology, initialize, shutdown
@@ -43,6 +44,7 @@ def score_file(config: ScoreConfig, input_path: Path, output_path: Path) -> None
             lines = stack.enter_context(input_path.open(encoding="utf-8"))
             source = read_responses(lines, input_path, config, scorer.shape.vocab_size)
             stack.callback(partial.unlink, missing_ok=True)
+            stack.enter_context(naming(partial))
             sink = stack.enter_context(partial.open("w", encoding="utf-8"))
         while True:
             batch = topology.on_rank_zero(lambda: list(islice(source, config.batch_sequences)))

@@ -21,6 +21,7 @@ from typing import Annotated, Any, BinaryIO
 import msgspec
 import numpy
 
+from megafork.disk import naming
 from megafork.errors import UserError
 from megafork.parsing import parse_json
 
@@ -125,6 +126,7 @@ def read_scored(
     decode = msgspec.json.Decoder(_Line).decode
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(path.open("rb"))
+        stack.enter_context(naming(folder))
         spool = _Spool([stack.enter_context((folder / name).open("wb")) for name in _FILES])
         for number, line in enumerate(lines, 1):
             if not line.strip():

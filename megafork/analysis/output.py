@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from megafork.disk import naming
 from megafork.errors import UserError
 from megafork.interruption import ended_by_signals
 from megafork.printable import as_cell
@@ -90,7 +91,8 @@ def figure(path: Path, rows: Sequence[int] = (1,), *, height: float = 4.2) -> It
 
 def _write(path: Path, text: str) -> Path:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    with naming(partial):
+        partial.write_text(text, encoding="utf-8")
     return partial.replace(path)
 
 

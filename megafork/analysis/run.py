@@ -29,6 +29,7 @@ from megafork.analysis.training import training_table, write_training
 from megafork.config import ScoreConfig, TrainConfig
 from megafork.config.file import load_config
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
+from megafork.disk import naming
 from megafork.errors import PeerError, UserError
 from megafork.interruption import ended_by_signals
 from megafork.model.hf_model import check_folder
@@ -224,7 +225,7 @@ def write_rollouts(folder: Path, steps: Sequence[int], output: Path) -> None:
     """
     count = 0
     partial = output.with_name(output.name + ".partial")
-    with partial.open("w", encoding="utf-8") as sink:
+    with naming(partial), partial.open("w", encoding="utf-8") as sink:
         for step in steps:
             for group in read_step(folder, step).values():
                 for sample in group.samples if group.is_whole else []:

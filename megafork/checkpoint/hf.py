@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megafork.data.tokenizer import SENTENCEPIECE_FILE
+from megafork.disk import naming
 from megafork.model.hf_folder import INDEX
 
 HF = "hf"
@@ -69,7 +70,8 @@ def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> N
         "metadata": {"total_size": total_bytes},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    with naming(folder / INDEX):
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def copy_side_files(
@@ -95,7 +97,8 @@ def copy_side_files(
     if config.pop("torch_dtype", config.get("dtype")) == name:  # transformers 4 and 5
         return
     config["dtype"] = name
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with naming(target / "config.json"):
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _copy(names: tuple[str, ...], source: Path, target: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megafork.checkpoint.hf import write_index
+from megafork.disk import naming
 from megafork.model.hf_folder import SAFETENSORS_DTYPES
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -64,7 +65,7 @@ class StreamingSafetensors:
         place = self._places[name]
         assert rows.dtype == place.info.dtype and rows.shape[1:] == place.info.shape[1:], name
         assert start + len(rows) <= place.info.shape[0], name
-        with place.file.open("r+b") as file:
+        with naming(place.file), place.file.open("r+b") as file:
             file.seek(place.offset + start * place.info.row_bytes)
             file.write(rows.contiguous().view(torch.uint8).numpy().data)
 
@@ -81,7 +82,7 @@ class StreamingSafetensors:
             }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that the values are aligned
-        with path.open("wb") as file:
+        with naming(path), path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             first = file.tell()
             os.truncate(file.fileno(), first + end)

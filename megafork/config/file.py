@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from megafork.config import GenerateConfig, Section, TrainConfig
-from megafork.disk import sync
+from megafork.disk import naming, sync
 from megafork.errors import UserError
 
 C = TypeVar("C", bound=Section)
@@ -47,7 +47,8 @@ def load_config(kind: type[C], toml_path: str | Path | None, overrides: Sequence
 def save_config(config: Section, path: Path) -> None:
     """Write the resolved config as TOML; `load_config` reads it back to an equal object."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    with naming(partial):
+        partial.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
     sync(partial)
     partial.replace(path)  # whole at every moment: a resumed run reads it
 

@@ -111,7 +111,8 @@ class SampleFile:
 
     def close(self) -> None:
         if not self.is_complete:
-            self._file.close()
+            with naming(self.partial):
+                self._file.close()
 
     def _complete_if_all(self) -> None:
         if len(self._offsets) < self.num_groups:
@@ -130,7 +131,7 @@ class SampleFile:
     def rewrite(self, rows: Iterable[dict[str, Any]]) -> None:
         """Make these the complete file's rows; what was there stays until all are on disk."""
         ordered = self.path.with_name(self.path.name + ".ordered.partial")
-        with ordered.open("wb") as target:
+        with naming(ordered), ordered.open("wb") as target:
             for row in rows:
                 target.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             target.flush()
@@ -184,7 +185,9 @@ def read_settings(path: Path) -> Settings:
 def write_json(path: Path, value: Any) -> None:
     """The file has its name only when it is whole."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with naming(partial):
+        partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

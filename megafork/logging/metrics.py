@@ -41,14 +41,16 @@ class MetricsLog:
         self._run_dir = run_dir
         for name in ("metrics.jsonl", "eval.jsonl", *APPENDED):
             _forget_after(run_dir / name, steps_done)
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        (run_dir / "metrics.jsonl").touch()
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(
-                str(run_dir / "tensorboard"), purge_step=steps_done + 1 if steps_done else None
-            )
+            folder = run_dir / "tensorboard"
+            with naming(folder):
+                self._writer = SummaryWriter(
+                    str(folder), purge_step=steps_done + 1 if steps_done else None
+                )
         self._console = Console(stderr=True, soft_wrap=True)
         self._progress = Progress(
             TextColumn("step"),
@@ -66,12 +68,11 @@ class MetricsLog:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        with naming(self._run_dir / "metrics.jsonl"):
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+        self._append("metrics.jsonl", [row])
         if self._writer is not None:
-            for name, value in metrics.items():
-                self._writer.add_scalar(name, value, step)
+            with naming(self._run_dir / "tensorboard"):
+                for name, value in metrics.items():
+                    self._writer.add_scalar(name, value, step)
         values = (
             f"{label} {form.format(metrics[name])}"
             for label, name, form in _LINE
@@ -82,9 +83,7 @@ class MetricsLog:
 
     def evaluation(self, step: int, row: dict[str, Any]) -> None:
         """What held-out prompts gave after `step` (0: before training), into eval.jsonl."""
-        path = self._run_dir / "eval.jsonl"
-        with naming(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | row) + "\n")
+        self._append("eval.jsonl", [{"step": step} | row])
         accuracy, low, high = (row[f"eval/accuracy{end}"] for end in ("", "_low", "_high"))
         interval = f" [{low:.3f}, {high:.3f}]" if low is not None else ""
         self.note(
@@ -105,7 +104,6 @@ class MetricsLog:
         self._append("samples.jsonl", responses)
 
     def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
-        assert name in APPENDED
         if not rows:
             return
         path = self._run_dir / name
@@ -124,9 +122,9 @@ class MetricsLog:
 
     def close(self) -> None:
         self._progress.stop()
-        self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            with naming(self._run_dir / "tensorboard"):
+                self._writer.close()
 
     def __enter__(self) -> Self:
         return self
@@ -162,5 +160,6 @@ def _forget_after(path: Path, step: int) -> None:
     if not path.exists() or (len(kept) == len(rows) and path.read_bytes().endswith(b"\n")):
         return
     shorter = path.with_suffix(".partial")
-    shorter.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    with naming(shorter):
+        shorter.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     shorter.replace(path)

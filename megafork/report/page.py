@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from megafork.disk import refuse_links
+from megafork.disk import naming, refuse_links
 from megafork.report import palette
 from megafork.report.charts import drawings, histogram
 from megafork.report.files import Row, RunFiles, read_run
@@ -43,8 +43,9 @@ def write_report(run_dir: Path, target: Path | None = None) -> Path:
     path = run_dir / "report.html" if target is None else target
     page = render(read_run(run_dir))
     partial = path.with_name(path.name + ".partial")
-    # A lone surrogate, which JSON can carry, is no character of UTF-8.
-    partial.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+    with naming(partial):
+        # A lone surrogate, which JSON can carry, is no character of UTF-8.
+        partial.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     partial.replace(path)
     return path
 

@@ -47,7 +47,8 @@ class Journal:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self.path):  # a full disk fails once more, with what it had no room for
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

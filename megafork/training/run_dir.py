@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megafork.config import TrainConfig
 from megafork.config.file import save_config
+from megafork.disk import naming
 from megafork.errors import UserError
 from megafork.lock import held
 from megafork.logging.metrics import APPENDED
@@ -62,6 +63,8 @@ def reopen_run_dir(config: TrainConfig, run_dir: Path) -> None:
         before = path.read_text()
         save_config(config, path)
         if path.read_text() != before:
-            path.with_suffix(".old.toml").write_text(before)
+            old = path.with_suffix(".old.toml")
+            with naming(old):
+                old.write_text(before)
     except OSError as error:
         raise UserError(f"run.dir={run_dir} cannot be written: {error}") from None
