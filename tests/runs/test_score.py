@@ -77,7 +77,8 @@ def test_a_full_disk_is_told_and_leaves_the_former_output(tmp_path):
         prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14)),
     )
     assert done.returncode == 2
-    assert "error: [Errno 27] File too large: make room" in done.stderr
+    partial = tmp_path / "out.jsonl.partial"
+    assert f"error: [Errno 27] File too large: '{partial}': make room" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "out.jsonl").read_text() == "former"
     assert not list(tmp_path.glob("*.partial"))
