@@ -29,7 +29,7 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
-from megafork.parallel import bfloat16_products
+from megafork import bfloat16_products
 from megafork.rollout.bodies import ENGINE_PATHS, check_tokens, parsed_body
 from megafork.rollout.pulse import Pulse
 from megafork.rollout.sampling import (

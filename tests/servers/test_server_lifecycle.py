@@ -296,7 +296,7 @@ def test_the_servers_modules_need_no_megatron():
     """They may run under the Python of an environment that has vLLM alone."""
     program = (
         "import sys, unittest.mock\n"
-        "for name in ('', '.config', '.exceptions', '.inputs', '.sampling_params',\n"
+        "for name in ('', '.config', '.exceptions', '.inputs', '.platforms', '.sampling_params',\n"
         "             '.model_executor.model_loader.reload'):\n"
         "    sys.modules['vllm' + name] = unittest.mock.MagicMock()  # 15 s to import\n"
         "import megafork.rollout.vllm_plugins\n"

@@ -19,6 +19,7 @@ FLOORS = [
         "interruption",
         "last_words",
         "host_memory",
+        "bfloat16_products",
         "parsing",
         "lock",
         "launch",
