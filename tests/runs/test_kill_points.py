@@ -45,7 +45,6 @@ SETTINGS = (
     "rollout.max_policy_lag=1",
     "parallel.tp=2",
     "checkpoint.every=2",
-    "parallel.timeout_minutes=0.4",
     "rollout.max_restarts=3",
     "reward.timeout_s=2",
 )
@@ -103,7 +102,9 @@ def test_each_kind_of_process_in_each_phase(tmp_path):
     arguments = tiny_run(run_dir, *SETTINGS)
     for point in POINTS:
         before, started = journalled(run_dir), time.monotonic()
-        with _private_tmpdir() as folder, _until_killed(run_dir, arguments, folder) as run:
+        minutes = 0.4 if point.ends else 3  # ranks wait in a push while a server is given up
+        told = [*arguments, f"parallel.timeout_minutes={minutes}"]
+        with _private_tmpdir() as folder, LiveRun(run_dir, *told, TMPDIR=str(folder)) as run:
             victim = _wait_for(point, run, run_dir)
             victim.send_signal(point.number)
             how = _ends(run, point, victim) if point.ends else _goes_on(run, point, victim)
@@ -138,10 +139,6 @@ def _private_tmpdir() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _until_killed(run_dir: Path, arguments: list[str], folder: Path) -> LiveRun:
-    return LiveRun(run_dir, *arguments, TMPDIR=str(folder))
 
 
 def _ends(run: LiveRun, point: Point, victim: psutil.Process) -> str:
