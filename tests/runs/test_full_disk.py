@@ -6,10 +6,8 @@ The disk is a small tmpfs that lies over one file or folder of the run, and is r
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,18 +38,17 @@ PAGE = 4096
 
 
 class Disk:
-    """A tmpfs of `mib`, on which copies of files and folders take the places of the originals."""
+    """A tmpfs of `mib`, on which the copy of a file or folder takes the place of the original."""
 
     def __init__(self, folder: Path, mib: int = 64) -> None:
-        self._folder, self._places = folder, 0
+        self._folder = folder
         self._mounted: list[Path] = []
         folder.mkdir()
         _run("mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", folder)
         self._mounted.append(folder)
 
     def put_under(self, path: Path) -> None:
-        self._places += 1
-        copy = self._folder / f"{self._places}-{path.name}"
+        copy = self._folder / f"of {path.name}"
         if path.is_dir():
             shutil.copytree(path, copy)
         else:
@@ -78,22 +75,15 @@ def _run(*command: object) -> None:
     subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
 
 
-def _cannot_mount() -> bool:
-    folder = Path(tempfile.mkdtemp())
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_disk_can_be_mounted(tmp_path_factory):
     try:
-        Disk(folder / "disk", mib=1).close()
-        return False
-    except (OSError, subprocess.CalledProcessError):
-        return True
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.exhaustive,
-    pytest.mark.skipif(os.geteuid() != 0 or _cannot_mount(), reason="cannot mount a tmpfs"),
-]
+        Disk(tmp_path_factory.mktemp("tried") / "disk", mib=1).close()
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"cannot mount a tmpfs: {error}")
 
 
 @pytest.fixture(scope="module")
