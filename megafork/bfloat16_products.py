@@ -28,8 +28,9 @@ def are_slow() -> bool:
 def replace_where_slow(few_rows: int = 0) -> Library | None:
     """In this process, for all products of the CPU. What is returned must be kept.
 
-    few_rows: up to so many rows torch's own are left: reading them once, it is quicker for them
-    than who widens all weights first. In a trainer the bits of a row may not depend on it.
+    few_rows: products of at most this many rows are left to torch, which is quicker for them, as it
+    does not widen all weights first. 0 in a trainer, where a row's bits may not depend on the
+    number of rows beside it.
     """
     if not are_slow():
         return None

@@ -136,8 +136,11 @@ def _write(
 
 
 def _let_go_of_connections() -> None:
-    """Sockets and pipes of the trainer, which has others write: who waits for the end of one would
-    wait for this process. They become /dev/null, so that no file of ours gets their numbers."""
+    """Give up the sockets and pipes that this fork has from the trainer.
+
+    Whoever waits for the end of one would wait until the checkpoint is written. They become
+    /dev/null, so that no file of this process gets their numbers.
+    """
     with open(os.devnull, "r+b") as nothing:
         for name in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):  # the listing's own is closed by now
