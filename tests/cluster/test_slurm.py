@@ -50,6 +50,14 @@ def cluster(tmp_path_factory):
         yield lab
 
 
+def until(found, told, seconds=90):
+    """Wait for `found`; what `told` returns is the words of the failure."""
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < deadline, told()
+        time.sleep(0.2)
+
+
 class Job:
     """What was submitted, its output, and the folder of its run, which its processes carry."""
 
@@ -78,11 +86,11 @@ class Job:
         return listed.split()
 
     def wait(self, found, seconds=200):
-        deadline = time.monotonic() + seconds
-        while not found():
-            assert time.monotonic() < deadline, self.told()
+        def found_alive():
             assert self.state()["JobState"] not in ("FAILED", "TIMEOUT", "CANCELLED"), self.told()
-            time.sleep(0.3)
+            return found()
+
+        until(found_alive, self.told, seconds)
 
     def wait_for_step(self, step):
         self.wait(lambda: (rows := self.rows()) and rows[-1]["step"] >= step)
@@ -183,15 +191,16 @@ def test_a_pre_empted_chain(cluster, tmp_path):
     def state(job):
         return cluster.state_of(job)["JobState"]
 
+    def texts():
+        return [path.read_text() for path in tmp_path.iterdir() if path.is_file()]
+
     def wait(found):
-        deadline = time.monotonic() + 240
-        while not found():
-            texts = [p.read_text() for p in tmp_path.iterdir() if p.is_file()]
-            assert time.monotonic() < deadline, texts
-            assert not {state(j) for j in (train, convert, evaluate)} & {"FAILED", "CANCELLED"}, (
-                texts
-            )
-            time.sleep(0.3)
+        def found_alive():
+            states = {state(job) for job in (train, convert, evaluate)}
+            assert not states & {"FAILED", "CANCELLED"}, texts()
+            return found()
+
+        until(found_alive, texts, 240)
 
     wait(lambda: (m := run_dir / "metrics.jsonl").exists() and m.stat().st_size)
     urgent = cluster.run(
@@ -218,6 +227,7 @@ def test_a_pre_empted_chain(cluster, tmp_path):
     assert weights == other_weights
 
 
+@pytest.mark.exhaustive
 def test_an_array_of_seeds(cluster, tmp_path):
     """Each task has a seed and a folder of its own."""
     settings = ("training.steps=1", "parallel.tp=1")
@@ -258,19 +268,16 @@ def test_a_task_alone_goes_back_and_waits_for_the_controller(cluster, tmp_path):
         f"--output={tmp_path}/output-%a", "--array=1,2", script, str(tmp_path),
     ).strip()  # fmt: skip
 
-    def wait(found, seconds=90):
-        deadline = time.monotonic() + seconds
-        while not found():
-            assert time.monotonic() < deadline, output.read_text() if output.exists() else job
-            time.sleep(0.2)
+    def told():
+        return output.read_text() if output.exists() else job
 
-    wait(lambda: (tmp_path / "host").exists() and (tmp_path / "starts-1").exists())
+    until(lambda: (tmp_path / "host").exists() and (tmp_path / "starts-1").exists(), told)
     host = (tmp_path / "host").read_text().strip()
     cluster.cut(host)
     (tmp_path / "cut").touch()
-    wait(lambda: "Unable to contact" in output.read_text())
+    until(lambda: "Unable to contact" in output.read_text(), told)
     cluster.heal(host)
-    wait((tmp_path / "done").exists)
+    until((tmp_path / "done").exists, told)
     cluster.miss_nodes_after(10)
     starts = [len((tmp_path / f"starts-{task}").read_text().split()) for task in (1, 2)]
     assert starts == [1, 2]
@@ -299,25 +306,23 @@ def test_what_slurm_has_requeued_is_left_alone(cluster, tmp_path):
         f"--output={tmp_path}/output", script, str(tmp_path),
     ).strip()  # fmt: skip
 
-    def wait(found):
-        deadline = time.monotonic() + 90
-        while not found():
-            assert time.monotonic() < deadline, cluster.state_of(job)
-            time.sleep(0.2)
+    def state():
+        return cluster.state_of(job)
 
-    wait((tmp_path / "host").exists)
+    until((tmp_path / "host").exists, state)
     host = (tmp_path / "host").read_text().strip()
     cluster.cut(host)
-    wait((tmp_path / "second").exists)
-    wait(lambda: "Unable to contact" in (tmp_path / "output").read_text())
+    until((tmp_path / "second").exists, state)
+    until(lambda: "Unable to contact" in (tmp_path / "output").read_text(), state)
     cluster.heal(host)
     cluster.wait_until_idle([host])  # its script has asked, or was ended
-    assert cluster.state_of(job)["JobState"] == "RUNNING"
+    assert state()["JobState"] == "RUNNING"
     (tmp_path / "done").touch()
-    wait(lambda: cluster.state_of(job)["JobState"] == "COMPLETED")
-    assert cluster.state_of(job)["Restarts"] == "1"
+    until(lambda: state()["JobState"] == "COMPLETED", state)
+    assert state()["Restarts"] == "1"
 
 
+@pytest.mark.exhaustive
 def test_nodes_of_two_kinds(cluster, tmp_path):
     """The second component serves. Asked to stop before it has a folder, the job is requeued."""
     kinds = ("--nodes=1", ":", "--nodes=1", "--exclusive", "--ntasks-per-node=1")
@@ -362,10 +367,7 @@ def test_the_first_cause_is_on_the_last_line(cluster, tmp_path):
     job.wait(lambda: list(job.run_dir.glob("vllm*.log")))  # the ranks have met
     job.nodes()
     rank_of(job, 1).kill()
-    deadline = time.monotonic() + 60
-    while job.state()["JobState"] != "FAILED":
-        assert time.monotonic() < deadline, job.told()
-        time.sleep(0.3)
+    until(lambda: job.state()["JobState"] == "FAILED", job.told, 60)
     assert left_over(job.run_dir, 10) == []
     told = re.escape(f"rank 1 was killed by signal 9 (see {job.run_dir}/logs/job-{job.id}")
     assert re.fullmatch(rf"error: node\d: {told}\S+/rank-1\.log\)", job.told().splitlines()[-1])
