@@ -40,6 +40,8 @@ def _grouped(*names: str) -> list[Any]:
 ON_VLLM = _grouped("vllm-tied", "vllm-untied")
 RANDOM_SERVERS = [*ON_VLLM, *_grouped("tiny-tied", "tiny-untied")]
 """Names for `random_server`: of its engine, and whether the head is the embedding"""
+ONE_OF_EACH_ENGINE = _grouped("vllm-untied", "tiny-tied")
+WITH_A_TIED_HEAD = _grouped("vllm-tied", "tiny-tied")
 
 
 @dataclass(frozen=True)

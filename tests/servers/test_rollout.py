@@ -35,7 +35,13 @@ from tests.helpers.reference import (
     response_logits,
 )
 from tests.helpers.rollout_servers import wait_for
-from tests.helpers.shared_servers import RANDOM_SERVERS, SharedServer, random_server
+from tests.helpers.shared_servers import (
+    ONE_OF_EACH_ENGINE,
+    RANDOM_SERVERS,
+    WITH_A_TIED_HEAD,
+    SharedServer,
+    random_server,
+)
 
 LOGPROB_TOL = 1e-4  # float32 kernels of vLLM against transformers; 4e-6 is usual
 OTHER_POLICY = 0.5  # log-probabilities of two random models differ by nats
@@ -107,7 +113,7 @@ def max_logprob_error(
     return worst
 
 
-@pytest.fixture(params=RANDOM_SERVERS)
+@pytest.fixture(params=ONE_OF_EACH_ENGINE)
 def running(request, tmp_path_factory) -> Iterator[Running]:
     """With the first model's weights."""
     torch.set_num_threads(1)  # the reference's threads would spin where the server runs
@@ -117,9 +123,14 @@ def running(request, tmp_path_factory) -> Iterator[Running]:
         yield found
 
 
+WITH_EITHER_HEAD = pytest.mark.parametrize("running", RANDOM_SERVERS, indirect=True)
+"""Of each engine a server whose head is its embedding, and one whose head is not: for weights."""
+
+
 # ------------------------------------------------------------------------- sampling
 
 
+@WITH_EITHER_HEAD
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_the_sampling_distribution(running, temperature):
     sampling = Sampling(temperature=temperature, max_tokens=40)
@@ -287,6 +298,7 @@ async def ended_meanwhile(group: asyncio.Task) -> bool:
 # -------------------------------------------------------------------- weight transfer
 
 
+@WITH_EITHER_HEAD
 def test_pushed_weights_are_sampled_from(running):
     """Log-probabilities become the new model's, head and cached prefix included, and go back."""
     first, second = running.folders
@@ -299,6 +311,7 @@ def test_pushed_weights_are_sampled_from(running):
     assert running.error_against(first) > OTHER_POLICY
 
 
+@WITH_EITHER_HEAD
 @torch.no_grad()
 def test_weights_that_change_in_the_middle_of_responses(running):
     """Every token is of the policy version it names, given all tokens before it."""
@@ -327,6 +340,7 @@ def test_weights_that_change_in_the_middle_of_responses(running):
             assert error.abs().max() < LOGPROB_TOL
 
 
+@WITH_EITHER_HEAD
 def test_a_server_that_sleeps_is_pushed_to_and_lets_requests_wait(running):
     """What is in flight is aborted; what comes is sampled later, from the new weights."""
     client, folder = running.client, running.folders[1]
@@ -471,6 +485,7 @@ def failing_updates(weights: dict[str, torch.Tensor]) -> dict[str, tuple[dict, d
     }
 
 
+@WITH_EITHER_HEAD
 def test_a_failed_update_says_why_and_the_next_one_mends_it(running):
     first, second = running.folders
     weights = running.weights(first)
@@ -485,9 +500,8 @@ def test_a_failed_update_says_why_and_the_next_one_mends_it(running):
     assert running.error_against(second) < LOGPROB_TOL
 
 
+@pytest.mark.parametrize("running", WITH_A_TIED_HEAD, indirect=True)
 def test_tied_head_is_not_sent_twice(running):
-    if not running.tied:
-        pytest.skip("an untied head is sent")
     weights = policy(running.folders[0]).state_dict()
     with pytest.raises(ServerError, match=r"no lm_head\.weight"):
         push(running.client, weights, 99, expect="refused")
