@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import psutil
 
 _GIB = 1 << 30
 _CGROUP = Path("/sys/fs/cgroup")
+KEPT = 256 << 20
+"""of the heap's free bytes, which the next micro-batch takes again"""
 
 
 def available() -> tuple[int, int]:
@@ -21,6 +24,34 @@ def available() -> tuple[int, int]:
     except (OSError, ValueError):  # there is no such group, or its limit is "max"
         return total, free
     return min(total, limit), min(free, limit - taken)
+
+
+class _MallInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def return_free_heap() -> None:
+    """Give back to the system what lies free in glibc's heap, where that is much.
+
+    Blocks of up to 32 MiB, as an update's activations are, are cut from the heap, and what is freed
+    between others stays taken: a rank of 0.3B parameters grew by 1.5 GiB over the micro-batches of
+    one update, and the kernel ended the run. Microseconds where there is nothing to be done. (That
+    glibc maps blocks of 256 KiB by themselves took less memory, and twice the quickstart's update.)
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):  # an older glibc, or another C library
+        return
+    libc.mallinfo2.restype = _MallInfo
+    if libc.mallinfo2().fordblks > KEPT:
+        libc.malloc_trim(0)
 
 
 def told_of_a_kill() -> str:

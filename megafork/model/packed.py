@@ -17,6 +17,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megafork import host_memory
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.data.packing import Pack, build_pack, fed_lengths, plan_micro_batches
 from megafork.errors import UserError
@@ -132,6 +133,7 @@ class PackedModel:
         """
 
         def forward_step(packs_left: Iterator[Pack], model: torch.nn.Module) -> Any:
+            host_memory.return_free_heap()  # of the micro-batch before
             pack = next(packs_left)
             params = PackedSeqParams(
                 qkv_format="thd",

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
+from megafork import bfloat16_products
 from megafork.config import TrainConfig
 from megafork.errors import UserError
-from megafork.host_memory import available
-from megafork.model.shape import ModelShape
+from megafork.host_memory import KEPT, available
+from megafork.model.shape import ModelShape, padded_vocab_size
 from megafork.planning.nodes import GIB
 from megafork.planning.parts import StageMemory
 from megafork.planning.serving import DTYPE_BYTES
@@ -25,6 +26,8 @@ RANK_PROCESS = int(0.45 * GIB)
 """A rank's interpreter, libraries and buffers: measured"""
 SERVER_PROCESS = int(1.3 * GIB)
 """A vLLM server's processes without weights and cache: measured"""
+_SERVER_WEIGHTS = 2
+"""Copies of a server on the CPU: as they are loaded, and as its kernels pack them; measured"""
 _HEAD_ROWS = 16
 """that are rehearsed: of thousands, row by row, it takes a minute"""
 _HEAD_CHUNK = 4 << 25
@@ -44,7 +47,7 @@ class MachineMemory:
     servers: int
     """weights, KV cache and processes"""
     processes: int
-    """of the ranks, without their tensors"""
+    """of the launcher, and of the ranks without their tensors but with what their heaps keep"""
 
     @property
     def total(self) -> int:
@@ -60,14 +63,15 @@ def machine_memory(config: TrainConfig, shape: ModelShape) -> MachineMemory:
     few = replace(micro_batch, head_rows=min(_HEAD_ROWS, micro_batch.head_rows))
     stages = training_memory(config, shape, dp, few, number, device="cpu", quick=True)
     of_stage = parallel.world_size // parallel.pp
+    widened = _HEAD_CHUNK + _widened_head(config, shape)
     return MachineMemory(
         model=of_stage * sum(stage.static for stage in stages),
-        update=of_stage * (sum(map(_beside_the_model, stages)) + _HEAD_CHUNK),
+        update=of_stage * (sum(map(_beside_the_model, stages)) + widened),
         save=of_stage * sum(stage.parameters + stage.optimizer for stage in stages)
         if config.checkpoint.asynchronous
         else 0,
         servers=_servers(config, shape),
-        processes=parallel.world_size * RANK_PROCESS,
+        processes=(parallel.world_size + 1) * RANK_PROCESS + parallel.world_size * KEPT,
     )
 
 
@@ -100,12 +104,12 @@ def machine_lines(needs: MachineMemory) -> Iterator[str]:
         "an update's activations": needs.update,
         "a checkpoint being written": needs.save,
         "rollout servers": needs.servers,
-        "the ranks' processes": needs.processes,
+        "ranks' and launcher's processes": needs.processes,
     }
     for name, count in parts.items():
-        yield f"{name:<30} {count / GIB:7.2f} GiB"
-    yield f"{'in all, at most':<30} {needs.total / GIB:7.2f} GiB"
-    yield f"{'this machine':<30} {total / GIB:7.2f} GiB, {free / GIB:.2f} of them free now"
+        yield f"{name:<32} {count / GIB:7.2f} GiB"
+    yield f"{'in all, at most':<32} {needs.total / GIB:7.2f} GiB"
+    yield f"{'this machine':<32} {total / GIB:7.2f} GiB, {free / GIB:.2f} of them free now"
 
 
 def problem(needs: MachineMemory, total: int, config: TrainConfig) -> str:
@@ -133,12 +137,21 @@ def _beside_the_model(stage: StageMemory) -> int:
     return max(stage.activations + stage.passing, stage.head, stage.reduction, stage.transfer)
 
 
+def _widened_head(config: TrainConfig, shape: ModelShape) -> int:
+    """The head's weight and its gradient in float32, where bfloat16 is multiplied in it."""
+    if config.model.dtype != "bfloat16" or not bfloat16_products.are_slow():
+        return 0
+    padded = padded_vocab_size(shape, config.model, config.parallel)
+    return 2 * 4 * padded // config.parallel.tp * shape.hidden_size
+
+
 def _servers(config: TrainConfig, shape: ModelShape) -> int:
     rollout = config.rollout
     if rollout.url is not None:
         return 0
     weights = num_parameters(shape) * DTYPE_BYTES[rollout.dtype or config.model.dtype]
-    return rollout.servers * (weights + rollout.cpu_kv_cache_gib * GIB + SERVER_PROCESS)
+    cache = rollout.cpu_kv_cache_gib * GIB
+    return rollout.servers * (_SERVER_WEIGHTS * weights + cache + SERVER_PROCESS)
 
 
 def _at_most(config: TrainConfig, shape: ModelShape) -> int:
@@ -151,7 +164,8 @@ def _at_most(config: TrainConfig, shape: ModelShape) -> int:
     of_a_token = shape.num_layers * (
         20 * shape.hidden_size + 6 * shape.intermediate_size + 2 * shape.num_heads * longest
     )
-    activations = 4 * config.training.micro_batch_tokens * parallel.pp * of_a_token + _HEAD_CHUNK
+    activations = 4 * config.training.micro_batch_tokens * parallel.pp * of_a_token
+    activations += _HEAD_CHUNK + _widened_head(config, shape)
     state = 36 * num_parameters(shape) * (2 if config.algorithm.advantages == "gae" else 1)
-    ranks = parallel.world_size * (RANK_PROCESS + activations)
+    ranks = parallel.world_size * (activations + KEPT) + (parallel.world_size + 1) * RANK_PROCESS
     return state * (parallel.dp or 1) + ranks + _servers(config, shape)

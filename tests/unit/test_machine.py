@@ -35,6 +35,9 @@ CODER = {
 """Qwen2.5-Coder-0.5B's config.json"""
 
 
+ELSEWHERE = ("model.recompute=full", 'rollout.url="http://127.0.0.1:8000"')
+
+
 def settings(folder, *more):
     """The quickstart's, for a model of that shape, in 16 responses of 96 tokens at once."""
     folder.mkdir(exist_ok=True)
@@ -63,8 +66,9 @@ def test_a_small_run_is_not_rehearsed(monkeypatch):
 @pytest.mark.parametrize(
     ("total", "changes", "way"),
     [
-        (20, (), "lower training.micro_batch_tokens=2048 or set model.recompute=full"),
-        (16, ("model.recompute=full", "checkpoint.asynchronous=true"), "checkpoint.asynchronous"),
+        (21, (), "lower training.micro_batch_tokens=2048 or set model.recompute=full"),
+        (14, (*ELSEWHERE, "checkpoint.asynchronous=true"), "set checkpoint.asynchronous=false"),
+        (20, ("model.recompute=full",), "use fewer rollout.servers, or one on another machine"),
         (8, (), "take a smaller model or a larger machine"),
     ],
 )
