@@ -36,7 +36,8 @@ PROBLEMS = [
     ("A train goes 60 km in 45 minutes. How far does it go in 2 hours, in km?", "160"),
     ("A garden of 12 m by 9 m has a path of 20 square metres. How much is left over?", "88"),
 ]
-TEMPLATE = "{problem}\nPut the final answer in \\boxed{}."
+# A base model ends at once where nothing says that an answer begins.
+TEMPLATE = "Problem: {problem}\nPut the final answer in \\boxed{}.\nSolution: Step by step,"
 TEXTS = [
     (
         "def is_prime(n):\n",
@@ -153,6 +154,7 @@ prompts_per_step = 4
 group_size = 4
 max_response_tokens = 256
 max_num_seqs = 16
+dynamic_sampling = false
 dtype = "{server_dtype}"
 cpu_threads = 2
 [reward]
@@ -162,6 +164,8 @@ steps = 3
 prompts_per_minibatch = 4
 micro_batch_tokens = 1024
 lr = 1e-6
+[sync]
+check_prompts = 2
 [checkpoint]
 every = 3
 asynchronous = false
@@ -172,10 +176,12 @@ asynchronous = false
     measured("1 step at pp2", "train", "--resume", run, *go_on)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    benchmark = (problems, "rollout.samples=1", "rollout.max_response_tokens=64")
+    benchmark = (problems, "data.prompt_key=problem", "reward.verifier=maths", "rollout.samples=1")
+    server = (f"rollout.dtype={server_dtype}", "rollout.max_response_tokens=64")
+    template = f"data.template={json.dumps(TEMPLATE)}"
     results = tmp_path / "results"
     files = ("--model", run / "checkpoints" / "final", "--output", results)
-    measured("eval", "eval", *files, *benchmark, "data.prompt_key=problem")
+    measured("eval", "eval", *files, *benchmark, *server, template)
     assert json.loads((results / "results.json").read_text())["benchmarks"]
     measured("report", "report", run)
     assert (run / "report.html").stat().st_size > 10_000
