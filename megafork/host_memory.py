@@ -43,8 +43,9 @@ def return_free_heap() -> None:
 
     Blocks of up to 32 MiB, as an update's activations are, are cut from the heap, and what is freed
     between others stays taken: a rank of 0.3B parameters grew by 1.5 GiB over the micro-batches of
-    one update, and the kernel ended the run. Microseconds where there is nothing to be done. (That
-    glibc maps blocks of 256 KiB by themselves took less memory, and twice the quickstart's update.)
+    one update, and the kernel ended the run. It takes microseconds where there is nothing to give.
+    Having glibc map blocks of 256 KiB by themselves took less memory, but twice the quickstart's
+    time for an update.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallinfo2"):  # an older glibc, or another C library
@@ -55,7 +56,7 @@ def return_free_heap() -> None:
 
 
 def told_of_a_kill() -> str:
-    """Of a process that SIGKILL ended, for a message: the kernel sends it where memory runs out."""
+    """Say for a message what memory a process had that SIGKILL ended, as the kernel may have."""
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # KiB on Linux
     return (
         f"as the kernel does where memory runs out: the largest process had {most / _GIB:.1f} GiB "

@@ -55,7 +55,7 @@ class MachineMemory:
 
 
 def machine_memory(config: TrainConfig, shape: ModelShape) -> MachineMemory:
-    """In a process that has no world. Imports megatron-core."""
+    """Plan the memory of a run; only in a process that has no world. Imports megatron-core."""
     from megafork.planning.memory import training_memory, worst_micro_batch
 
     parallel, dp = config.parallel, config.parallel.dp or 1
@@ -113,13 +113,15 @@ def machine_lines(needs: MachineMemory) -> Iterator[str]:
 
 
 def problem(needs: MachineMemory, total: int, config: TrainConfig) -> str:
-    """What does not fit, and what to lower: the largest part that can be."""
+    """Say what does not fit, and what to lower: the largest part that can be."""
     training = config.training
     ways = {
         needs.update: f"lower training.micro_batch_tokens={training.micro_batch_tokens}"
         + ("" if config.model.recompute == "full" else " or set model.recompute=full"),
         needs.save: "set checkpoint.asynchronous=false",
-        needs.servers: "use fewer rollout.servers, or one on another machine (rollout.url)",
+        needs.servers: f"lower rollout.servers={config.rollout.servers} or "
+        * (config.rollout.servers > 1)
+        + "use a rollout server on another machine (rollout.url)",
     }
     largest = max(ways)
     way = ways[largest]

@@ -220,9 +220,13 @@ def test_a_pre_empted_chain(cluster, tmp_path):
     assert state(convert) == "COMPLETED"
     assert (run_dir / "hf" / "config.json").exists()
     assert (run_dir / "eval" / "results.json").exists()
+    assert_as_if_undisturbed(run_dir, tmp_path / "replayed", steps)
+
+
+def assert_as_if_undisturbed(run_dir, folder, steps):
     rows, weights = comparable(run_dir)
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
-    other_rows, other_weights = replayed_in_one_go(run_dir, tmp_path / "replayed")
+    other_rows, other_weights = replayed_in_one_go(run_dir, folder)
     assert rows == other_rows
     assert weights == other_weights
 

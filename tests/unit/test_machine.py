@@ -68,7 +68,8 @@ def test_a_small_run_is_not_rehearsed(monkeypatch):
     [
         (21, (), "lower training.micro_batch_tokens=2048 or set model.recompute=full"),
         (14, (*ELSEWHERE, "checkpoint.asynchronous=true"), "set checkpoint.asynchronous=false"),
-        (20, ("model.recompute=full",), "use fewer rollout.servers, or one on another machine"),
+        (20, ("model.recompute=full",), "; use a rollout server on another machine (rollout.url)"),
+        (26, ("model.recompute=full", "rollout.servers=2"), "; lower rollout.servers=2 or use a"),
         (8, (), "take a smaller model or a larger machine"),
     ],
 )
