@@ -296,6 +296,18 @@ def report(
 
 
 @app.command()
+def rollouts(
+    path: Annotated[Path, typer.Argument(help="folder of a run, or one of its journals")],
+    step: Annotated[int | None, typer.Option(help="of this step alone", min=1)] = None,
+) -> None:
+    """Print what a run has generated, one group a line: a JSON object with tokens and rewards."""
+    from megafork.rollout.journal import json_lines
+
+    for line in json_lines(path, step):
+        typer.echo(line)
+
+
+@app.command()
 def doctor(
     python: Annotated[
         str, typer.Option(help="the Python that has vLLM (rollout.python)")

@@ -51,7 +51,7 @@ def cut_torn_line(path: Path) -> None:
         return
     with path.open("rb+") as file:
         end = file.seek(0, os.SEEK_END)
-        while end > 0:  # backwards: a journal may be gigabytes
+        while end > 0:  # backwards: it may be gigabytes
             start = max(0, end - _BLOCK)
             file.seek(start)
             newline = file.read(end - start).rfind(b"\n")

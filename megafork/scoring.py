@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 
 from megafork.config import ScoreConfig
@@ -19,7 +20,8 @@ from megafork.errors import UserError
 from megafork.model.scorer import Scorer
 from megafork.parallel.topology import Topology, initialize, shutdown
 from megafork.parsing import parse_json
-from megafork.types import Group, Sample, token_table
+from megafork.sample import Group, Sample
+from megafork.types import token_table
 
 
 def score_file(config: ScoreConfig, input_path: Path, output_path: Path) -> None:
@@ -119,7 +121,7 @@ def read_responses(
                 f"{where}: {len(prompt) + len(response)} tokens do not fit micro_batch_tokens="
                 f"{config.micro_batch_tokens}: raise it to at least {on_one_rank}"
             )
-        sample = Sample(number, response, [0.0] * len(response), truncated=False)
+        sample = Sample(number, np.array(response), np.zeros(len(response)), truncated=False)
         yield row, Group(number, prompt, 0, [sample])
 
 

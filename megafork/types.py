@@ -9,112 +9,15 @@ Shapes: B samples (responses), R rows (response tokens of all samples, in order)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One response, as it came from the engine and the verifier."""
-
-    uid: int
-    token_ids: list[int]
-    logprobs: list[float]
-    truncated: bool
-    reward: float = 0.0
-    accuracy: float = 0.0
-    failure: str | None = None
-    """Why the verifier gave no verdict (`Failure` of rewards/pool.py): reward and accuracy are 0
-    then, but for what a long response loses"""
-    version_changes: list[int] = field(default_factory=list)
-    """Ascending token indices: from each on, the policy version is one more than before it (the
-    weights were updated in the middle of the response)."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """The responses to one prompt."""
-
-    prompt_index: int
-    """Position of the prompt in the endless stream of training prompts."""
-    prompt_ids: list[int]
-    policy_version: int
-    """That began to sample the responses: the oldest of all their tokens'."""
-    samples: list[Sample] = field(default_factory=list)
-    is_whole: bool = True
-    """False: aborted when its batch was full; not judged, and never trained on"""
-
-    @property
-    def is_finite(self) -> bool:
-        """Rewards and log-probabilities are numbers that can be trained on."""
-        return all(
-            math.isfinite(s.reward) and all(map(math.isfinite, s.logprobs)) for s in self.samples
-        )
-
-    def summary(self, replica: int = 0, step: int = 0) -> GroupSummary:
-        samples = [
-            SampleSummary(
-                s.uid,
-                len(s.token_ids),
-                s.truncated,
-                s.reward,
-                s.accuracy,
-                s.failure,
-                s.version_changes,
-            )
-            for s in self.samples
-        ]
-        return GroupSummary(
-            self.prompt_index,
-            self.prompt_ids,
-            self.policy_version,
-            samples,
-            self.is_whole,
-            self.is_finite,
-            replica,
-            step,
-        )
-
-
-@dataclass(frozen=True)
-class SampleSummary:
-    """A `Sample` without its tokens."""
-
-    uid: int
-    num_tokens: int
-    truncated: bool
-    reward: float
-    accuracy: float
-    failure: str | None
-    version_changes: list[int]
-
-
-@dataclass(frozen=True)
-class GroupSummary:
-    """A `Group` whose tokens are elsewhere: what decides whether it is trained on."""
-
-    prompt_index: int
-    prompt_ids: list[int]
-    policy_version: int
-    samples: list[SampleSummary]
-    is_whole: bool
-    is_finite: bool
-    replica: int
-    """The data-parallel replica whose first rank has the tokens"""
-    step: int
-    """Whose journal it is in; 0: none yet"""
-
-    @property
-    def has_signal(self) -> bool:
-        """Neither all right nor all wrong, by the verifier's accuracy (DAPO dynamic sampling)."""
-        return len({sample.accuracy for sample in self.samples}) > 1
+from megafork.sample import Group, GroupSummary, Sample, version_runs
 
 
 @dataclass(frozen=True)
@@ -242,12 +145,12 @@ class TokenTable:
         samples = [found[uid] for uid in self.uid_B[held_B].tolist()]
         lengths = [len(sample.token_ids) for _, sample in samples]
         assert lengths == self.response_lengths_B[held_B].tolist(), "other responses than known"
-        token_R = _flat([s.token_ids for _, s in samples], torch.int64)
+        token_R = _joined([s.token_ids for _, s in samples], np.int64)
         in_loss_B = (self.num_loss_tokens_B > 0)[held_B]
         return self.with_rows(
             held_B,
             token_R=token_R,
-            rollout_logprob_R=_flat([s.logprobs for _, s in samples], torch.float32),
+            rollout_logprob_R=_joined([s.logprobs for _, s in samples], np.float32),
             policy_version_R=_version_R(samples),
             loss_mask_R=in_loss_B.repeat_interleave(self.response_lengths_B[held_B]),
             advantage_R=torch.full((len(token_R),), torch.nan),
@@ -310,7 +213,7 @@ def known_table(groups: Sequence[GroupSummary], *, overlong_filtering: bool = Fa
     return TokenTable(
         uid_B=torch.tensor([s.uid for _, s in samples], dtype=torch.int64),
         group_B=torch.tensor([g.prompt_index for g, _ in samples], dtype=torch.int64),
-        prompt_ids_P=_flat([g.prompt_ids for g, _ in samples], torch.int64),
+        prompt_ids_P=_joined([g.prompt_ids for g, _ in samples], np.int64),
         prompt_lengths_B=torch.tensor([len(g.prompt_ids) for g, _ in samples], dtype=torch.int64),
         response_lengths_B=lengths_B,
         num_loss_tokens_B=torch.where(in_loss_B, lengths_B, 0),
@@ -328,14 +231,13 @@ def known_table(groups: Sequence[GroupSummary], *, overlong_filtering: bool = Fa
 
 def _version_R(samples: Sequence[tuple[Group, Sample]]) -> Tensor:
     """int64: policy version of each token."""
-    lengths = torch.tensor([len(s.token_ids) for _, s in samples], dtype=torch.int64)
-    oldest = torch.tensor([g.policy_version for g, _ in samples], dtype=torch.int64)
-    version_R = oldest.repeat_interleave(lengths)
-    starts = _offsets(lengths).tolist()
-    for start, end, (_, sample) in zip(starts, starts[1:], samples, strict=False):
-        for first in sample.version_changes:
-            version_R[start + first : end] += 1
-    return version_R
+    runs = [
+        run
+        for group, sample in samples
+        for run in version_runs(sample.versions, group.policy_version, len(sample.token_ids))
+    ]
+    versions, lengths = torch.tensor(runs, dtype=torch.int64).reshape(-1, 2).T
+    return versions.repeat_interleave(lengths)
 
 
 def hash64(*parts: Tensor) -> Tensor:
@@ -362,10 +264,8 @@ def _signed(x: int) -> int:
     return x - (1 << 64) if x >= 1 << 63 else x
 
 
-def _flat(lists: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-    count = sum(map(len, lists))
-    kind = np.int64 if dtype == torch.int64 else np.float32
-    return torch.from_numpy(np.fromiter(chain.from_iterable(lists), kind, count))
+def _joined(parts: Sequence[Sequence[float] | np.ndarray], kind: type[np.number]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, kind), *parts], dtype=kind))
 
 
 def _offsets(lengths: Tensor) -> Tensor:

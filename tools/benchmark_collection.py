@@ -19,7 +19,8 @@ from pathlib import Path
 
 from megafork.rollout.journal import Journal, read_step
 from megafork.rollout.sampling import Completion, decode_completions, encode_completions
-from megafork.types import Group, Sample, known_table
+from megafork.sample import Group, Sample
+from megafork.types import known_table
 
 GROUP_SIZE = 16
 STEP_TOKENS, REPLICAS = 8192 * 20480, 8
@@ -47,7 +48,7 @@ def main() -> None:
     with timed("summarise for rank 0"):
         summaries = [group.summary() for group in groups]
     with tempfile.TemporaryDirectory() as folder:
-        with timed("journal"), Journal(Path(folder) / "step_000001.jsonl") as journal:
+        with timed("journal"), Journal(Path(folder) / "step_000001.journal") as journal:
             for group in groups:
                 journal.append(group)
         size = journal.path.stat().st_size

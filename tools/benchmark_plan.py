@@ -35,8 +35,9 @@ from megafork.model.shape import ModelShape
 from megafork.parallel.topology import Topology, initialize
 from megafork.planning.memory import training_memory
 from megafork.planning.rehearsal import MicroBatch
+from megafork.sample import Group, Sample
 from megafork.training.policy import Policy
-from megafork.types import Group, Sample, TokenTable, token_table
+from megafork.types import TokenTable, token_table
 
 MIB = 1 << 20
 PROMPT, LENGTH = 17, 257  # one token of each sequence is not fed

@@ -35,8 +35,9 @@ from megafork.config import (
 from megafork.ops.vocab_parallel import linear_logprob_and_entropy
 from megafork.parallel.ports import free_port
 from megafork.parallel.topology import initialize
+from megafork.sample import Group, Sample
 from megafork.training.policy import Policy
-from megafork.types import Group, Sample, TokenTable, token_table
+from megafork.types import TokenTable, token_table
 
 RHOS = (1.0, 0.5, 0.2, 0.1)
 VOCAB = 151_936

@@ -33,7 +33,7 @@ from megafork.disk import naming
 from megafork.errors import PeerError, UserError
 from megafork.interruption import ended_by_signals
 from megafork.model.hf_model import check_folder
-from megafork.rollout.journal import journals_of, read_step
+from megafork.rollout.journal import journalled_steps, journals_of, read_step
 
 ROLLOUTS, GENERATE = "rollouts", "generate"
 INITIAL, FINAL = "initial", "final"
@@ -184,8 +184,7 @@ def _plan(asked: RunAnalysis) -> _Plan:
 
 def _steps(run: Path, last_steps: int) -> list[int]:
     """Whose responses are taken."""
-    names = [re.match(r"step_(\d+)", path.name) for path in (run / "rollouts").glob("*.jsonl")]
-    found = sorted({int(name[1]) for name in names if name})[-last_steps:]
+    found = journalled_steps(run / "rollouts")[-last_steps:]
     if not found:
         raise UserError(f"{run / 'rollouts'} holds no responses: name a file of some (--responses)")
     return found
@@ -221,7 +220,7 @@ def write_rollouts(folder: Path, steps: Sequence[int], output: Path) -> None:
     """The whole groups of those steps of RUN/rollouts, one response a line, as `megafork score`
     reads them.
 
-    Raises UserError where a journal is damaged or none has a response.
+    A damaged group is left out with a warning. Raises UserError where none has a response.
     """
     count = 0
     partial = output.with_name(output.name + ".partial")
@@ -232,8 +231,8 @@ def write_rollouts(folder: Path, steps: Sequence[int], output: Path) -> None:
                     row = {
                         "id": sample.uid,
                         "prompt_ids": group.prompt_ids,
-                        "response_ids": sample.token_ids,
-                        "rollout_logprobs": sample.logprobs,
+                        "response_ids": sample.token_ids.tolist(),
+                        "rollout_logprobs": sample.logprobs.tolist(),
                         "finish_reason": "length" if sample.truncated else "stop",
                         "accuracy": sample.accuracy,
                         "step": step,

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,8 @@ from megafork.model.hf_model import open_model
 from megafork.model.scorer import Scorer
 from megafork.model.shape import ModelShape, padded_vocab_size
 from megafork.parallel.topology import Topology, initialize, shutdown
-from megafork.types import Group, Sample, TokenTable, token_table
+from megafork.sample import Group, Sample
+from megafork.types import TokenTable, token_table
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest difference of two logits over the largest logit: what rounding makes of other kernels in
@@ -134,7 +136,7 @@ def _prompts(vocab_size: int) -> Iterator[Group]:
         prompt, response = (
             [rng.randrange(vocab_size) for _ in range(length)] for length in (_PROMPT, _RESPONSE)
         )
-        sample = Sample(index, response, [0.0] * len(response), truncated=False)
+        sample = Sample(index, np.array(response), np.zeros(len(response)), truncated=False)
         yield Group(index, prompt, 0, [sample])
 
 

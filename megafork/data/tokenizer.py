@@ -12,6 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from megafork.config import GenerateConfig, ScoreConfig, TrainConfig
 from megafork.errors import UserError
 
@@ -44,7 +46,7 @@ class Tokenizer(Protocol):
     def template_ends(self) -> tuple[int, ...]:
         """The special tokens that the chat template puts behind the assistant's last turn."""
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of a response, without special tokens and without ids that no token has.
 
         Models pad their vocabulary, so a policy can sample an id that its tokenizer lacks.
@@ -237,8 +239,8 @@ class HfTokenizer:
                 "chat_template in the tokenizer's files, or set data.chat_template=false"
             ) from None
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
 
     def name(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
@@ -293,10 +295,10 @@ class SentencePieceTokenizer:
     def template_ends(self) -> tuple[int, ...]:
         return ()
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         # Control pieces have no text for sentencepiece; beyond the last piece it would raise.
         known = self.num_pieces
-        return self._processor.decode([i for i in ids if i < known])
+        return self._processor.decode([i for i in np.asarray(ids).tolist() if i < known])
 
     def name(self, token_id: int) -> str:
         if token_id >= self.num_pieces:

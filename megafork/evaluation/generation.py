@@ -175,7 +175,7 @@ def row_of(prompt: Prompt, number: int, completion: Completion, tokenizer: Token
         "prompt": prompt.text,
         "prompt_ids": prompt.ids,
         "response": tokenizer.decode(completion.token_ids),
-        "response_ids": completion.token_ids,
+        "response_ids": completion.token_ids.tolist(),
         "finish_reason": completion.finish_reason,
         "answer": prompt.answer,
     }

@@ -24,7 +24,7 @@ from megafork.rollout.fleet import Fleet
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.tally import Tally
 from megafork.rollout.worker import Worker, replica_of
-from megafork.types import GroupSummary
+from megafork.sample import GroupSummary
 
 
 @dataclass
@@ -318,7 +318,7 @@ class Collector:
             return None
         if group.prompt_ids != prompt.ids or len(group.samples) != self.rollout.group_size:
             raise UserError(
-                f"rollouts/step_{step:06d}*.jsonl of the run: the group of prompt {prompt.index} "
+                f"rollouts/step_{step:06d}* of the run: the group of prompt {prompt.index} "
                 "was generated from another prompt or with another rollout.group_size: resume with "
                 "the run's own data and group size, or delete the file to generate the step's "
                 "groups again"

@@ -1,8 +1,16 @@
 """The finished groups of a step, on disk before they are used: a resumed step replays them.
 
-One JSON object per line, a `types.Group` with its samples. Python writes a float's shortest exact
-form, so log-probabilities come back bit for bit (and a verifier's NaN as NaN, which strict JSON
-does not have). Each data-parallel replica has a file of its own for the groups that it generates.
+A file is a sequence of records, one for a group, little-endian:
+
+    8 bytes           the same in every record, so that reading finds its place again after damage
+    uint32, uint64    how many bytes the header has, and the arrays
+    uint32, uint32    crc32 of the two numbers above with the header, and of the arrays
+    header            JSON: the group without its tokens
+    arrays            int32 prompt ids, int32 token ids of all samples in turn, float32
+                      log-probabilities of all samples in turn
+
+Each data-parallel replica has a file of its own for the groups that it generates. Files of the
+former format (`.jsonl`, one JSON object a line) are still read.
 """
 
 from __future__ import annotations
@@ -10,39 +18,66 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import struct
+import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, BinaryIO, Self
 
 import msgspec
+import numpy as np
 
-from megafork.disk import cut_torn_line, naming, sync
+from megafork.disk import naming, sync
 from megafork.errors import UserError
 from megafork.parsing import parse_json
-from megafork.types import Group
+from megafork.sample import Group, Sample
 
 _log = logging.getLogger(__name__)
+SUFFIX, FORMER_SUFFIX = ".journal", ".jsonl"
+_MAGIC = b"\xf1group\x01\xff"
+"""What else happens to have these bytes fails the checksum of a header."""
+_SIZES = struct.Struct("<IQ")
+_CHECKSUMS = struct.Struct("<II")
+_PREFIX = len(_MAGIC) + _SIZES.size + _CHECKSUMS.size
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A record that is not what was written."""
+
+    path: Path
+    offset: int
+    """Where it begins, in bytes"""
+    prompt_index: int | None
+    """None: what names it is damaged too"""
+    cause: str
+
+    def __str__(self) -> str:
+        which = "a record" if self.prompt_index is None else f"prompt {self.prompt_index}'s group"
+        return f"{self.path}, byte {self.offset}: {which} is damaged ({self.cause})"
 
 
 class Journal:
     """Appends groups to `path`; each is on disk when `append` returns.
 
-    A torn last line, left by a crash in the middle of a write, is cut off on opening.
+    A torn last record, left by a crash in the middle of a write, is cut off on opening.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        cut_torn_line(self.path)
         self._file = self.path.open("ab")
+        with naming(self.path):
+            self._file.truncate(end_of_records(self.path))
         sync(self.path.parent)  # the file's name must survive too
 
     def append(self, group: Group) -> None:
         """Write one finished group and wait for the disk."""
-        # Not dataclasses.asdict, which copies token by token and takes twice as long.
-        fields = vars(group) | {"samples": [vars(sample) for sample in group.samples]}
         with naming(self.path):
-            self._file.write(json.dumps(fields, separators=(",", ":")).encode() + b"\n")
+            self._file.writelines(_encoded(group))
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -65,19 +100,24 @@ class Journal:
         return list(Journal.each(path)) if Path(path).exists() else []
 
     @staticmethod
-    def each(path: str | Path) -> Iterator[Group]:
-        """The same, one at a time.
+    def each(
+        path: str | Path, damaged: Callable[[Damage], object] | None = None
+    ) -> Iterator[Group]:
+        """The same, one at a time. A torn last record is left out with a warning.
 
-        A torn last line is dropped with a warning. Raises UserError, naming file and line, when
-        any other line is damaged.
+        damaged: is told of every record that is damaged, which is left out; None: a warning tells.
+        Raises UserError, naming file and line, for damage to a file of the former format.
         """
         path = Path(path)
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.endswith(b"\n"):
-                    yield _parse(line, path, number)
-                else:
-                    _log.warning("%s:%d: dropped a group not written to its end", path, number)
+        if path.suffix == FORMER_SUFFIX:
+            yield from _each_line(path)
+            return
+        tell = damaged or (lambda damage: _log.warning("%s; it is left out", damage))
+        for found in _records(path):
+            if isinstance(found, Damage):
+                tell(found)
+            else:
+                yield found
 
 
 def of_replica(path: Path, replica: int) -> Path:
@@ -86,27 +126,47 @@ def of_replica(path: Path, replica: int) -> Path:
 
 
 def journal_path(folder: Path, step: int, replica: int = 0) -> Path:
-    return of_replica(folder / f"step_{step:06d}.jsonl", replica)
+    return of_replica(folder / f"step_{step:06d}{SUFFIX}", replica)
 
 
 def journals_of(folder: Path, step: int) -> list[Path]:
-    """A step's files, of however many replicas the run had then."""
-    later = sorted(folder.glob(f"step_{step:06d}-replica*.jsonl"))
-    return [path for path in [journal_path(folder, step), *later] if path.exists()]
+    """A step's files, of however many replicas the run had then; those of the former format first,
+    as they were written before the others."""
+    name = re.compile(rf"step_{step:06d}(-replica\d+)?")
+    files = [path for path in folder.glob(f"step_{step:06d}*") if name.fullmatch(path.stem)]
+    return [
+        path
+        for suffix in (FORMER_SUFFIX, SUFFIX)
+        for path in sorted(files, key=lambda path: (len(path.stem), path.stem))
+        if path.suffix == suffix
+    ]
+
+
+def journalled_steps(folder: Path) -> list[int]:
+    """The steps that have a file, ascending."""
+    names = [
+        re.match(r"step_(\d+)", path.name)
+        for path in folder.glob("step_*")
+        if path.suffix in (SUFFIX, FORMER_SUFFIX)
+    ]
+    return sorted({int(name[1]) for name in names if name})
 
 
 def read_step(
-    folder: Path, step: int, wanted: Callable[[int], bool] = lambda prompt_index: True
+    folder: Path,
+    step: int,
+    wanted: Callable[[int], bool] = lambda prompt_index: True,
+    damaged: Callable[[Damage], object] | None = None,
 ) -> dict[int, Group]:
     """A step's groups by prompt index, those that are `wanted`.
 
     Of one that was judged again (by a replica that may have another file) the version that is
-    finite, then the one with the fewest failed verdicts, the last of equals. Raises UserError as
-    `Journal.each` does.
+    finite, then the one with the fewest failed verdicts, the last of equals. damaged, and what is
+    raised: as in `Journal.each`.
     """
     found: dict[int, Group] = {}
     for path in journals_of(folder, step):
-        for group in Journal.each(path):
+        for group in Journal.each(path, damaged):
             if not wanted(group.prompt_index):
                 continue
             before = found.get(group.prompt_index)
@@ -115,21 +175,227 @@ def read_step(
     return found
 
 
+def end_of_records(path: Path) -> int:
+    """Bytes of the file up to a torn last record, if there is one."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        position = 0
+        while position < size:
+            record = _head_at(file, position, size)
+            if record is None:
+                following = _next_record(file, position + 1, size)
+                if following == size:
+                    return position
+                position = following
+            elif record.end > size:
+                return position
+            else:
+                position = record.end
+        return size
+
+
+def json_lines(path: Path, step: int | None = None) -> Iterator[str]:
+    """The groups of a run's folder, or of one journal, each as a JSON object.
+
+    step: of this one alone; None: of all. Raises UserError where there are none.
+    """
+    files = [path]
+    if path.is_dir():
+        folder = path / "rollouts"
+        steps = journalled_steps(folder) if step is None else [step]
+        files = [file for each in steps for file in journals_of(folder, each)]
+    elif step is not None:
+        raise UserError(f"--step {step}: {path} is one journal: name the run's folder")
+    elif not path.exists() or path.suffix not in (SUFFIX, FORMER_SUFFIX):
+        raise UserError(f"{path} is neither a run's folder nor a journal (*{SUFFIX})")
+    if not files:
+        raise UserError(f"{path / 'rollouts'} holds no journal" + (f" of step {step}" * bool(step)))
+    for file in files:
+        for group in Journal.each(file):
+            samples = [
+                vars(sample)
+                | {"token_ids": sample.token_ids.tolist(), "logprobs": sample.logprobs.tolist()}
+                for sample in group.samples
+            ]
+            yield json.dumps(vars(group) | {"samples": samples})
+
+
 def _faults(group: Group) -> tuple[bool, int]:
     return not group.is_finite, sum(sample.failure is not None for sample in group.samples)
 
 
-def _parse(line: bytes, path: Path, number: int) -> Group:
-    try:
-        group = msgspec.convert(parse_json(line), Group)
-    except ValueError as error:  # a ValidationError is one
-        raise _damage(path, number, str(error)) from error
-    if any(len(sample.token_ids) != len(sample.logprobs) for sample in group.samples):
-        raise _damage(path, number, "a response with another number of log-probabilities")
-    return group
+# ---------------------------------------------------------------------------- records
 
 
-def _damage(path: Path, number: int, cause: str) -> UserError:
-    return UserError(
-        f"{path}:{number} is damaged ({cause}); delete the file to generate the step's groups again"
+@dataclass(frozen=True)
+class _Head:
+    """What stands before a record's arrays, whose checksum was right."""
+
+    fields: dict[str, Any]
+    arrays: int
+    """Where they begin, in bytes"""
+    end: int
+    checksum: int
+    """Of the arrays"""
+
+
+def _encoded(group: Group) -> list[bytes | memoryview]:
+    arrays = [
+        np.asarray(group.prompt_ids, "<i4").data,
+        *(np.ascontiguousarray(sample.token_ids, "<i4").data for sample in group.samples),
+        *(np.ascontiguousarray(sample.logprobs, "<f4").data for sample in group.samples),
+    ]
+    samples = []
+    for sample in group.samples:
+        fields = vars(sample) | {"num_tokens": len(sample.token_ids)}
+        del fields["token_ids"], fields["logprobs"]
+        samples.append(fields)
+    fields = vars(group) | {"samples": samples, "num_prompt_ids": len(group.prompt_ids)}
+    del fields["prompt_ids"]
+    header = json.dumps(fields, separators=(",", ":")).encode()
+    sizes = _SIZES.pack(len(header), sum(array.nbytes for array in arrays))
+    checksums = _CHECKSUMS.pack(zlib.crc32(header, zlib.crc32(sizes)), _crc32(arrays))
+    return [_MAGIC, sizes, checksums, header, *arrays]
+
+
+def _crc32(parts: list[memoryview]) -> int:
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+    return checksum
+
+
+def _records(path: Path) -> Iterator[Group | Damage]:
+    """What the file holds, in order; a torn last record is left out with a warning."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        position = 0
+        while position < size:
+            record = _head_at(file, position, size)
+            if record is None:
+                following = _next_record(file, position + 1, size)
+                if following < size:
+                    yield Damage(path, position, None, "its header is not what was written")
+                else:
+                    _warn_of_torn(path, position)
+                position = following
+            elif record.end > size:
+                _warn_of_torn(path, position)
+                position = size
+            else:
+                yield _group(file, record, path, position)
+                position = record.end
+
+
+def _warn_of_torn(path: Path, position: int) -> None:
+    _log.warning("%s, byte %d: dropped a group not written to its end", path, position)
+
+
+def _head_at(file: BinaryIO, position: int, size: int) -> _Head | None:
+    """None: no record begins there, or its header is damaged or torn."""
+    file.seek(position)
+    prefix = file.read(_PREFIX)
+    if len(prefix) < _PREFIX or not prefix.startswith(_MAGIC):
+        return None
+    sizes = prefix[len(_MAGIC) : len(_MAGIC) + _SIZES.size]
+    header_size, arrays_size = _SIZES.unpack(sizes)
+    of_header, of_arrays = _CHECKSUMS.unpack_from(prefix, len(_MAGIC) + _SIZES.size)
+    arrays = position + _PREFIX + header_size
+    if arrays > size:
+        return None
+    header = file.read(header_size)
+    if zlib.crc32(header, zlib.crc32(sizes)) != of_header:
+        return None
+    return _Head(parse_json(header), arrays, arrays + arrays_size, of_arrays)
+
+
+def _next_record(file: BinaryIO, position: int, size: int) -> int:
+    """Where the first record at or after `position` begins that has a header; `size`: none does."""
+    while position < size:
+        file.seek(position)
+        block = file.read(_BLOCK)
+        found = block.find(_MAGIC)
+        if found < 0:
+            position += max(1, len(block) - len(_MAGIC) + 1)
+        elif _head_at(file, position + found, size) is not None:
+            return position + found
+        else:
+            position += found + 1
+    return size
+
+
+def _group(file: BinaryIO, record: _Head, path: Path, position: int) -> Group | Damage:
+    file.seek(record.arrays)
+    content = file.read(record.end - record.arrays)
+    fields = dict(record.fields)
+    if zlib.crc32(content) != record.checksum:
+        return Damage(path, position, fields["prompt_index"], "its tokens are not those written")
+    lengths = [sample.pop("num_tokens") for sample in fields["samples"]]
+    num_prompt_ids, num_tokens = fields.pop("num_prompt_ids"), sum(lengths)
+    ids = np.frombuffer(content, "<i4", num_prompt_ids + num_tokens)
+    logprobs = np.frombuffer(content, "<f4", num_tokens, ids.nbytes)
+    ends = np.cumsum(lengths)[:-1]
+    parts = (
+        zip(
+            fields.pop("samples"),
+            np.split(ids[num_prompt_ids:], ends),
+            np.split(logprobs, ends),
+            strict=True,
+        )
+        if lengths
+        else ()
+    )
+    samples = [Sample(token_ids=i, logprobs=p, **sample) for sample, i, p in parts]
+    return Group(prompt_ids=ids[:num_prompt_ids].tolist(), samples=samples, **fields)
+
+
+# ------------------------------------------------------------------ the former format
+
+
+class _FormerSample(msgspec.Struct):
+    uid: int
+    token_ids: list[int]
+    logprobs: list[float]
+    truncated: bool
+    reward: float = 0.0
+    accuracy: float = 0.0
+    failure: str | None = None
+    version_changes: list[int] = []
+    """From each token on, the policy version is one more than before it."""
+
+
+class _FormerGroup(msgspec.Struct):
+    prompt_index: int
+    prompt_ids: list[int]
+    policy_version: int
+    samples: list[_FormerSample]
+    is_whole: bool = True
+
+
+def _each_line(path: Path) -> Iterator[Group]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                _log.warning("%s:%d: dropped a group not written to its end", path, number)
+                continue
+            try:
+                yield _of_former(msgspec.convert(parse_json(line), _FormerGroup))
+            except (ValueError, OverflowError) as error:  # a ValidationError is a ValueError
+                raise UserError(
+                    f"{path}:{number} is damaged ({error}); delete the file to generate the "
+                    "step's groups again"
+                ) from error
+
+
+def _of_former(group: _FormerGroup) -> Group:
+    samples = []
+    for former in group.samples:
+        fields = msgspec.structs.asdict(former)
+        versions = {0: group.policy_version}
+        for change, first in enumerate(fields.pop("version_changes"), start=1):
+            versions[first] = group.policy_version + change  # the last of several at one token
+        runs = [(version, first) for first, version in versions.items()]
+        samples.append(Sample(**fields, versions=runs))
+    return Group(
+        group.prompt_index, group.prompt_ids, group.policy_version, samples, group.is_whole
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hmac
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import aiohttp
@@ -17,9 +17,9 @@ from aiohttp import web
 from megafork.data.prompts import Prompt
 from megafork.errors import UserError
 from megafork.rollout.client import ServerError
-from megafork.rollout.sampling import Completion
+from megafork.rollout.sampling import UNANSWERED, Completion
 from megafork.rollout.worker import RolloutWorker
-from megafork.types import GroupSummary, SampleSummary
+from megafork.sample import GroupSummary, SampleSummary
 
 _PATH = "/megafork/worker/"
 _MARGIN_S = 60.0
@@ -49,8 +49,10 @@ class RemoteWorker:
     async def ask(self, url: str, body: dict[str, Any]) -> list[Completion]:
         found = await self._call("ask", url=url, body=body)
         return [
-            Completion([], [], finish_reason, [(version, first) for version, first in versions])
-            for finish_reason, versions in found
+            replace(
+                UNANSWERED, finish_reason=reason, versions=[(v, first) for v, first in versions]
+            )
+            for reason, versions in found
         ]
 
     async def judge(
@@ -181,9 +183,11 @@ _METHODS = {
 
 
 def _summary(fields: dict[str, Any]) -> GroupSummary:
-    return GroupSummary(
-        **fields | {"samples": [SampleSummary(**sample) for sample in fields["samples"]]}
-    )
+    samples = [
+        SampleSummary(**sample | {"versions": tuple(map(tuple, sample["versions"]))})
+        for sample in fields["samples"]
+    ]
+    return GroupSummary(**fields | {"samples": samples})
 
 
 def _failure(error: Exception) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from megafork.rollout.assignment import Assignment, Request
 from megafork.rollout.client import Asker, RolloutClient, ServerError, ServerLost, ServerSlow
-from megafork.rollout.sampling import Completion, Sampling
+from megafork.rollout.sampling import UNANSWERED, Completion, Sampling
 
 
 @dataclass(eq=False)
@@ -105,7 +105,7 @@ class Router:
                 await request.decided.wait()
                 if request.server is None:
                     if request.is_aborted:
-                        return [Completion([], [], "abort") for _ in range(n)]
+                        return [UNANSWERED] * n
                     raise self._nobody()
                 server = self._servers[request.server]
                 drains = server.num_drains
@@ -125,7 +125,7 @@ class Router:
             finally:
                 self._leave(request)
             if request.is_aborted:
-                return [Completion([], [], "abort") for _ in range(n)]
+                return [UNANSWERED] * n
 
     async def _answer(
         self, server: Server, request: _Request, asked: Coroutine[Any, Any, list[Completion]]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from array import array
 from dataclasses import astuple, dataclass, field
 from typing import Any
+
+import numpy as np
 
 # Routes that the server answers itself.
 GENERATE_PATH = "/megafork/generate"  # token ids in, `encode_completions` out
@@ -85,8 +86,8 @@ class Completion:
     """One response as the engine sampled it: `logprobs[i]` (nats, at the sampling temperature)
     belongs to `token_ids[i]`; a stop token is the last of them."""
 
-    token_ids: list[int]
-    logprobs: list[float]
+    token_ids: np.ndarray  # int32
+    logprobs: np.ndarray  # float32
     finish_reason: str  # "stop" | "length" | "abort"
     versions: list[tuple[int, int]] = field(default_factory=list)
     """(policy version, index of the first token that it sampled), ascending"""
@@ -100,6 +101,10 @@ class Completion:
         return self.finish_reason == "abort"
 
 
+UNANSWERED = Completion(np.empty(0, np.int32), np.empty(0, np.float32), "abort")
+"""Of a request that was aborted before its first token"""
+
+
 def version_number(version: str) -> int:
     """Of vLLM's name for the weights it has; 0: those that it loaded from the model folder."""
     return 0 if version == "default" else int(version)
@@ -108,34 +113,33 @@ def version_number(version: str) -> int:
 def encode_completions(completions: list[Completion]) -> bytes:
     """A line of JSON, then all ids (int32), then all log-probabilities (float32).
 
-    8 bytes a token where the stock route's JSON takes about 100. Byte order is the machine's,
-    which is little-endian wherever vLLM runs.
+    8 bytes a token where the stock route's JSON takes about 100. Little-endian.
     """
     header = [[len(c.token_ids), c.finish_reason, c.versions] for c in completions]
-    ids, logprobs = array("i"), array("f")
-    for completion in completions:
-        ids.extend(completion.token_ids)
-        logprobs.extend(completion.logprobs)
-    return json.dumps(header).encode() + b"\n" + ids.tobytes() + logprobs.tobytes()
+    ids = [np.asarray(c.token_ids, "<i4").tobytes() for c in completions]
+    logprobs = [np.asarray(c.logprobs, "<f4").tobytes() for c in completions]
+    return b"".join([json.dumps(header).encode(), b"\n", *ids, *logprobs])
 
 
 def decode_completions(payload: bytes) -> list[Completion]:
-    """The inverse of `encode_completions`. Raises ValueError when the payload is cut short."""
+    """The inverse of `encode_completions`; the arrays are views of the payload.
+
+    Raises ValueError when the payload is cut short.
+    """
     line, _, rest = payload.partition(b"\n")
     header = json.loads(line)
     num_tokens = sum(length for length, *_ in header)
     if len(rest) != 8 * num_tokens:
         raise ValueError(f"{len(rest)} bytes for {num_tokens} tokens, expected {8 * num_tokens}")
-    ids, logprobs = array("i"), array("f")
-    ids.frombytes(rest[: 4 * num_tokens])
-    logprobs.frombytes(rest[4 * num_tokens :])
+    ids = np.frombuffer(rest, "<i4", num_tokens)
+    logprobs = np.frombuffer(rest, "<f4", num_tokens, 4 * num_tokens)
     completions, start = [], 0
     for length, finish_reason, versions in header:
         end = start + length
         completions.append(
             Completion(
-                ids[start:end].tolist(),
-                logprobs[start:end].tolist(),
+                ids[start:end],
+                logprobs[start:end],
                 finish_reason,
                 [(version, first) for version, first in versions],
             )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm import SamplingParams
@@ -132,8 +133,9 @@ async def _generate(engine: Any, body: dict[str, Any]) -> bytes:
     return encode_completions(
         [
             Completion(
-                list(o.token_ids),
-                o.logprobs.logprobs if o.token_ids else [],  # aborted before the first token
+                np.array(o.token_ids, np.int32),
+                # Without any where it was aborted before the first token.
+                np.array(o.logprobs.logprobs if o.token_ids else (), np.float32),
                 o.finish_reason,
                 [(version_number(span.version), span.start) for span in o.weight_versions or []],
             )

@@ -9,6 +9,7 @@ on them; no rank sees more of a batch than its replica's share.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,9 +23,18 @@ from megafork.errors import UserError
 from megafork.rewards.overlong import overlong_punishment
 from megafork.rewards.verifier import Judge
 from megafork.rollout.client import Asker, RolloutClient
-from megafork.rollout.journal import Journal, journal_path, read_step
-from megafork.rollout.sampling import Completion
-from megafork.types import Group, GroupSummary, Sample, TokenTable
+from megafork.rollout.journal import (
+    Damage,
+    Journal,
+    journal_path,
+    journalled_steps,
+    read_step,
+)
+from megafork.rollout.sampling import UNANSWERED, Completion
+from megafork.sample import Group, GroupSummary, Sample
+from megafork.types import TokenTable
+
+_log = logging.getLogger(__name__)
 
 
 class Worker(Asker, Protocol):
@@ -98,7 +108,7 @@ class RolloutWorker:
         async with self._clients[url] as client:
             answer = await client.ask(body)
         self._answers[body["request_id"]] = answer
-        return [replace(completion, token_ids=[], logprobs=[]) for completion in answer]
+        return [replace(c, token_ids=c.token_ids[:0], logprobs=c.logprobs[:0]) for c in answer]
 
     async def judge(
         self, prompt: Prompt, name: str, policy_version: int, *, answered: bool
@@ -106,11 +116,13 @@ class RolloutWorker:
         started, size = time.monotonic(), self.rollout.group_size
         completions = self._answers.pop(name, None)
         if not answered:
-            completions = [Completion([], [], "abort") for _ in range(size)]
+            completions = [UNANSWERED] * size
         assert completions is not None
         samples = [
-            _sample(prompt.index * size + i, completion, policy_version)
-            for i, completion in enumerate(completions)
+            Sample(
+                prompt.index * size + i, c.token_ids, c.logprobs, c.truncated, versions=c.versions
+            )
+            for i, c in enumerate(completions)
         ]
         is_whole = not any(completion.aborted for completion in completions)
         if is_whole:
@@ -128,7 +140,12 @@ class RolloutWorker:
         def is_wanted(index: int) -> bool:
             return self._is_ours(index) and (index >= position or index in awaited)
 
-        found = read_step(self.journal_dir, step, is_wanted)
+        damaged: list[Damage] = []
+        found = read_step(self.journal_dir, step, is_wanted, damaged.append)
+        for damage in damaged:
+            index = damage.prompt_index
+            if index is None or (is_wanted(index) and index not in found):
+                self._refuse_or_tell(damage, step)
         self._open(step)
         self._groups |= found
         return [group.summary(self.replica, step) for group in found.values()]
@@ -137,12 +154,14 @@ class RolloutWorker:
         wanted = dict(references)
         for step in set(wanted.values()):
             indices = {index for index, origin in wanted.items() if origin == step}
-            found = read_step(self.journal_dir, step, indices.__contains__)
+            damaged: list[Damage] = []
+            found = read_step(self.journal_dir, step, indices.__contains__, damaged.append)
             if missing := sorted(indices - found.keys()):
                 raise UserError(
                     f"{journal_path(self.journal_dir, step)}: prompt {missing[0]}'s group, which "
                     "was carried over to a later step, is not in it (nor in those of other "
                     "replicas): bring the file back, or resume from a checkpoint before that step"
+                    + "".join(f"\n  {damage}" for damage in damaged)
                 )
             self._groups |= found
         return [self._groups[index].summary(self.replica, step) for index, step in references]
@@ -168,6 +187,16 @@ class RolloutWorker:
         if self._journal is not None:
             self._journal.close()
 
+    def _refuse_or_tell(self, damage: Damage, step: int) -> None:
+        """Raises UserError where the step was trained already: it would be trained otherwise."""
+        if max(journalled_steps(self.journal_dir)) > step:
+            raise UserError(
+                f"{damage}, and step {step} was trained on what the file held: bring it back from "
+                f"a copy, or delete the files of step {step} and of all later ones in "
+                f"{self.journal_dir} to generate their groups again"
+            )
+        _log.warning("%s; it is generated again", damage)
+
     def _is_ours(self, prompt_index: int) -> bool:
         return replica_of(prompt_index, self.num_replicas) == self.replica
 
@@ -192,18 +221,3 @@ class RolloutWorker:
             max_response_tokens=self.rollout.max_response_tokens,
         )
         return replace(sample, reward=reward, accuracy=verdict.accuracy, failure=verdict.failure)
-
-
-def _sample(uid: int, completion: Completion, oldest: int) -> Sample:
-    """Not yet judged. oldest: the group's policy version, from which the changes count."""
-    changes, before = [], oldest
-    for version, first in completion.versions:
-        changes += [first] * (version - before)
-        before = version
-    return Sample(
-        uid,
-        completion.token_ids,
-        completion.logprobs,
-        completion.truncated,
-        version_changes=changes,
-    )

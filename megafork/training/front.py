@@ -26,9 +26,10 @@ from megafork.rollout.ends import stop_token_ids
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.tally import Tally, tell_regularly
+from megafork.sample import Group
 from megafork.training.step import Skipped
 from megafork.training.workers import SKIPPED, RunWorkers
-from megafork.types import Group, TokenTable, known_table
+from megafork.types import TokenTable, known_table
 from megafork.weight_sync import agreement
 
 T = TypeVar("T")
@@ -94,7 +95,7 @@ class Front:
         self._ahead: dict[int, Job[RolloutBatch]] = {}
         self.state = self.collector.state()
         """The collector's when the current step's batch was full, for a checkpoint"""
-        for path in self.skipped_dir.glob("step_*.jsonl"):  # steps that will be done again
+        for path in self.skipped_dir.glob("step_*"):  # steps that will be done again
             if int(path.name[5:11]) > steps_done:
                 path.unlink()
 
@@ -303,7 +304,7 @@ class Front:
     def tell_skipped(self, step: int, skipped: Sequence[Skipped], *, is_last: bool) -> None:
         """Raises UserError, when all is told, if the run `is_last` of all."""
         for part in skipped:
-            name = f"step_{step:06d}_minibatch_{part.number:03d}*.jsonl"
+            name = f"step_{step:06d}_minibatch_{part.number:03d}*"
             files = ", ".join(map(str, sorted(self.skipped_dir.glob(name))))
             self.log.note(
                 f"warning: step {step}, mini-batch {part.number}: no update, for {part.reason}; "

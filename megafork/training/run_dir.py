@@ -13,7 +13,7 @@ from megafork.errors import UserError
 from megafork.lock import held
 from megafork.logging.metrics import APPENDED
 
-_OF_A_RUN = ("rollouts/*.jsonl", "skipped/*.jsonl", "checkpoints/step_*", "checkpoints/final")
+_OF_A_RUN = ("rollouts/step_*", "skipped/step_*", "checkpoints/step_*", "checkpoints/final")
 _WHEN_WRITTEN = ("metrics.jsonl", "eval.jsonl", *APPENDED)
 
 

@@ -16,8 +16,9 @@ from megafork.model.scorer import Scores
 from megafork.ops.top_fraction import top_fraction_threshold
 from megafork.parallel.topology import Topology
 from megafork.rollout.collector import RolloutBatch
+from megafork.sample import GroupSummary, version_runs
 from megafork.training.step import Optimized
-from megafork.types import GroupSummary, TokenTable
+from megafork.types import TokenTable
 
 _PERCENTILES = {"entropy/p50": 0.5, "entropy/p80": 0.2, "entropy/p95": 0.05}
 _MEANS = (
@@ -207,16 +208,13 @@ def lag_metrics(groups: Sequence[GroupSummary], policy_version: int) -> dict[str
     """
     tokens, behind, largest, in_flight, responses = 0, 0, 0, 0, 0
     for group in groups:
-        lag = policy_version - group.policy_version
         for sample in group.samples:
-            length = sample.num_tokens
-            changes = [first for first in sample.version_changes if first < length]
-            tokens += length
-            behind += lag * length - sum(length - first for first in changes)
-            largest = (
-                max(largest, lag - sum(first == 0 for first in changes)) if length else largest
-            )
-            in_flight += any(first > 0 for first in changes)
+            runs = version_runs(sample.versions, group.policy_version, sample.num_tokens)
+            lags = [(policy_version - version, count) for version, count in runs if count]
+            tokens += sample.num_tokens
+            behind += sum(lag * count for lag, count in lags)
+            largest = max([largest, *(lag for lag, _ in lags)])
+            in_flight += len(lags) > 1
             responses += 1
     return {
         "lag/mean": behind / tokens,

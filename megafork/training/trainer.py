@@ -23,6 +23,7 @@ from megafork.config import TrainConfig
 from megafork.errors import Interrupted, ServerDied, UserError
 from megafork.interruption import Interruption
 from megafork.parallel.topology import Topology
+from megafork.sample import Group
 from megafork.training import telemetry
 from megafork.training.critic import Critic
 from megafork.training.exchange import redistribute
@@ -35,7 +36,7 @@ from megafork.training.step import Clock, Optimized, optimize
 from megafork.training.token_report import token_report
 from megafork.training.turns import Turns
 from megafork.training.workers import RunWorkers
-from megafork.types import Group, TokenTable
+from megafork.types import TokenTable
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
 

@@ -13,7 +13,7 @@ from megafork.parallel.addresses import own_address
 from megafork.parallel.topology import Topology
 from megafork.rewards.verifier import Judge
 from megafork.rollout.background import BackgroundLoop
-from megafork.rollout.journal import Journal, of_replica
+from megafork.rollout.journal import SUFFIX, Journal, of_replica
 from megafork.rollout.remote import RemoteWorker, serve
 from megafork.rollout.worker import RolloutWorker, Worker
 from megafork.training.step import Skipped
@@ -85,7 +85,7 @@ class RunWorkers:
             return
         for part in skipped:
             members = set(part.table.group_B.tolist())
-            path = self.skipped_dir / f"step_{step:06d}_minibatch_{part.number:03d}.jsonl"
+            path = self.skipped_dir / f"step_{step:06d}_minibatch_{part.number:03d}{SUFFIX}"
             if groups := [group for group in self.own.batch if group.prompt_index in members]:
                 with Journal(of_replica(path, self.own.replica)) as journal:
                     for group in groups:

@@ -23,7 +23,8 @@ from megafork.parallel.topology import Topology
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.sampling import Sampling
-from megafork.types import Group, Sample, token_table
+from megafork.sample import Group, Sample
+from megafork.types import token_table
 from megafork.weight_sync.difference import Difference, Estimate, describe, sums_by_response
 
 

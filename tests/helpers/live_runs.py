@@ -67,7 +67,7 @@ class LiveRun:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def journal(self, step: int) -> Path:
-        return self.run_dir / "rollouts" / f"step_{step:06d}.jsonl"
+        return self.run_dir / "rollouts" / f"step_{step:06d}.journal"
 
     def wait_for(self, condition: Callable[[], Any], seconds: float = 400) -> None:
         """Until the condition holds, which it has to while the run is there."""

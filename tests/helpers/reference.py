@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from megafork.types import Group, Sample
+from megafork.sample import Group, Sample
 from tests.helpers import reference
 
 VOCAB = 251  # not a multiple of anything: megatron pads it
@@ -93,13 +94,15 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
 
 
-def response_logits(model: PreTrainedModel, prompt: list[int], response: list[int]) -> Tensor:
+def response_logits(
+    model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]
+) -> Tensor:
     """[len(response), V]: the logits that each response token was drawn from."""
-    ids = torch.tensor([prompt + response])
+    ids = torch.tensor([[*prompt, *response]])
     return model(ids).logits[0, len(prompt) - 1 : -1]
 
 
-def logprobs_and_entropies(logits: Tensor, response: list[int]) -> tuple[Tensor, Tensor]:
+def logprobs_and_entropies(logits: Tensor, response: Sequence[int]) -> tuple[Tensor, Tensor]:
     logprobs = logits.log_softmax(-1)
     entropies = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, torch.tensor(response)[:, None])[:, 0], entropies

@@ -7,20 +7,25 @@ import shutil
 
 from safetensors.torch import load_file
 
+from megafork.rollout.journal import end_of_records
 from tests.helpers.commands import left_over, lines, megafork
 
 
 def journalled(run_dir):
     """Each journal's bytes; one without any says nothing."""
-    found = {path.name: path.read_bytes() for path in (run_dir / "rollouts").glob("*.jsonl")}
+    found = {path.name: path.read_bytes() for path in (run_dir / "rollouts").glob("*.journal")}
     return {name: content for name, content in found.items() if content}
 
 
 def assert_kept(run_dir, before, when=""):
-    """What `journalled` gave is still there, but for a torn last line."""
+    """What `journalled` gave is still there, but for a torn last record."""
     for name, content in before.items():
-        whole = content[: content.rfind(b"\n") + 1]
-        assert (run_dir / "rollouts" / name).read_bytes().startswith(whole), when
+        now = (run_dir / "rollouts" / name).read_bytes()
+        if not now.startswith(content):
+            torn = run_dir.parent / f"before-{name}"
+            torn.write_bytes(content)
+            whole = end_of_records(torn)
+            assert whole < len(content) and now.startswith(content[:whole]), when
 
 
 def final_weights(run_dir):

@@ -19,7 +19,7 @@ from megafork.config import ScoreConfig, TrainConfig
 from megafork.config.file import load_config, save_config
 from megafork.errors import UserError
 from megafork.rollout.journal import Journal
-from megafork.types import Group, Sample
+from megafork.sample import Group, Sample
 from tests.helpers.commands import QUICKSTART, lines, megafork
 
 PROMPT = [10, 21, 6, 21, 8, 19, 8, 12]
@@ -75,7 +75,7 @@ def make_run(folder):
         for name, tensor in safetensors.torch.load_file(weights).items()
     }
     safetensors.torch.save_file(changed, weights, metadata={"format": "pt"})
-    with Journal(folder / "rollouts" / "step_000002.jsonl") as journal:
+    with Journal(folder / "rollouts" / "step_000002.journal") as journal:
         for group in make_groups():
             journal.append(group)
     return folder
@@ -255,7 +255,7 @@ def test_a_wrong_argument(tmp_path, changes, message):
 
 
 def test_rollouts_as_responses(tmp_path):
-    journal = Journal(tmp_path / "step_000007.jsonl")
+    journal = Journal(tmp_path / "step_000007.journal")
     first, *_ = make_groups(3)
     unjudged = [replace(sample, accuracy=0.0, failure="error") for sample in first.samples]
     journal.append(replace(first, samples=unjudged))  # judged again below, as a resumed run does
@@ -265,7 +265,7 @@ def test_rollouts_as_responses(tmp_path):
     write_rollouts(tmp_path, [7], tmp_path / "out.jsonl")
     rows = lines(tmp_path / "out.jsonl")
     samples = [s for g in make_groups(3)[:2] for s in g.samples]
-    assert [row["response_ids"] for row in rows] == [s.token_ids for s in samples]
+    assert [row["response_ids"] for row in rows] == [s.token_ids.tolist() for s in samples]
     assert [row["id"] for row in rows] == [0, 1, 2, 3]
     assert [row["accuracy"] for row in rows] == [0.0, 1.0] * 2
     assert {row["step"] for row in rows} == {7}
@@ -273,7 +273,7 @@ def test_rollouts_as_responses(tmp_path):
 
 
 def test_rollouts_of_aborted_groups_alone(tmp_path):
-    with Journal(tmp_path / "step_000001.jsonl") as journal:
+    with Journal(tmp_path / "step_000001.journal") as journal:
         journal.append(make_groups(1)[0])
     with pytest.raises(UserError, match="no whole group"):
         write_rollouts(tmp_path, [1], tmp_path / "out.jsonl")

@@ -82,7 +82,7 @@ def test_a_plan_tells_nothing_of_its_libraries(tmp_path):
 
 def test_another_run_is_refused_before_torch_is_imported(tmp_path):
     """And so before a rank or a server is started, at a layout of two ranks."""
-    group = tmp_path / "run" / "rollouts" / "step_000001.jsonl"
+    group = tmp_path / "run" / "rollouts" / "step_000001.journal"
     group.parent.mkdir(parents=True)
     group.touch()
     program = (
@@ -101,7 +101,7 @@ def test_another_run_is_refused_before_torch_is_imported(tmp_path):
     assert (done.returncode, done.stdout) == (2, "False\n")
     [line] = done.stderr.splitlines()
     assert line.startswith(
-        f"error: run.dir={tmp_path}/run holds another run (rollouts/step_000001.jsonl): "
+        f"error: run.dir={tmp_path}/run holds another run (rollouts/step_000001.journal): "
     )
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["rollouts"]
 

@@ -123,7 +123,7 @@ def test_of_two_that_start_at_once_one_goes_on(tmp_path):
         "samples.jsonl",
         "forking_tokens.jsonl",
         "entropy_histogram.jsonl",
-        "skipped/step_000001_minibatch_000.jsonl",
+        "skipped/step_000001_minibatch_000.journal",
         "checkpoints/step_000010/manifest.json",
         "checkpoints/final/config.json",
     ],

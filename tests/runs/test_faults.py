@@ -100,7 +100,7 @@ def test_a_server_that_dies_is_replaced_and_nothing_is_generated_twice(tmp_path)
     assert re.search("does not answer|was started again", run.told)
     assert (run_dir / "vllm.1.log").exists()
     assert run.journal(2).read_bytes().startswith(before)
-    prompts = [group["prompt_index"] for group in lines(run.journal(2))]
+    prompts = [group.prompt_index for group in Journal.read(run.journal(2))]
     assert len(set(prompts)) == len(prompts)
     assert [row["policy_version"] for row in run.rows] == [2, 3, 4]
     assert max(row["mismatch/kl"] for row in run.rows) < 1e-6  # it has the current weights

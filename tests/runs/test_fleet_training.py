@@ -36,7 +36,7 @@ CHECKED = ("sync.check_every=1", "sync.check_prompts=4", "eval.prompts=16", "par
 
 
 def samples(run_dir, step):
-    groups = Journal.read(run_dir / "rollouts" / f"step_{step:06d}.jsonl")
+    groups = Journal.read(run_dir / "rollouts" / f"step_{step:06d}.journal")
     assert len({group.prompt_index for group in groups}) == len(groups)
     return {
         group.prompt_index: sorted(tuple(sample.token_ids) for sample in group.samples)

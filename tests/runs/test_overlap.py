@@ -55,7 +55,7 @@ def test_a_killed_run_with_carried_tails_goes_on_as_if_it_had_not_been(tmp_path)
     assert 1 <= max(row["lag/max"] for row in rows) <= 2
     assert sum(row["sampling/tail_groups"] for row in rows) > 0
     # What one batch did not wait for is young enough for a later one.
-    steps = [Journal.read(run_dir / "rollouts" / f"step_{i:06d}.jsonl") for i in range(1, 6)]
+    steps = [Journal.read(run_dir / "rollouts" / f"step_{i:06d}.journal") for i in range(1, 6)]
     newest, trained = -1, 0
     for step, groups in enumerate(steps, 1):
         late = [group for group in groups if group.prompt_index <= newest]

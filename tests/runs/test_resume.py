@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from megafork.interruption import INTERRUPTED
+from megafork.rollout.journal import Journal
 from tests.helpers.commands import (
     QUICKSTART,
     left_over,
@@ -82,7 +83,7 @@ def test_vllm_a_killed_run_goes_on_and_its_server_is_replaced(tmp_path):
     assert (run_dir / "vllm.1.log").exists()
     assert run.journal(5).read_bytes().startswith(half)
     for step in range(1, STEPS + 1):
-        prompts = [group["prompt_index"] for group in lines(run.journal(step))]
+        prompts = [group.prompt_index for group in Journal.read(run.journal(step))]
         assert len(set(prompts)) == len(prompts)
     assert [row["policy_version"] for row in run.rows] == list(range(2, STEPS + 2))
     fresh = [row["mismatch/kl"] for row in run.rows if row["mismatch/kl"] is not None]

@@ -44,7 +44,7 @@ def test_the_next_batch_is_generated_by_the_policy_before(uninterrupted):
     assert all(row["overlap/gain"] >= 1.0 for row in rows)
     assert max(row["overlap/hidden_seconds"] for row in rows) > 0.0
     for step in range(2, STEPS + 1):
-        groups = Journal.read(uninterrupted / "rollouts" / f"step_{step:06d}.jsonl")
+        groups = Journal.read(uninterrupted / "rollouts" / f"step_{step:06d}.journal")
         assert min(group.policy_version for group in groups) == step - 1
 
 

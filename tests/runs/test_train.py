@@ -187,11 +187,14 @@ def test_entropies_are_kept_and_reported(run):
     for row in samples:
         [group] = [
             group
-            for group in Journal.read(run_dir / "rollouts" / f"step_{row['step']:06d}.jsonl")
+            for group in Journal.read(run_dir / "rollouts" / f"step_{row['step']:06d}.journal")
             if group.prompt_index == row["group"]
         ]
         [sample] = [s for s in group.samples if s.uid == row["uid"]]
-        assert (row["prompt_ids"], row["token_ids"]) == (group.prompt_ids, sample.token_ids)
+        assert (row["prompt_ids"], row["token_ids"]) == (
+            group.prompt_ids,
+            sample.token_ids.tolist(),
+        )
         assert (row["reward"], row["accuracy"]) == (sample.reward, sample.accuracy)
         assert row["text"] == [name([token]) for token in sample.token_ids]
         assert row["prompt"] == name(group.prompt_ids)
@@ -209,7 +212,7 @@ def test_sampling_is_not_truncated_by_the_model_folder(run):
     run_dir, model, done = run
     raw = json.loads((model / "generation_config.json").read_text())
     assert ("top_k=1" in done.stderr) == ("top_k" in raw)
-    groups = Journal.read(run_dir / "rollouts" / "step_000001.jsonl")
+    groups = Journal.read(run_dir / "rollouts" / "step_000001.journal")
     distinct = [len({tuple(s.token_ids) for s in group.samples}) for group in groups]
     assert sum(distinct) > 1.5 * len(distinct)  # top_k=1 would give one response per group
 
@@ -217,12 +220,18 @@ def test_sampling_is_not_truncated_by_the_model_folder(run):
 def test_the_journal_holds_every_generated_group(run):
     run_dir, _, _ = run
     for row in lines(run_dir / "metrics.jsonl"):
-        groups = Journal.read(run_dir / "rollouts" / f"step_{row['step']:06d}.jsonl")
+        groups = Journal.read(run_dir / "rollouts" / f"step_{row['step']:06d}.journal")
         accuracy = [s.accuracy for group in groups for s in group.samples]
         assert sum(accuracy) / len(accuracy) == pytest.approx(row["reward/accuracy"])
         dropped = [group for group in groups if not group.summary().has_signal]
         assert len(dropped) == row["sampling/groups_dropped"]
         assert all(len(s.logprobs) == len(s.token_ids) for g in groups for s in g.samples)
+        done = megafork("rollouts", run_dir, "--step", row["step"])
+        printed = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [row["prompt_index"] for row in printed] == [g.prompt_index for g in groups]
+        for one, group in zip(printed, groups, strict=True):
+            tokens = [sample["token_ids"] for sample in one["samples"]]
+            assert tokens == [sample.token_ids.tolist() for sample in group.samples]
 
 
 def test_the_final_checkpoint_is_the_trained_model(run):

@@ -94,7 +94,7 @@ def test_groups_are_admitted_in_prompt_order_and_the_surplus_is_carried(server, 
     assert min(indices(second.generated), default=10**9) > max(indices(first.generated))
     uids = [s.uid for batch in (first, second) for g in batch.generated for s in g.samples]
     assert len(set(uids)) == len(uids)
-    journalled = Journal.read(tmp_path / "step_000001.jsonl")
+    journalled = Journal.read(tmp_path / "step_000001.journal")
     assert sorted(indices(journalled)) == indices(first.generated)
 
 
@@ -167,7 +167,7 @@ def test_what_the_server_aborts_by_itself_is_no_group(server, tmp_path):
     settings = {"prompts_per_step": 60, "group_size": 8, "dynamic_sampling": False}
     collector = make_collector(server, tmp_path, "by_spelling", **settings)
     collector.sampling = ENDLESS
-    path = tmp_path / "step_000001.jsonl"
+    path = tmp_path / "step_000001.journal"
     with BackgroundLoop() as background:
         collecting = background.submit(collector.collect(1, 0))
         while not (path.exists() and path.stat().st_size):
@@ -178,7 +178,7 @@ def test_what_the_server_aborts_by_itself_is_no_group(server, tmp_path):
         collector.client.resume()
     groups = Journal.read(path)
     assert 0 < len(groups) < 60
-    assert all(sample.token_ids for group in groups for sample in group.samples)
+    assert all(len(sample.token_ids) for group in groups for sample in group.samples)
     again = make_collector(server, tmp_path, "by_spelling", **settings)
     assert len(collect(again, step=1).groups) == 60
 
@@ -236,7 +236,7 @@ def test_long_responses_lose_reward_but_stay_right(server, tmp_path):
     shaping = {"overlong_buffer_tokens": 30, "overlong_penalty": 0.5}
     collector = make_collector(server, tmp_path, "by_spelling", shaping)
     batch = collect(collector, step=1)
-    samples = [s for g in Journal.read(tmp_path / "step_000001.jsonl") for s in g.samples]
+    samples = [s for g in Journal.read(tmp_path / "step_000001.journal") for s in g.samples]
     assert len(samples) == 4 * len(batch.generated)
     for sample in samples:
         verdict = by_spelling("", collector.workers[0].tokenizer.decode(sample.token_ids), "")
@@ -266,7 +266,7 @@ def test_a_verifier_that_always_fails_ends_it_and_is_named(server, tmp_path):
 def test_a_verifier_that_fails_sometimes_is_counted_and_replayed(server, tmp_path):
     collector = make_collector(server, tmp_path, "sometimes_broken")
     batch = collect(collector, step=1)
-    samples = [s for g in Journal.read(tmp_path / "step_000001.jsonl") for s in g.samples]
+    samples = [s for g in Journal.read(tmp_path / "step_000001.journal") for s in g.samples]
     failed = [sample for sample in samples if sample.failure == "error"]
     texts = [collector.workers[0].tokenizer.decode(sample.token_ids) for sample in samples]
     assert [s.failure == "error" for s in samples] == [len(text) % 5 == 0 for text in texts]

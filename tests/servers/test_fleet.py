@@ -156,7 +156,7 @@ def answers(prompts, n=2):
 
 
 def ids(found):
-    return [[completion.token_ids for completion in group] for group in found]
+    return [[completion.token_ids.tolist() for completion in group] for group in found]
 
 
 def test_the_quick_server_gets_more():
@@ -276,7 +276,7 @@ def test_an_abort_reaches_servers_and_what_waits():
             found = job.result()
         assert all(c.aborted for group in found for c in group)
         assert [len(group) for group in found] == [2] * 6
-        assert sum(bool(group[0].token_ids) for group in found) == 2
+        assert sum(len(group[0].token_ids) > 0 for group in found) == 2
         assert sum(len(server.asked) for server in servers) == 2
 
 

@@ -181,8 +181,11 @@ def test_seeds_reproduce_a_full_batch(running):
     first, second = (
         running.generate_all(prompts, 8, Sampling(max_tokens=5), seed=11) for _ in range(2)
     )
-    ids = [[response.token_ids for response in group] for group in first]
-    assert ids == [[response.token_ids for response in group] for group in second]
+    ids, again = (
+        [[response.token_ids.tolist() for response in group] for group in batch]
+        for batch in (first, second)
+    )
+    assert ids == again
     assert len({tuple(i) for i in ids[0]}) > 1
 
 

@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megafork.errors import UserError
@@ -240,6 +241,14 @@ def test_a_server_that_is_gone_is_named_with_the_end_of_its_log(tmp_path, monkey
     assert not client.health()
 
 
+def plain(completions):
+    """Each one's tokens, log-probabilities (as text: -0.0 is not 0.0) and end."""
+    return [
+        (list(map(int, c.token_ids)), [str(float(x)) for x in c.logprobs], c.finish_reason)
+        for c in completions
+    ]
+
+
 def test_a_dropped_connection_is_tried_again(monkeypatch):
     """A server that hangs up on the first request and answers the second."""
     expected = [Completion([3, 1], [-0.5, -0.25], "stop")]
@@ -262,7 +271,7 @@ def test_a_dropped_connection_is_tried_again(monkeypatch):
             async with RolloutClient(f"http://127.0.0.1:{port}", "key") as client:
                 return await client.generate([1], 1, Sampling())
 
-        assert asyncio.run(generate()) == expected
+        assert plain(asyncio.run(generate())) == plain(expected)
         thread.join()
 
 
@@ -273,7 +282,13 @@ def test_completions_survive_the_wire():
         Completion([7], [float("-inf")], "stop"),
     ]
     payload = encode_completions(completions)
-    assert decode_completions(payload) == completions
+    decoded = decode_completions(payload)
+    assert plain(decoded) == [
+        ([2**31 - 1, 0], ["-0.0", "-1.5"], "length"),
+        ([], [], "abort"),
+        ([7], ["-inf"], "stop"),
+    ]
+    assert {(c.token_ids.dtype, c.logprobs.dtype) for c in decoded} == {(np.int32, np.float32)}
     assert decode_completions(encode_completions([])) == []
     with pytest.raises(ValueError, match="bytes for 3 tokens"):
         decode_completions(payload[:-1])

@@ -368,9 +368,11 @@ def test_temperatures_of_one_are_the_same_as_none(running):
     first, second, third = (
         running.generate([(prompt, 24, sampling, 5)])[0] for sampling in (plain, ones, plain)
     )
-    assert [r.token_ids for r in first] == [r.token_ids for r in second]
-    assert [r.logprobs for r in first] == [r.logprobs for r in second]
-    assert [r.logprobs for r in first] == [r.logprobs for r in third]
+    for again in (second, third):
+        for one, other in zip(first, again, strict=True):
+            assert np.array_equal(one.logprobs, other.logprobs)
+    for one, other in zip(first, second, strict=True):
+        assert np.array_equal(one.token_ids, other.token_ids)
 
 
 @pytest.mark.parametrize(

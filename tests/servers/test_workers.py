@@ -23,7 +23,8 @@ from megafork.rollout.journal import Journal, journal_path, read_step
 from megafork.rollout.remote import RemoteWorker, WorkerLost, serve
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.worker import RolloutWorker
-from megafork.types import Group, Sample, known_table
+from megafork.sample import Group, Sample
+from megafork.types import known_table
 from tests.helpers.commands import QUICKSTART, megafork, tiny_run
 from tests.helpers.replays import TOLERANCE, comparable, journalled, replayed_in_one_go
 from tests.helpers.rollout_servers import KEY, running, wait_for
@@ -110,7 +111,7 @@ def test_a_batch_does_not_depend_on_the_number_of_replicas(server, tmp_path):
             assert {i for worker in workers for i in worker._groups} == carried
     assert found[0] == found[1] and len(found[0][1]) == 48
     files = {path.name: Journal.read(path) for path in (tmp_path / "3").iterdir()}
-    names = ["step_000001.jsonl", "step_000001-replica1.jsonl", "step_000001-replica2.jsonl"]
+    names = ["step_000001.journal", "step_000001-replica1.journal", "step_000001-replica2.journal"]
     assert sorted(files) == sorted(names)
     for replica, name in enumerate(names):
         assert {group.prompt_index % 3 for group in files[name]} == {replica}
@@ -138,10 +139,10 @@ def test_carried_groups_are_found_in_the_journal(server, tmp_path):
         collector.restore(state)
         second = asyncio.run(collector.collect(2, 0))
         assert contents(second, workers) == expected
-    (tmp_path / "step_000001-replica1.jsonl").unlink()
+    (tmp_path / "step_000001-replica1.journal").unlink()
     with collecting(nowhere(), "key", tmp_path, 1, **settings) as (collector, workers):
         collector.restore(state)
-        with pytest.raises(UserError, match=r"step_000001.jsonl: prompt \d+'s group, which was"):
+        with pytest.raises(UserError, match=r"step_000001.journal: prompt \d+'s group, which was"):
             asyncio.run(collector.collect(2, 0))
 
 
@@ -169,8 +170,8 @@ def test_a_later_journal_does_not_replace_what_is_held(tmp_path):
         with collecting(small.client(), KEY, tmp_path, 2, **options) as (collector, _):
             for step in (1, 2):
                 asyncio.run(collector.collect(step, 0))
-        (tmp_path / "step_000001.jsonl").unlink()
-        (tmp_path / "step_000001-replica1.jsonl").unlink()
+        (tmp_path / "step_000001.journal").unlink()
+        (tmp_path / "step_000001-replica1.journal").unlink()
         options["oversampling"] = 2.0
         with collecting(small.client(), KEY, tmp_path, 2, **options) as (collector, workers):
             first = asyncio.run(collector.collect(1, 0))
@@ -178,6 +179,39 @@ def test_a_later_journal_does_not_replace_what_is_held(tmp_path):
             assert [[g.prompt_index for g in b.groups] for b in (first, second)] == [[0, 1], [2, 3]]
             assert second.num_replayed == 0 and {g.step for g in second.groups} == {1}
             assert len(contents(first, workers)) == len(contents(second, workers)) == 8
+
+
+def test_a_damaged_record_is_generated_again_unless_it_was_trained_on(tmp_path, caplog):
+    options = {"dynamic_sampling": False, "prompts_per_step": 4}
+    path = tmp_path / "step_000001.journal"
+    with running(1) as [small]:
+        with collecting(small.client(), KEY, tmp_path, 1, **options) as (collector, _):
+            asyncio.run(collector.collect(1, 0))
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1  # of a log-probability of the last record
+        path.write_bytes(content)
+        damaged = {0, 1, 2, 3} - {group.prompt_index for group in Journal.read(path)}
+        caplog.clear()
+        with collecting(small.client(), KEY, tmp_path, 1, **options) as (collector, _):
+            batch = asyncio.run(collector.collect(1, 0))
+        assert [group.prompt_index for group in batch.groups] == [0, 1, 2, 3]
+        assert batch.num_replayed == 3 and len(small.asked) == 5
+        [index] = damaged
+        cause = f"prompt {index}'s group is damaged (its tokens are not those written)"
+        assert f"{cause}; it is generated again" in caplog.text
+
+        # It is there now, so the damaged one is missed by nobody.
+        with Journal(journal_path(tmp_path, 2)), collecting(
+            nowhere(), "key", tmp_path, 1, **options
+        ) as (collector, _):
+            assert asyncio.run(collector.collect(1, 0)).num_replayed == 4
+        path.write_bytes(content)
+        with (
+            collecting(nowhere(), "key", tmp_path, 1, **options) as (collector, _),
+            pytest.raises(UserError) as refused,
+        ):
+            asyncio.run(collector.collect(1, 0))
+    assert f"{cause}, and step 1 was trained on what the file held" in str(refused.value)
 
 
 def test_the_finite_version_of_a_group_is_taken(tmp_path):
@@ -203,8 +237,8 @@ def test_what_a_worker_meets_is_told_by_the_collector(server, tmp_path):
     ):
         remote = collector.workers[1]
         [answer] = asyncio.run(one_attempt(remote, small.url))
-        assert answer.token_ids == [] and answer.versions == [(0, 0)]
-        assert workers[1]._answers["a"][0].token_ids == [3, 0]
+        assert len(answer.token_ids) == 0 and answer.versions == [(0, 0)]
+        assert workers[1]._answers["a"][0].token_ids.tolist() == [3, 0]
         small.fail_next = "/megafork/generate"
         with pytest.raises(ServerError, match="/megafork/generate failed with HTTP 500: told to"):
             asyncio.run(one_attempt(remote, small.url))
@@ -257,7 +291,7 @@ def test_a_run_of_two_replicas(tmp_path):
     done = megafork(*tiny_run(run_dir, *settings, "eval.prompts=8"), mark=run_dir)
     assert done.returncode == 0, done.stderr
     for step in (1, 2):
-        halves = map(Journal.read, run_dir.glob(f"rollouts/step_{step:06d}*.jsonl"))
+        halves = map(Journal.read, run_dir.glob(f"rollouts/step_{step:06d}*.journal"))
         indices = [{group.prompt_index for group in half} for half in halves]
         assert len(indices) == 2 and all(indices) and not indices[0] & indices[1]
     before = journalled(run_dir)

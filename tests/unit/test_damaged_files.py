@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megafork.analysis.columns import read_scored
 from megafork.config import DataConfig, ScoreConfig, TrainConfig
@@ -24,6 +25,7 @@ from megafork.evaluation.samples import SampleFile
 from megafork.report.files import read_run
 from megafork.report.page import write_report
 from megafork.rollout.journal import Journal
+from megafork.sample import Group, Sample
 from megafork.scoring import read_responses
 from tests.helpers.commands import QUICKSTART
 from tests.helpers.damage import damaged, torn
@@ -105,8 +107,36 @@ def test_data(folder, content):
 @pytest.mark.slow
 @given(content=damaged([GROUP, GROUP]))
 @cases()
-def test_journal(folder, content):
+def test_journal_of_the_former_format(folder, content):
     reads_or_tells(folder / "step_000001.jsonl", content, Journal.read)
+
+
+WRITTEN = [
+    Group(i, [3, 4], 1, [Sample(i, [5, 6], [-0.5, -1.0], False, reward=1.0, accuracy=1.0)])
+    for i in (1, 2)
+]
+
+
+@pytest.fixture(scope="module")
+def journal(folder):
+    with Journal(folder / "written.journal") as written:
+        for group in WRITTEN:
+            written.append(group)
+    return written.path.read_bytes()
+
+
+@pytest.mark.slow
+@given(data=st.data())
+@cases()
+def test_journal(folder, journal, data):
+    """What is read was written; and the journal can be gone on with."""
+    path = folder / "step_000001.journal"
+    path.write_bytes(data.draw(torn(journal)))
+    read = Journal.read(path)
+    assert all(group in WRITTEN for group in read)
+    with Journal(path) as again:
+        again.append(WRITTEN[0])
+    assert Journal.read(path) == [*read, WRITTEN[0]]
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from megafork.algorithms.gae import (
     value_loss,
     whitened,
 )
-from megafork.types import Group, Sample, token_table
+from megafork.sample import Group, Sample
+from megafork.types import token_table
 from tests.helpers import reference
 from tests.helpers.ppo import by_definition
 

@@ -8,7 +8,8 @@ import torch
 from megafork.data.packing import build_pack, fed_lengths, plan_micro_batches
 from megafork.errors import UserError
 from megafork.parallel.zigzag import Zigzag
-from megafork.types import Group, Sample, token_table
+from megafork.sample import Group, Sample
+from megafork.types import token_table
 from tests.helpers import reference
 
 CPU = torch.device("cpu")

@@ -107,7 +107,7 @@ def test_a_full_disk_names_the_file(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["metrics.jsonl", "rollouts", "rollouts/step_000001.jsonl", "checkpoints/step_1.partial"],
+    ["metrics.jsonl", "rollouts", "rollouts/step_000001.journal", "checkpoints/step_1.partial"],
 )
 def test_a_link_in_a_runs_folder_is_refused(tmp_path, name):
     run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"

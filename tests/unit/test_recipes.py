@@ -212,7 +212,7 @@ def test_a_plan_that_does_not_fit_is_an_error_with_its_remedy(folder):
 
 def a_run_there(path):
     (path / "run" / "rollouts").mkdir(parents=True)
-    (path / "run" / "rollouts" / "step_000001.jsonl").touch()
+    (path / "run" / "rollouts" / "step_000001.journal").touch()
     return []
 
 

@@ -15,6 +15,7 @@ FLOORS = [
         "errors",
         "disk",
         "config",
+        "sample",
         "types",
         "interruption",
         "last_words",

@@ -6,7 +6,8 @@ import random
 
 import torch
 
-from megafork.types import Group, Sample, hash64, token_table
+from megafork.sample import Group, Sample
+from megafork.types import hash64, token_table
 from tests.helpers import reference
 
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from megafork.errors import PeerError
 from megafork.parallel.unpickling import SafeUnpickler, guard_collectives, guarded_checkpoint
-from megafork.types import Group, Sample
+from megafork.sample import Group, Sample
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [

@@ -12,9 +12,10 @@ from megafork.config import ParallelConfig, TrainConfig
 from megafork.config.file import load_config
 from megafork.errors import UserError
 from megafork.model.shape import ModelShape
+from megafork.sample import Group, Sample
 from megafork.training.step import Clock, Optimized, optimize
 from megafork.training.telemetry import reference_metrics, update_metrics
-from megafork.types import Group, Sample, token_table
+from megafork.types import token_table
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART, left_over, lines, megafork, tiny_run
 from tests.helpers.layouts import depth_for

@@ -581,7 +581,7 @@ def test_a_run_with_a_model_file(files, tmp_path):
     assert done.returncode == 0, done.stderr
     hf = AutoTokenizer.from_pretrained(QUICKSTART / "model")
     prompts = {row["prompt"] for row in lines(QUICKSTART / "data" / "train.jsonl")}
-    groups = Journal.read(tmp_path / "run" / "rollouts" / "step_000001.jsonl")
+    groups = Journal.read(tmp_path / "run" / "rollouts" / "step_000001.journal")
     assert {hf.decode(group.prompt_ids) for group in groups} <= prompts
     assert any(sample.accuracy for group in groups for sample in group.samples)
     final = tmp_path / "run" / "checkpoints" / "final"
