@@ -1,16 +1,9 @@
 """The finished groups of a step, on disk before they are used: a resumed step replays them.
 
-A file is a sequence of records, one for a group, little-endian:
-
-    8 bytes           the same in every record, so that reading finds its place again after damage
-    uint32, uint64    how many bytes the header has, and the arrays
-    uint32, uint32    crc32 of the two numbers above with the header, and of the arrays
-    header            JSON: the group without its tokens
-    arrays            int32 prompt ids, int32 token ids of all samples in turn, float32
-                      log-probabilities of all samples in turn
-
-Each data-parallel replica has a file of its own for the groups that it generates. Files of the
-former format (`.jsonl`, one JSON object a line) are still read.
+A file is a sequence of frames (frames.py), one for a group: in the header all but its tokens, then
+int32 prompt ids, int32 token ids and float32 log-probabilities of all its samples in turn. Each
+data-parallel replica has a file of its own for the groups that it generates. Files of the former
+format (`.jsonl`, one JSON object a line) are still read.
 """
 
 from __future__ import annotations
@@ -19,8 +12,6 @@ import json
 import logging
 import os
 import re
-import struct
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,16 +22,12 @@ import numpy as np
 
 from megafork.disk import naming, sync
 from megafork.errors import UserError
+from megafork.frames import MAGIC, PREFIX_BYTES, Damaged, Prefix, encode
 from megafork.parsing import parse_json
 from megafork.sample import Group, Sample
 
 _log = logging.getLogger(__name__)
 SUFFIX, FORMER_SUFFIX = ".journal", ".jsonl"
-_MAGIC = b"\xf1group\x01\xff"
-"""What else happens to have these bytes fails the checksum of a header."""
-_SIZES = struct.Struct("<IQ")
-_CHECKSUMS = struct.Struct("<II")
-_PREFIX = len(_MAGIC) + _SIZES.size + _CHECKSUMS.size
 _BLOCK = 1 << 20
 
 
@@ -231,38 +218,30 @@ def _faults(group: Group) -> tuple[bool, int]:
 class _Head:
     """What stands before a record's arrays, whose checksum was right."""
 
+    prefix: Prefix
     fields: dict[str, Any]
     arrays: int
     """Where they begin, in bytes"""
-    end: int
-    checksum: int
-    """Of the arrays"""
+
+    @property
+    def end(self) -> int:
+        return self.arrays + self.prefix.arrays_bytes
 
 
 def _encoded(group: Group) -> list[bytes | memoryview]:
-    arrays = [
-        np.asarray(group.prompt_ids, "<i4").data,
-        *(np.ascontiguousarray(sample.token_ids, "<i4").data for sample in group.samples),
-        *(np.ascontiguousarray(sample.logprobs, "<f4").data for sample in group.samples),
-    ]
     samples = []
     for sample in group.samples:
         fields = vars(sample) | {"num_tokens": len(sample.token_ids)}
         del fields["token_ids"], fields["logprobs"]
         samples.append(fields)
-    fields = vars(group) | {"samples": samples, "num_prompt_ids": len(group.prompt_ids)}
-    del fields["prompt_ids"]
-    header = json.dumps(fields, separators=(",", ":")).encode()
-    sizes = _SIZES.pack(len(header), sum(array.nbytes for array in arrays))
-    checksums = _CHECKSUMS.pack(zlib.crc32(header, zlib.crc32(sizes)), _crc32(arrays))
-    return [_MAGIC, sizes, checksums, header, *arrays]
-
-
-def _crc32(parts: list[memoryview]) -> int:
-    checksum = 0
-    for part in parts:
-        checksum = zlib.crc32(part, checksum)
-    return checksum
+    header = vars(group) | {"samples": samples}
+    del header["prompt_ids"]
+    arrays = {
+        "prompt_ids": [np.asarray(group.prompt_ids, np.int32)],
+        "token_ids": [np.empty(0, np.int32), *(sample.token_ids for sample in group.samples)],
+        "logprobs": [np.empty(0, np.float32), *(sample.logprobs for sample in group.samples)],
+    }
+    return encode(header, arrays)
 
 
 def _records(path: Path) -> Iterator[Group | Damage]:
@@ -294,19 +273,14 @@ def _warn_of_torn(path: Path, position: int) -> None:
 def _head_at(file: BinaryIO, position: int, size: int) -> _Head | None:
     """None: no record begins there, or its header is damaged or torn."""
     file.seek(position)
-    prefix = file.read(_PREFIX)
-    if len(prefix) < _PREFIX or not prefix.startswith(_MAGIC):
+    try:
+        prefix = Prefix.parse(file.read(PREFIX_BYTES))
+        arrays = position + PREFIX_BYTES + prefix.header_bytes
+        if arrays > size:
+            return None
+        return _Head(prefix, prefix.header(file.read(prefix.header_bytes)), arrays)
+    except Damaged:
         return None
-    sizes = prefix[len(_MAGIC) : len(_MAGIC) + _SIZES.size]
-    header_size, arrays_size = _SIZES.unpack(sizes)
-    of_header, of_arrays = _CHECKSUMS.unpack_from(prefix, len(_MAGIC) + _SIZES.size)
-    arrays = position + _PREFIX + header_size
-    if arrays > size:
-        return None
-    header = file.read(header_size)
-    if zlib.crc32(header, zlib.crc32(sizes)) != of_header:
-        return None
-    return _Head(parse_json(header), arrays, arrays + arrays_size, of_arrays)
 
 
 def _next_record(file: BinaryIO, position: int, size: int) -> int:
@@ -314,9 +288,9 @@ def _next_record(file: BinaryIO, position: int, size: int) -> int:
     while position < size:
         file.seek(position)
         block = file.read(_BLOCK)
-        found = block.find(_MAGIC)
+        found = block.find(MAGIC)
         if found < 0:
-            position += max(1, len(block) - len(_MAGIC) + 1)
+            position += max(1, len(block) - len(MAGIC) + 1)
         elif _head_at(file, position + found, size) is not None:
             return position + found
         else:
@@ -326,27 +300,20 @@ def _next_record(file: BinaryIO, position: int, size: int) -> int:
 
 def _group(file: BinaryIO, record: _Head, path: Path, position: int) -> Group | Damage:
     file.seek(record.arrays)
-    content = file.read(record.end - record.arrays)
     fields = dict(record.fields)
-    if zlib.crc32(content) != record.checksum:
-        return Damage(path, position, fields["prompt_index"], "its tokens are not those written")
-    lengths = [sample.pop("num_tokens") for sample in fields["samples"]]
-    num_prompt_ids, num_tokens = fields.pop("num_prompt_ids"), sum(lengths)
-    ids = np.frombuffer(content, "<i4", num_prompt_ids + num_tokens)
-    logprobs = np.frombuffer(content, "<f4", num_tokens, ids.nbytes)
-    ends = np.cumsum(lengths)[:-1]
-    parts = (
-        zip(
-            fields.pop("samples"),
-            np.split(ids[num_prompt_ids:], ends),
-            np.split(logprobs, ends),
-            strict=True,
+    try:
+        arrays = record.prefix.arrays(fields, file.read(record.prefix.arrays_bytes))
+    except Damaged as error:
+        return Damage(path, position, fields["prompt_index"], str(error))
+    del fields["arrays"]
+    samples, start = [], 0
+    for sample in fields.pop("samples"):
+        rows = slice(start, start + sample.pop("num_tokens"))
+        start = rows.stop
+        samples.append(
+            Sample(token_ids=arrays["token_ids"][rows], logprobs=arrays["logprobs"][rows], **sample)
         )
-        if lengths
-        else ()
-    )
-    samples = [Sample(token_ids=i, logprobs=p, **sample) for sample, i, p in parts]
-    return Group(prompt_ids=ids[:num_prompt_ids].tolist(), samples=samples, **fields)
+    return Group(prompt_ids=arrays["prompt_ids"].tolist(), samples=samples, **fields)
 
 
 # ------------------------------------------------------------------ the former format

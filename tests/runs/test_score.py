@@ -28,7 +28,11 @@ def test_score_is_the_same_at_every_layout(tmp_path, layout):
     folder = reference.save_model(tmp_path / "model", tied=False)
     groups = reference.make_groups(7, 1, seed=2)
     rows = [
-        {"prompt_ids": g.prompt_ids, "response_ids": g.samples[0].token_ids.tolist(), "id": g.prompt_index}
+        {
+            "prompt_ids": g.prompt_ids,
+            "response_ids": g.samples[0].token_ids.tolist(),
+            "id": g.prompt_index,
+        }
         for g in groups
     ]
     rows.insert(3, {"prompt_ids": [4, 5], "response_ids": [], "id": "no response"})

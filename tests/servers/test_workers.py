@@ -197,13 +197,14 @@ def test_a_damaged_record_is_generated_again_unless_it_was_trained_on(tmp_path, 
         assert [group.prompt_index for group in batch.groups] == [0, 1, 2, 3]
         assert batch.num_replayed == 3 and len(small.asked) == 5
         [index] = damaged
-        cause = f"prompt {index}'s group is damaged (its tokens are not those written)"
+        cause = f"prompt {index}'s group is damaged (its arrays are not what was written)"
         assert f"{cause}; it is generated again" in caplog.text
 
         # It is there now, so the damaged one is missed by nobody.
-        with Journal(journal_path(tmp_path, 2)), collecting(
-            nowhere(), "key", tmp_path, 1, **options
-        ) as (collector, _):
+        with (
+            Journal(journal_path(tmp_path, 2)),
+            collecting(nowhere(), "key", tmp_path, 1, **options) as (collector, _),
+        ):
             assert asyncio.run(collector.collect(1, 0)).num_replayed == 4
         path.write_bytes(content)
         with (

@@ -16,6 +16,7 @@ FLOORS = [
         "disk",
         "config",
         "sample",
+        "frames",
         "types",
         "interruption",
         "last_words",
