@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint import filesystem
@@ -28,6 +29,8 @@ from torch.distributed.checkpoint import filesystem
 _PACKAGES = ("megafork.", "megatron.core.dist_checkpointing.", "torch.distributed.checkpoint.")
 """Of whose modules records may come: dataclasses, named tuples, enumerations and exceptions"""
 _RECORDS = (enum.Enum, BaseException, tuple)
+_ARRAY: Any = np.empty(0).__reduce__()[0]
+"""What numpy makes an array by, under a name that differs by its version"""
 _PLAIN = {
     ("builtins", name): getattr(builtins, name)
     for name in ("bytearray", "complex", "frozenset", "range", "set", "slice")
@@ -35,6 +38,9 @@ _PLAIN = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "defaultdict"): collections.defaultdict,
     ("collections", "deque"): collections.deque,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): np.ndarray,
+    (_ARRAY.__module__, _ARRAY.__name__): _ARRAY,
     ("pathlib", "PosixPath"): pathlib.PosixPath,
     ("traceback", "FrameSummary"): traceback.FrameSummary,
     ("traceback", "StackSummary"): traceback.StackSummary,

@@ -34,8 +34,8 @@ HOST_PROCESS = 4 * GIB
 _GRADIENT_BYTES, _MASTER_AND_MOMENTS = 4, 12
 _ROW_BYTES, _PROMPT_BYTES = 25, 8
 """of a response token and of a prompt's in the token table (types.py)"""
-_LEADER_BYTES = 68 + _ROW_BYTES
-"""more of a token where it was generated: in a Sample's lists, and as a row to be sent"""
+_LEADER_BYTES = 8 + _ROW_BYTES
+"""more of a token where it was generated: in a Sample's arrays, and as a row to be sent"""
 
 
 @dataclass(frozen=True)

@@ -274,9 +274,7 @@ class Trainer:
         table = redistribute(table, source_B, replica_B, self.topology)
         if self.critic is None:
             advantages_B = group_relative_advantages(
-                table.reward_B,
-                table.group_B,
-                normalize=self.config.algorithm.normalize_advantage,
+                table.reward_B, table.group_B, normalize=self.config.algorithm.normalize_advantage
             )
             table = table.with_columns(advantage_R=advantages_B[table.sample_R])
         return in_order(table)

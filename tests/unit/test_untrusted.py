@@ -11,6 +11,7 @@ import sys
 from collections import OrderedDict, deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed import distributed_c10d
@@ -195,6 +196,14 @@ def test_a_tensor_may_not_carry_a_pickle(tmp_path):
 )
 def test_what_ranks_say_to_each_other_comes_through(value):
     assert unpickled(value) == value
+
+
+def test_an_array_may_not_carry_a_pickle(tmp_path):
+    """One of objects holds whatever it is given."""
+    evil = np.array([Calls(os.mkdir, str(tmp_path / "made"))], object)
+    with pytest.raises(pickle.UnpicklingError):
+        unpickled(evil)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tensors_come_through():
