@@ -67,6 +67,8 @@ def test_vllm_a_killed_run_goes_on_and_its_server_is_replaced(tmp_path):
     with LiveRun(run_dir, *small_run(run_dir, *settings), executed=True) as run:
         # Half-written, or just whole.
         run.wait_for(lambda: list(run_dir.glob("checkpoints/step_000002*")))
+        # launcher, rank, supervisor, and vLLM's server and engine
+        assert len(processes_of(run_dir)) >= 5
         run.kill()
     assert left_over(run_dir, seconds=10) == []
     before = journalled(run_dir)

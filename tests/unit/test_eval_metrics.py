@@ -18,6 +18,7 @@ from megafork.evaluation import metrics
 from megafork.evaluation.intervals import beta_cdf, covers, share_interval, t_quantile
 from megafork.evaluation.metrics import Scored, majority_at_k, pass_at_k
 from megafork.evaluation.votes import vote
+from tests.helpers.layouts import ci_run
 from tools.benchmark_intervals import (
     ACCURACIES,
     CONCENTRATIONS,
@@ -211,7 +212,7 @@ def test_students_interval_would_not_have_held_the_rare():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("problems", PROBLEMS)
+@pytest.mark.parametrize("problems", ci_run(PROBLEMS, [30, 60, 500]))
 def test_intervals_hold_the_truth_over_the_whole_table(problems):
     """Of 200 shapes a cell some would be 4 errors off by chance alone: once drawn anew, they have
     to hold."""
