@@ -152,7 +152,7 @@ class TokenTable:
             token_R=token_R,
             rollout_logprob_R=_joined([s.logprobs for _, s in samples], np.float32),
             policy_version_R=_version_R(samples),
-            loss_mask_R=in_loss_B.repeat_interleave(self.response_lengths_B[held_B]),
+            loss_mask_R=_repeated(in_loss_B, self.response_lengths_B[held_B]),
             advantage_R=torch.full((len(token_R),), torch.nan),
         )
 
@@ -237,7 +237,7 @@ def _version_R(samples: Sequence[tuple[Group, Sample]]) -> Tensor:
         for run in version_runs(sample.versions, group.policy_version, len(sample.token_ids))
     ]
     versions, lengths = torch.tensor(runs, dtype=torch.int64).reshape(-1, 2).T
-    return versions.repeat_interleave(lengths)
+    return _repeated(versions, lengths)
 
 
 def hash64(*parts: Tensor) -> Tensor:
@@ -266,6 +266,11 @@ def _signed(x: int) -> int:
 
 def _joined(parts: Sequence[Sequence[float] | np.ndarray], kind: type[np.number]) -> Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, kind), *parts], dtype=kind))
+
+
+def _repeated(values: Tensor, lengths: Tensor) -> Tensor:
+    """Each value as often as its length says; torch's function makes an index of all first."""
+    return torch.from_numpy(np.repeat(values.numpy(), lengths.numpy()))
 
 
 def _offsets(lengths: Tensor) -> Tensor:
