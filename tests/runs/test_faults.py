@@ -110,12 +110,24 @@ def test_a_server_that_dies_is_replaced_and_nothing_is_generated_twice(tmp_path)
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named(tmp_path):
-    """Stopped, it answers nothing and keeps its connections: the others' time-out has to end it."""
-    run_dir = tmp_path / "run"
-    # Longer than a server needs to start on busy cores: a collective waits for that too.
-    seconds = 18
-    layout = ("parallel.tp=1", "parallel.dp=3", f"parallel.timeout_minutes={seconds / 60}")
-    with middle_of(2, run_dir, *tiny_run(run_dir, *layout)) as (run, moment):
+    """Stopped, it answers nothing and keeps its connections: the others' time-out has to end it.
+
+    The server is there before: the ranks would wait for its start in a collective too.
+    """
+    port, run_dir, seconds = free_port(), tmp_path / "run", 30
+    settings = (
+        f"rollout.url=http://127.0.0.1:{port}",
+        "parallel.tp=1",
+        "parallel.dp=3",
+        f"parallel.timeout_minutes={seconds / 60}",
+    )
+    moment = Moment(tmp_path, version=2)
+    python = f"rollout.python={tiny_engine(tmp_path)}"
+    with (
+        serving(tmp_path, port, python, **moment.variables),
+        LiveRun(run_dir, *small_run(run_dir, *settings), MEGAFORK_API_KEY="shared") as run,
+    ):
+        run.wait_for(moment.has_come)
         [hung] = [rank for rank in run.find("megafork") if variable(rank, "RANK") == "1"]
         hung.suspend()
         moment.go_on()
@@ -123,7 +135,7 @@ def test_a_rank_that_hangs_is_named(tmp_path):
     assert run.told.count("error") == 1
     found = re.search(
         r"error \(rank \d\): in \w+ of step \d+ a collective was not done within "
-        r"parallel\.timeout_minutes=0\.3\. "
+        r"parallel\.timeout_minutes=0\.5\. "
         r"(?:Rank 0 did not come; [^;]+; )?"  # where it waits for rank 1's responses
         r"Rank 1 did not come; it has been in \w+ of step \d+ for (\d+) s\n",
         run.told,
