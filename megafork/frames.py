@@ -23,7 +23,7 @@ import numpy as np
 from megafork.parsing import parse_json
 
 MAGIC = b"\xf1frame\x01\xff"
-"""What else happens to have these bytes fails the checksum of a header."""
+"""Arrays may contain these bytes by chance; the header's checksum then fails there."""
 _SIZES = struct.Struct("<IQ")
 _CHECKSUMS = struct.Struct("<II")
 PREFIX_BYTES = len(MAGIC) + _SIZES.size + _CHECKSUMS.size
@@ -36,7 +36,7 @@ class Damaged(ValueError):
 
 @dataclass(frozen=True)
 class Prefix:
-    """What stands before a frame's header."""
+    """The fixed part at the beginning of a frame: sizes and checksums."""
 
     header_bytes: int
     arrays_bytes: int
@@ -74,9 +74,9 @@ class Prefix:
 def encode(
     header: Mapping[str, Any], arrays: Mapping[str, Sequence[np.ndarray]]
 ) -> list[bytes | memoryview]:
-    """The parts of a frame, to be written in this order; nothing is copied.
+    """Build the parts of a frame, to be written in this order; arrays are not copied.
 
-    arrays: each as parts of one type that are joined in the frame.
+    arrays: by name, pieces of one type each, which the frame holds one after the other.
     """
     parts: list[memoryview] = []
     described = []

@@ -55,7 +55,7 @@ class Group:
     """Position of the prompt in the endless stream of training prompts."""
     prompt_ids: list[int]
     policy_version: int
-    """That began to sample the responses: the oldest of all their tokens'."""
+    """The version that began to sample the responses, so the oldest of all their tokens."""
     samples: list[Sample] = field(default_factory=list)
     is_whole: bool = True
     """False: aborted when its batch was full; not judged, and never trained on"""
@@ -118,7 +118,7 @@ class GroupSummary:
     replica: int
     """The data-parallel replica whose first rank has the tokens"""
     step: int
-    """Whose journal it is in; 0: none yet"""
+    """The step whose journal it is in; 0 while it is in none"""
 
     @property
     def has_signal(self) -> bool:
@@ -129,9 +129,10 @@ class GroupSummary:
 def version_runs(
     versions: Sequence[tuple[int, int]], oldest: int, num_tokens: int
 ) -> Iterator[tuple[int, int]]:
-    """(policy version, number of tokens that it sampled) of a response, in order.
+    """Yield each (policy version, number of tokens that it sampled) of a response, in order.
 
-    versions: a `Sample`'s. oldest: its group's, which sampled all where there are none.
+    versions: as in `Sample`. oldest: the group's version, which sampled all tokens if `versions` is
+    empty.
     """
     starts = versions or ((oldest, 0),)
     ends = [*(first for _, first in starts[1:]), num_tokens]

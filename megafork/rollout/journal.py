@@ -37,9 +37,9 @@ class Damage:
 
     path: Path
     offset: int
-    """Where it begins, in bytes"""
+    """The offset of its first byte in the file"""
     prompt_index: int | None
-    """None: what names it is damaged too"""
+    """None if the header, which names the prompt, is damaged"""
     cause: str
 
     def __str__(self) -> str:
@@ -90,9 +90,10 @@ class Journal:
     def each(
         path: str | Path, damaged: Callable[[Damage], object] | None = None
     ) -> Iterator[Group]:
-        """The same, one at a time. A torn last record is left out with a warning.
+        """Yield all groups in the order they finished. A torn last record is a warning.
 
-        damaged: is told of every record that is damaged, which is left out; None: a warning tells.
+        damaged: is called with each damaged record, which is left out; by default a warning is
+        logged.
         Raises UserError, naming file and line, for damage to a file of the former format.
         """
         path = Path(path)
@@ -117,8 +118,10 @@ def journal_path(folder: Path, step: int, replica: int = 0) -> Path:
 
 
 def journals_of(folder: Path, step: int) -> list[Path]:
-    """A step's files, of however many replicas the run had then; those of the former format first,
-    as they were written before the others."""
+    """All files of a step, one for each replica that the run had then.
+
+    Files of the former format come first, because they were written before the others.
+    """
     name = re.compile(rf"step_{step:06d}(-replica\d+)?")
     files = [path for path in folder.glob(f"step_{step:06d}*") if name.fullmatch(path.stem)]
     return [
@@ -147,9 +150,9 @@ def read_step(
 ) -> dict[int, Group]:
     """A step's groups by prompt index, those that are `wanted`.
 
-    Of one that was judged again (by a replica that may have another file) the version that is
-    finite, then the one with the fewest failed verdicts, the last of equals. damaged, and what is
-    raised: as in `Journal.each`.
+    A group that was judged again is there several times, possibly in the files of two replicas. Its
+    finite version is taken; of several the one with the fewest failed verdicts, and of equals the
+    last. `damaged` and errors are those of `Journal.each`.
     """
     found: dict[int, Group] = {}
     for path in journals_of(folder, step):
@@ -163,28 +166,18 @@ def read_step(
 
 
 def end_of_records(path: Path) -> int:
-    """Bytes of the file up to a torn last record, if there is one."""
+    """The number of bytes before a torn last record, or of the whole file if there is none."""
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        position = 0
-        while position < size:
-            record = _head_at(file, position, size)
-            if record is None:
-                following = _next_record(file, position + 1, size)
-                if following == size:
-                    return position
-                position = following
-            elif record.end > size:
+        for position, _, is_torn in _places(file):
+            if is_torn:
                 return position
-            else:
-                position = record.end
-        return size
+        return os.fstat(file.fileno()).st_size
 
 
 def json_lines(path: Path, step: int | None = None) -> Iterator[str]:
-    """The groups of a run's folder, or of one journal, each as a JSON object.
+    """Yield the groups of a run's folder, or of one journal file, each as a JSON object.
 
-    step: of this one alone; None: of all. Raises UserError where there are none.
+    step: the only step to take; None takes all. Raises UserError where there are none.
     """
     files = [path]
     if path.is_dir():
@@ -216,12 +209,12 @@ def _faults(group: Group) -> tuple[bool, int]:
 
 @dataclass(frozen=True)
 class _Head:
-    """What stands before a record's arrays, whose checksum was right."""
+    """A record's prefix and header, whose checksum was right."""
 
     prefix: Prefix
     fields: dict[str, Any]
     arrays: int
-    """Where they begin, in bytes"""
+    """The offset of the arrays' first byte in the file"""
 
     @property
     def end(self) -> int:
@@ -245,33 +238,37 @@ def _encoded(group: Group) -> list[bytes | memoryview]:
 
 
 def _records(path: Path) -> Iterator[Group | Damage]:
-    """What the file holds, in order; a torn last record is left out with a warning."""
+    """Yield groups and damage in the file's order; a torn last record is a warning."""
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        position = 0
-        while position < size:
-            record = _head_at(file, position, size)
-            if record is None:
-                following = _next_record(file, position + 1, size)
-                if following < size:
-                    yield Damage(path, position, None, "its header is not what was written")
-                else:
-                    _warn_of_torn(path, position)
-                position = following
-            elif record.end > size:
-                _warn_of_torn(path, position)
-                position = size
+        for position, head, is_torn in _places(file):
+            if is_torn:
+                _log.warning("%s, byte %d: dropped a group not written to its end", path, position)
+            elif head is None:
+                yield Damage(path, position, None, "its header is not what was written")
             else:
-                yield _group(file, record, path, position)
-                position = record.end
+                yield _group(file, head, path, position)
 
 
-def _warn_of_torn(path: Path, position: int) -> None:
-    _log.warning("%s, byte %d: dropped a group not written to its end", path, position)
+def _places(file: BinaryIO) -> Iterator[tuple[int, _Head | None, bool]]:
+    """Yield each record's first byte, its head (None: damaged), and whether it is torn.
+
+    Only the last record can be torn: an end of the file within it tells.
+    """
+    size = os.fstat(file.fileno()).st_size
+    position = 0
+    while position < size:
+        head = _head_at(file, position, size)
+        if head is None:
+            end = _next_record(file, position + 1, size)
+            yield position, None, end == size
+        else:
+            end = head.end
+            yield position, head, end > size
+        position = end
 
 
 def _head_at(file: BinaryIO, position: int, size: int) -> _Head | None:
-    """None: no record begins there, or its header is damaged or torn."""
+    """Read the head of the record at `position`; None if none begins there, or it is damaged."""
     file.seek(position)
     try:
         prefix = Prefix.parse(file.read(PREFIX_BYTES))
@@ -284,7 +281,7 @@ def _head_at(file: BinaryIO, position: int, size: int) -> _Head | None:
 
 
 def _next_record(file: BinaryIO, position: int, size: int) -> int:
-    """Where the first record at or after `position` begins that has a header; `size`: none does."""
+    """Find the first record at or after `position` with a whole header; `size` if there is none."""
     while position < size:
         file.seek(position)
         block = file.read(_BLOCK)

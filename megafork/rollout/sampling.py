@@ -102,7 +102,7 @@ class Completion:
 
 
 UNANSWERED = Completion(np.empty(0, np.int32), np.empty(0, np.float32), "abort")
-"""Of a request that was aborted before its first token"""
+"""The response to a request that was aborted before its first token"""
 
 
 def version_number(version: str) -> int:

@@ -188,11 +188,14 @@ class RolloutWorker:
             self._journal.close()
 
     def _refuse_or_tell(self, damage: Damage, step: int) -> None:
-        """Raises UserError where the step was trained already: it would be trained otherwise."""
+        """Warn of the damage; raise UserError if a later step has a journal.
+
+        The damaged step may have been trained then, and would be trained on other groups now.
+        """
         if max(journalled_steps(self.journal_dir)) > step:
             raise UserError(
-                f"{damage}, and step {step} was trained on what the file held: bring it back from "
-                f"a copy, or delete the files of step {step} and of all later ones in "
+                f"{damage}, and step {step} may have been trained on what the file held: bring it "
+                f"back from a copy, or delete the files of step {step} and of all later ones in "
                 f"{self.journal_dir} to generate their groups again"
             )
         _log.warning("%s; it is generated again", damage)

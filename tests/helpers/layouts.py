@@ -13,7 +13,7 @@ def default_run(
 ) -> list[Any]:
     """`cases` for parametrize; those that are not in `taken` are slow, so CI alone runs them.
 
-    left: of these the ones that vary another; `bash tests/run.sh -m exhaustive` runs them.
+    left: cases that only vary another one; `bash tests/run.sh -m exhaustive` runs them.
     """
     params = []
     for case in cases:

@@ -54,7 +54,7 @@ PAIRS = [
     or DENOMINATORS.index(algorithm["denominator"])
     == (list(CLIPS).index(algorithm["objective"]) + CORRECTIONS.index(correction)) % 3
 ]
-"""Of CASES a third, in which each two of objective, denominator and correction meet once"""
+"""Indices of a third of CASES: every pair of objective, denominator and correction is in one"""
 
 TOLERANCE = 1e-5
 OF_SEQUENCE_WEIGHTS = 5e-5
