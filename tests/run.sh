@@ -23,6 +23,7 @@ tools/setup_cpu.sh "${setup_args[@]}"
 bin=$PWD/.venv/bin
 export PATH=$bin:$PATH
 export OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # or each process compiles again what it imports
 
 if [[ $# -eq 0 ]]; then
   set -- -m "not slow"

@@ -73,7 +73,7 @@ phase() {
   echo "setup_cpu: $name done in $((SECONDS - started)) s"
 }
 
-# Python compiles the third of it that is used when it is used.
+# Python compiles the third of it that is used when it is used: see write_bytecode.
 pip_install() { "$venv/bin/python" -m pip --disable-pip-version-check install -q --no-compile --no-deps "$@"; }
 
 # pip writes INSTALLER last: a package without it was cut off half-way, though pip would take it for installed.
@@ -100,6 +100,14 @@ install_cpu() {
   forget_partial_packages
   pip_install -r requirements/cpu.txt
   require_cpu_torch
+}
+
+# Where PYTHONDONTWRITEBYTECODE is set, as in many containers, Python would compile all that it imports at
+# every start: 17 instead of 6 CPU seconds for a rank, 37 instead of 18 for a server.
+write_bytecode() {
+  local compile=(env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c)
+  "${compile[@]}" 'import megafork.training.run' &
+  "${compile[@]}" 'import vllm.entrypoints.openai.api_server, vllm.v1.engine.core' && wait $!
 }
 
 install_mcore() {
@@ -139,6 +147,7 @@ if [[ $with_test == yes ]]; then
   phase "TRL, to compare our objectives with (280 MB)" trl requirements/trl.txt install_trl
 fi
 phase "megafork itself" package "setup.py pyproject.toml megafork/__init__.py" pip_install --no-build-isolation -e .
+phase "compiling what a run imports" bytecode requirements/cpu.txt write_bytecode
 if [[ $with_mcore == yes ]]; then
   phase "megatron-core 0.19" mcore-0.19 requirements/mcore-0.19.txt install_mcore
 fi
