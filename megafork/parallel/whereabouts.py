@@ -106,7 +106,7 @@ class Whereabouts:
         time.sleep(_GRACE_S)
         waits = {r: f"waits/{r}" for r in range(self.world_size)}
         waiting = {r: self._board.get(k) for r, k in waits.items() if self._board.check([k])}
-        if b"timed out" not in waiting.values() or self._board.add("told", 1) > 1:
+        if not timed_out or self._board.add("told", 1) > 1:  # of several that did, one tells
             return
         absent = [self._last_seen(r, now) for r in waits if r not in waiting]
         message = (
