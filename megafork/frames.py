@@ -44,21 +44,23 @@ class Prefix:
     arrays_crc: int
 
     @classmethod
-    def parse(cls, prefix: bytes) -> Self:
+    def parse(cls, prefix: bytes | bytearray) -> Self:
         """Raises Damaged where no frame begins."""
         if len(prefix) < PREFIX_BYTES or not prefix.startswith(MAGIC):
             raise Damaged("no frame begins here")
         sizes = _SIZES.unpack_from(prefix, len(MAGIC))
         return cls(*sizes, *_CHECKSUMS.unpack_from(prefix, len(MAGIC) + _SIZES.size))
 
-    def header(self, content: bytes) -> dict[str, Any]:
+    def header(self, content: bytes | bytearray) -> dict[str, Any]:
         """Raises Damaged where sizes or header are not what was written."""
         sizes = _SIZES.pack(self.header_bytes, self.arrays_bytes)
         if zlib.crc32(content, zlib.crc32(sizes)) != self.header_crc:
             raise Damaged("its header is not what was written")
         return parse_json(content)
 
-    def arrays(self, header: Mapping[str, Any], content: bytes) -> dict[str, np.ndarray]:
+    def arrays(
+        self, header: Mapping[str, Any], content: bytes | bytearray
+    ) -> dict[str, np.ndarray]:
         """The arrays by name, views of `content`. Raises Damaged where they are not as written."""
         if zlib.crc32(content) != self.arrays_crc:
             raise Damaged("its arrays are not what was written")

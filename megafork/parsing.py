@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def parse_json(text: str | bytes, number: Callable[[str], Any] | None = None) -> Any:
+def parse_json(text: str | bytes | bytearray, number: Callable[[str], Any] | None = None) -> Any:
     """As json.loads. Every refusal is a ValueError, of nesting that is too deep too.
 
     number: makes what stands for a number of its text; None: Python's own.

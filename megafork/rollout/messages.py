@@ -1,0 +1,159 @@
+"""Messages between the processes of a run: frames (frames.py) over TCP, behind the run's key.
+
+A connection begins with the caller's hello, which holds the key and says who calls. Whoever does
+not know the key gets no answer and is hung up on. After it a message is a JSON header with a
+"kind", and arrays. Nothing is unpickled, and no end reads more than it expects. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from megafork.frames import PREFIX_BYTES, Damaged, Prefix, encode
+
+Header = dict[str, Any]
+Arrays = dict[str, np.ndarray]
+Pieces = Mapping[str, Sequence[np.ndarray]]
+MAX_HEADER_BYTES = 64 << 20
+_HELLO_BYTES = 4096
+_HELLO_S = 30.0
+_CONNECT_S = 30.0
+_PART = 1 << 20
+
+
+class Link:
+    """One end of a connection, on an event loop. `most_bytes` of arrays are taken in a message."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most_bytes: int
+    ) -> None:
+        self._reader, self._writer, self._most_bytes = reader, writer, most_bytes
+        self._sending = asyncio.Lock()
+
+    async def receive(self) -> tuple[Header, Arrays]:
+        """Wait for a message. Raises EOFError or OSError at the end of the connection, and Damaged
+        for what is none."""
+        prefix = Prefix.parse(await self._reader.readexactly(PREFIX_BYTES))
+        _check(prefix, MAX_HEADER_BYTES, self._most_bytes)
+        header = prefix.header(await self._reader.readexactly(prefix.header_bytes))
+        return header, prefix.arrays(header, await self._reader.readexactly(prefix.arrays_bytes))
+
+    async def send(self, header: Header, arrays: Pieces | None = None) -> None:
+        """Return when the message is on its way; arrays are not copied as a whole."""
+        async with self._sending:
+            for part in encode(header, arrays or {}):
+                view = memoryview(part).cast("B")
+                for start in range(0, len(view), _PART):
+                    self._writer.write(view[start : start + _PART])
+                    await self._writer.drain()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+async def serve(
+    host: str, key: str, talk: Callable[[Header, Link], Awaitable[None]], most_bytes: int
+) -> tuple[str, int]:
+    """Listen on the running event loop, for as long as it runs. Returns the address.
+
+    talk: is called with the hello of each caller that knows the key, and the connection, which is
+    closed when it returns.
+    """
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            header = await asyncio.wait_for(_hello(reader), _HELLO_S)
+            if hmac.compare_digest(str(header.pop("key", "")).encode(), key.encode()):
+                await talk(header, Link(reader, writer, most_bytes))
+        except (EOFError, OSError, ValueError, TimeoutError):
+            pass  # a stranger, or one whose process has ended
+        finally:
+            writer.close()
+
+    answering: set[asyncio.Task[None]] = set()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(answer(reader, writer))
+        answering.add(task)
+        task.add_done_callback(answering.discard)
+
+    server = await asyncio.start_server(accept, host, 0, backlog=4096)
+    found, port = server.sockets[0].getsockname()[:2]
+    return found, port
+
+
+async def connect(address: tuple[str, int], key: str, hello: Header, most_bytes: int) -> Link:
+    """Call on an event loop. Raises OSError."""
+    reader, writer = await asyncio.wait_for(asyncio.open_connection(*address), _CONNECT_S)
+    link = Link(reader, writer, most_bytes)
+    await link.send(hello | {"kind": "hello", "key": key})
+    return link
+
+
+class Connection:
+    """A caller's end in plain code, for one question at a time. Close it. Raises OSError."""
+
+    def __init__(self, address: tuple[str, int], key: str, hello: Header) -> None:
+        self._socket = socket.create_connection(address, _CONNECT_S)
+        self._socket.settimeout(None)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._send(hello | {"kind": "hello", "key": key}, {})
+
+    def ask(
+        self, header: Header, arrays: Pieces | None = None, *, most_bytes: int = 0
+    ) -> tuple[Header, Arrays]:
+        """Send a message and wait for its answer. most_bytes: of the answer's arrays.
+
+        Raises OSError when the other end is gone, Damaged for an answer that is none.
+        """
+        self._send(header, arrays or {})
+        prefix = Prefix.parse(self._receive(PREFIX_BYTES))
+        _check(prefix, MAX_HEADER_BYTES, most_bytes)
+        header = prefix.header(self._receive(prefix.header_bytes))
+        return header, prefix.arrays(header, self._receive(prefix.arrays_bytes))
+
+    def _send(self, header: Header, arrays: Pieces) -> None:
+        for part in encode(header, arrays):
+            self._socket.sendall(part)
+
+    def _receive(self, num_bytes: int) -> bytearray:
+        received = bytearray(num_bytes)
+        view, start = memoryview(received), 0
+        while start < num_bytes:
+            count = self._socket.recv_into(view[start:])
+            if not count:
+                raise ConnectionResetError("connection closed")
+            start += count
+        return received
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+async def _hello(reader: asyncio.StreamReader) -> Header:
+    prefix = Prefix.parse(await reader.readexactly(PREFIX_BYTES))
+    _check(prefix, _HELLO_BYTES, 0)
+    header = prefix.header(await reader.readexactly(prefix.header_bytes))
+    if not isinstance(header, dict):
+        raise Damaged("its header is no object")
+    return header
+
+
+def _check(prefix: Prefix, header_bytes: int, arrays_bytes: int) -> None:
+    if prefix.header_bytes > header_bytes or prefix.arrays_bytes > arrays_bytes:
+        raise Damaged(
+            f"a message of {prefix.header_bytes} + {prefix.arrays_bytes} bytes, and "
+            f"{header_bytes} + {arrays_bytes} are the most that is expected"
+        )
