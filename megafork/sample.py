@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Self
 
 import numpy as np
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One response, as it came from the engine and the verifier.
+    """One response, as it came from the server and, once it is judged, from the verifier.
 
     Raises ValueError where there are not as many log-probabilities as tokens.
     """
 
     uid: int
+    """Unique over the whole run; -1 until the collector numbers it"""
     token_ids: np.ndarray
-    """int32 [N]; any sequence of integers is taken"""
+    """int32 [N], a stop token the last of them; any sequence of integers is taken"""
     logprobs: np.ndarray
-    """float32 [N], nats; any sequence of numbers is taken"""
+    """float32 [N], nats, at the sampling temperature; any sequence of numbers is taken"""
     truncated: bool
+    """It has no end: it is as long as a response may be, or was aborted"""
     reward: float = 0.0
     accuracy: float = 0.0
     failure: str | None = None
@@ -30,6 +34,9 @@ class Sample:
     versions: Sequence[tuple[int, int]] = ()
     """(policy version, index of the first token that it sampled), ascending, the first index 0;
     empty: the group's version sampled all"""
+    aborted: bool = False
+    num_tokens: int = -1
+    """N, also after `without_tokens`; -1: as many as there are"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", np.asarray(self.token_ids, np.int32))
@@ -39,12 +46,47 @@ class Sample:
             raise ValueError(
                 f"{len(self.token_ids)} tokens and {len(self.logprobs)} log-probabilities"
             )
+        if self.num_tokens < 0:
+            object.__setattr__(self, "num_tokens", len(self.token_ids))
+
+    @classmethod
+    def from_server(
+        cls,
+        token_ids: Sequence[int] | np.ndarray,
+        logprobs: Sequence[float] | np.ndarray,
+        finish_reason: str | None,
+        versions: Sequence[tuple[int, int]] = (),
+    ) -> Self:
+        """Make the sample of a server's answer. finish_reason: vLLM's; "stop": it has an end."""
+        return cls(
+            -1,
+            np.asarray(token_ids),
+            np.asarray(logprobs),
+            finish_reason != "stop",
+            versions=versions,
+            aborted=finish_reason == "abort",
+        )
+
+    @property
+    def finish_reason(self) -> str:
+        """Return "stop", "length" or "abort"."""
+        if self.aborted:
+            return "abort"
+        return "length" if self.truncated else "stop"
+
+    def without_tokens(self) -> Self:
+        """The same without the arrays, for one that nobody trains on."""
+        return replace(self, token_ids=self.token_ids[:0].copy(), logprobs=self.logprobs[:0].copy())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sample):
             return NotImplemented
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
+
+
+UNANSWERED = Sample.from_server((), (), "abort")
+"""The response to a request that was aborted before its first token"""
 
 
 @dataclass(frozen=True)
@@ -59,71 +101,24 @@ class Group:
     samples: list[Sample] = field(default_factory=list)
     is_whole: bool = True
     """False: aborted when its batch was full; not judged, and never trained on"""
+    step: int = field(default=0, compare=False)
+    """The step whose journal it is in; 0 while it is in none"""
 
-    @property
+    @cached_property
     def is_finite(self) -> bool:
         """Rewards and log-probabilities are numbers that can be trained on."""
         return all(
             math.isfinite(s.reward) and bool(np.isfinite(s.logprobs).all()) for s in self.samples
         )
 
-    def summary(self, replica: int = 0, step: int = 0) -> GroupSummary:
-        samples = [
-            SampleSummary(
-                s.uid,
-                len(s.token_ids),
-                s.truncated,
-                s.reward,
-                s.accuracy,
-                s.failure,
-                s.versions,
-            )
-            for s in self.samples
-        ]
-        return GroupSummary(
-            self.prompt_index,
-            self.prompt_ids,
-            self.policy_version,
-            samples,
-            self.is_whole,
-            self.is_finite,
-            replica,
-            step,
-        )
-
-
-@dataclass(frozen=True)
-class SampleSummary:
-    """A `Sample` without its tokens."""
-
-    uid: int
-    num_tokens: int
-    truncated: bool
-    reward: float
-    accuracy: float
-    failure: str | None
-    versions: Sequence[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class GroupSummary:
-    """A `Group` whose tokens are elsewhere: what decides whether it is trained on."""
-
-    prompt_index: int
-    prompt_ids: list[int]
-    policy_version: int
-    samples: list[SampleSummary]
-    is_whole: bool
-    is_finite: bool
-    replica: int
-    """The data-parallel replica whose first rank has the tokens"""
-    step: int
-    """The step whose journal it is in; 0 while it is in none"""
-
     @property
     def has_signal(self) -> bool:
         """Neither all right nor all wrong, by the verifier's accuracy (DAPO dynamic sampling)."""
         return len({sample.accuracy for sample in self.samples}) > 1
+
+    def without_tokens(self) -> Group:
+        """The same without its samples' arrays."""
+        return replace(self, samples=[sample.without_tokens() for sample in self.samples])
 
 
 def version_runs(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megafork.sample import Group, GroupSummary, Sample, version_runs
+from megafork.sample import Group, Sample, version_runs
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TokenTable:
 
     What a sample is (lengths, reward, place in the loss) every rank knows of all of them, so plans
     and denominators need no word between ranks. Rows are where they are worked on: `held_B` says
-    of which samples (training/exchange.py moves them; a table made from groups holds all).
+    of which samples (training/rows.py fetches them; a table made from groups holds all).
     """
 
     uid_B: Tensor
@@ -200,11 +200,10 @@ def token_table(groups: Sequence[Group], *, overlong_filtering: bool = False) ->
 
     overlong_filtering: truncated responses keep their rows but leave the loss mask.
     """
-    summaries = [group.summary() for group in groups]
-    return known_table(summaries, overlong_filtering=overlong_filtering).with_tokens(groups)
+    return known_table(groups, overlong_filtering=overlong_filtering).with_tokens(groups)
 
 
-def known_table(groups: Sequence[GroupSummary], *, overlong_filtering: bool = False) -> TokenTable:
+def known_table(groups: Sequence[Group], *, overlong_filtering: bool = False) -> TokenTable:
     """The same without rows: what can be known of the samples where their tokens are not."""
     samples = [(group, sample) for group in groups for sample in group.samples]
     lengths_B = torch.tensor([s.num_tokens for _, s in samples], dtype=torch.int64)

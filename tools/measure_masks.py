@@ -36,9 +36,7 @@ def join_alone(config: TrainConfig) -> Topology:
 def minibatches(config: TrainConfig, run: Path, step: int) -> list[TokenTable]:
     """Of the step's first groups that carry a signal, with their advantages."""
     groups = [group for _, group in sorted(read_step(run / "rollouts", step).items())]
-    kept = [group for group in groups if group.summary().has_signal][
-        : config.rollout.prompts_per_step
-    ]
+    kept = [group for group in groups if group.has_signal][: config.rollout.prompts_per_step]
     table = token_table(kept, overlong_filtering=config.algorithm.overlong_filtering)
     advantages_B = group_relative_advantages(
         table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage

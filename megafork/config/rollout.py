@@ -76,8 +76,8 @@ class RewardConfig(Section):
     )
     workers: Positive | None = Field(
         None,
-        description="processes that verifiers run in, of each data-parallel replica; unset: its "
-        "share of the machine's cores, but 8 at most",
+        description="processes that verifiers run in, on each node; unset: its cores, but 32 at "
+        "most",
     )
     timeout_s: PositiveFloat = Field(
         10.0, description="seconds for one response; then its worker is killed, and it scores 0"

@@ -43,7 +43,7 @@ from megafork.evaluation.votes import vote
 from megafork.parsing import parse_json
 from megafork.rewards.names import check_verifiers
 from megafork.rewards.verifier import Judge
-from megafork.rollout.sampling import Completion
+from megafork.sample import Sample
 
 _INTERVAL = "95%, for new problems of the kind: docs/evaluation.md; of lengths Student's t"
 _ROWS_AT_ONCE = 1024
@@ -180,21 +180,21 @@ def _failures_of(file: SampleFile) -> dict[str, int]:
 def _rows_by(judge: Judge, config: EvaluateConfig, given: Input) -> MakeRows:
     """Rows of the samples with what the verifier says of them."""
 
-    async def make_rows(prompt: Prompt, completions: list[Completion]) -> Rows:
-        rows = [row_of(prompt, i, c, given.tokenizer) for i, c in enumerate(completions)]
+    async def make_rows(prompt: Prompt, samples: list[Sample]) -> Rows:
+        rows = [row_of(prompt, i, c, given.tokenizer) for i, c in enumerate(samples)]
         verdicts = await asyncio.gather(
             *(judge(prompt.text, row["response"], prompt.answer) for row in rows)
         )
-        for row, verdict, completion in zip(rows, verdicts, completions, strict=True):
+        for row, verdict, sample in zip(rows, verdicts, samples, strict=True):
             row["extracted"] = vote(
                 row["response"],
                 config.metrics.extract,
                 config.reward,
-                truncated=completion.truncated,
+                truncated=sample.truncated,
             )
             row |= {"reward": verdict.reward, "accuracy": verdict.accuracy}
             row["failure"] = verdict.failure
-            row["length"] = len(completion.token_ids)
+            row["length"] = len(sample.token_ids)
         return rows
 
     return make_rows

@@ -30,11 +30,12 @@ from megafork.rollout.client import RolloutClient
 from megafork.rollout.ends import check_ends, stop_token_ids
 from megafork.rollout.engine import Served, api_key_of, check_server, start_here
 from megafork.rollout.fleet import Fleet
-from megafork.rollout.sampling import Completion, Sampling
+from megafork.rollout.sampling import Sampling
 from megafork.rollout.vllm_server import log_paths
+from megafork.sample import Sample
 
 Rows = list[dict[str, Any]]
-MakeRows = Callable[[Prompt, list[Completion]], Awaitable[Rows]]
+MakeRows = Callable[[Prompt, list[Sample]], Awaitable[Rows]]
 T = TypeVar("T")
 _HOW_FAST = {
     "rollout": (
@@ -150,12 +151,12 @@ def generate_file(config: GenerateConfig, data: str, output: Path) -> None:
     given = check_input(config, [data])
     prompts = given.prompts(data)
 
-    async def make_rows(prompt: Prompt, completions: list[Completion]) -> Rows:
+    async def make_rows(prompt: Prompt, samples: list[Sample]) -> Rows:
         return [
-            row_of(prompt, number, completion, given.tokenizer)
+            row_of(prompt, number, sample, given.tokenizer)
             # float32's shortest exact form has nine digits
-            | {"rollout_logprobs": [float(f"{x:.9g}") for x in completion.logprobs]}
-            for number, completion in enumerate(completions)
+            | {"rollout_logprobs": [float(f"{x:.9g}") for x in sample.logprobs]}
+            for number, sample in enumerate(samples)
         ]
 
     file = SampleFile(output, given.settings() | digest(prompts), len(prompts))
@@ -167,16 +168,16 @@ def generate_file(config: GenerateConfig, data: str, output: Path) -> None:
     Console().print(told, soft_wrap=True, markup=False)
 
 
-def row_of(prompt: Prompt, number: int, completion: Completion, tokenizer: Tokenizer) -> dict:
+def row_of(prompt: Prompt, number: int, sample: Sample, tokenizer: Tokenizer) -> dict:
     """One response as it is written; `megafork score` reads it."""
     return {
         "id": prompt.id,
         "sample": number,
         "prompt": prompt.text,
         "prompt_ids": prompt.ids,
-        "response": tokenizer.decode(completion.token_ids),
-        "response_ids": completion.token_ids.tolist(),
-        "finish_reason": completion.finish_reason,
+        "response": tokenizer.decode(sample.token_ids),
+        "response_ids": sample.token_ids.tolist(),
+        "finish_reason": sample.finish_reason,
         "answer": prompt.answer,
     }
 
@@ -265,8 +266,8 @@ async def _generate(
         if rollout.seed is not None:  # of the prompt alone; response i takes seed + i
             seed = (rollout.seed * 1_000_003 + prompt.index) * rollout.samples
         sampling = job.sampling or given.sampling()
-        completions = await fleet.generate(prompt.ids, rollout.samples, sampling, seed)
-        job.file.append(prompt.index, await make_rows(prompt, completions))
+        samples = await fleet.generate(prompt.ids, rollout.samples, sampling, seed)
+        job.file.append(prompt.index, await make_rows(prompt, samples))
         progress.advance(task)
 
     with progress:

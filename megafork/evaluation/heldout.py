@@ -6,12 +6,11 @@ import asyncio
 from typing import Any
 
 from megafork.data.prompts import Prompt
-from megafork.data.tokenizer import Tokenizer
 from megafork.evaluation import metrics
 from megafork.evaluation.generation import for_each, groups_at_once
-from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.fleet import Fleet
+from megafork.rollout.judging import Judging
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.tally import Tally
 
@@ -19,8 +18,7 @@ from megafork.rollout.tally import Tally
 async def sample(
     client: RolloutClient | Fleet,
     prompts: list[Prompt],
-    tokenizer: Tokenizer,
-    judge: Judge,
+    judging: Judging,
     sampling: Sampling,
     num_samples: int,
     max_num_seqs: int,
@@ -34,21 +32,20 @@ async def sample(
     failures: list[str | None] = []
 
     async def of_prompt(prompt: Prompt) -> None:
-        completions = await client.generate(prompt.ids, num_samples, sampling)
-        texts = [tokenizer.decode(completion.token_ids) for completion in completions]
+        samples = await client.generate(prompt.ids, num_samples, sampling)
         verdicts = await asyncio.gather(
-            *(judge(prompt.text, text, prompt.answer) for text in texts)
+            *(judging.verdict(prompt, sample.token_ids) for sample in samples)
         )
-        tally.add(sum(len(completion.token_ids) for completion in completions))
+        tally.add(sum(sample.num_tokens for sample in samples))
         failures.extend(verdict.failure for verdict in verdicts)
         found[prompt.index] = [
-            metrics.Scored(verdict.accuracy, None, len(completion.token_ids), completion.truncated)
-            for verdict, completion in zip(verdicts, completions, strict=True)
+            metrics.Scored(verdict.accuracy, None, sample.num_tokens, sample.truncated)
+            for verdict, sample in zip(verdicts, samples, strict=True)
         ]
 
     async with client:
         await for_each(prompts, of_prompt, groups_at_once(max_num_seqs, num_samples))
-    judge.check_failures(failures)
+    judging.judge.check_failures(failures)
     return [found[prompt.index] for prompt in prompts]
 
 

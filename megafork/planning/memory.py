@@ -34,8 +34,9 @@ HOST_PROCESS = 4 * GIB
 _GRADIENT_BYTES, _MASTER_AND_MOMENTS = 4, 12
 _ROW_BYTES, _PROMPT_BYTES = 25, 8
 """of a response token and of a prompt's in the token table (types.py)"""
-_LEADER_BYTES = 8 + _ROW_BYTES
-"""more of a token where it was generated: in a Sample's arrays, and as a row to be sent"""
+_COLLECTED_BYTES, _LEADER_BYTES = 8, 12
+"""of a response token in a Sample's arrays, where all are collected; and as a replica's first rank
+gets its rows, before they are in the table"""
 
 
 @dataclass(frozen=True)
@@ -251,11 +252,12 @@ def _bucket_bytes(config: TrainConfig, rehearsal: Rehearsal) -> int:
 def _host_memory(
     config: TrainConfig, node: NodeType, stages: tuple[StageMemory, ...], dp: int
 ) -> HostMemory:
-    """Of a node; the first rank of each replica collects its share of the batch."""
+    """Of the first node, where the responses of all batches under way are collected."""
     rollout, largest = config.rollout, max(stages, key=lambda stage: stage.num_parameters)
     responses = rollout.prompts_per_step * rollout.group_size
     prompts = responses * _PROMPT_BYTES * config.data.max_prompt_tokens
     share = -(-responses // dp) * rollout.max_response_tokens
+    collected = responses * rollout.max_response_tokens * (1 + rollout.max_policy_lag)
     leaders = -(-node.gpus // config.parallel.model_parallel_size)
     has_reference = bool(config.kl.coefficient or config.forking.compare_every)
     state = largest.parameters + _MASTER_AND_MOMENTS * largest.num_parameters
@@ -263,7 +265,9 @@ def _host_memory(
     state *= 2 if config.algorithm.advantages == "gae" else 1  # a critic's
     return HostMemory(
         processes=node.gpus * HOST_PROCESS,
-        token_table=node.gpus * (share * _ROW_BYTES + prompts) + leaders * share * _LEADER_BYTES,
+        token_table=node.gpus * (share * _ROW_BYTES + prompts)
+        + leaders * share * _LEADER_BYTES
+        + collected * _COLLECTED_BYTES,
         reference=node.gpus * largest.parameters * has_reference,
         checkpoint=node.gpus * state,
         offload=node.gpus * largest.put_away if rollout.placement == "colocated" else 0,

@@ -14,7 +14,7 @@ from megafork.config import RewardConfig
 from megafork.errors import UserError
 from megafork.rewards.pool import Failure, WorkerPool
 
-_MOST_WORKERS = 8
+_MOST_WORKERS = 32
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,18 @@ class Judge:
     no worker has it, and a worker's time until its deadline after that.
     """
 
-    def __init__(self, config: RewardConfig, *, share: int = 1) -> None:
-        """share: of how many judges on this machine, which divide its cores."""
+    def __init__(self, config: RewardConfig) -> None:
         config.check()
         self.config = config
         self.causes: dict[str, str] = {}
         """Of each kind of failure: the first, with its prompt and response"""
         self.tell: Callable[[str], None] = lambda text: None
         """Called at most once, from any thread, when the first responses have no answer"""
-        cores = len(os.sched_getaffinity(0))
+        self.workers = config.workers or min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
         self._weights = config.weights or [1.0]
         self._pool = WorkerPool(
             config.verifiers,
-            workers=config.workers or max(1, min(cores // share, _MOST_WORKERS)),
+            workers=self.workers,
             timeout_s=config.timeout_s,
             memory_mib=config.memory_mib,
             places=config.places,

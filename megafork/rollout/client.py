@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import aiohttp
 import requests
@@ -21,11 +21,11 @@ from megafork.rollout.sampling import (
     CONNECT_PATH,
     GENERATE_PATH,
     UPDATE_PATH,
-    Completion,
     Sampling,
-    decode_completions,
+    decode_samples,
     version_number,
 )
+from megafork.sample import Sample
 
 T = TypeVar("T")
 _ATTEMPTS = 5  # the first one included; waits of 0.5, 1, 2 and 4 s in between
@@ -51,13 +51,6 @@ class ServerLost(UserError):
 
 class ServerSlow(ServerLost):
     """A request took longer than the client allows."""
-
-
-class Asker(Protocol):
-    """Who asks the server instead and keeps the tokens (rollout/worker.py)."""
-
-    async def ask(self, url: str, body: dict[str, Any]) -> list[Completion]:
-        """The completions without their tokens. Raises as `RolloutClient.ask` does."""
 
 
 class RolloutClient:
@@ -98,12 +91,10 @@ class RolloutClient:
         seed: int | None = None,
         *,
         request_id: str | None = None,
-        asker: Asker | None = None,
-    ) -> list[Completion]:
+    ) -> list[Sample]:
         """`n` responses to one prompt, in an order that means nothing.
 
         seed: response i is drawn with seed + i and is then reproducible (and slower).
-        asker: keeps the tokens; the completions come back without them.
         request_id: what `abort` knows the request by; the caller then looks at `aborted`. Without
         it, responses that the server aborted raise UserError: it was told to end. A response that
         ended has its stop token last, with its log-probability.
@@ -111,31 +102,20 @@ class RolloutClient:
         name = request_id or uuid.uuid4().hex
         given = self.version
         body = sampling.request_body(prompt_ids, n, seed, request_id=name)
-        attempt = partial(self.ask, body) if asker is None else partial(self._let_ask, asker, body)
         try:
-            completions = await self._retried(attempt)
+            samples = await self._retried(partial(self._ask, body))
         except TimeoutError:
             raise ServerSlow(
                 f"a group of {n} responses took longer than rollout.request_timeout_s="
                 f"{self.timeout_s:g}: raise it or lower rollout.max_response_tokens"
             ) from None
-        self._refuse_older_weights(completions, given)
-        if request_id is None and any(completion.aborted for completion in completions):
+        self._refuse_older_weights(samples, given)
+        if request_id is None and any(sample.aborted for sample in samples):
             raise UserError(f"the rollout server at {self.url} aborted a request")
-        return completions
+        return samples
 
-    async def ask(self, body: dict[str, Any]) -> list[Completion]:
-        """One attempt at `generate`, without a look at the server's weights.
-
-        Raises aiohttp's ClientConnectionError or ClientPayloadError, TimeoutError, or ServerError.
-        """
-        return decode_completions(await self._post(GENERATE_PATH, body))
-
-    async def _let_ask(self, asker: Asker, body: dict[str, Any]) -> list[Completion]:
-        try:
-            return await asker.ask(self.url, body)
-        except ServerError as error:  # it does not know the server's log
-            raise self._refused(error.path, error.status, error.message) from None
+    async def _ask(self, body: dict[str, Any]) -> list[Sample]:
+        return decode_samples(await self._post(GENERATE_PATH, body))
 
     async def abort(self, request_ids: list[str]) -> None:
         """End requests of `generate`: they return what they have, finish_reason "abort"."""
@@ -214,11 +194,11 @@ class RolloutClient:
         """Whatever weights the server has from now on, `health` takes them."""
         self._version = None
 
-    def _refuse_older_weights(self, completions: list[Completion], given: int) -> None:
+    def _refuse_older_weights(self, samples: list[Sample], given: int) -> None:
         """given: the version that the server had when it was asked."""
-        for completion in completions:
-            if completion.versions and completion.versions[0][0] < given:
-                raise self._started_again(completion.versions[0][0])
+        for sample in samples:
+            if sample.versions and sample.versions[0][0] < given:
+                raise self._started_again(sample.versions[0][0])
 
     def _refuse_another_server(self) -> None:
         """One that someone has started again must not answer what was asked of the former."""

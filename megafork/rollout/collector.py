@@ -15,24 +15,28 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from megafork.config import RolloutConfig
 from megafork.data.prompts import Prompt, PromptStream
 from megafork.errors import UserError
-from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.fleet import Fleet
+from megafork.rollout.judging import Judging
+from megafork.rollout.messages import Pieces
 from megafork.rollout.sampling import Sampling
+from megafork.rollout.step_journals import StepJournals
 from megafork.rollout.tally import Tally
-from megafork.rollout.worker import Worker, replica_of
-from megafork.sample import GroupSummary
+from megafork.sample import Group, version_runs
 
 
 @dataclass
 class RolloutBatch:
-    groups: list[GroupSummary] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
     """What is trained on, in prompt order."""
-    generated: list[GroupSummary] = field(default_factory=list)
-    """All groups finished for this batch, dropped ones included: the policy as it is."""
+    generated: list[Group] = field(default_factory=list)
+    """All groups finished for this batch, dropped ones included: the policy as it is. Those that
+    nobody will train on are without their tokens."""
     num_dropped: int = 0
     """Without a signal"""
     num_stale: int = 0
@@ -52,23 +56,41 @@ class RolloutBatch:
     state: dict[str, Any] = field(default_factory=dict)
     """The collector's when the batch was full, for a checkpoint"""
 
+    def rows(self, uids: Sequence[int]) -> Pieces:
+        """Make the message with the rows of these samples, in this order.
+
+        token_ids int32 [R], logprobs float32 [R], and runs int32 [2 * runs]: of each sample in turn
+        a policy version and the number of tokens that it sampled, and so on. Raises KeyError for a
+        sample that the batch has not.
+        """
+        found = {sample.uid: (group, sample) for group in self.groups for sample in group.samples}
+        wanted = [found[uid] for uid in uids]
+        runs = [
+            run
+            for group, sample in wanted
+            for run in version_runs(sample.versions, group.policy_version, sample.num_tokens)
+        ]
+        return {
+            "token_ids": [np.empty(0, np.int32), *(sample.token_ids for _, sample in wanted)],
+            "logprobs": [np.empty(0, np.float32), *(sample.logprobs for _, sample in wanted)],
+            "runs": [np.array(runs, np.int32).reshape(-1)],
+        }
+
 
 @dataclass
 class Collector:
     client: RolloutClient | Fleet
-    workers: Sequence[Worker]
-    """Of the data-parallel replicas, which ask the servers and have the tokens"""
     prompts: PromptStream
-    judge: Judge
-    """Says when too many verdicts are none; the workers have their own"""
+    judging: Judging
+    journals: StepJournals
     rollout: RolloutConfig
     sampling: Sampling
     tally: Tally = field(default_factory=Tally)
     """Of the batch that is being filled, or was last"""
-    carried: list[GroupSummary] = field(default_factory=list)
+    carried: list[Group] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
     """Prompts whose groups a full batch did not wait for (rollout.tail = "carry")"""
-    _running: dict[int, asyncio.Task[tuple[GroupSummary, float]]] = field(default_factory=dict)
+    _running: dict[int, asyncio.Task[tuple[Group, float]]] = field(default_factory=dict)
     """Of each prompt that was asked for: its group, and the seconds of its verifier"""
     _references: list[tuple[int, int]] = field(default_factory=list)
     """To groups that were carried when the run was saved: prompt, and step of the journal"""
@@ -114,26 +136,25 @@ class Collector:
         started = time.monotonic()
         wanted, oldest = self.rollout.prompts_per_step, trained_by - self.rollout.max_policy_lag
         batch, self.tally = RolloutBatch(), Tally()
-        self.carried += await self._recalled()
+        references, self._references = self._references, []
+        self.carried += self.journals.find(references)
         admitted = self._recent(self.carried, oldest, batch)
         known = await self._begin(step)
-        asked = {group.prompt_index for group in self.carried} | known.keys()
         async with self.client:
             for _ in range(self.rollout.max_sampling_rounds):
                 missing = wanted - len(admitted)
                 if missing <= 0:
                     break
                 prompts = self._next_prompts(missing)
-                asked |= {prompt.index for prompt in prompts}
                 replayed = [await self._replay(known, prompt, step) for prompt in prompts]
                 found = [group for group in replayed if group is not None]
-                groups = [group for group in found if group.is_whole]
+                groups = [self._as_needed(group, oldest) for group in found if group.is_whole]
                 batch.num_replayed += len(groups)
                 aborted = [group for group in found if not group.is_whole]
                 groups += await self._finish(prompts, groups, aborted, missing, oldest, step, batch)
                 groups.sort(key=lambda group: group.prompt_index)
                 batch.generated += groups
-                self.judge.check_failures(_failures(batch.generated))
+                self.judging.judge.check_failures(_failures(batch.generated))
                 admitted = admitted + self._admissible(groups, oldest, batch)
         if len(admitted) < wanted:
             raise UserError(
@@ -146,49 +167,32 @@ class Collector:
         batch.groups = admitted[:wanted]
         surplus = admitted[wanted:] if self.rollout.surplus == "carry" else []
         self.carried = [group for group in surplus if group.is_finite]
-        await self._forget(asked, batch)
         batch.state = self.state()
         batch.num_generated_tokens = self.tally.tokens
         batch.seconds = time.monotonic() - started
         return batch
 
-    def _worker(self, prompt_index: int) -> Worker:
-        return self.workers[replica_of(prompt_index, len(self.workers))]
+    async def _begin(self, step: int) -> dict[int, Group]:
+        """Open the step's journal. Returns its groups that can be replayed.
 
-    async def _recalled(self) -> list[GroupSummary]:
-        """What was carried when the run was saved."""
-        references, self._references = self._references, []
-        found: dict[int, GroupSummary] = {}
-        for replica, worker in enumerate(self.workers):
-            theirs = [r for r in references if replica_of(r[0], len(self.workers)) == replica]
-            if theirs:
-                found |= {group.prompt_index: group for group in await worker.recall(theirs)}
-        return [found[index] for index, _ in references]
-
-    async def _begin(self, step: int) -> dict[int, GroupSummary]:
-        """The groups that are in the step's journals; where the run ended for their failed
-        verdicts, with new ones."""
+        Those of prompts from the stream's position on, and of pending ones: a journal of an attempt
+        that went otherwise may hold what is carried, or trained on by an earlier step. Where the
+        run ended for their failed verdicts, they have new ones.
+        """
         position = self.prompts.position
-        pending = [index for index in self.pending if index not in self._running]
-        begun = await asyncio.gather(
-            *(worker.begin(step, position, pending) for worker in self.workers)
-        )
-        known = {group.prompt_index: group for groups in begun for group in groups}
-        if self.judge.has_failed(_failures(known.values())):
+        awaited = {index for index in self.pending if index not in self._running}
+        known = self.journals.open(step, lambda index: index >= position or index in awaited)
+        if self.judging.judge.has_failed(_failures(known.values())):
             for index, group in known.items():
                 if any(_failures([group])):
-                    prompt = self.prompts.at(index)
-                    known[index] = await self._worker(index).judge_again(prompt, step)
+                    known[index] = await self._judge_again(group, step)
         return known
 
-    async def _forget(self, asked: set[int], batch: RolloutBatch) -> None:
-        """What is neither trained on nor carried, nor still being generated."""
-        kept = {group.prompt_index for group in batch.groups + self.carried}
-        over = asked - kept - set(self.pending) - self._running.keys()
-        for replica, worker in enumerate(self.workers):
-            theirs = [i for i in sorted(over) if replica_of(i, len(self.workers)) == replica]
-            if theirs:
-                await worker.forget(theirs)
+    async def _judge_again(self, group: Group, step: int) -> Group:
+        prompt = self.prompts.at(group.prompt_index)
+        group = replace(group, samples=await self.judging(prompt, group.samples))
+        self.journals.append(group, step)
+        return group
 
     def _next_prompts(self, missing: int) -> list[Prompt]:
         """Those that are pending, and as many more as are likely to fill the batch."""
@@ -200,13 +204,13 @@ class Collector:
     async def _finish(
         self,
         prompts: Sequence[Prompt],
-        replayed: Sequence[GroupSummary],
-        aborted: Sequence[GroupSummary],
+        replayed: Sequence[Group],
+        aborted: Sequence[Group],
         missing: int,
         oldest: int,
         step: int,
         batch: RolloutBatch,
-    ) -> list[GroupSummary]:
+    ) -> list[Group]:
         """Groups of those prompts that have none yet, all or until the batch is full."""
         have = {group.prompt_index for group in replayed}
         left = [prompt for prompt in prompts if prompt.index not in have]
@@ -219,7 +223,7 @@ class Collector:
         for prompt in left:
             if prompt.index not in self._running:
                 self._running[prompt.index] = asyncio.create_task(self._generate(prompt))
-        groups: list[GroupSummary] = []
+        groups: list[Group] = []
         self.tally.groups += len(left)
         for ended in asyncio.as_completed([self._running[prompt.index] for prompt in left]):
             group, reward_seconds = await ended
@@ -228,29 +232,34 @@ class Collector:
                     f"the rollout server at {self.client.url} aborted responses that nobody asked "
                     "it to: was it told to end, or does another client use it?"
                 )
-            groups.append(await self._take(group, reward_seconds, step, batch))
+            group = self._take(group, reward_seconds, step, batch)
+            groups.append(self._as_needed(group, oldest))
             num_admissible += self._is_admissible(group, oldest)
             if num_admissible >= missing and not waits:
                 break
         have = {group.prompt_index for group in groups}
         tail = [prompt for prompt in left if prompt.index not in have]
         if tail and self.rollout.tail == "abort":
-            groups += await self._abort(tail, step, batch)
+            ended_before = await self._abort(tail, step, batch)
+            groups += [self._as_needed(group, oldest) for group in ended_before]
         elif tail:
             self._leave(tail, batch)
         return groups
 
-    async def _take(
-        self, group: GroupSummary, reward_seconds: float, step: int, batch: RolloutBatch
-    ) -> GroupSummary:
-        index = group.prompt_index
-        del self._running[index]
+    def _take(self, group: Group, reward_seconds: float, step: int, batch: RolloutBatch) -> Group:
+        """Count a finished group and write it to the step's journal."""
+        del self._running[group.prompt_index]
         batch.reward_seconds += reward_seconds
         self.tally.add(sum(sample.num_tokens for sample in group.samples))
-        await self._worker(index).keep(index, step)
-        return replace(group, step=step)
+        group = replace(group, step=step)
+        self.journals.append(group, step)
+        return group
 
-    def _lose(self, groups: Iterable[GroupSummary], batch: RolloutBatch) -> None:
+    def _as_needed(self, group: Group, oldest: int) -> Group:
+        """Return the group, without its tokens where nobody will train on them."""
+        return group if self._is_admissible(group, oldest) else group.without_tokens()
+
+    def _lose(self, groups: Iterable[Group], batch: RolloutBatch) -> None:
         lengths = [sample.num_tokens for group in groups for sample in group.samples]
         batch.lost_lengths += [length for length in lengths if length]
 
@@ -259,9 +268,7 @@ class Collector:
         if self.rollout.tail == "carry":
             self.pending += [prompt.index for prompt in tail]
 
-    async def _abort(
-        self, tail: Sequence[Prompt], step: int, batch: RolloutBatch
-    ) -> list[GroupSummary]:
+    async def _abort(self, tail: Sequence[Prompt], step: int, batch: RolloutBatch) -> list[Group]:
         """End what is still being generated; groups that were whole before that are as good."""
         left = {self._running[prompt.index]: prompt for prompt in tail}
         while left:  # an abort that overtakes its request is lost
@@ -269,20 +276,18 @@ class Collector:
             _, running = await asyncio.wait(left, timeout=1.0)
             left = {task: left[task] for task in running}
         answers = [self._running[prompt.index].result() for prompt in tail]
-        groups = [await self._take(*answer, step, batch) for answer in answers]
+        groups = [self._take(*answer, step, batch) for answer in answers]
         aborted = [group for group in groups if not group.is_whole]
         batch.num_tail += len(aborted)
         self._lose(aborted, batch)
         return [group for group in groups if group.is_whole]
 
-    def _is_admissible(self, group: GroupSummary, oldest: int) -> bool:
+    def _is_admissible(self, group: Group, oldest: int) -> bool:
         """One that is not finite is told of later, and so that nobody samples on for ever."""
         has_signal = group.has_signal or not group.is_finite or not self.rollout.dynamic_sampling
         return has_signal and group.policy_version >= oldest
 
-    def _admissible(
-        self, groups: list[GroupSummary], oldest: int, batch: RolloutBatch
-    ) -> list[GroupSummary]:
+    def _admissible(self, groups: list[Group], oldest: int, batch: RolloutBatch) -> list[Group]:
         with_signal = groups
         if self.rollout.dynamic_sampling:
             with_signal = [group for group in groups if group.has_signal or not group.is_finite]
@@ -292,9 +297,7 @@ class Collector:
             self._signal_rate = max(0.1, 1.0 - batch.num_dropped / max(len(batch.generated), 1))
         return self._recent(with_signal, oldest, batch)
 
-    def _recent(
-        self, groups: Iterable[GroupSummary], oldest: int, batch: RolloutBatch
-    ) -> list[GroupSummary]:
+    def _recent(self, groups: Iterable[Group], oldest: int, batch: RolloutBatch) -> list[Group]:
         groups = list(groups)
         recent = [group for group in groups if group.policy_version >= oldest]
         batch.num_stale += len(groups) - len(recent)
@@ -309,11 +312,9 @@ class Collector:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
-    async def _replay(
-        self, known: dict[int, GroupSummary], prompt: Prompt, step: int
-    ) -> GroupSummary | None:
+    async def _replay(self, known: dict[int, Group], prompt: Prompt, step: int) -> Group | None:
         """The prompt's group of an interrupted attempt at this step, if it ended there."""
-        group = known.get(prompt.index)
+        group = known.pop(prompt.index, None)
         if group is None:
             return None
         if group.prompt_ids != prompt.ids or len(group.samples) != self.rollout.group_size:
@@ -324,23 +325,31 @@ class Collector:
                 "groups again"
             )
         if group.is_whole and not group.is_finite:  # the verifier may have been mended meanwhile
-            group = await self._worker(prompt.index).judge_again(prompt, step)
+            group = await self._judge_again(group, step)
         return group
 
-    async def _generate(self, prompt: Prompt) -> tuple[GroupSummary, float]:
-        worker, name = self._worker(prompt.index), _request_id(prompt)
+    async def _generate(self, prompt: Prompt) -> tuple[Group, float]:
+        """Ask for a prompt's responses and judge them. Returns the verifiers' seconds too.
+
+        A group with an aborted response is not judged.
+        """
+        size = self.rollout.group_size
         async with self.client:  # it may outlive the call that asked for it
-            completions = await self.client.generate(
+            answers = await self.client.generate(
                 prompt.ids,
-                self.rollout.group_size,
+                size,
                 self.sampling,
                 seed=self._seed(prompt),
-                request_id=name,
-                asker=worker,
+                request_id=_request_id(prompt),
             )
-        version = min(c.versions[0][0] if c.versions else self.client.version for c in completions)
-        answered = any(c.versions or not c.aborted for c in completions)
-        return await worker.judge(prompt, name, version, answered=answered)
+        version = min(s.versions[0][0] if s.versions else self.client.version for s in answers)
+        samples = [replace(s, uid=prompt.index * size + i) for i, s in enumerate(answers)]
+        is_whole = not any(sample.aborted for sample in samples)
+        started = time.monotonic()
+        if is_whole:
+            samples = await self.judging(prompt, samples)
+        group = Group(prompt.index, prompt.ids, version, samples, is_whole)
+        return group, time.monotonic() - started
 
     def _seed(self, prompt: Prompt) -> int | None:
         """A seed of the prompt alone; response i of the group takes seed + i."""
@@ -349,7 +358,7 @@ class Collector:
         return (self.prompts.seed * 1_000_003 + prompt.index) * self.rollout.group_size
 
 
-def _failures(groups: Iterable[GroupSummary]) -> list[str | None]:
+def _failures(groups: Iterable[Group]) -> list[str | None]:
     """Of each judged response: why there is no verdict, if so."""
     return [sample.failure for group in groups if group.is_whole for sample in group.samples]
 

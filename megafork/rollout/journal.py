@@ -1,9 +1,9 @@
 """The finished groups of a step, on disk before they are used: a resumed step replays them.
 
 A file is a sequence of frames (frames.py), one for a group: in the header all but its tokens, then
-int32 prompt ids, int32 token ids and float32 log-probabilities of all its samples in turn. Each
-data-parallel replica has a file of its own for the groups that it generates. Files of the former
-format (`.jsonl`, one JSON object a line) are still read.
+int32 prompt ids, int32 token ids and float32 log-probabilities of all its samples in turn. Files of
+former versions are still read: one of each data-parallel replica (`step_000001-replica1.journal`),
+and those of JSON lines (`.jsonl`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -29,6 +29,9 @@ from megafork.sample import Group, Sample
 _log = logging.getLogger(__name__)
 SUFFIX, FORMER_SUFFIX = ".journal", ".jsonl"
 _BLOCK = 1 << 20
+_GROUP_FIELDS = ("prompt_index", "policy_version", "is_whole")
+_SAMPLE_FIELDS = ("uid", "truncated", "aborted", "reward", "accuracy", "failure", "versions")
+"""In a record's header: all but the arrays"""
 
 
 @dataclass(frozen=True)
@@ -108,19 +111,14 @@ class Journal:
                 yield found
 
 
-def of_replica(path: Path, replica: int) -> Path:
-    """The replica's own file beside the first one's, which has the plain name."""
-    return path.with_stem(f"{path.stem}-replica{replica}") if replica else path
-
-
-def journal_path(folder: Path, step: int, replica: int = 0) -> Path:
-    return of_replica(folder / f"step_{step:06d}{SUFFIX}", replica)
+def journal_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}{SUFFIX}"
 
 
 def journals_of(folder: Path, step: int) -> list[Path]:
-    """All files of a step, one for each replica that the run had then.
+    """All files of a step; several only of a run that a former version began.
 
-    Files of the former format come first, because they were written before the others.
+    Those of JSON lines come first, because they were written before the others.
     """
     name = re.compile(rf"step_{step:06d}(-replica\d+)?")
     files = [path for path in folder.glob(f"step_{step:06d}*") if name.fullmatch(path.stem)]
@@ -150,9 +148,9 @@ def read_step(
 ) -> dict[int, Group]:
     """A step's groups by prompt index, those that are `wanted`.
 
-    A group that was judged again is there several times, possibly in the files of two replicas. Its
-    finite version is taken; of several the one with the fewest failed verdicts, and of equals the
-    last. `damaged` and errors are those of `Journal.each`.
+    A group that was judged again is there several times. Its finite version is taken; of several
+    the one with the fewest failed verdicts, and of equals the last. `damaged` and errors are those
+    of `Journal.each`.
     """
     found: dict[int, Group] = {}
     for path in journals_of(folder, step):
@@ -161,7 +159,7 @@ def read_step(
                 continue
             before = found.get(group.prompt_index)
             if before is None or _faults(group) <= _faults(before):
-                found[group.prompt_index] = group
+                found[group.prompt_index] = replace(group, step=step)
     return found
 
 
@@ -193,11 +191,12 @@ def json_lines(path: Path, step: int | None = None) -> Iterator[str]:
     for file in files:
         for group in Journal.each(file):
             samples = [
-                vars(sample)
+                {name: getattr(sample, name) for name in _SAMPLE_FIELDS}
                 | {"token_ids": sample.token_ids.tolist(), "logprobs": sample.logprobs.tolist()}
                 for sample in group.samples
             ]
-            yield json.dumps(vars(group) | {"samples": samples})
+            fields = {name: getattr(group, name) for name in _GROUP_FIELDS}
+            yield json.dumps(fields | {"prompt_ids": group.prompt_ids, "samples": samples})
 
 
 def _faults(group: Group) -> tuple[bool, int]:
@@ -222,13 +221,11 @@ class _Head:
 
 
 def _encoded(group: Group) -> list[bytes | memoryview]:
-    samples = []
-    for sample in group.samples:
-        fields = vars(sample) | {"num_tokens": len(sample.token_ids)}
-        del fields["token_ids"], fields["logprobs"]
-        samples.append(fields)
-    header = vars(group) | {"samples": samples}
-    del header["prompt_ids"]
+    header: dict[str, Any] = {name: getattr(group, name) for name in _GROUP_FIELDS}
+    header["samples"] = [
+        {name: getattr(sample, name) for name in (*_SAMPLE_FIELDS, "num_tokens")}
+        for sample in group.samples
+    ]
     arrays = {
         "prompt_ids": [np.asarray(group.prompt_ids, np.int32)],
         "token_ids": [np.empty(0, np.int32), *(sample.token_ids for sample in group.samples)],
@@ -305,7 +302,7 @@ def _group(file: BinaryIO, record: _Head, path: Path, position: int) -> Group | 
     del fields["arrays"]
     samples, start = [], 0
     for sample in fields.pop("samples"):
-        rows = slice(start, start + sample.pop("num_tokens"))
+        rows = slice(start, start + sample["num_tokens"])
         start = rows.stop
         samples.append(
             Sample(token_ids=arrays["token_ids"][rows], logprobs=arrays["logprobs"][rows], **sample)

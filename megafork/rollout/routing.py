@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from megafork.rollout.assignment import Assignment, Request
-from megafork.rollout.client import Asker, RolloutClient, ServerError, ServerLost, ServerSlow
-from megafork.rollout.sampling import UNANSWERED, Completion, Sampling
+from megafork.rollout.client import RolloutClient, ServerError, ServerLost, ServerSlow
+from megafork.rollout.sampling import Sampling
+from megafork.sample import UNANSWERED, Sample
 
 
 @dataclass(eq=False)
@@ -30,7 +31,7 @@ class Server:
     """In a row"""
     cause: str = ""
     """Why it was lost the last time"""
-    attempts: dict[asyncio.Task[list[Completion]], asyncio.AbstractEventLoop] = field(
+    attempts: dict[asyncio.Task[list[Sample]], asyncio.AbstractEventLoop] = field(
         default_factory=dict
     )
 
@@ -88,8 +89,7 @@ class Router:
         seed: int | None = None,
         *,
         request_id: str | None = None,
-        asker: Asker | None = None,
-    ) -> list[Completion]:
+    ) -> list[Sample]:
         """As `RolloutClient.generate`; by another server when one is lost meanwhile."""
         name = request_id or uuid.uuid4().hex
         slow: ServerSlow | None = None
@@ -109,9 +109,7 @@ class Router:
                     raise self._nobody()
                 server = self._servers[request.server]
                 drains = server.num_drains
-                asked = server.client.generate(
-                    prompt_ids, n, sampling, seed, request_id=name, asker=asker
-                )
+                asked = server.client.generate(prompt_ids, n, sampling, seed, request_id=name)
                 return await self._answer(server, request, asked)
             except ServerSlow as error:
                 if slow is not None or self.num_live == 1:  # it is the request that takes long
@@ -128,8 +126,8 @@ class Router:
                 return [UNANSWERED] * n
 
     async def _answer(
-        self, server: Server, request: _Request, asked: Coroutine[Any, Any, list[Completion]]
-    ) -> list[Completion]:
+        self, server: Server, request: _Request, asked: Coroutine[Any, Any, list[Sample]]
+    ) -> list[Sample]:
         """Raises ServerLost also when the server is drained meanwhile."""
         attempt = asyncio.create_task(asked)
         with self._lock:
@@ -137,7 +135,7 @@ class Router:
             if server.state != "live":
                 attempt.cancel()
         try:
-            completions = await attempt
+            samples = await attempt
         except asyncio.CancelledError:
             this = asyncio.current_task()
             assert this is not None
@@ -151,12 +149,12 @@ class Router:
         finally:
             with self._lock:
                 del server.attempts[attempt]
-        if not request.is_aborted and any(completion.aborted for completion in completions):
+        if not request.is_aborted and any(sample.aborted for sample in samples):
             raise ServerLost(
                 f"the rollout server at {server.client.url} aborted responses that nobody asked it "
                 "to: was it told to end, or does another client use it?"
             )
-        return completions
+        return samples
 
     async def abort(self, request_ids: list[str]) -> None:
         """End requests of `generate`, on whichever server they are or before they have one."""

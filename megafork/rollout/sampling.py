@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import astuple, dataclass, field
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 
+from megafork.sample import Sample
+
 # Routes that the server answers itself.
-GENERATE_PATH = "/megafork/generate"  # token ids in, `encode_completions` out
+GENERATE_PATH = "/megafork/generate"  # token ids in, `encode_samples` out
 ABORT_PATH = "/megafork/abort"
 CONNECT_PATH = "/megafork/connect"
 UPDATE_PATH = "/megafork/update"
@@ -81,68 +84,40 @@ class Sampling:
         }
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One response as the engine sampled it: `logprobs[i]` (nats, at the sampling temperature)
-    belongs to `token_ids[i]`; a stop token is the last of them."""
-
-    token_ids: np.ndarray  # int32
-    logprobs: np.ndarray  # float32
-    finish_reason: str  # "stop" | "length" | "abort"
-    versions: list[tuple[int, int]] = field(default_factory=list)
-    """(policy version, index of the first token that it sampled), ascending"""
-
-    @property
-    def truncated(self) -> bool:
-        return self.finish_reason != "stop"
-
-    @property
-    def aborted(self) -> bool:
-        return self.finish_reason == "abort"
-
-
-UNANSWERED = Completion(np.empty(0, np.int32), np.empty(0, np.float32), "abort")
-"""The response to a request that was aborted before its first token"""
-
-
 def version_number(version: str) -> int:
     """Of vLLM's name for the weights it has; 0: those that it loaded from the model folder."""
     return 0 if version == "default" else int(version)
 
 
-def encode_completions(completions: list[Completion]) -> bytes:
-    """A line of JSON, then all ids (int32), then all log-probabilities (float32).
+def encode_samples(samples: Sequence[Sample]) -> bytes:
+    """Return a line of JSON, then all ids (int32), then all log-probabilities (float32).
 
-    8 bytes a token where the stock route's JSON takes about 100. Little-endian.
+    8 bytes a token where the stock route's JSON takes about 100. Little-endian. Blanks behind the
+    JSON align the arrays, so that they can be read where they are.
     """
-    header = [[len(c.token_ids), c.finish_reason, c.versions] for c in completions]
-    ids = [np.asarray(c.token_ids, "<i4").tobytes() for c in completions]
-    logprobs = [np.asarray(c.logprobs, "<f4").tobytes() for c in completions]
-    return b"".join([json.dumps(header).encode(), b"\n", *ids, *logprobs])
+    header = json.dumps([[s.num_tokens, s.finish_reason, s.versions] for s in samples]).encode()
+    ids = [s.token_ids.astype("<i4", copy=False).tobytes() for s in samples]
+    logprobs = [s.logprobs.astype("<f4", copy=False).tobytes() for s in samples]
+    return b"".join([header, b" " * (-(len(header) + 1) % 8), b"\n", *ids, *logprobs])
 
 
-def decode_completions(payload: bytes) -> list[Completion]:
-    """The inverse of `encode_completions`; the arrays are views of the payload.
+def decode_samples(payload: bytes) -> list[Sample]:
+    """The inverse of `encode_samples`; the arrays are views of the payload.
 
     Raises ValueError when the payload is cut short.
     """
-    line, _, rest = payload.partition(b"\n")
-    header = json.loads(line)
+    start = payload.find(b"\n") + 1
+    header = json.loads(payload[:start])
     num_tokens = sum(length for length, *_ in header)
-    if len(rest) != 8 * num_tokens:
-        raise ValueError(f"{len(rest)} bytes for {num_tokens} tokens, expected {8 * num_tokens}")
-    ids = np.frombuffer(rest, "<i4", num_tokens)
-    logprobs = np.frombuffer(rest, "<f4", num_tokens, 4 * num_tokens)
-    completions, start = [], 0
-    for length, finish_reason, versions in header:
-        end = start + length
-        completions.append(
-            Completion(
-                ids[start:end],
-                logprobs[start:end],
-                finish_reason,
-                [(version, first) for version, first in versions],
-            )
+    if len(payload) - start != 8 * num_tokens:
+        raise ValueError(
+            f"{len(payload) - start} bytes for {num_tokens} tokens, expected {8 * num_tokens}"
         )
-        start = end
-    return completions
+    ids = np.frombuffer(payload, "<i4", num_tokens, start)
+    logprobs = np.frombuffer(payload, "<f4", num_tokens, start + 4 * num_tokens)
+    samples, first = [], 0
+    for length, finish_reason, versions in header:
+        rows = slice(first, first + length)
+        samples.append(Sample.from_server(ids[rows], logprobs[rows], finish_reason, versions))
+        first = rows.stop
+    return samples

@@ -39,10 +39,10 @@ from megafork.rollout.sampling import (
     GENERATE_PATH,
     TWO_TEMPERATURES,
     UPDATE_PATH,
-    Completion,
-    encode_completions,
+    encode_samples,
     version_number,
 )
+from megafork.sample import Sample
 from megafork.weight_sync.receiver import WeightReceiver, checkpoint_shapes, listed
 
 if current_platform.is_cpu():
@@ -130,9 +130,9 @@ async def _generate(engine: Any, body: dict[str, Any]) -> bytes:
     async for output in engine.generate(prompt, params, body["request_id"]):
         result = output
     assert result is not None and result.finished
-    return encode_completions(
+    return encode_samples(
         [
-            Completion(
+            Sample.from_server(
                 np.array(o.token_ids, np.int32),
                 # Without any where it was aborted before the first token.
                 np.array(o.logprobs.logprobs if o.token_ids else (), np.float32),

@@ -8,11 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import torch
-from torch import Tensor
-
 from megafork.config import TrainConfig
 from megafork.data.prompts import PromptStream, encode_rows, lines_of, read_both
+from megafork.data.tokenizer import load_tokenizer
 from megafork.data.unchanged import identity
 from megafork.errors import OnEveryRank, ServerDied, UserError
 from megafork.evaluation import heldout
@@ -20,19 +18,28 @@ from megafork.interruption import Interruption
 from megafork.logging.figure import draw_curves
 from megafork.logging.metrics import MetricsLog, read_rows
 from megafork.model.shape import ModelShape
+from megafork.parallel.addresses import own_address
+from megafork.rewards.verifier import Judge
 from megafork.rollout.background import BackgroundLoop, Job
 from megafork.rollout.collector import Collector, RolloutBatch
 from megafork.rollout.ends import stop_token_ids
 from megafork.rollout.fleet import Fleet
+from megafork.rollout.journal import SUFFIX, Journal
+from megafork.rollout.judging import Judging, LocalVerifiers
+from megafork.rollout.messages import Link, serve
 from megafork.rollout.sampling import Sampling
+from megafork.rollout.step_journals import StepJournals
 from megafork.rollout.tally import Tally, tell_regularly
 from megafork.sample import Group
 from megafork.training.step import Skipped
-from megafork.training.workers import SKIPPED, RunWorkers
 from megafork.types import TokenTable, known_table
 from megafork.weight_sync import agreement
 
 T = TypeVar("T")
+SKIPPED = "skipped"
+"""Folder of a run: groups of mini-batches without an update"""
+_MOST_BYTES = 64 << 20
+"""Of a rank's request: the uids of a batch's samples"""
 
 
 class Front:
@@ -47,7 +54,7 @@ class Front:
         self,
         config: TrainConfig,
         fleet: Fleet,
-        workers: RunWorkers,
+        key: str,
         interruption: Interruption,
         shape: ModelShape,
         *,
@@ -56,14 +63,21 @@ class Front:
         self.config, self.client, self.interruption = config, fleet, interruption
         self.run_dir = Path(config.run.dir)
         self.skipped_dir = self.run_dir / SKIPPED
-        assert workers.own is not None
-        self.tokenizer, self.judge = workers.own.tokenizer, workers.own.verdict
+        self.tokenizer = load_tokenizer(
+            config,
+            chat_template=config.data.chat_template,
+            enable_thinking=config.data.enable_thinking,
+        )
+        self.judge = Judge(config.reward)
         self.sampling = Sampling(
             temperature=config.rollout.temperature,
             max_tokens=config.rollout.max_response_tokens,
             stop_token_ids=stop_token_ids(shape, self.tokenizer),
         )
         self.judge.tell = lambda text: self.log.note(text)
+        local = LocalVerifiers(self.tokenizer, self.judge)
+        self.judging = Judging(local, config.rollout.max_response_tokens)
+        self.judging.note = self._note_of_servers
         rows, heldout = read_both(config.data)
         self.data = identity(config.data, rows, heldout)
         """What a checkpoint keeps of the data"""
@@ -71,9 +85,9 @@ class Front:
         print("\n".join(["first prompt:", *lines_of(prompts[0], self.tokenizer)]), flush=True)
         self.collector = Collector(
             client=self.client,
-            workers=workers.all,
             prompts=PromptStream(prompts, config.data.seed),
-            judge=self.judge,
+            judging=self.judging,
+            journals=StepJournals(self.run_dir / "rollouts"),
             rollout=config.rollout,
             sampling=self.sampling,
         )
@@ -89,10 +103,14 @@ class Front:
         )
         fleet.note = self._note_of_servers
         self.batch: RolloutBatch | None = None
+        self.batch_step = 0
         self._told_failures: set[str] = set()
         self._background = BackgroundLoop()
         self._background.__enter__()
         self._ahead: dict[int, Job[RolloutBatch]] = {}
+        serving = serve(own_address(), key, self._talk, _MOST_BYTES)
+        self.address = self._background.submit(serving).result()
+        """Where the rows of a batch are to be had, and where nodes with verifiers join"""
         self.state = self.collector.state()
         """The collector's when the current step's batch was full, for a checkpoint"""
         for path in self.skipped_dir.glob("step_*"):  # steps that will be done again
@@ -106,15 +124,27 @@ class Front:
     def close(self) -> None:
         """Whatever is being generated is given up."""
         self._background.__exit__()
+        self.judge.close()
+        self.collector.journals.close()
         self.log.close()
 
-    def collect(self, step: int, policy_version: int) -> tuple[TokenTable, Tensor]:
-        """The batch that the current policy version trains on, without rows, and which replica has
-        those of each sample."""
+    async def _talk(self, hello: dict[str, Any], link: Link) -> None:
+        """With a process of another rank, until its connection ends."""
+        if hello["role"] == "verifiers":
+            return await self.judging.join(hello, link)
+        while True:
+            asked, arrays = await link.receive()
+            if self.batch is None or asked["step"] != self.batch_step:
+                await link.send({"kind": "error", "cause": f"{self.batch_step} is trained on now"})
+                continue
+            await link.send({"kind": "rows"}, self.batch.rows(arrays["uids"].tolist()))
+
+    def collect(self, step: int, policy_version: int) -> TokenTable:
+        """The batch that the current policy version trains on, without rows."""
         self.interruption.check()
         self._collect_ahead(step, 0, policy_version)
         with self._telling(f"step {step:>4}", lambda: self.collector.tally):
-            self.batch = self._wait(self._ahead[step])
+            self.batch, self.batch_step = self._wait(self._ahead[step]), step
         self._tell_failures()
         self.state = self.batch.state
         if step == self.config.training.steps:  # nobody waits for its tail
@@ -125,9 +155,8 @@ class Front:
         for lag in range(1, rollout.max_policy_lag - carries + 1):
             if step + lag <= self.config.training.steps:
                 self._collect_ahead(step + lag, lag, policy_version)
-        groups, filtering = self.batch.groups, self.config.algorithm.overlong_filtering
-        replica_B = torch.tensor([group.replica for group in groups for _ in group.samples])
-        return known_table(groups, overlong_filtering=filtering), replica_B
+        filtering = self.config.algorithm.overlong_filtering
+        return known_table(self.batch.groups, overlong_filtering=filtering)
 
     def _collect_ahead(self, step: int, lag: int, policy_version: int) -> None:
         """Begin with a step's batch, after those of the steps before it, unless it has begun."""
@@ -153,8 +182,7 @@ class Front:
         evaluating = heldout.sample(
             self.client,
             self.heldout,
-            self.tokenizer,
-            self.judge,
+            self.judging,
             sampling,
             config.samples,
             self.config.rollout.max_num_seqs * len(self.client.clients),
@@ -301,14 +329,22 @@ class Front:
             cause = f"{type(error).__name__}: {error}"
             self.log.note(f"warning: {self.run_dir}/report.html was not written: {cause}")
 
-    def tell_skipped(self, step: int, skipped: Sequence[Skipped], *, is_last: bool) -> None:
-        """Raises UserError, when all is told, if the run `is_last` of all."""
+    def keep_skipped(self, step: int, skipped: Sequence[Skipped], *, is_last: bool) -> None:
+        """Write the groups of mini-batches without an update, and tell of them.
+
+        Raises UserError, when all is told, if the run `is_last` of all.
+        """
+        assert self.batch is not None
         for part in skipped:
-            name = f"step_{step:06d}_minibatch_{part.number:03d}*"
-            files = ", ".join(map(str, sorted(self.skipped_dir.glob(name))))
+            members = set(part.table.group_B.tolist())
+            name = f"step_{step:06d}_minibatch_{part.number:03d}{SUFFIX}"
+            with Journal(self.skipped_dir / name) as journal:
+                for group in self.batch.groups:
+                    if group.prompt_index in members:
+                        journal.append(group)
             self.log.note(
                 f"warning: step {step}, mini-batch {part.number}: no update, for {part.reason}; "
-                f"its groups are in {files}"
+                f"its groups are in {journal.path}"
             )
         if is_last:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ from megafork.config import TrainConfig
 from megafork.config.file import settings_of
 from megafork.interruption import Interruption
 from megafork.parallel.topology import Topology, initialize, shutdown
+from megafork.rollout.agent import Agent
 from megafork.rollout.engine import host_of
+from megafork.rollout.messages import Connection
 from megafork.training.critic import Critic, make_critic
 from megafork.training.front import Front
 from megafork.training.policy import Policy
 from megafork.training.run_dir import open_run_dir
 from megafork.training.servers import RunServers
 from megafork.training.trainer import Trainer
-from megafork.training.workers import RunWorkers
 from megafork.weight_sync.push import WeightSync
 
 
@@ -60,17 +62,22 @@ def _train(
         policy = make_policy(config, topology)
         critic = make_critic(config, topology)
         state = _load_newest(store, policy, critic) if resume else None
-        workers = RunWorkers(config, topology, servers.key, stack)
-        front = None
+        front: Front | None = None
 
-        def open_front() -> None:
+        def open_front() -> tuple[str, int]:
             nonlocal front
             assert servers.fleet is not None
             done, shape = state["step"] if state is not None else 0, policy.shape
-            front = Front(config, servers.fleet, workers, interruption, shape, steps_done=done)
+            front = Front(config, servers.fleet, servers.key, interruption, shape, steps_done=done)
             stack.callback(front.close)
+            return front.address
 
-        topology.on_rank_zero(open_front)
+        address = topology.on_rank_zero(open_front)
+        rows = None
+        if topology.is_replica_leader:
+            rows = stack.enter_context(Connection(address, servers.key, {"role": "rank"}))
+        if topology.rank != 0 and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            stack.enter_context(Agent(config, address, servers.key))
         if not colocated:
             topology.whereabouts.enter("the start of the rollout servers")
             servers.wait_until_up(interruption)
@@ -86,7 +93,7 @@ def _train(
         )
         stack.callback(sync.close)
         trainer = Trainer(
-            config, topology, policy, sync, front, store, interruption, servers, workers, critic
+            config, topology, policy, sync, front, store, interruption, servers, rows, critic
         )
         if state is not None:
             trainer.restore(state)

@@ -16,7 +16,7 @@ from megafork.model.scorer import Scores
 from megafork.ops.top_fraction import top_fraction_threshold
 from megafork.parallel.topology import Topology
 from megafork.rollout.collector import RolloutBatch
-from megafork.sample import GroupSummary, version_runs
+from megafork.sample import Group, version_runs
 from megafork.training.step import Optimized
 from megafork.types import TokenTable
 
@@ -201,7 +201,7 @@ def update_metrics(
     }
 
 
-def lag_metrics(groups: Sequence[GroupSummary], policy_version: int) -> dict[str, float]:
+def lag_metrics(groups: Sequence[Group], policy_version: int) -> dict[str, float]:
     """How many policy versions the tokens are behind the one that trains on them.
 
     lag/in_flight_fraction: responses that saw their weights change.

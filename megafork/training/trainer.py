@@ -1,7 +1,7 @@
 """The training loop: generate, score, select, update, sync.
 
 Rank 0 decides what is generated and writes the run's files. Of a batch every rank learns what the
-samples are, and gets the rows of those that it works on from the replicas that generated them.
+samples are, and gets the rows of those that it works on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from megafork.algorithms.advantages import group_relative_advantages
 from megafork.algorithms.forking import warn_of_ties
@@ -23,19 +22,19 @@ from megafork.config import TrainConfig
 from megafork.errors import Interrupted, ServerDied, UserError
 from megafork.interruption import Interruption
 from megafork.parallel.topology import Topology
+from megafork.rollout.messages import Connection
 from megafork.sample import Group
 from megafork.training import telemetry
 from megafork.training.critic import Critic
-from megafork.training.exchange import redistribute
 from megafork.training.front import Front
 from megafork.training.histogram import entropy_histogram
 from megafork.training.policy import Policy
+from megafork.training.rows import fetch_rows
 from megafork.training.samples import is_sampled, sampled_responses
 from megafork.training.servers import RunServers
 from megafork.training.step import Clock, Optimized, optimize
 from megafork.training.token_report import token_report
 from megafork.training.turns import Turns
-from megafork.training.workers import RunWorkers
 from megafork.types import TokenTable
 from megafork.weight_sync import agreement
 from megafork.weight_sync.push import WeightSync
@@ -44,7 +43,8 @@ T = TypeVar("T")
 
 
 class Trainer:
-    """The loop on one rank. `front` is None on every rank but 0."""
+    """The loop on one rank. `front` is None on every rank but 0, `rows` (the connection to it) on
+    those that are not a replica's first."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Trainer:
         store: CheckpointStore,
         interruption: Interruption,
         servers: RunServers,
-        workers: RunWorkers,
+        rows: Connection | None,
         critic: Critic | None = None,
     ) -> None:
         self.config, self.topology, self.policy = config, topology, policy
@@ -68,7 +68,7 @@ class Trainer:
             servers.stop,
             shared=config.rollout.placement == "colocated",
         )
-        self.interruption, self.servers, self.workers = interruption, servers, workers
+        self.interruption, self.servers, self.rows = interruption, servers, rows
         self.steps_done = self._saved_step = 0
         self.policy_version = 0
         self._stopping = False
@@ -171,16 +171,15 @@ class Trainer:
         trained_by = self.policy_version
         lr = policy.learning_rate
         with clock.measure("generate"):
-            known, replica_B = self._with_server(
+            known = self._with_server(
                 lambda: self._on_front(lambda front: front.collect(step, trained_by))
             )
         with clock.measure("exchange"):
-            minibatches = self._minibatches(known, replica_B, step)
+            minibatches = self._minibatches(known, step)
         done = optimize(policy, minibatches, step=step, clock=clock, critic=self.critic)
         if done.skipped:
             is_last = policy.guard.is_exhausted
-            self.workers.keep_skipped(step, done.skipped)
-            self._on_front(lambda front: front.tell_skipped(step, done.skipped, is_last=is_last))
+            self._on_front(lambda front: front.keep_skipped(step, done.skipped, is_last=is_last))
         with clock.measure("sync"):
             every = config.sync.check_every
             self._push(check=bool(every) and step % every == 0)
@@ -247,11 +246,11 @@ class Trainer:
             "update/empty": done.num_empty,
         }
 
-    def _minibatches(self, known: TokenTable, source_B: Tensor, step: int) -> list[TokenTable]:
+    def _minibatches(self, known: TokenTable, step: int) -> list[TokenTable]:
         """By whole groups, each with the rows that this rank works on and their advantages.
 
-        known: what every rank knows of the batch; source_B: the replicas that have its rows. Those
-        of a mini-batch that overlong filtering has emptied stay where they are.
+        known: what every rank knows of the batch. Nobody gets the rows of a mini-batch that
+        overlong filtering has emptied.
         """
         training = self.config.training
 
@@ -270,8 +269,7 @@ class Trainer:
                 "nothing to train on: raise the one or turn off the other"
             )
         replica_B = torch.tensor([replica_of.get(uid, -1) for uid in known.uid_B.tolist()])
-        table = known if self.workers.own is None else self.workers.own.take_rows(known)
-        table = redistribute(table, source_B, replica_B, self.topology)
+        table = fetch_rows(known, replica_B, step, self.rows, self.topology)
         if self.critic is None:
             advantages_B = group_relative_advantages(
                 table.reward_B, table.group_B, normalize=self.config.algorithm.normalize_advantage

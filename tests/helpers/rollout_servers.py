@@ -21,10 +21,10 @@ from megafork.rollout.sampling import (
     CONNECT_PATH,
     GENERATE_PATH,
     UPDATE_PATH,
-    Completion,
     Sampling,
-    encode_completions,
+    encode_samples,
 )
+from megafork.sample import Sample
 
 KEY = "key"
 SAMPLING = Sampling(max_tokens=10)
@@ -148,12 +148,12 @@ class SmallServer:
             self.waiting[body["request_id"]] = prompt[0], future
             reason = await future
         completions = [
-            Completion(
+            Sample.from_server(
                 [prompt[0], (params["seed"] or 0) + i], [-0.5, -0.5], reason, [(self.version, 0)]
             )
             for i in range(params["n"])
         ]
-        return web.Response(body=encode_completions(completions))
+        return web.Response(body=encode_samples(completions))
 
 
 @contextlib.contextmanager

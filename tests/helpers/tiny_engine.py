@@ -38,10 +38,10 @@ from megafork.rollout.sampling import (
     GENERATE_PATH,
     TWO_TEMPERATURES,
     UPDATE_PATH,
-    Completion,
-    encode_completions,
+    encode_samples,
     version_number,
 )
+from megafork.sample import Sample
 from megafork.weight_sync.receiver import WeightReceiver, checkpoint_shapes
 from tests.helpers.commands import HOLD, HOLD_START
 from tests.helpers.tiny_model import TinyModel
@@ -372,9 +372,9 @@ class TinyServer:
     async def _generate(self, body: dict[str, Any]) -> bytes:
         params = body["sampling_params"]
         request = await self.engine.generate(body["request_id"], body["prompt_ids"], params)
-        return encode_completions(
+        return encode_samples(
             [
-                Completion(s.ids[s.num_prompt :], s.logprobs, s.finish_reason or "", s.versions)
+                Sample.from_server(s.ids[s.num_prompt :], s.logprobs, s.finish_reason, s.versions)
                 for s in request.sequences
             ]
         )

@@ -14,6 +14,8 @@ import threading
 import time
 from pathlib import Path
 
+from megafork.errors import UserError
+
 
 def by_spelling(prompt: str, response: str, answer: str) -> float:
     """Right for responses of even length: most groups are mixed."""
@@ -76,6 +78,23 @@ def hangs(prompt: str, response: str, answer: str) -> float:
 
 def hangs_in_the_folder(prompt: str, response: str, answer: str) -> float:
     return hangs(os.environ["HUNG"], response, answer)
+
+
+def waits(prompt: str, response: str, answer: str) -> float:
+    """Until there is a file "go" in the folder `prompt`; leaves one that it has begun."""
+    Path(prompt, f"begun-{os.getpid()}").touch()
+    while not Path(prompt, "go").exists():
+        time.sleep(0.01)
+    return float(len(response))
+
+
+def refuses(prompt: str, response: str, answer: str) -> float:
+    raise UserError("an answer that is no answer")
+
+
+def length_and_parent(prompt: str, response: str, answer: str) -> float:
+    """The length, and by thousands the process that started this worker."""
+    return 1000.0 * os.getppid() + len(response)
 
 
 def acts(prompt: str, response: str, answer: str) -> float:

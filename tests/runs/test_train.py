@@ -223,7 +223,7 @@ def test_the_journal_holds_every_generated_group(run):
         groups = Journal.read(run_dir / "rollouts" / f"step_{row['step']:06d}.journal")
         accuracy = [s.accuracy for group in groups for s in group.samples]
         assert sum(accuracy) / len(accuracy) == pytest.approx(row["reward/accuracy"])
-        dropped = [group for group in groups if not group.summary().has_signal]
+        dropped = [group for group in groups if not group.has_signal]
         assert len(dropped) == row["sampling/groups_dropped"]
         assert all(len(s.logprobs) == len(s.token_ids) for g in groups for s in g.samples)
         done = megafork("rollouts", run_dir, "--step", row["step"])

@@ -17,10 +17,11 @@ from megafork.rollout.background import BackgroundLoop
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.collector import Collector
 from megafork.rollout.journal import Journal, read_step
+from megafork.rollout.judging import Judging, LocalVerifiers
 from megafork.rollout.sampling import Sampling
-from megafork.rollout.worker import RolloutWorker
+from megafork.rollout.step_journals import StepJournals
 from megafork.training.telemetry import rollout_metrics
-from megafork.types import known_table
+from megafork.types import token_table
 from tests.helpers.commands import QUICKSTART
 from tests.helpers.shared_servers import ON_QUICKSTART, quickstart_server
 from tests.helpers.verifiers import by_spelling
@@ -53,12 +54,12 @@ def make_collector(server, folder, verifier, reward=None, **rollout):
     reward = {"workers": 1} | (reward or {})
     judged = RewardConfig(verifier=f"{VERIFIERS}:{verifier}", environment=["MENDED"], **reward)
     JUDGES.append(Judge(judged))
-    worker = RolloutWorker(config, tokenizer, JUDGES[-1], folder, api_key=server.api_key)
+    local = LocalVerifiers(tokenizer, JUDGES[-1])
     return Collector(
         client=server.client(timeout_s=config.request_timeout_s),
-        workers=[worker],
         prompts=PromptStream(read_prompts(data.train, data, tokenizer.encode), seed=0),
-        judge=JUDGES[-1],
+        judging=Judging(local, config.max_response_tokens),
+        journals=StepJournals(folder),
         rollout=config,
         sampling=Sampling(max_tokens=32, stop_token_ids=(1,)),
     )
@@ -134,11 +135,9 @@ def far_away(collector):
     return collector
 
 
-def tokens(collector, batch):
+def tokens(batch):
     """Of the batch that is trained on: each sample's ids and log-probabilities."""
-    [worker] = collector.workers
-    table = worker.take_rows(known_table(batch.groups))
-    assert table.held_B.all()
+    table = token_table(batch.groups)
     return table.token_R.tolist(), table.rollout_logprob_R.tolist()
 
 
@@ -155,7 +154,7 @@ def test_a_full_batch_can_abort_its_tail(server, tmp_path):
     again = make_collector(server, tmp_path, "by_spelling", **settings)
     replayed = collect(far_away(again), step=1)
     assert replayed.groups == batch.groups
-    assert tokens(again, replayed) == tokens(collector, batch)
+    assert tokens(replayed) == tokens(batch)
     assert replayed.generated == batch.generated
     assert replayed.num_tail == batch.num_tail
     assert sorted(replayed.lost_lengths) == sorted(batch.lost_lengths)
@@ -202,7 +201,7 @@ def test_a_full_batch_can_carry_its_tail(server, tmp_path):
     for step, batch in ((1, first), (2, second)):
         replayed = collect(far_away(again), step=step)
         assert replayed.groups == batch.groups
-        assert tokens(again, replayed) == tokens(collector, batch)
+        assert tokens(replayed) == tokens(batch)
         assert replayed.state == batch.state
 
 
@@ -239,7 +238,7 @@ def test_long_responses_lose_reward_but_stay_right(server, tmp_path):
     samples = [s for g in Journal.read(tmp_path / "step_000001.journal") for s in g.samples]
     assert len(samples) == 4 * len(batch.generated)
     for sample in samples:
-        verdict = by_spelling("", collector.workers[0].tokenizer.decode(sample.token_ids), "")
+        verdict = by_spelling("", HfTokenizer(QUICKSTART / "model").decode(sample.token_ids), "")
         lost = 0.5 * max(0, len(sample.token_ids) - 2) / 30
         assert sample.accuracy == verdict
         assert sample.reward == pytest.approx(verdict - lost)
@@ -268,7 +267,7 @@ def test_a_verifier_that_fails_sometimes_is_counted_and_replayed(server, tmp_pat
     batch = collect(collector, step=1)
     samples = [s for g in Journal.read(tmp_path / "step_000001.journal") for s in g.samples]
     failed = [sample for sample in samples if sample.failure == "error"]
-    texts = [collector.workers[0].tokenizer.decode(sample.token_ids) for sample in samples]
+    texts = [HfTokenizer(QUICKSTART / "model").decode(sample.token_ids) for sample in samples]
     assert [s.failure == "error" for s in samples] == [len(text) % 5 == 0 for text in texts]
     assert failed and all(sample.reward == sample.accuracy == 0.0 for sample in failed)
     assert rollout_metrics(batch, 0)["reward/verifier_errors"] == len(failed)
@@ -289,7 +288,7 @@ def test_a_mended_verifier_judges_again_what_the_run_ended_for(server, tmp_path,
         batches.append(collect(collector, step=1))
         assert all(s.failure is None for g in batches[-1].generated for s in g.samples)
         mended.unlink(missing_ok=True)  # the second batch is the journal's
-        collector.judge.close()
+        collector.judging.judge.close()
     assert batches[0].num_replayed > 0 and batches[1].groups == batches[0].groups
 
 

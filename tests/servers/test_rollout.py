@@ -21,10 +21,10 @@ import torch
 
 from megafork.rollout.client import RolloutClient, ServerError
 from megafork.rollout.sampling import (
-    Completion,
     Sampling,
     TwoTemperatures,
 )
+from megafork.sample import Sample
 from megafork.weight_sync.transports import plan_buckets, push_buckets
 from tests.helpers.commands import members
 from tests.helpers.pushes import connect, push, state_dict
@@ -102,7 +102,7 @@ class Running:
 
 @torch.no_grad()
 def max_logprob_error(
-    folder: Path, prompt: list[int], responses: list[Completion], temperature: float
+    folder: Path, prompt: list[int], responses: list[Sample], temperature: float
 ) -> float:
     model = policy(folder)
     worst = 0.0
@@ -388,7 +388,7 @@ def test_a_server_that_sleeps_is_pushed_to_and_lets_requests_wait(running):
         client.wake_up("kv_cache")
         responses = waiting.result()
     assert max_logprob_error(folder, LONG_PROMPT, responses, 1.0) < LOGPROB_TOL
-    assert all(r.versions == [(version, 0)] for r in responses)
+    assert all(r.versions == ((version, 0),) for r in responses)
     client.sleep()
     with pytest.raises(ServerError, match="still sleeping; wake its weights first"):
         client.wake_up("kv_cache")

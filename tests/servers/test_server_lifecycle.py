@@ -22,13 +22,13 @@ from megafork.parallel.ports import free_port
 from megafork.rollout import client as client_module
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.sampling import (
-    Completion,
     Sampling,
-    decode_completions,
-    encode_completions,
+    decode_samples,
+    encode_samples,
 )
 from megafork.rollout.supervisor import FOLDER, GRACE_S
 from megafork.rollout.vllm_server import VllmServer
+from megafork.sample import Sample
 from tests.helpers.commands import ROOT, gone_within, members, tiny_engine
 from tests.helpers.reference import save_model
 
@@ -250,8 +250,8 @@ def plain(completions):
 
 def test_a_dropped_connection_is_tried_again(monkeypatch):
     """A server that hangs up on the first request and answers the second."""
-    expected = [Completion([3, 1], [-0.5, -0.25], "stop")]
-    payload = encode_completions(expected)
+    expected = [Sample.from_server([3, 1], [-0.5, -0.25], "stop")]
+    payload = encode_samples(expected)
     reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(payload), payload)
 
     def serve(listener: socket.socket) -> None:
@@ -265,7 +265,7 @@ def test_a_dropped_connection_is_tried_again(monkeypatch):
         thread = threading.Thread(target=serve, args=(listener,))
         thread.start()
 
-        async def generate() -> list[Completion]:
+        async def generate() -> list[Sample]:
             port = listener.getsockname()[1]
             async with RolloutClient(f"http://127.0.0.1:{port}", "key") as client:
                 return await client.generate([1], 1, Sampling())
@@ -276,12 +276,12 @@ def test_a_dropped_connection_is_tried_again(monkeypatch):
 
 def test_completions_survive_the_wire():
     completions = [
-        Completion([2**31 - 1, 0], [-0.0, -1.5], "length"),
-        Completion([], [], "abort"),
-        Completion([7], [float("-inf")], "stop"),
+        Sample.from_server([2**31 - 1, 0], [-0.0, -1.5], "length"),
+        Sample.from_server([], [], "abort"),
+        Sample.from_server([7], [float("-inf")], "stop"),
     ]
-    payload = encode_completions(completions)
-    decoded = decode_completions(payload)
+    payload = encode_samples(completions)
+    decoded = decode_samples(payload)
     assert plain(decoded) == [
         ([2**31 - 1, 0], ["-0.0", "-1.5"], "length"),
         ([], [], "abort"),
@@ -289,9 +289,9 @@ def test_completions_survive_the_wire():
     ]
     assert all(c.token_ids.dtype == np.int32 for c in decoded)
     assert all(c.logprobs.dtype == np.float32 for c in decoded)
-    assert decode_completions(encode_completions([])) == []
+    assert decode_samples(encode_samples([])) == []
     with pytest.raises(ValueError, match="bytes for 3 tokens"):
-        decode_completions(payload[:-1])
+        decode_samples(payload[:-1])
 
 
 def test_a_request_states_every_parameter():

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from megafork.rollout.client import RolloutClient, ServerError
-from megafork.rollout.sampling import TWO_TEMPERATURES, Completion, Sampling, TwoTemperatures
+from megafork.rollout.sampling import TWO_TEMPERATURES, Sampling, TwoTemperatures
+from megafork.sample import Sample
 from tests.helpers.reference import load_model, response_logits
 from tests.helpers.shared_servers import ON_QUICKSTART, quickstart_server
 
@@ -238,7 +239,7 @@ class Running:
         return [self.ids[character] for character in text]
 
     def generate(self, requests: list[tuple[list[int], int, Sampling, int | None]]):
-        async def gather() -> list[list[Completion]]:
+        async def gather() -> list[list[Sample]]:
             async with self.client:
                 return await asyncio.gather(*(self.client.generate(*r) for r in requests))
 

@@ -49,6 +49,8 @@ KNOWN_CIRCLES = [{"launch", "rank_logs"}, {"rewards.names", "rewards.reasoning_g
 LIGHT = [
     "config",
     "rewards.countdown",
+    "rollout.agent",
+    "rollout.collector",
     "rollout.sampling",
     "rollout.supervisor",
     "training.preflight",

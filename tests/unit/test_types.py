@@ -88,9 +88,9 @@ def test_a_group_has_signal_by_accuracy_not_by_reward():
             0, [1], 0, [Sample(i, [1], [0.0], False, r, a) for i, (r, a) in enumerate(pairs)]
         )
 
-    assert not group((0.1, 0.0), (0.9, 0.0)).summary().has_signal
-    assert not group((0.5, 1.0), (1.0, 1.0)).summary().has_signal
-    assert group((0.5, 0.0), (0.5, 1.0)).summary().has_signal
+    assert not group((0.1, 0.0), (0.9, 0.0)).has_signal
+    assert not group((0.5, 1.0), (1.0, 1.0)).has_signal
+    assert group((0.5, 0.0), (0.5, 1.0)).has_signal
 
 
 def test_hash64_is_splitmix64():

@@ -1,0 +1,97 @@
+"""The rows of a batch: from the collector to the ranks that work on them, as arrays.
+
+The first rank of each data-parallel replica asks for the rows of its replica's samples, and sends
+them to the other ranks of the replica, which know the samples' lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megafork.parallel.topology import Topology
+from megafork.rollout.messages import Connection
+from megafork.types import TokenTable
+
+_TOKEN_BYTES = 8
+_RUN_BYTES = 8
+"""A token's id and log-probability; a policy version and the number of tokens that it sampled"""
+_COLUMNS = {
+    "token_R": torch.int32,
+    "rollout_logprob_R": torch.float32,
+    "policy_version_R": torch.int32,
+}
+"""What is sent inside a replica, and as what: 12 bytes a row"""
+
+
+def fetch_rows(
+    table: TokenTable,
+    replica_B: Tensor,
+    step: int,
+    source: Connection | None,
+    topology: Topology,
+) -> TokenTable:
+    """Return the table with this replica's rows, those of the samples with replica_B == dp_rank.
+
+    table: what every rank knows of the batch; replica_B: int64, the data-parallel rank that is to
+    have a sample's rows, below 0 for none: the same on all ranks, and all call together. source:
+    the collector, of each replica's first rank. A response is in the loss mask as a whole or not at
+    all. Raises, on every rank, what asking raises.
+    """
+    wanted_B = replica_B == topology.dp_rank
+    lengths_B = table.response_lengths_B[wanted_B]
+    num_rows = int(lengths_B.sum())
+    columns: dict[str, Tensor] = {}
+
+    def ask() -> None:
+        if source is not None:
+            columns.update(_asked(source, step, table.uid_B[wanted_B], num_rows))
+
+    topology.on_every_rank(ask)
+    for name, dtype in _COLUMNS.items():
+        if source is None:
+            columns[name] = torch.empty(num_rows, dtype=dtype)
+        sent = _inside_replica(columns[name].to(topology.device), topology)
+        columns[name] = sent.to(getattr(table, name))
+    in_loss_B = (table.num_loss_tokens_B > 0)[wanted_B]
+    return table.with_rows(
+        wanted_B,
+        loss_mask_R=torch.from_numpy(np.repeat(in_loss_B.numpy(), lengths_B.numpy())),
+        advantage_R=torch.full((num_rows,), torch.nan),
+        **columns,
+    )
+
+
+def columns_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Return the columns of _COLUMNS that a message with rows holds."""
+    versions, counts = arrays["runs"].reshape(-1, 2).T
+    return {
+        "token_R": torch.from_numpy(arrays["token_ids"]),
+        "rollout_logprob_R": torch.from_numpy(arrays["logprobs"]),
+        "policy_version_R": torch.from_numpy(np.repeat(versions, counts)),
+    }
+
+
+def _asked(source: Connection, step: int, uid_B: Tensor, num_rows: int) -> dict[str, Tensor]:
+    answer, arrays = source.ask(
+        {"kind": "rows", "step": step},
+        {"uids": [uid_B.numpy()]},
+        most_bytes=(_TOKEN_BYTES + _RUN_BYTES) * num_rows + _RUN_BYTES * len(uid_B),
+    )
+    if answer["kind"] != "rows":
+        raise RuntimeError(f"rows of step {step}: {answer['cause']}")
+    return columns_of(arrays)
+
+
+def _inside_replica(column: Tensor, topology: Topology) -> Tensor:
+    """Return the first rank's column on all tp * pp * cp ranks of its replica."""
+    groups = topology.groups
+    if topology.cp_size > 1 and topology.tp_rank == topology.pp_rank == 0:
+        dist.broadcast(column, src=dist.get_global_rank(groups.cp, 0), group=groups.cp)
+    if topology.tp_size * topology.pp_size > 1:
+        dist.broadcast(column, src=dist.get_global_rank(groups.mp, 0), group=groups.mp)
+    return column

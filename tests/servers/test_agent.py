@@ -1,0 +1,137 @@
+"""Verifiers on other nodes: an agent there judges what the collector gives it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+
+import numpy as np
+import psutil
+import pytest
+
+from megafork.config import TrainConfig
+from megafork.config.file import load_config
+from megafork.data.prompts import Prompt
+from megafork.data.tokenizer import load_tokenizer
+from megafork.errors import UserError
+from megafork.rewards.verifier import Judge
+from megafork.rollout.agent import Agent
+from megafork.rollout.background import BackgroundLoop
+from megafork.rollout.judging import Judging, LocalVerifiers
+from megafork.rollout.messages import serve
+from megafork.sample import Sample
+from tests.helpers.commands import QUICKSTART
+from tests.helpers.rollout_servers import wait_for
+
+KEY = "of the run"
+HERE = socket.gethostname()
+
+
+class Node:
+    """A collector's judging with one worker here, and an agent with one worker."""
+
+    def __init__(self, stack, verifier, **reward):
+        settings = {"verifier": f"tests.helpers.verifiers:{verifier}", "workers": 1} | reward
+        overrides = [f"reward.{name}={value}" for name, value in settings.items()]
+        config = load_config(TrainConfig, QUICKSTART / "config.toml", overrides)
+        tokenizer = load_tokenizer(config, chat_template=False)
+        judge = stack.enter_context(Judge(config.reward))
+        self.judging = Judging(LocalVerifiers(tokenizer, judge), max_response_tokens=32)
+        self.notes = []
+        self.judging.note = self.notes.append
+        self.loop = stack.enter_context(BackgroundLoop())
+        serving = serve("127.0.0.1", KEY, self.judging.join, 1 << 20)
+        self.address = self.loop.submit(serving).result()
+        self.agent = stack.enter_context(Agent(config, self.address, KEY))
+        self.process = psutil.Process(self.agent._process.pid)
+        wait_for(lambda: len(self.judging._busy) == 2)
+
+    def judge(self, count, prompt="12>10:", answer="3"):
+        """A job that judges responses of 1 to `count` tokens."""
+        samples = [
+            Sample(uid, np.arange(3, 4 + uid), [-0.5] * (uid + 1), False) for uid in range(count)
+        ]
+        return self.loop.submit(self.judging(Prompt(0, prompt, answer, [3]), samples))
+
+
+@contextlib.contextmanager
+def node(verifier, **reward):
+    with contextlib.ExitStack() as stack:
+        yield Node(stack, verifier, **reward)
+
+
+def lengths(found, samples):
+    """Of the responses' texts."""
+    [local, *_] = found.judging._busy
+    return [len(local.tokenizer.decode(sample.token_ids)) for sample in samples]
+
+
+def test_both_nodes_judge_and_say_the_same():
+    with node("length_and_parent") as found:
+        samples = found.judge(40).result()
+        parents, said = zip(*(divmod(sample.reward, 1000) for sample in samples), strict=True)
+        assert set(parents) == {os.getpid(), found.process.pid}
+        assert list(said) == lengths(found, samples) and len(set(said)) > 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_node_loses_no_verdict(tmp_path, number):
+    """One that is stopped is lost when its rank closes it."""
+    with node("waits", timeout_s=600) as found:
+        job = found.judge(12, prompt=str(tmp_path))
+        wait_for(lambda: len(list(tmp_path.glob("begun-*"))) == 2)
+        workers = found.process.children()
+        found.process.send_signal(number)
+        if number == signal.SIGSTOP:
+            found.agent.close()
+        wait_for(lambda: found.notes)
+        (tmp_path / "go").touch()
+        samples = job.result()
+        assert [sample.reward for sample in samples] == lengths(found, samples)
+        [note] = found.notes
+        assert note.startswith(f"warning: the verifiers on {HERE} are lost, and others go on. ")
+        assert psutil.wait_procs(workers, timeout=20)[1] == []
+
+
+def test_a_verifiers_failures_and_complaints_are_told():
+    with node("sometimes_broken") as found:
+        samples = found.judge(30).result()
+        assert {sample.failure for sample in samples} == {None, "error"}
+        assert "error" in found.judging.judge.causes
+    with node("refuses") as found, pytest.raises(UserError, match="an answer that is no answer"):
+        found.judge(4).result()
+    with node("no_such_function") as found, pytest.raises(UserError, match="no_such_function"):
+        found.judge(4).result()
+
+
+@pytest.mark.parametrize("whose", ["its rank's", "the collector's"])
+def test_an_agent_ends_with_its_rank_and_with_the_collector(whose):
+    with node("length") as found:
+        found.judge(8).result()
+        family = [found.process, *found.process.children(recursive=True)]
+        assert len(family) == 2
+        if whose == "its rank's":
+            found.agent._process.stdin.close()
+        else:
+            [_, remote] = found.judging._busy
+            found.loop.submit(closed(remote)).result()
+        found.agent._process.wait(20)
+        assert psutil.wait_procs(family, timeout=20)[1] == []
+
+
+async def closed(remote):
+    remote._link.close()
+
+
+def test_an_agent_without_a_tokenizer_is_told(tmp_path):
+    with contextlib.ExitStack() as stack:
+        found = Node(stack, "length")
+        config = load_config(
+            TrainConfig, QUICKSTART / "config.toml", [f"tokenizer.path={tmp_path}"]
+        )
+        stack.enter_context(Agent(config, found.address, KEY))
+        wait_for(lambda: found.notes)
+        assert f"tokenizer.path={tmp_path} holds no tokenizer" in found.notes[0]
+        assert len(found.judge(4).result()) == 4

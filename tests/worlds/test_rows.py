@@ -1,0 +1,159 @@
+"""Rows of a batch go to the ranks that work on them; nothing depends on where those are."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+from megafork.config import ParallelConfig
+from megafork.rollout.background import BackgroundLoop
+from megafork.rollout.collector import RolloutBatch
+from megafork.rollout.messages import Connection, serve
+from megafork.sample import Group, Sample
+from megafork.training.rows import fetch_rows
+from megafork.types import known_table, token_table
+from tests.helpers import reference
+from tests.helpers.step import make_policy, make_table, whole_gradients
+from tools.benchmarks.ranks import run_ranks
+
+LAYOUTS = [
+    {},
+    {"dp": 2},
+    {"dp": 3},
+    {"tp": 2, "dp": 2},
+    {"pp": 2, "dp": 2},
+    {"tp": 2, "sequence_parallel": True, "cp": 2, "dp": 2},
+]
+KEY = "the run's key"
+
+
+def make_groups():
+    """The table of tests/helpers/step.py as groups; every third response is truncated."""
+    table = make_table()
+    samples = []
+    for b in range(table.num_samples):
+        rows = table.rows(b)
+        length = rows.stop - rows.start
+        versions = [(3, 0), (5, length // 2)] if b % 2 and length > 1 else []
+        samples.append(
+            Sample(
+                int(table.uid_B[b]),
+                table.token_R[rows].numpy(),
+                table.rollout_logprob_R[rows].numpy(),
+                truncated=b % 3 == 1,
+                reward=float(table.reward_B[b]),
+                versions=versions,
+            )
+        )
+    return [
+        Group(
+            int(index),
+            table.prompt((table.group_B == index).nonzero()[0, 0]).tolist(),
+            3,
+            [s for s, g in zip(samples, table.group_B.tolist(), strict=True) if g == index],
+        )
+        for index in table.group_B.unique()
+    ]
+
+
+def whole():
+    return token_table(make_groups(), overlong_filtering=True)
+
+
+def columns(table):
+    """Each held row by its key."""
+    rows = zip(
+        table.token_R.tolist(),
+        table.rollout_logprob_R.tolist(),
+        table.policy_version_R.tolist(),
+        table.loss_mask_R.tolist(),
+        strict=True,
+    )
+    return dict(zip(map(tuple, table.key_R.tolist()), rows, strict=True))
+
+
+@contextlib.contextmanager
+def served(topology):
+    """The connection to rank 0, which has the batch; None on ranks that do not ask."""
+    batch = RolloutBatch(groups=make_groups())
+
+    async def talk(hello, link):
+        assert hello["role"] == "rank"
+        while True:
+            asked, arrays = await link.receive()
+            assert asked["step"] == 7
+            await link.send({"kind": "rows"}, batch.rows(arrays["uids"].tolist()))
+
+    with contextlib.ExitStack() as stack:
+        address = topology.on_rank_zero(
+            lambda: (
+                stack.enter_context(BackgroundLoop())
+                .submit(serve("127.0.0.1", KEY, talk, 1 << 20))
+                .result()
+            )
+        )
+        source = None
+        if topology.is_replica_leader:
+            source = stack.enter_context(Connection(address, KEY, {"role": "rank"}))
+        yield source
+        topology.any_rank(False)  # rank 0 is there as long as others ask
+
+
+def one_update(folder, layout):
+    """With all rows on every rank, and with those that were fetched: rows and what came of them."""
+    policy = make_policy(folder, layout, micro_batch_tokens=40)
+    topology, found = policy.topology, []
+    known = known_table(make_groups(), overlong_filtering=True)
+    with served(topology) as source:
+        for is_fetched in (False, True):
+            table = whole()
+            if is_fetched:
+                replica_B = policy.replicas(table)
+                replica_B[7] = -1  # wanted by nobody
+                table = fetch_rows(known, replica_B, 7, source, topology)
+                assert table.held_B.equal(replica_B == topology.dp_rank)
+                rows = columns(table)
+                replica_B[7] = policy.replicas(whole())[7]
+                table = fetch_rows(known, replica_B, 7, source, topology)
+            advantage_R = make_table().advantage_R[whole().rows_of(table.held_B.nonzero()[:, 0])]
+            table = table.with_columns(advantage_R=advantage_R)
+            scores = policy.score(table)
+            [mask], selection = policy.select([table], [scores], step=1)
+            policy.accumulate_gradients(table, scores, mask)
+            found.append((table.key_R[scores.rows_N], mask, selection, whole_gradients(policy)))
+    return rows, found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_step_does_not_depend_on_where_the_rows_are(tmp_path, layout):
+    folder = reference.save_model(tmp_path / "model", tied=False, seed=3)
+    world = ParallelConfig(**layout).world_size
+    everything = columns(whole())
+    uid = int(whole().uid_B[7])
+    held = []
+    for rows, ((keys, mask, selection, gradients), ours) in run_ranks(
+        world, one_update, folder, layout
+    ):
+        assert rows.items() <= everything.items()
+        held += rows
+        assert torch.equal(ours[0], keys) and torch.equal(ours[1], mask)
+        assert (ours[2] is None) == (selection is None)
+        if selection is not None:
+            assert ours[2].threshold == selection.threshold
+            assert ours[2].num_total == selection.num_total
+        assert gradients.keys() == ours[3].keys()
+        assert all(torch.equal(g, ours[3][name]) for name, g in gradients.items())
+    times = ParallelConfig(**layout).model_parallel_size
+    wanted = [key for key in everything if key[0] != uid]
+    assert sorted(held) == sorted(wanted * times)
+
+
+def test_versions_are_those_of_each_token():
+    batch = RolloutBatch(groups=make_groups())
+    uids = [sample.uid for group in batch.groups for sample in group.samples]
+    runs = batch.rows(uids)["runs"][0].reshape(-1, 2)
+    assert np.repeat(*runs.T).tolist() == whole().policy_version_R.tolist()
+    assert {3, 5} == set(whole().policy_version_R.tolist())
