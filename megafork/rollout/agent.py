@@ -15,25 +15,21 @@ import subprocess
 import sys
 from typing import Any, Self
 
-from megafork.config import TrainConfig
-from megafork.data.prompts import Prompt
-from megafork.data.tokenizer import load_tokenizer
+from megafork.config import RewardConfig
 from megafork.errors import UserError
 from megafork.interruption import SIGNALS
 from megafork.rewards.verifier import Judge
-from megafork.rollout.judging import LocalVerifiers
-from megafork.rollout.messages import Arrays, Header, Link, connect
+from megafork.rollout.messages import Header, Link, connect
 
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
 _START += "from megafork.rollout.agent import main; main()"
-_MOST_BYTES = 1 << 30
 _END_S = 10.0
 
 
 class Agent:
     """The agent's process, as its rank sees it. Close it."""
 
-    def __init__(self, config: TrainConfig, address: tuple[str, int], key: str) -> None:
+    def __init__(self, config: RewardConfig, address: tuple[str, int], key: str) -> None:
         """address, key: the collector's."""
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, json.dumps(sys.path)],
@@ -79,47 +75,33 @@ async def _until_the_rank_ends(told: dict[str, Any]) -> None:
     end = asyncio.create_task(ended.wait())
     await asyncio.wait({work, end}, return_when=asyncio.FIRST_COMPLETED)
     work.cancel()
-    with contextlib.suppress(asyncio.CancelledError, EOFError, OSError):
+    with contextlib.suppress(asyncio.CancelledError, OSError):  # it could not connect
         await work
 
 
 async def _work(told: dict[str, Any]) -> None:
-    config = TrainConfig.model_validate(told["config"])
-    with Judge(config.reward) as judge:
+    with Judge(RewardConfig.model_validate(told["config"])) as judge:
         hello = {"role": "verifiers", "node": socket.gethostname(), "workers": judge.workers}
-        link = await connect(tuple(told["address"]), told["key"], hello, _MOST_BYTES)
-        try:
-            tokenizer = load_tokenizer(
-                config,
-                chat_template=config.data.chat_template,
-                enable_thinking=config.data.enable_thinking,
-            )
-        except UserError as error:
-            await link.send({"kind": "broken", "cause": str(error)})
-            return
-        await _judge_all(link, LocalVerifiers(tokenizer, judge))
+        link = await connect(tuple(told["address"]), told["key"], hello, most_bytes=0)
+        await _judge_all(link, judge)
 
 
-async def _judge_all(link: Link, verifiers: LocalVerifiers) -> None:
+async def _judge_all(link: Link, judge: Judge) -> None:
     complaints: list[str] = []
-    verifiers.judge.tell = complaints.append
-    async with asyncio.TaskGroup() as running:
+    judge.tell = complaints.append
+    running: set[asyncio.Task[None]] = set()
+    with contextlib.suppress(EOFError, OSError):  # the collector has ended
         while True:
-            question, arrays = await link.receive()
-            running.create_task(_answer(link, verifiers, question, arrays, complaints))
+            question, _ = await link.receive()
+            task = asyncio.create_task(_answer(link, judge, question, complaints))
+            running.add(task)
+            task.add_done_callback(running.discard)
 
 
-async def _answer(
-    link: Link,
-    verifiers: LocalVerifiers,
-    question: Header,
-    arrays: Arrays,
-    complaints: list[str],
-) -> None:
-    prompt = Prompt(-1, question["prompt"], question["answer"], [])
+async def _answer(link: Link, judge: Judge, question: Header, complaints: list[str]) -> None:
     answer: Header = {"kind": "verdict", "number": question["number"]}
     try:
-        verdict = await verifiers.verdict(prompt, arrays["token_ids"])
+        verdict = await judge(question["prompt"], question["response"], question["answer"])
         answer |= {"reward": verdict.reward, "accuracy": verdict.accuracy}
         answer["failure"] = verdict.failure
     except UserError as error:
@@ -127,4 +109,5 @@ async def _answer(
     except Exception as error:  # the collector raises it
         answer["error"] = f"{type(error).__name__}: {error}"
     told = complaints.pop() if complaints else ""
-    await link.send(answer | {"causes": verifiers.judge.causes, "told": told})
+    with contextlib.suppress(OSError):  # nobody waits for it
+        await link.send(answer | {"causes": judge.causes, "told": told})

@@ -1,4 +1,7 @@
-"""Verdicts on samples, by the verifiers of all nodes: each one goes to the node with most room."""
+"""Verdicts on samples, by the verifiers of all nodes: each one goes to the node with most room.
+
+Tokens become text here, in threads (1 us of CPU a token), so that other nodes need no tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +33,8 @@ class Verifiers(Protocol):
     workers: int
     """How many responses it judges at once"""
 
-    async def verdict(self, prompt: Prompt, token_ids: np.ndarray) -> Verdict:
-        """Judge one response. Raises UserError as `Judge`, NodeLost, and what broke the judge."""
-
-
-class LocalVerifiers:
-    """The verifiers of this process's node."""
-
-    def __init__(self, tokenizer: Tokenizer, judge: Judge) -> None:
-        self.tokenizer, self.judge, self.workers = tokenizer, judge, judge.workers
-
-    async def verdict(self, prompt: Prompt, token_ids: np.ndarray) -> Verdict:
-        text = await asyncio.to_thread(self.tokenizer.decode, token_ids)  # 1 us a token
-        return await self.judge(prompt.text, text, prompt.answer)
+    async def __call__(self, prompt: str, response: str, answer: str) -> Verdict:
+        """As `Judge`, and raises NodeLost."""
 
 
 class RemoteVerifiers:
@@ -55,16 +47,15 @@ class RemoteVerifiers:
         self._asked: dict[int, asyncio.Future[Header]] = {}
         self._lost: str | None = None
 
-    async def verdict(self, prompt: Prompt, token_ids: np.ndarray) -> Verdict:
+    async def __call__(self, prompt: str, response: str, answer: str) -> Verdict:
         if self._lost is not None:
             raise NodeLost(self._lost)
         number, answered = next(self._numbers), asyncio.get_running_loop().create_future()
         self._asked[number] = answered
-        question = {"kind": "judge", "number": number}
-        question |= {"prompt": prompt.text, "answer": prompt.answer}
+        question = {"prompt": prompt, "response": response, "answer": answer}
         try:
             try:
-                await self._link.send(question, {"token_ids": [token_ids]})
+                await self._link.send({"kind": "judge", "number": number} | question)
             except OSError as error:
                 raise NodeLost(f"connection lost: {error}") from error
             return self._read(await answered)
@@ -76,9 +67,8 @@ class RemoteVerifiers:
         try:
             while self._lost is None:
                 header, _ = await self._link.receive()
-                if header["kind"] == "broken":
-                    self._lost = header["cause"]
-                elif (answered := self._asked.get(header["number"])) and not answered.done():
+                answered = self._asked.get(header["number"])
+                if answered is not None and not answered.done():
                     answered.set_result(header)
         except (EOFError, OSError, ValueError) as error:
             self._lost = f"connection lost: {error}"
@@ -102,10 +92,11 @@ class RemoteVerifiers:
 class Judging:
     """Judges samples by this node's verifiers and those of nodes that `join`."""
 
-    def __init__(self, local: LocalVerifiers, max_response_tokens: int) -> None:
-        self.judge, self.max_response_tokens = local.judge, max_response_tokens
+    def __init__(self, tokenizer: Tokenizer, judge: Judge, max_response_tokens: int) -> None:
+        self.tokenizer, self.judge = tokenizer, judge
+        self.max_response_tokens = max_response_tokens
         self.note: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
-        self._busy: dict[Verifiers, int] = {local: 0}
+        self._busy: dict[Verifiers, int] = {judge: 0}
         """Of each node: responses that it judges or has waiting"""
 
     async def __call__(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Sample]:
@@ -114,11 +105,12 @@ class Judging:
 
     async def verdict(self, prompt: Prompt, token_ids: np.ndarray) -> Verdict:
         """Judge one response; where its node is lost, by another. Raises UserError as `Judge`."""
+        text = await asyncio.to_thread(self.tokenizer.decode, token_ids)
         while True:
             node = min(self._busy, key=lambda n: (self._busy[n] + 1) / n.workers)
             self._busy[node] += 1
             try:
-                return await node.verdict(prompt, token_ids)
+                return await node(prompt.text, text, prompt.answer)
             except NodeLost:
                 self._busy.pop(node, None)
             finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -35,6 +36,7 @@ class Link:
     ) -> None:
         self._reader, self._writer, self._most_bytes = reader, writer, most_bytes
         self._sending = asyncio.Lock()
+        _keep_alive(writer.get_extra_info("socket"))
 
     async def receive(self) -> tuple[Header, Arrays]:
         """Wait for a message. Raises EOFError or OSError at the end of the connection, and Damaged
@@ -45,7 +47,13 @@ class Link:
         return header, prefix.arrays(header, await self._reader.readexactly(prefix.arrays_bytes))
 
     async def send(self, header: Header, arrays: Pieces | None = None) -> None:
-        """Return when the message is on its way; arrays are not copied as a whole."""
+        """Return when the message is on its way; arrays are not copied as a whole.
+
+        It is sent to its end also where the caller is cancelled: half a message would be damage.
+        """
+        await asyncio.shield(self._send(header, arrays))
+
+    async def _send(self, header: Header, arrays: Pieces | None) -> None:
         async with self._sending:
             for part in encode(header, arrays or {}):
                 view = memoryview(part).cast("B")
@@ -102,7 +110,7 @@ class Connection:
     def __init__(self, address: tuple[str, int], key: str, hello: Header) -> None:
         self._socket = socket.create_connection(address, _CONNECT_S)
         self._socket.settimeout(None)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        _keep_alive(self._socket)
         self._send(hello | {"kind": "hello", "key": key}, {})
 
     def ask(
@@ -140,6 +148,15 @@ class Connection:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Have the end of a machine without a word found within a minute."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform.startswith("linux"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
 
 
 async def _hello(reader: asyncio.StreamReader) -> Header:

@@ -25,7 +25,7 @@ from megafork.rollout.collector import Collector, RolloutBatch
 from megafork.rollout.ends import stop_token_ids
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.journal import SUFFIX, Journal
-from megafork.rollout.judging import Judging, LocalVerifiers
+from megafork.rollout.judging import Judging
 from megafork.rollout.messages import Link, serve
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.step_journals import StepJournals
@@ -75,8 +75,8 @@ class Front:
             stop_token_ids=stop_token_ids(shape, self.tokenizer),
         )
         self.judge.tell = lambda text: self.log.note(text)
-        local = LocalVerifiers(self.tokenizer, self.judge)
-        self.judging = Judging(local, config.rollout.max_response_tokens)
+        longest = config.rollout.max_response_tokens
+        self.judging = Judging(self.tokenizer, self.judge, longest)
         self.judging.note = self._note_of_servers
         rows, heldout = read_both(config.data)
         self.data = identity(config.data, rows, heldout)
@@ -134,10 +134,14 @@ class Front:
             return await self.judging.join(hello, link)
         while True:
             asked, arrays = await link.receive()
-            if self.batch is None or asked["step"] != self.batch_step:
-                await link.send({"kind": "error", "cause": f"{self.batch_step} is trained on now"})
-                continue
-            await link.send({"kind": "rows"}, self.batch.rows(arrays["uids"].tolist()))
+            try:
+                if self.batch is None or asked["step"] != self.batch_step:
+                    raise ValueError(f"step {self.batch_step} is trained on now")
+                rows = self.batch.rows(arrays["uids"].tolist())
+            except Exception as error:  # the rank raises it
+                await link.send({"kind": "error", "cause": repr(error)})
+            else:
+                await link.send({"kind": "rows"}, rows)
 
     def collect(self, step: int, policy_version: int) -> TokenTable:
         """The batch that the current policy version trains on, without rows."""

@@ -77,7 +77,7 @@ def _train(
         if topology.is_replica_leader:
             rows = stack.enter_context(Connection(address, servers.key, {"role": "rank"}))
         if topology.rank != 0 and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            stack.enter_context(Agent(config, address, servers.key))
+            stack.enter_context(Agent(config.reward, address, servers.key))
         if not colocated:
             topology.whereabouts.enter("the start of the rollout servers")
             servers.wait_until_up(interruption)

@@ -19,7 +19,7 @@ from megafork.errors import UserError
 from megafork.rewards.verifier import Judge
 from megafork.rollout.agent import Agent
 from megafork.rollout.background import BackgroundLoop
-from megafork.rollout.judging import Judging, LocalVerifiers
+from megafork.rollout.judging import Judging
 from megafork.rollout.messages import serve
 from megafork.sample import Sample
 from tests.helpers.commands import QUICKSTART
@@ -38,13 +38,13 @@ class Node:
         config = load_config(TrainConfig, QUICKSTART / "config.toml", overrides)
         tokenizer = load_tokenizer(config, chat_template=False)
         judge = stack.enter_context(Judge(config.reward))
-        self.judging = Judging(LocalVerifiers(tokenizer, judge), max_response_tokens=32)
+        self.judging = Judging(tokenizer, judge, max_response_tokens=32)
         self.notes = []
         self.judging.note = self.notes.append
         self.loop = stack.enter_context(BackgroundLoop())
         serving = serve("127.0.0.1", KEY, self.judging.join, 1 << 20)
         self.address = self.loop.submit(serving).result()
-        self.agent = stack.enter_context(Agent(config, self.address, KEY))
+        self.agent = stack.enter_context(Agent(config.reward, self.address, KEY))
         self.process = psutil.Process(self.agent._process.pid)
         wait_for(lambda: len(self.judging._busy) == 2)
 
@@ -64,8 +64,7 @@ def node(verifier, **reward):
 
 def lengths(found, samples):
     """Of the responses' texts."""
-    [local, *_] = found.judging._busy
-    return [len(local.tokenizer.decode(sample.token_ids)) for sample in samples]
+    return [len(found.judging.tokenizer.decode(sample.token_ids)) for sample in samples]
 
 
 def test_both_nodes_judge_and_say_the_same():
@@ -117,21 +116,9 @@ def test_an_agent_ends_with_its_rank_and_with_the_collector(whose):
         else:
             [_, remote] = found.judging._busy
             found.loop.submit(closed(remote)).result()
-        found.agent._process.wait(20)
+        assert found.agent._process.wait(20) == 0
         assert psutil.wait_procs(family, timeout=20)[1] == []
 
 
 async def closed(remote):
     remote._link.close()
-
-
-def test_an_agent_without_a_tokenizer_is_told(tmp_path):
-    with contextlib.ExitStack() as stack:
-        found = Node(stack, "length")
-        config = load_config(
-            TrainConfig, QUICKSTART / "config.toml", [f"tokenizer.path={tmp_path}"]
-        )
-        stack.enter_context(Agent(config, found.address, KEY))
-        wait_for(lambda: found.notes)
-        assert f"tokenizer.path={tmp_path} holds no tokenizer" in found.notes[0]
-        assert len(found.judge(4).result()) == 4

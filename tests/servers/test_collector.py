@@ -17,7 +17,7 @@ from megafork.rollout.background import BackgroundLoop
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.collector import Collector
 from megafork.rollout.journal import Journal, read_step
-from megafork.rollout.judging import Judging, LocalVerifiers
+from megafork.rollout.judging import Judging
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.step_journals import StepJournals
 from megafork.training.telemetry import rollout_metrics
@@ -54,11 +54,10 @@ def make_collector(server, folder, verifier, reward=None, **rollout):
     reward = {"workers": 1} | (reward or {})
     judged = RewardConfig(verifier=f"{VERIFIERS}:{verifier}", environment=["MENDED"], **reward)
     JUDGES.append(Judge(judged))
-    local = LocalVerifiers(tokenizer, JUDGES[-1])
     return Collector(
         client=server.client(timeout_s=config.request_timeout_s),
         prompts=PromptStream(read_prompts(data.train, data, tokenizer.encode), seed=0),
-        judging=Judging(local, config.max_response_tokens),
+        judging=Judging(tokenizer, JUDGES[-1], config.max_response_tokens),
         journals=StepJournals(folder),
         rollout=config,
         sampling=Sampling(max_tokens=32, stop_token_ids=(1,)),

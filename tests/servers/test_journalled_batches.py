@@ -19,7 +19,7 @@ from megafork.rollout.background import BackgroundLoop
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.collector import Collector
 from megafork.rollout.journal import Journal, journal_path, read_step
-from megafork.rollout.judging import Judging, LocalVerifiers
+from megafork.rollout.judging import Judging
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.step_journals import StepJournals
 from megafork.sample import Group, Sample
@@ -47,7 +47,7 @@ def collecting(client, folder, verifier="by_spelling", **rollout):
         yield Collector(
             client=client,
             prompts=PromptStream(read_prompts(data.train, data, tokenizer.encode), seed=0),
-            judging=Judging(LocalVerifiers(tokenizer, judge), 32),
+            judging=Judging(tokenizer, judge, 32),
             journals=StepJournals(folder),
             rollout=config,
             sampling=Sampling(max_tokens=32, stop_token_ids=(1,)),
