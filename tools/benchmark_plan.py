@@ -158,19 +158,8 @@ def _small_memory() -> None:
 def _steps(config: TrainConfig, topology: Topology, folder: Path) -> list[float]:
     gc.collect()
     before = peak_from_here()
-    policy = Policy(
-        config.model.model_copy(update={"path": str(folder)}),
-        config.parallel,
-        topology,
-        training=config.training,
-        algorithm=config.algorithm,
-        forking=config.forking,
-        mismatch=config.mismatch,
-        kl=config.kl,
-        entropy_bonus=config.entropy_bonus,
-        max_response_tokens=config.rollout.max_response_tokens,
-        temperature=1.0,
-    )
+    model = config.model.model_copy(update={"path": str(folder)})
+    policy = Policy(config.model_copy(update={"model": model}), topology)
     number = num_micro_batches(config)
     # The first step makes the optimizer's moments.
     for table in (_table(config, policy.shape.vocab_size, n) for n in (1, number)):

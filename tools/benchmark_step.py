@@ -23,14 +23,7 @@ from benchmarks.measuring import Job, in_a_fork, memory, on_ranks, peak_from_her
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megafork.config import (
-    AlgorithmConfig,
-    EntropyBonusConfig,
     ForkingConfig,
-    KLConfig,
-    MismatchConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrainingConfig,
 )
 from megafork.ops.vocab_parallel import linear_logprob_and_entropy
 from megafork.parallel.ports import free_port
@@ -38,6 +31,7 @@ from megafork.parallel.topology import initialize
 from megafork.sample import Group, Sample
 from megafork.training.policy import Policy
 from megafork.types import TokenTable, token_table
+from tools.benchmarks.configs import learner_config
 
 RHOS = (1.0, 0.5, 0.2, 0.1)
 VOCAB = 151_936
@@ -101,20 +95,9 @@ def make_policy(folder: Path, tokens: int) -> Policy:
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
-    parallel = ParallelConfig()
-    return Policy(
-        ModelConfig(path=str(folder), dtype="float32"),
-        parallel,
-        initialize(parallel),
-        training=TrainingConfig(steps=1, micro_batch_tokens=tokens, warmup_steps=0),
-        algorithm=AlgorithmConfig(),
-        forking=ForkingConfig(),
-        mismatch=MismatchConfig(),
-        kl=KLConfig(),
-        entropy_bonus=EntropyBonusConfig(),
-        max_response_tokens=64,
-        temperature=1.0,
-    )
+    training = {"micro_batch_tokens": tokens, "warmup_steps": 0}
+    config = learner_config(folder, training=training, rollout={"max_response_tokens": 64})
+    return Policy(config, initialize(config.parallel))
 
 
 def time_steps(folder: Path, tokens: int, repeats: int) -> dict[float, dict[str, float]]:

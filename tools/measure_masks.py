@@ -20,7 +20,7 @@ from megafork.config.file import load_config
 from megafork.parallel.ports import free_port
 from megafork.parallel.topology import Topology, initialize
 from megafork.rollout.journal import read_step
-from megafork.training.run import make_policy
+from megafork.training.policy import Policy
 from megafork.types import TokenTable, token_table
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     one_rank = ["parallel.tp=1", "parallel.pp=1", "parallel.cp=1", "parallel.vpp=1"]
     settings = [*one_rank, "parallel.sequence_parallel=false", *arguments.settings]
     config = load_config(TrainConfig, arguments.run / "config.toml", settings)
-    policy = make_policy(config, join_alone(config))
+    policy = Policy(config, join_alone(config))
     shares: dict[int, list[float]] = {}
     moved: dict[int, list[float]] = {}
     for step in range(1, arguments.steps + 1):

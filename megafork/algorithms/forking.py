@@ -29,6 +29,8 @@ class Selection:
 
     mask_T: Tensor
     """bool: forking_mask, contained in the loss mask"""
+    rho: float
+    """the step's"""
     threshold: float
     """tau in nats, the smallest entropy in the top rho; the mean of the sequences' own for scope
     "sequence"; NaN where entropy decides nothing ("random", "all")"""
@@ -97,6 +99,7 @@ def select_tokens(
     by_entropy = config.select in ("top", "bottom")
     return Selection(
         mask_T=mask_T,
+        rho=rho,
         threshold=float(threshold_S[num_total_S > 0].mean()) if by_entropy else math.nan,
         num_kept=kept,
         num_wanted=wanted,

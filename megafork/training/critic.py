@@ -20,9 +20,7 @@ from megafork.algorithms.gae import (
 from megafork.config import (
     CriticConfig,
     ModelConfig,
-    ParallelConfig,
     TrainConfig,
-    TrainingConfig,
 )
 from megafork.data.packing import Pack
 from megafork.model.gpt import ValueHead, head_input
@@ -40,26 +38,18 @@ _OWN_SETTINGS = {"lr", "warmup_steps", "weight_decay", "grad_clip"}
 class Critic(Learner):
     """The policy's stack with a value head, in the policy's layout and with its packs."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        parallel: ParallelConfig,
-        topology: Topology,
-        *,
-        training: TrainingConfig,
-        critic: CriticConfig,
-        whiten: bool,
-    ) -> None:
+    def __init__(self, config: TrainConfig, topology: Topology) -> None:
+        """Collective."""
         super().__init__(
-            critic_model(model, critic),
-            parallel,
+            critic_model(config.model, config.critic),
+            config.parallel,
             topology,
-            micro_batch_tokens=training.micro_batch_tokens,
+            micro_batch_tokens=config.training.micro_batch_tokens,
             head="value",
         )
-        self.config, self.whiten = critic, whiten
-        own = critic.model_dump(include=_OWN_SETTINGS)
-        self.start_learning(training.model_copy(update=own), name="the critic")
+        self.config, self.whiten = config.critic, config.algorithm.normalize_advantage
+        own = config.critic.model_dump(include=_OWN_SETTINGS)
+        self.start_learning(config.training.model_copy(update=own), name="the critic")
 
     def values(self, table: TokenTable) -> Tensor:
         """float32 [R]: what each row's state is worth, 0 outside this replica's micro-batches.
@@ -161,20 +151,6 @@ class Critic(Learner):
 def critic_model(model: ModelConfig, critic: CriticConfig) -> ModelConfig:
     """The model's settings with the folder that the critic starts from; its head is float32."""
     return model.model_copy(update={"path": critic.path or model.path, "float32_head": False})
-
-
-def make_critic(config: TrainConfig, topology: Topology) -> Critic | None:
-    """The critic that the config asks for, loaded."""
-    if config.algorithm.advantages != "gae":
-        return None
-    return Critic(
-        config.model,
-        config.parallel,
-        topology,
-        training=config.training,
-        critic=config.critic,
-        whiten=config.algorithm.normalize_advantage,
-    )
 
 
 @dataclass(frozen=True)

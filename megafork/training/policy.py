@@ -10,16 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafork.algorithms import forking, losses, regularizers
-from megafork.config import (
-    AlgorithmConfig,
-    EntropyBonusConfig,
-    ForkingConfig,
-    KLConfig,
-    MismatchConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrainingConfig,
-)
+from megafork.config import TrainConfig
 from megafork.data.packing import Pack
 from megafork.model.scorer import Scorer, Scores
 from megafork.parallel.topology import Topology
@@ -45,41 +36,27 @@ _SUMS = (
 
 
 class Policy(Scorer, Learner):
-    """A Scorer that learns."""
+    """A Scorer that learns, with the weights of model.path."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        parallel: ParallelConfig,
-        topology: Topology,
-        *,
-        training: TrainingConfig,
-        algorithm: AlgorithmConfig,
-        forking: ForkingConfig,
-        mismatch: MismatchConfig,
-        kl: KLConfig,
-        entropy_bonus: EntropyBonusConfig,
-        max_response_tokens: int,
-        temperature: float,
-    ) -> None:
+    def __init__(self, config: TrainConfig, topology: Topology) -> None:
+        """Collective."""
         super().__init__(
-            model,
-            parallel,
+            config.model,
+            config.parallel,
             topology,
-            micro_batch_tokens=training.micro_batch_tokens,
-            temperature=temperature,
-            entropy_temperature=forking.entropy_temperature,
+            micro_batch_tokens=config.training.micro_batch_tokens,
+            temperature=config.rollout.temperature,
+            entropy_temperature=config.forking.entropy_temperature,
         )
-        self.start_learning(training)
-        self.algorithm = algorithm
-        self.forking = forking
-        self.mismatch = mismatch
-        self.kl, self.entropy_bonus = kl, entropy_bonus
-        self.max_response_tokens = max_response_tokens
-        self.boundary_eps = BOUNDARY_EPS[model.dtype]
+        self.start_learning(config.training)
+        self.algorithm, self.forking = config.algorithm, config.forking
+        self.mismatch, self.kl = config.mismatch, config.kl
+        self.entropy_bonus = config.entropy_bonus
+        self.max_response_tokens = config.rollout.max_response_tokens
+        self.boundary_eps = BOUNDARY_EPS[config.model.dtype]
         self.reference: Reference | None = None
-        if kl.coefficient or forking.compare_every:
-            self.reference = Reference(self, kl.reference or model.path)
+        if config.kl.coefficient or config.forking.compare_every:
+            self.reference = Reference(self, config.kl.reference or config.model.path)
 
     def export_shards(self) -> Iterator[tuple[str, Tensor]]:
         """As of `Scorer`. Not while the weights are put away."""

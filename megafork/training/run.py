@@ -15,7 +15,7 @@ from megafork.parallel.topology import Topology, initialize, shutdown
 from megafork.rollout.agent import Agent
 from megafork.rollout.engine import host_of
 from megafork.rollout.messages import Connection
-from megafork.training.critic import Critic, make_critic
+from megafork.training.critic import Critic
 from megafork.training.front import Front
 from megafork.training.policy import Policy
 from megafork.training.run_dir import open_run_dir
@@ -59,8 +59,8 @@ def _train(
             servers.wait_until_up(interruption)
             servers.put_to_sleep(interruption)
         topology.whereabouts.enter("the loading of the model")
-        policy = make_policy(config, topology)
-        critic = make_critic(config, topology)
+        policy = Policy(config, topology)
+        critic = Critic(config, topology) if config.algorithm.advantages == "gae" else None
         state = _load_newest(store, policy, critic) if resume else None
         front: Front | None = None
 
@@ -98,23 +98,6 @@ def _train(
         if state is not None:
             trainer.restore(state)
         trainer.run()
-
-
-def make_policy(config: TrainConfig, topology: Topology) -> Policy:
-    """The policy of a run, with the weights of model.path. Collective."""
-    return Policy(
-        config.model,
-        config.parallel,
-        topology,
-        training=config.training,
-        algorithm=config.algorithm,
-        forking=config.forking,
-        mismatch=config.mismatch,
-        kl=config.kl,
-        entropy_bonus=config.entropy_bonus,
-        max_response_tokens=config.rollout.max_response_tokens,
-        temperature=config.rollout.temperature,
-    )
 
 
 def _load_newest(

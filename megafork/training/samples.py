@@ -136,7 +136,7 @@ def _response(
     table = done.tables[one.minibatch]
     has_entropies = done.scores[one.minibatch].has_entropies
     in_loss_R = tokens.in_loss_R.bool()
-    threshold = _threshold(done, one, forking, tokens.entropy_R.float(), in_loss_R, step)
+    threshold = _threshold(done, one, forking, tokens.entropy_R.float(), in_loss_R)
     advantage = float(tokens.advantage_R.mean())
     return {
         "step": step,
@@ -162,17 +162,16 @@ def _threshold(
     forking: ForkingConfig,
     entropy_R: Tensor,
     in_loss_R: Tensor,
-    step: int,
 ) -> float:
     """NaN where there is none; with scope = "sequence" the selection knows only their mean."""
     if forking.scope == "batch":
         return done.selections[0].threshold
-    threshold = done.selections[one.minibatch].threshold
-    if forking.scope == "minibatch" or math.isnan(threshold):
-        return threshold
+    selection = done.selections[one.minibatch]
+    if forking.scope == "minibatch" or math.isnan(selection.threshold):
+        return selection.threshold
     if not in_loss_R.any():
         return math.nan
-    return float(top_fraction_threshold(entropy_R, in_loss_R, forking.rho_at(step)).threshold)
+    return float(top_fraction_threshold(entropy_R, in_loss_R, selection.rho).threshold)
 
 
 def _shortest(values: Tensor) -> list[float]:

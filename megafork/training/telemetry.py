@@ -49,6 +49,7 @@ _FAILURES = {
 }
 _LARGEST = "mismatch/max_difference"
 _OF_SELECTION = (
+    "forking/rho",
     "entropy/threshold",
     "forking/kept_fraction",
     "forking/wanted_fraction",
@@ -170,6 +171,7 @@ def _largest(values: Tensor, topology: Topology) -> float:
 def _selection_metrics(selections: Sequence[Selection]) -> dict[str, float]:
     num_total = max(sum(s.num_total for s in selections), 1)
     values = (
+        selections[0].rho,
         sum(s.threshold for s in selections) / len(selections),
         sum(s.num_kept for s in selections) / num_total,
         sum(s.num_wanted for s in selections) / num_total,

@@ -188,7 +188,7 @@ class Trainer:
             self.front.report_tokens(step, report)
         self._keep_entropies(done, step)
         metrics = self._metrics(done, known, clock, started=started, trained_by=trained_by)
-        return metrics | {"lr": lr, "forking/rho": config.forking.rho_at(step)}, clock
+        return metrics | {"lr": lr}, clock
 
     def _keep_entropies(self, done: Optimized, step: int) -> None:
         config, topology = self.config, self.topology

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForTokenClassification, Qwen3Config
 
-from megafork.config import CriticConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megafork.config import CriticConfig
 from megafork.training.critic import Critic, estimate_advantages
 from megafork.types import token_table
 from tests.helpers import reference
 from tests.helpers.step import RHO, make_policy, perturbation, score_all, whole_gradients
+from tools.benchmarks.configs import learner_config
 
 CLIP = 0.3
 
@@ -57,15 +58,15 @@ def make_ppo_table(seed=5):
 
 
 def make_critic(path, layout, topology, *, dtype="float32", whiten=True, critic=None, **training):
-    settings = {"steps": 1, "micro_batch_tokens": 128} | training
-    return Critic(
-        ModelConfig(path=str(path), dtype=dtype),
-        ParallelConfig(**layout),
-        topology,
-        training=TrainingConfig(**settings),
-        critic=CriticConfig(**({"warmup_steps": 0, "grad_clip": 1e9} | (critic or {}))),
-        whiten=whiten,
+    config = learner_config(
+        path,
+        parallel=layout,
+        model={"dtype": dtype},
+        training={"micro_batch_tokens": 128} | training,
+        algorithm={"normalize_advantage": whiten},
+        critic={"warmup_steps": 0, "grad_clip": 1e9} | (critic or {}),
     )
+    return Critic(config, topology)
 
 
 def shift(rows):

@@ -12,20 +12,14 @@ import torch
 
 from megafork.algorithms.advantages import group_relative_advantages
 from megafork.config import (
-    AlgorithmConfig,
-    EntropyBonusConfig,
-    ForkingConfig,
-    KLConfig,
-    MismatchConfig,
-    ModelConfig,
     ParallelConfig,
-    TrainingConfig,
 )
 from megafork.model.weights import export_weights
 from megafork.parallel.topology import initialize
 from megafork.training.policy import Policy
 from megafork.types import token_table
 from tests.helpers import reference
+from tools.benchmarks.configs import learner_config
 from tools.benchmarks.ranks import run_ranks
 
 RHO, CLIP_LOW, CLIP_HIGH = 0.2, 0.2, 0.28
@@ -56,23 +50,19 @@ def make_policy(
     entropy_bonus=None,
     **training,
 ):
-    parallel = ParallelConfig(**layout)
-    settings = {"steps": 1, "micro_batch_tokens": 128, "warmup_steps": 0} | training
-    return Policy(
-        ModelConfig(path=str(folder), dtype=dtype, **(model or {})),
-        parallel,
-        initialize(parallel),
-        training=TrainingConfig(**settings),
-        algorithm=AlgorithmConfig(
-            **({"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH} | (algorithm or {}))
-        ),
-        forking=ForkingConfig(**({"rho": RHO} | (forking or {}))),
-        mismatch=MismatchConfig(**(mismatch or {})),
-        kl=KLConfig(**(kl or {})),
-        entropy_bonus=EntropyBonusConfig(**(entropy_bonus or {})),
-        max_response_tokens=MAX_RESPONSE_TOKENS,
-        temperature=1.0,
+    config = learner_config(
+        folder,
+        parallel=layout,
+        model={"dtype": dtype} | (model or {}),
+        training={"micro_batch_tokens": 128, "warmup_steps": 0} | training,
+        algorithm={"clip_low": CLIP_LOW, "clip_high": CLIP_HIGH} | (algorithm or {}),
+        forking={"rho": RHO} | (forking or {}),
+        mismatch=mismatch or {},
+        kl=kl or {},
+        entropy_bonus=entropy_bonus or {},
+        rollout={"max_response_tokens": MAX_RESPONSE_TOKENS},
     )
+    return Policy(config, initialize(config.parallel))
 
 
 def one_step(folder, layout, settings, mutate=None):

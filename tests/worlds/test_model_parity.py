@@ -10,14 +10,8 @@ import pytest
 import torch
 
 from megafork.config import (
-    AlgorithmConfig,
-    EntropyBonusConfig,
-    ForkingConfig,
-    KLConfig,
-    MismatchConfig,
     ModelConfig,
     ParallelConfig,
-    TrainingConfig,
 )
 from megafork.model.gpt import (
     head_input,
@@ -31,6 +25,7 @@ from megafork.parallel.topology import initialize
 from megafork.training.policy import Policy
 from megafork.types import token_table
 from tests.helpers import reference
+from tools.benchmarks.configs import learner_config
 from tools.benchmarks.ranks import run_ranks
 
 LAYOUTS = {
@@ -59,20 +54,13 @@ def model_folder(tmp_path_factory):
 
 
 def make_policy(folder, layout, **model):
-    parallel = ParallelConfig(**layout)
-    return Policy(
-        ModelConfig(path=str(folder), dtype="float32", **model),
-        parallel,
-        initialize(parallel),
-        training=TrainingConfig(steps=1, micro_batch_tokens=64, grad_clip=1e9),
-        algorithm=AlgorithmConfig(),
-        forking=ForkingConfig(),
-        mismatch=MismatchConfig(),
-        kl=KLConfig(),
-        entropy_bonus=EntropyBonusConfig(),
-        max_response_tokens=64,
-        temperature=1.0,
+    config = learner_config(
+        folder,
+        parallel=layout,
+        model=model,
+        training={"micro_batch_tokens": 64, "grad_clip": 1e9},
     )
+    return Policy(config, initialize(config.parallel))
 
 
 def logits_and_gradients(folder, layout, model):
