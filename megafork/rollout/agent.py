@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from typing import Any, Self
 
 from megafork.config import RewardConfig
@@ -75,27 +76,41 @@ async def _until_the_rank_ends(told: dict[str, Any]) -> None:
     end = asyncio.create_task(ended.wait())
     await asyncio.wait({work, end}, return_when=asyncio.FIRST_COMPLETED)
     work.cancel()
-    with contextlib.suppress(asyncio.CancelledError, OSError):  # it could not connect
+    with contextlib.suppress(asyncio.CancelledError):
         await work
 
 
 async def _work(told: dict[str, Any]) -> None:
     with Judge(RewardConfig.model_validate(told["config"])) as judge:
         hello = {"role": "verifiers", "node": socket.gethostname(), "workers": judge.workers}
-        link = await connect(tuple(told["address"]), told["key"], hello, most_bytes=0)
+        try:
+            link = await connect(tuple(told["address"]), told["key"], hello, most_bytes=0)
+        except OSError as error:
+            where = ":".join(map(str, told["address"]))
+            cause = f"rank 0 is not to be reached at {where} ({error})"
+            print(f"warning: other nodes judge alone: {cause}", file=sys.stderr, flush=True)
+            return
         await _judge_all(link, judge)
 
 
 async def _judge_all(link: Link, judge: Judge) -> None:
     complaints: list[str] = []
     judge.tell = complaints.append
-    running: set[asyncio.Task[None]] = set()
+    running: dict[int, asyncio.Task[None]] = {}
     with contextlib.suppress(EOFError, OSError):  # the collector has ended
         while True:
-            question, _ = await link.receive()
-            task = asyncio.create_task(_answer(link, judge, question, complaints))
-            running.add(task)
-            task.add_done_callback(running.discard)
+            asked, _ = await link.receive()
+            number = asked["number"]
+            if asked["kind"] == "forget":
+                if number in running:
+                    running[number].cancel()
+                continue
+            running[number] = asyncio.create_task(_answer(link, judge, asked, complaints))
+            running[number].add_done_callback(partial(_forget, running, number))
+
+
+def _forget(running: dict[int, asyncio.Task[None]], number: int, ended: object) -> None:
+    del running[number]
 
 
 async def _answer(link: Link, judge: Judge, question: Header, complaints: list[str]) -> None:

@@ -167,6 +167,11 @@ class Collector:
         batch.groups = admitted[:wanted]
         surplus = admitted[wanted:] if self.rollout.surplus == "carry" else []
         self.carried = [group for group in surplus if group.is_finite]
+        kept = {group.prompt_index for group in batch.groups + self.carried}
+        batch.generated = [
+            group if group.prompt_index in kept else group.without_tokens()
+            for group in batch.generated
+        ]
         batch.state = self.state()
         batch.num_generated_tokens = self.tally.tokens
         batch.seconds = time.monotonic() - started

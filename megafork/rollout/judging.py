@@ -1,11 +1,12 @@
 """Verdicts on samples, by the verifiers of all nodes: each one goes to the node with most room.
 
-Tokens become text here, in threads (1 us of CPU a token), so that other nodes need no tokenizer.
+Tokens become text here (1 us of CPU a token), so that other nodes need no tokenizer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -45,12 +46,14 @@ class RemoteVerifiers:
         self._link, self._judge = link, judge
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[Header]] = {}
+        self._telling: set[asyncio.Task[None]] = set()
         self._lost: str | None = None
 
     async def __call__(self, prompt: str, response: str, answer: str) -> Verdict:
         if self._lost is not None:
             raise NodeLost(self._lost)
-        number, answered = next(self._numbers), asyncio.get_running_loop().create_future()
+        number = next(self._numbers)
+        answered: asyncio.Future[Header] = asyncio.get_running_loop().create_future()
         self._asked[number] = answered
         question = {"prompt": prompt, "response": response, "answer": answer}
         try:
@@ -59,19 +62,30 @@ class RemoteVerifiers:
             except OSError as error:
                 raise NodeLost(f"connection lost: {error}") from error
             return self._read(await answered)
+        except asyncio.CancelledError:
+            task = asyncio.create_task(self._forget(number))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+            raise
         finally:
             del self._asked[number]
+            if not answered.cancel() and not answered.cancelled():
+                answered.exception()  # or asyncio complains that nobody has looked
+
+    async def _forget(self, number: int) -> None:
+        with contextlib.suppress(OSError):
+            await self._link.send({"kind": "forget", "number": number})
 
     async def hear(self) -> str:
         """Take the agent's answers until the connection ends. Returns why it ended."""
         try:
-            while self._lost is None:
+            while True:
                 header, _ = await self._link.receive()
                 answered = self._asked.get(header["number"])
                 if answered is not None and not answered.done():
                     answered.set_result(header)
-        except (EOFError, OSError, ValueError) as error:
-            self._lost = f"connection lost: {error}"
+        except Exception as error:  # its end, or an answer that is none
+            self._lost = f"connection lost: {error!r}"
         for answered in self._asked.values():
             if not answered.done():
                 answered.set_exception(NodeLost(self._lost))

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Self
 
 import numpy as np
 
 from megafork.frames import PREFIX_BYTES, Damaged, Prefix, encode
 
+_log = logging.getLogger(__name__)
 Header = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 Pieces = Mapping[str, Sequence[np.ndarray]]
@@ -65,9 +68,10 @@ class Link:
         self._writer.close()
 
 
-async def serve(
-    host: str, key: str, talk: Callable[[Header, Link], Awaitable[None]], most_bytes: int
-) -> tuple[str, int]:
+Talk = Callable[[Header, Link], Awaitable[None]]
+
+
+async def serve(host: str, key: str, talk: Talk, most_bytes: int) -> tuple[str, int]:
     """Listen on the running event loop, for as long as it runs. Returns the address.
 
     talk: is called with the hello of each caller that knows the key, and the connection, which is
@@ -76,11 +80,10 @@ async def serve(
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            header = await asyncio.wait_for(_hello(reader), _HELLO_S)
-            if hmac.compare_digest(str(header.pop("key", "")).encode(), key.encode()):
-                await talk(header, Link(reader, writer, most_bytes))
-        except (EOFError, OSError, ValueError, TimeoutError):
-            pass  # a stranger, or one whose process has ended
+            with suppress(EOFError, OSError, ValueError):  # a stranger
+                header = await asyncio.wait_for(_hello(reader), _HELLO_S)
+                if hmac.compare_digest(str(header.pop("key", "")).encode(), key.encode()):
+                    await _talk(talk, header, Link(reader, writer, most_bytes))
         finally:
             writer.close()
 
@@ -150,6 +153,16 @@ class Connection:
         self.close()
 
 
+async def _talk(talk: Talk, hello: Header, link: Link) -> None:
+    """Talk until the other end hangs up; whatever else ends it is a fault, and told."""
+    try:
+        await talk(hello, link)
+    except (EOFError, OSError):
+        pass
+    except Exception as error:
+        _log.warning("hung up on %s: %r", hello.get("role", "a caller"), error)
+
+
 def _keep_alive(connection: socket.socket) -> None:
     """Have the end of a machine without a word found within a minute."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -157,6 +170,7 @@ def _keep_alive(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)  # ms
 
 
 async def _hello(reader: asyncio.StreamReader) -> Header:

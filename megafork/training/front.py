@@ -104,6 +104,7 @@ class Front:
         fleet.note = self._note_of_servers
         self.batch: RolloutBatch | None = None
         self.batch_step = 0
+        self._ends_are_expected = False
         self._told_failures: set[str] = set()
         self._background = BackgroundLoop()
         self._background.__enter__()
@@ -146,6 +147,7 @@ class Front:
     def collect(self, step: int, policy_version: int) -> TokenTable:
         """The batch that the current policy version trains on, without rows."""
         self.interruption.check()
+        self.batch = None  # its tokens were trained on
         self._collect_ahead(step, 0, policy_version)
         with self._telling(f"step {step:>4}", lambda: self.collector.tally):
             self.batch, self.batch_step = self._wait(self._ahead[step]), step
@@ -283,8 +285,13 @@ class Front:
             f"new ones did not do: {death}"
         )
 
+    def expect_ends(self) -> None:
+        """Tell no more of servers and verifiers that end: nothing is generated from here on."""
+        self._ends_are_expected = True
+
     def _note_of_servers(self, text: str) -> None:
-        if self.interruption.received is None:  # a signal may have ended them too
+        # A signal may have ended them too.
+        if not self._ends_are_expected and self.interruption.received is None:
             self.log.note(text)
 
     def report_tokens(self, step: int, report: dict[str, Any] | None) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megafork.errors import UserError
 from megafork.parallel.topology import Topology
 from megafork.rollout.messages import Connection
 from megafork.types import TokenTable
@@ -40,7 +41,7 @@ def fetch_rows(
     table: what every rank knows of the batch; replica_B: int64, the data-parallel rank that is to
     have a sample's rows, below 0 for none: the same on all ranks, and all call together. source:
     the collector, of each replica's first rank. A response is in the loss mask as a whole or not at
-    all. Raises, on every rank, what asking raises.
+    all. Raises UserError, on every rank, where one does not get its rows.
     """
     wanted_B = replica_B == topology.dp_rank
     lengths_B = table.response_lengths_B[wanted_B]
@@ -77,14 +78,20 @@ def columns_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def _asked(source: Connection, step: int, uid_B: Tensor, num_rows: int) -> dict[str, Tensor]:
-    answer, arrays = source.ask(
-        {"kind": "rows", "step": step},
-        {"uids": [uid_B.numpy()]},
-        most_bytes=(_TOKEN_BYTES + _RUN_BYTES) * num_rows + _RUN_BYTES * len(uid_B),
-    )
-    if answer["kind"] != "rows":
-        raise RuntimeError(f"rows of step {step}: {answer['cause']}")
-    return columns_of(arrays)
+    try:
+        answer, arrays = source.ask(
+            {"kind": "rows", "step": step},
+            {"uids": [uid_B.numpy()]},
+            most_bytes=(_TOKEN_BYTES + _RUN_BYTES) * num_rows + _RUN_BYTES * len(uid_B),
+        )
+        if answer["kind"] != "rows":
+            raise ValueError(answer["cause"])
+        columns = columns_of(arrays)
+        if any(len(column) != num_rows for column in columns.values()):
+            raise ValueError(f"not {num_rows} rows, but {[len(c) for c in columns.values()]}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"rank 0 did not give the rows of step {step}: {error}") from error
+    return columns
 
 
 def _inside_replica(column: Tensor, topology: Topology) -> Tensor:

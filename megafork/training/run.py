@@ -10,6 +10,7 @@ from typing import Any
 from megafork.checkpoint.store import CheckpointStore
 from megafork.config import TrainConfig
 from megafork.config.file import settings_of
+from megafork.errors import UserError
 from megafork.interruption import Interruption
 from megafork.parallel.topology import Topology, initialize, shutdown
 from megafork.rollout.agent import Agent
@@ -73,11 +74,22 @@ def _train(
             return front.address
 
         address = topology.on_rank_zero(open_front)
-        rows = None
-        if topology.is_replica_leader:
-            rows = stack.enter_context(Connection(address, servers.key, {"role": "rank"}))
-        if topology.rank != 0 and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            stack.enter_context(Agent(config.reward, address, servers.key))
+        rows: Connection | None = None
+
+        def connect() -> None:
+            nonlocal rows
+            try:
+                if topology.is_replica_leader:
+                    rows = stack.enter_context(Connection(address, servers.key, {"role": "rank"}))
+                if topology.rank != 0 and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+                    stack.enter_context(Agent(config.reward, address, servers.key))
+            except OSError as error:
+                raise UserError(
+                    f"rank 0 is not to be reached at {address[0]}:{address[1]} ({error}): every "
+                    "node of the run needs a way to the ports that rank 0 opens"
+                ) from error
+
+        topology.on_every_rank(connect)
         if not colocated:
             topology.whereabouts.enter("the start of the rollout servers")
             servers.wait_until_up(interruption)

@@ -93,6 +93,7 @@ class Trainer:
             self._steps()
         except Interrupted:
             raise Interrupted(self._leave()) from None
+        self._on_front(Front.expect_ends)
         self.store.finish()
         self._export()
 
@@ -127,6 +128,7 @@ class Trainer:
 
     def _leave(self) -> str:
         """Save what was learnt since the last checkpoint; says what to do next."""
+        self._on_front(Front.expect_ends)
         if self._saved_step != self.steps_done:
             self._save(self.steps_done)
         self.store.finish()

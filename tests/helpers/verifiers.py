@@ -82,7 +82,7 @@ def hangs_in_the_folder(prompt: str, response: str, answer: str) -> float:
 
 def waits(prompt: str, response: str, answer: str) -> float:
     """Until there is a file "go" in the folder `prompt`; leaves one that it has begun."""
-    Path(prompt, f"begun-{os.getpid()}").touch()
+    Path(prompt, f"begun-{time.monotonic_ns()}").touch()
     while not Path(prompt, "go").exists():
         time.sleep(0.01)
     return float(len(response))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+from concurrent.futures import CancelledError
 
 import numpy as np
 import psutil
@@ -92,6 +93,25 @@ def test_a_lost_node_loses_no_verdict(tmp_path, number):
         [note] = found.notes
         assert note.startswith(f"warning: the verifiers on {HERE} are lost, and others go on. ")
         assert psutil.wait_procs(workers, timeout=20)[1] == []
+
+
+def test_verdicts_that_are_given_up_are_not_made(tmp_path):
+    """Both nodes have one under way and five waiting, which would come first."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    with node("waits", timeout_s=600) as found:
+        job = found.judge(12, prompt=str(first))
+        wait_for(lambda: len(list(first.glob("begun-*"))) == 2)
+        job.cancel()
+        with contextlib.suppress(CancelledError):
+            job.result()
+        wait_for(lambda: set(found.judging._busy.values()) == {0})
+        for folder in (first, second):
+            (folder / "go").touch()
+        assert len(found.judge(12, prompt=str(second)).result()) == 12
+    assert len(list(second.glob("begun-*"))) == 12
+    assert len(list(first.glob("begun-*"))) == 2
 
 
 def test_a_verifiers_failures_and_complaints_are_told():
