@@ -81,8 +81,7 @@ def select_tokens(
     among_T = torch.ones_like(loss_mask_T) if config.population == "response" else loss_mask_T
     rho = config.rho_at(step)
     threshold_S, num_top_S, k_S, num_total_S = scope.thresholds(values_T, among_T, rho)
-    threshold_T = threshold_S[scope.ids_T]
-    top_T = among_T & (values_T >= threshold_T)
+    top_T = among_T & (values_T >= (threshold_T := threshold_S[scope.ids_T]))
     if config.ties == "hash" and bool((num_top_S > k_S).any()):
         tied_T = among_T & (values_T == threshold_T)
         missing_S = k_S - (num_top_S - scope.count(tied_T))

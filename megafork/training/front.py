@@ -63,21 +63,15 @@ class Front:
         self.config, self.client, self.interruption = config, fleet, interruption
         self.run_dir = Path(config.run.dir)
         self.skipped_dir = self.run_dir / SKIPPED
-        self.tokenizer = load_tokenizer(
-            config,
-            chat_template=config.data.chat_template,
-            enable_thinking=config.data.enable_thinking,
-        )
+        chat, thinking = config.data.chat_template, config.data.enable_thinking
+        self.tokenizer = load_tokenizer(config, chat_template=chat, enable_thinking=thinking)
         self.judge = Judge(config.reward)
         self.sampling = Sampling(
             temperature=config.rollout.temperature,
             max_tokens=config.rollout.max_response_tokens,
             stop_token_ids=stop_token_ids(shape, self.tokenizer),
         )
-        self.judge.tell = lambda text: self.log.note(text)
-        longest = config.rollout.max_response_tokens
-        self.judging = Judging(self.tokenizer, self.judge, longest)
-        self.judging.note = self._note_of_servers
+        self.judging = self._judging()
         rows, heldout = read_both(config.data)
         self.data = identity(config.data, rows, heldout)
         """What a checkpoint keeps of the data"""
@@ -114,7 +108,18 @@ class Front:
         """Where the rows of a batch are to be had, and where nodes with verifiers join"""
         self.state = self.collector.state()
         """The collector's when the current step's batch was full, for a checkpoint"""
-        for path in self.skipped_dir.glob("step_*"):  # steps that will be done again
+        self._forget_skipped_after(steps_done)
+
+    def _judging(self) -> Judging:
+        self.judge.tell = lambda text: self.log.note(text)
+        longest = self.config.rollout.max_response_tokens
+        judging = Judging(self.tokenizer, self.judge, longest)
+        judging.note = self._note_of_servers
+        return judging
+
+    def _forget_skipped_after(self, steps_done: int) -> None:
+        """Those steps will be done again."""
+        for path in self.skipped_dir.glob("step_*"):
             if int(path.name[5:11]) > steps_done:
                 path.unlink()
 

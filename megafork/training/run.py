@@ -74,22 +74,7 @@ def _train(
             return front.address
 
         address = topology.on_rank_zero(open_front)
-        rows: Connection | None = None
-
-        def connect() -> None:
-            nonlocal rows
-            try:
-                if topology.is_replica_leader:
-                    rows = stack.enter_context(Connection(address, servers.key, {"role": "rank"}))
-                if topology.rank != 0 and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-                    stack.enter_context(Agent(config.reward, address, servers.key))
-            except OSError as error:
-                raise UserError(
-                    f"rank 0 is not to be reached at {address[0]}:{address[1]} ({error}): every "
-                    "node of the run needs a way to the ports that rank 0 opens"
-                ) from error
-
-        topology.on_every_rank(connect)
+        rows = _connect(config, topology, address, servers.key, stack)
         if not colocated:
             topology.whereabouts.enter("the start of the rollout servers")
             servers.wait_until_up(interruption)
@@ -110,6 +95,33 @@ def _train(
         if state is not None:
             trainer.restore(state)
         trainer.run()
+
+
+def _connect(
+    config: TrainConfig,
+    topology: Topology,
+    address: tuple[str, int],
+    key: str,
+    stack: contextlib.ExitStack,
+) -> Connection | None:
+    """Collective: each replica's first rank gets a connection to rank 0; nodes get their agents."""
+    rows: Connection | None = None
+
+    def connect() -> None:
+        nonlocal rows
+        try:
+            if topology.is_replica_leader:
+                rows = stack.enter_context(Connection(address, key, {"role": "rank"}))
+            if topology.rank != 0 and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+                stack.enter_context(Agent(config.reward, address, key))
+        except OSError as error:
+            raise UserError(
+                f"rank 0 is not to be reached at {address[0]}:{address[1]} ({error}): every "
+                "node of the run needs a way to the ports that rank 0 opens"
+            ) from error
+
+    topology.on_every_rank(connect)
+    return rows
 
 
 def _load_newest(
