@@ -1,4 +1,4 @@
-"""Which response tokens carry the policy gradient (arXiv 2506.01939, section 4).
+"""Selects the response tokens that carry the policy gradient (arXiv 2506.01939, section 4).
 
 The paper keeps the tokens with entropy at or above tau_rho(B), the threshold of the top fraction
 rho of all response tokens of the optimizer batch B. The threshold here is exact over all ranks
@@ -81,7 +81,8 @@ def select_tokens(
     among_T = torch.ones_like(loss_mask_T) if config.population == "response" else loss_mask_T
     rho = config.rho_at(step)
     threshold_S, num_top_S, k_S, num_total_S = scope.thresholds(values_T, among_T, rho)
-    top_T = among_T & (values_T >= (threshold_T := threshold_S[scope.ids_T]))
+    threshold_T = threshold_S[scope.ids_T]
+    top_T = among_T & (values_T >= threshold_T)
     if config.ties == "hash" and bool((num_top_S > k_S).any()):
         tied_T = among_T & (values_T == threshold_T)
         missing_S = k_S - (num_top_S - scope.count(tied_T))
@@ -90,22 +91,31 @@ def select_tokens(
         num_top_S = k_S
     near_S = scope.count(among_T & ((values_T - threshold_T).abs() <= boundary_eps))
     kept, wanted, num_total = (int(num_S.sum()) for num_S in (num_top_S, k_S, num_total_S))
-    mask_T = top_T & loss_mask_T
-    if config.select == "bottom":
-        kept, wanted, mask_T = num_total - kept, num_total - wanted, loss_mask_T & ~top_T
-    elif config.select == "all":
-        kept, wanted, mask_T = num_total, num_total, loss_mask_T
     by_entropy = config.select in ("top", "bottom")
     return Selection(
-        mask_T=mask_T,
+        mask_T=loss_mask_T & _selected(config.select, top_T),
         rho=rho,
         threshold=float(threshold_S[num_total_S > 0].mean()) if by_entropy else math.nan,
-        num_kept=kept,
-        num_wanted=wanted,
+        num_kept=_num_selected(config.select, kept, num_total),
+        num_wanted=_num_selected(config.select, wanted, num_total),
         num_total=num_total,
         # One token is always at the threshold; only company makes it a matter of rounding.
         num_boundary=int(near_S[near_S > 1].sum()) if by_entropy else 0,
     )
+
+
+def _selected(select: str, top_T: Tensor) -> Tensor:
+    """Return what `select` makes of the top tokens, bool [T]."""
+    if select == "bottom":
+        return ~top_T
+    return torch.ones_like(top_T) if select == "all" else top_T
+
+
+def _num_selected(select: str, num_top: int, num_total: int) -> int:
+    """Return how many of num_total tokens `select` takes where num_top are in the top."""
+    if select == "bottom":
+        return num_total - num_top
+    return num_total if select == "all" else num_top
 
 
 @dataclass(frozen=True)
