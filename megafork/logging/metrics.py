@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,6 +15,9 @@ from megafork.disk import naming
 from megafork.errors import UserError
 from megafork.parsing import parse_json
 from megafork.printable import printable
+
+if TYPE_CHECKING:
+    from megafork.logging.tensorboard_events import TensorBoardEvents
 
 _LINE = (
     ("acc", "reward/accuracy", "{:.3f}"),
@@ -42,15 +45,14 @@ class MetricsLog:
         for name in ("metrics.jsonl", "eval.jsonl", *APPENDED):
             _forget_after(run_dir / name, steps_done)
         (run_dir / "metrics.jsonl").touch()
-        self._writer: Any = None
+        self._events: TensorBoardEvents | None = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from megafork.logging.tensorboard_events import TensorBoardEvents  # takes half a second
 
             folder = run_dir / "tensorboard"
             with naming(folder):
-                self._writer = SummaryWriter(
-                    str(folder), purge_step=steps_done + 1 if steps_done else None
-                )
+                purge_step = steps_done + 1 if steps_done else None
+                self._events = TensorBoardEvents(folder, purge_step=purge_step)
         self._console = Console(stderr=True, soft_wrap=True)
         self._progress = Progress(
             TextColumn("step"),
@@ -69,10 +71,9 @@ class MetricsLog:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._append("metrics.jsonl", [row])
-        if self._writer is not None:
+        if self._events is not None:
             with naming(self._run_dir / "tensorboard"):
-                for name, value in metrics.items():
-                    self._writer.add_scalar(name, value, step)
+                self._events.write(step, metrics)
         values = (
             f"{label} {form.format(metrics[name])}"
             for label, name, form in _LINE
@@ -122,9 +123,9 @@ class MetricsLog:
 
     def close(self) -> None:
         self._progress.stop()
-        if self._writer is not None:
+        if self._events is not None:
             with naming(self._run_dir / "tensorboard"):
-                self._writer.close()
+                self._events.close()
 
     def __enter__(self) -> Self:
         return self

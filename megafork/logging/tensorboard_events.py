@@ -1,0 +1,40 @@
+"""TensorBoard's event file, written by the tensorboard package alone.
+
+torch.utils.tensorboard writes the same events, and takes torch to import.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+
+class TensorBoardEvents:
+    """A new event file in `folder`.
+
+    purge_step: TensorBoard hides what earlier files of the folder hold of this step and later ones;
+    a resumed run writes them again.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int | None) -> None:
+        self._file = EventFileWriter(str(folder))
+        if purge_step is not None:
+            # TensorBoard purges at a START in an event that follows one of this file version.
+            self._add(purge_step, file_version="brain.Event:2")
+            self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for tag, value in scalars.items():
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=float(value))])
+            self._add(step, summary=summary)
+
+    def _add(self, step: int, **content: object) -> None:
+        self._file.add_event(Event(wall_time=time.time(), step=step, **content))
+
+    def close(self) -> None:
+        self._file.close()
