@@ -22,6 +22,7 @@ from megafork.config import TrainConfig
 from megafork.errors import Interrupted, ServerDied, UserError
 from megafork.interruption import Interruption
 from megafork.parallel.topology import Topology
+from megafork.rollout import batch_metrics
 from megafork.rollout.messages import Connection
 from megafork.sample import Group
 from megafork.training import telemetry
@@ -233,9 +234,9 @@ class Trainer:
         if self.front is not None and self.front.batch is not None:
             batch = self.front.batch
             clock.seconds["reward"] = batch.reward_seconds
-            metrics |= telemetry.rollout_metrics(batch, trained_by)
-            metrics |= telemetry.overlap_metrics(batch, clock.seconds)
-            metrics |= telemetry.lag_metrics(batch.groups, trained_by)
+            metrics |= batch_metrics.rollout_metrics(batch, trained_by)
+            metrics |= batch_metrics.overlap_metrics(batch, clock.seconds)
+            metrics |= batch_metrics.lag_metrics(batch.groups, trained_by)
             metrics |= self.front.client.counts()
             metrics["throughput/generated_tokens_per_second"] = (
                 batch.num_generated_tokens / clock.seconds["total"]

@@ -14,13 +14,13 @@ from megafork.data.tokenizer import HfTokenizer
 from megafork.errors import UserError
 from megafork.rewards.verifier import Judge
 from megafork.rollout.background import BackgroundLoop
+from megafork.rollout.batch_metrics import rollout_metrics
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.collector import Collector
 from megafork.rollout.journal import Journal, read_step
 from megafork.rollout.judging import Judging
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.step_journals import StepJournals
-from megafork.training.telemetry import rollout_metrics
 from megafork.types import token_table
 from tests.helpers.commands import QUICKSTART
 from tests.helpers.shared_servers import ON_QUICKSTART, quickstart_server

@@ -50,6 +50,7 @@ LIGHT = [
     "config",
     "rewards.countdown",
     "rollout.agent",
+    "rollout.batch_metrics",
     "rollout.collector",
     "rollout.sampling",
     "rollout.supervisor",
