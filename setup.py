@@ -35,6 +35,7 @@ setup(
         "safetensors",
         "sentencepiece",
         "tensorboard",
+        "tokenizers",
         "tomli_w",
         "torch>=2.6",
         "transformers>=5",

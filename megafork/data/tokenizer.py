@@ -148,7 +148,10 @@ def check_tokenizer(config: WithTokenizer, vocab_size: int, *, chat_template: bo
 
 
 class HfTokenizer:
-    """A folder's tokenizer, read by transformers."""
+    """A folder's tokenizer, as transformers reads it.
+
+    It takes no transformers and no torch where hf_tokenizer.py can read the folder.
+    """
 
     def __init__(
         self,
@@ -158,17 +161,11 @@ class HfTokenizer:
         enable_thinking: bool | None = None,
         setting: str = "",
     ) -> None:
-        from transformers import AutoTokenizer
+        from megafork.data.hf_tokenizer import read_folder
 
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # whatever the files make transformers and tokenizers trip over
-            raise UserError(
-                f"{setting or folder}: its tokenizer cannot be loaded ({error}): copy the model's "
-                "tokenizer files again"
-            ) from None
+        self._tokenizer: Any = read_folder(folder)
+        if self._tokenizer is None:
+            self._tokenizer = _read_with_transformers(folder, setting)
         if chat_template and not self._tokenizer.chat_template:
             raise UserError(
                 f"data.chat_template=true, but the tokenizer of {folder} has no chat template"
@@ -246,7 +243,22 @@ class HfTokenizer:
         return self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
 
     def show(self, ids: Sequence[int]) -> str:
+        ids = np.asarray(ids).tolist()
         return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def _read_with_transformers(folder: str | Path, setting: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever the files make transformers and tokenizers trip over
+        raise UserError(
+            f"{setting or folder}: its tokenizer cannot be loaded ({error}): copy the model's "
+            "tokenizer files again"
+        ) from None
 
 
 class SentencePieceTokenizer:
