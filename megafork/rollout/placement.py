@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 from megafork.config import ServerConfig
 from megafork.errors import UserError
@@ -45,6 +47,7 @@ def visible_gpus() -> list[str]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name.strip() for name in given.split(",") if name.strip()]
-    import torch  # seconds, which commands without a GPU need not wait
-
-    return [str(number) for number in range(torch.cuda.device_count())]
+    # A process of its own: who starts servers has no use for torch, and would keep it.
+    program = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True)
+    return [str(number) for number in range(int(done.stdout.split()[-1]))]
