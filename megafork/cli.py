@@ -118,7 +118,7 @@ def train(
         check_machine(resolved)
 
     def work() -> None:
-        from megafork.training.run import train as train_on_this_rank
+        from megafork.train import train as train_on_this_rank
 
         train_on_this_rank(resolved, resume=resume is not None)
 

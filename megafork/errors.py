@@ -11,16 +11,8 @@ class UserError(ValueError):
 
 
 class PeerError(UserError):
-    """Rank 0 failed and tells why; the other ranks end with this and stay silent."""
+    """Another rank or process failed and tells why; this one ends with it and stays silent."""
 
 
-class OnEveryRank(Exception):
-    """Raised by rank 0's part of the work, and then on all ranks: all have to act on it."""
-
-
-class Interrupted(OnEveryRank):
+class Interrupted(Exception):
     """A signal asked the run to end. The message is rank 0's to tell."""
-
-
-class ServerDied(OnEveryRank):
-    """The rollout server is gone, or is not the one that has the policy's weights."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from megafork.errors import Interrupted
 
 T = TypeVar("T")
-R = TypeVar("R", covariant=True)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 INTERRUPTED = 75
 """Exit status of a run that a signal ended and that can go on (EX_TEMPFAIL of sysexits.h)."""
@@ -24,25 +23,19 @@ STOP_FILE = "MEGAFORK_STOP_FILE"
 _LOOK_S = 0.5
 
 
-class Job(Protocol[R]):
-    """Work of another thread (rollout/background.py)."""
-
-    def result(self) -> R: ...
-    def cancel(self) -> None: ...
-
-
 class Interruption:
     """Inside its `with` the first signal ends the process, wherever the main thread is.
 
-    After `defer` it is only noted, and generation given up. Outside, the signals have the meaning
-    that they had before; once a run was interrupted they are ignored, so that a second one does not
-    cut the process's end short.
+    After `defer` it is only noted, and what `run` runs is given up. Outside, the signals have the
+    meaning that they had before; once a run was interrupted they are ignored, so that a second one
+    does not cut the process's end short.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         """Name of the first signal"""
-        self._deferred = False
+        self._is_deferred = False
+        self._tell: Callable[[str], None] = lambda name: None
         self._give_up: Callable[[], object] | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._left = threading.Event()
@@ -69,9 +62,15 @@ class Interruption:
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
                 return
 
-    def defer(self) -> None:
-        """From here on there is something to save first."""
-        self._deferred = True
+    def defer(self, tell: Callable[[str], None] | None = None) -> None:
+        """From here on there is something to save first.
+
+        tell: is told the signal's name; it is for another to see the stop file then.
+        """
+        if tell is not None:
+            self._tell = tell
+            self._left.set()
+        self._is_deferred = True
 
     def check(self) -> None:
         """Raises Interrupted if a signal came."""
@@ -82,29 +81,34 @@ class Interruption:
         if self.received is not None:
             return
         self.received = signal.Signals(number).name
-        if not self._deferred:
+        if not self._is_deferred:
             if os.environ.get("RANK", "0") == "0":
                 print(f"stopped by {self.received} while it started", file=sys.stderr, flush=True)
             sys.exit(INTERRUPTED)  # no `except Exception` on the way may take it for a fault
+        self._tell(self.received)
         if self._give_up is not None:
             with contextlib.suppress(RuntimeError):  # the loop has just been closed
                 self._give_up()
 
-    def wait(self, job: Job[T]) -> T:
-        """The job's result; a signal cancels it. Raises Interrupted then, and after one."""
-        self._give_up = job.cancel
-        if before := self.received is not None:  # before the line above, or long ago
-            job.cancel()
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run it on an event loop. A signal cancels it; raises Interrupted then, and after one."""
+        return asyncio.run(self._unless_received(work))
+
+    async def _unless_received(self, work: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.ensure_future(work)
+        loop = asyncio.get_running_loop()
+        self._give_up = lambda: loop.call_soon_threadsafe(task.cancel)
+        if self.received is not None:  # before the line above, or long ago
+            task.cancel()
         try:
-            result = job.result()
-        except CancelledError:
+            result = await task
+        except asyncio.CancelledError:
             if self.received is None:
                 raise
             raise Interrupted(self.received) from None
         finally:
             self._give_up = None
-        if before:
-            raise Interrupted(self.received)
+        self.check()
         return result
 
 

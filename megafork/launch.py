@@ -141,9 +141,11 @@ def _of_ranks(parallel: ParallelConfig, machines: Machines | None, folder: str) 
     from megafork.rank_logs import RankLogs
     from megafork.rendezvous import STORE, launch_options, on_one_machine, on_several_machines
 
-    count, variables, log_of = 1, {}, None
+    variables: dict[str, str] = {}
+    count, log_of = 1, None
     if machines is not None:
         count, log_of = machines.count, machines.log_of
+        variables[JOINED] = "1"
     if machines is None or count == 1:
         variables[STORE] = f"{folder}/store"
         meeting = on_one_machine(variables[STORE])

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
-from megafork.launch import JOINED
-
 
 class RankLogs(LogsSpecs):
     """folder: for the ranks' last words. log_of: global rank to file; None: all is ours to show.
@@ -37,7 +35,6 @@ class RankLogs(LogsSpecs):
             to.stdouts[local_rank] = to.stderrs[local_rank] = ""  # as they are
             if self._log_of is None:
                 continue
-            env[JOINED] = "1"
             # One opened file takes both streams, or each would overwrite the other.
             to.stdouts[local_rank] = self._log_of(int(env["RANK"]))
             if env["RANK"] == "0":

@@ -133,3 +133,29 @@ def version_runs(
     ends = [*(first for _, first in starts[1:]), num_tokens]
     for (version, first), end in zip(starts, ends, strict=True):
         yield version, min(end, num_tokens) - min(first, num_tokens)
+
+
+def known_columns(
+    groups: Sequence[Group], *, overlong_filtering: bool = False
+) -> dict[str, np.ndarray]:
+    """Return what can be known of the groups' samples without their tokens.
+
+    The columns of `TokenTable` for B samples, by name: int64 [B], rewards float32 [B], truncated_B
+    uint8 [B], prompt_ids_P int64 [P]. overlong_filtering: truncated responses have no token in the
+    loss.
+    """
+    samples = [(group, sample) for group in groups for sample in group.samples]
+    lengths_B = np.array([sample.num_tokens for _, sample in samples], np.int64)
+    truncated_B = np.array([sample.truncated for _, sample in samples], np.uint8)
+    prompts = [np.asarray(group.prompt_ids, np.int64) for group, _ in samples]
+    return {
+        "uid_B": np.array([sample.uid for _, sample in samples], np.int64),
+        "group_B": np.array([group.prompt_index for group, _ in samples], np.int64),
+        "prompt_ids_P": np.concatenate([np.empty(0, np.int64), *prompts]),
+        "prompt_lengths_B": np.array([len(ids) for ids in prompts], np.int64),
+        "response_lengths_B": lengths_B,
+        "num_loss_tokens_B": np.where(truncated_B & overlong_filtering, 0, lengths_B),
+        "reward_B": np.array([sample.reward for _, sample in samples], np.float32),
+        "accuracy_B": np.array([sample.accuracy for _, sample in samples], np.float32),
+        "truncated_B": truncated_B,
+    }

@@ -9,7 +9,7 @@ Shapes: B samples (responses), R rows (response tokens of all samples, in order)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megafork.sample import Group, Sample, version_runs
+from megafork.sample import Group, Sample, known_columns, version_runs
 
 
 @dataclass(frozen=True)
@@ -167,16 +167,20 @@ class TokenTable:
         return replace(self, loss_mask_R=loss_mask_R, num_loss_tokens_B=counts_B)
 
     def minibatches(self, groups_per_minibatch: int, seed: int) -> list[TokenTable]:
+        """The tables of `minibatch_samples`."""
+        return [self.take(found) for found in self.minibatch_samples(groups_per_minibatch, seed)]
+
+    def minibatch_samples(self, groups_per_minibatch: int, seed: int) -> list[Tensor]:
         """Split by whole groups in a seeded order that depends on the groups' indices only.
 
-        A mini-batch's samples are ordered by uid, so its table is the same however the rollout
-        batch was ordered.
+        Returns of each mini-batch the indices of its samples, int64, in the order of their uids, so
+        that its table is the same however the rollout batch was ordered.
         """
         groups = self.group_B.unique()
         order = groups[hash64(groups, torch.tensor(seed)).argsort()]
         by_uid = self.uid_B.argsort()
         return [
-            self.take(by_uid[torch.isin(self.group_B[by_uid], chunk)])
+            by_uid[torch.isin(self.group_B[by_uid], chunk)]
             for chunk in order.split(groups_per_minibatch)
         ]
 
@@ -205,19 +209,15 @@ def token_table(groups: Sequence[Group], *, overlong_filtering: bool = False) ->
 
 def known_table(groups: Sequence[Group], *, overlong_filtering: bool = False) -> TokenTable:
     """The same without rows: what can be known of the samples where their tokens are not."""
-    samples = [(group, sample) for group in groups for sample in group.samples]
-    lengths_B = torch.tensor([s.num_tokens for _, s in samples], dtype=torch.int64)
-    truncated_B = torch.tensor([s.truncated for _, s in samples], dtype=torch.bool)
-    in_loss_B = ~truncated_B if overlong_filtering else torch.ones_like(truncated_B)
+    return table_of(known_columns(groups, overlong_filtering=overlong_filtering))
+
+
+def table_of(columns: Mapping[str, np.ndarray]) -> TokenTable:
+    """The table without rows of `known_columns`, whose arrays it takes."""
+    found = {name: torch.from_numpy(column) for name, column in columns.items()}
+    truncated_B = found.pop("truncated_B").bool()
     return TokenTable(
-        uid_B=torch.tensor([s.uid for _, s in samples], dtype=torch.int64),
-        group_B=torch.tensor([g.prompt_index for g, _ in samples], dtype=torch.int64),
-        prompt_ids_P=_joined([g.prompt_ids for g, _ in samples], np.int64),
-        prompt_lengths_B=torch.tensor([len(g.prompt_ids) for g, _ in samples], dtype=torch.int64),
-        response_lengths_B=lengths_B,
-        num_loss_tokens_B=torch.where(in_loss_B, lengths_B, 0),
-        reward_B=torch.tensor([s.reward for _, s in samples], dtype=torch.float32),
-        accuracy_B=torch.tensor([s.accuracy for _, s in samples], dtype=torch.float32),
+        **found,
         truncated_B=truncated_B,
         held_B=torch.zeros_like(truncated_B),
         token_R=torch.empty(0, dtype=torch.int64),

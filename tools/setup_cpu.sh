@@ -106,7 +106,7 @@ install_cpu() {
 # every start: 17 instead of 6 CPU seconds for a rank, 37 instead of 18 for a server.
 write_bytecode() {
   local compile=(env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c)
-  "${compile[@]}" 'import megafork.training.run' &
+  "${compile[@]}" 'import megafork.train' &
   "${compile[@]}" 'import vllm.entrypoints.openai.api_server, vllm.v1.engine.core' && wait $!
 }
 

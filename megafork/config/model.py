@@ -49,8 +49,8 @@ class ParallelConfig(Section):
     )
     timeout_minutes: PositiveFloat = Field(
         60.0,
-        description="a collective that waits longer ends the run; generation and the start of the "
-        "servers are waited for in one",
+        description="a collective that waits longer ends the run, and so does a rank that does not "
+        "come when the others wait for it",
     )
 
     startup_timeout_s: PositiveFloat = Field(

@@ -57,3 +57,8 @@ class RunConfig(Section):
         "the first and the last (0: none)",
     )
     samples: Positive = Field(4, description="responses that are kept of such a step")
+    silence_s: float = Field(
+        60.0,
+        ge=5.0,
+        description="seconds without a word after which controller or agent count as hung",
+    )

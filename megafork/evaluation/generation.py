@@ -25,7 +25,6 @@ from megafork.evaluation.source import ModelSource, find_model
 from megafork.interruption import Interruption
 from megafork.model.shape import ModelShape
 from megafork.rewards.names import check_answers
-from megafork.rollout.background import BackgroundLoop
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.ends import check_ends, stop_token_ids
 from megafork.rollout.engine import Served, api_key_of, check_server, start_here
@@ -216,9 +215,7 @@ def run_jobs(given: Input, jobs: Sequence[Job], make_rows: MakeRows, *, log_path
                 _servers(given.config.rollout, served, device, log_path, interruption)
             )
             _check_weights(fleet, given.config.rollout, folder)
-            loop = stack.enter_context(BackgroundLoop())
-            work = _generate(given, fleet, todo, make_rows)
-            interruption.wait(loop.submit(work))
+            interruption.run(_generate(given, fleet, todo, make_rows))
         except Interrupted as signal:
             kept = sum(len(job.prompts) - len(job.file.missing()) for job in jobs)
             raise Interrupted(

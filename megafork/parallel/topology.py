@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megafork.config import ParallelConfig
-from megafork.errors import OnEveryRank, PeerError, UserError
+from megafork.errors import PeerError, UserError
 from megafork.parallel import backend
 from megafork.parallel.addresses import LOOPBACK, loopback_interface, on_several_nodes
 from megafork.parallel.unpickling import guard_collectives
@@ -80,8 +80,7 @@ class Topology:
     def on_rank_zero(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0; its value reaches every rank.
 
-        Its exception is raised on rank 0 and ends the others silently, as a PeerError; an
-        OnEveryRank is raised on all.
+        Its exception is raised on rank 0 and ends the others silently, as a PeerError.
         """
         value: T | None = None
         error: Exception | None = None
@@ -90,38 +89,32 @@ class Topology:
                 value = function()
             except Exception as caught:  # told to the others first, then raised
                 error = caught
-        theirs: type[Exception] | None = None
-        if error is not None:
-            theirs = type(error) if isinstance(error, OnEveryRank) else PeerError
-        value, theirs = self.broadcast_object((value, theirs))
+        value, has_failed = self.broadcast_object((value, error is not None))
         if error is not None:
             raise error
-        if theirs is not None:
-            raise theirs("rank 0 failed")
+        if has_failed:
+            raise PeerError("rank 0 failed")
         return value  # type: ignore[return-value]
 
     def on_every_rank(self, function: Callable[[], T]) -> list[T]:
         """Run `function` on every rank; all values, in rank order, reach every rank.
 
         Where it fails, rank 0 raises a UserError that names the first rank and its cause, and the
-        others a PeerError; an OnEveryRank is raised on all.
+        others a PeerError.
         """
         value: T | None = None
-        failure: tuple[type[Exception], str] | None = None
+        failure: str | None = None
         try:
             value = function()
-        except (UserError, OnEveryRank) as error:
-            failure = (type(error), str(error))
+        except UserError as error:
+            failure = str(error)
         outcomes = self.all_gather_object((value, failure))
         for rank, (_, failure) in enumerate(outcomes):
             if failure is None:
                 continue
-            kind, text = failure
-            if issubclass(kind, OnEveryRank):
-                raise kind(text)
             if self.rank != 0:
-                raise PeerError(text)
-            raise UserError(text if rank == 0 else f"rank {rank}: {text}")
+                raise PeerError(failure)
+            raise UserError(failure if rank == 0 else f"rank {rank}: {failure}")
         return [value for value, _ in outcomes]
 
     def require_equal(self, what: str, values: Mapping[str, Any]) -> None:

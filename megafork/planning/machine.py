@@ -24,6 +24,8 @@ from megafork.planning.work import num_parameters
 
 RANK_PROCESS = int(0.45 * GIB)
 """A rank's interpreter, libraries and buffers: measured"""
+CONTROLLER_PROCESS, AGENT_PROCESS = int(0.25 * GIB), int(0.07 * GIB)
+"""Without tokens; the controller's with what draws the report: measured"""
 SERVER_PROCESS = int(1.3 * GIB)
 """A vLLM server's processes without weights and cache: measured"""
 _SERVER_WEIGHTS = 2
@@ -47,7 +49,8 @@ class MachineMemory:
     servers: int
     """weights, KV cache and processes"""
     processes: int
-    """of the launcher, and of the ranks without their tensors but with what their heaps keep"""
+    """of launcher, controller and agent, and of the ranks without their tensors but with what their
+    heaps keep"""
 
     @property
     def total(self) -> int:
@@ -71,8 +74,13 @@ def machine_memory(config: TrainConfig, shape: ModelShape) -> MachineMemory:
         if config.checkpoint.asynchronous
         else 0,
         servers=_servers(config, shape),
-        processes=(parallel.world_size + 1) * RANK_PROCESS + parallel.world_size * KEPT,
+        processes=_processes(parallel.world_size) + parallel.world_size * KEPT,
     )
+
+
+def _processes(num_ranks: int) -> int:
+    """Return what all processes but the servers' have without tensors and tokens."""
+    return (num_ranks + 1) * RANK_PROCESS + CONTROLLER_PROCESS + AGENT_PROCESS
 
 
 def check_machine(config: TrainConfig) -> None:
@@ -169,5 +177,5 @@ def _at_most(config: TrainConfig, shape: ModelShape) -> int:
     activations = 4 * config.training.micro_batch_tokens * parallel.pp * of_a_token
     activations += _HEAD_CHUNK + _widened_head(config, shape)
     state = 36 * num_parameters(shape) * (2 if config.algorithm.advantages == "gae" else 1)
-    ranks = parallel.world_size * (activations + KEPT) + (parallel.world_size + 1) * RANK_PROCESS
+    ranks = parallel.world_size * (activations + KEPT) + _processes(parallel.world_size)
     return state * (parallel.dp or 1) + ranks + _servers(config, shape)

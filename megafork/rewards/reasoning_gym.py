@@ -18,7 +18,6 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
 from megafork.errors import UserError
-from megafork.rewards.names import Verifier
 
 _LONGEST_EXPRESSION = 200
 _LONGEST_NUMBER = 100
@@ -30,7 +29,7 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] 
 }
 
 
-def task_verifier(task: str) -> Verifier:
+def task_verifier(task: str) -> Callable[[str, str, str], float]:
     """The verifier of reasoning-gym:TASK. Raises UserError for a task that has none here."""
     if task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=1)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +29,10 @@ from megafork.rollout.sampling import Sampling
 from megafork.rollout.step_journals import StepJournals
 from megafork.rollout.tally import Tally
 from megafork.sample import Group, version_runs
+
+T = TypeVar("T")
+_DISK = ThreadPoolExecutor(1, thread_name_prefix="journal")
+"""Of its own: other threads may wait for servers"""
 
 
 @dataclass
@@ -137,7 +142,7 @@ class Collector:
         wanted, oldest = self.rollout.prompts_per_step, trained_by - self.rollout.max_policy_lag
         batch, self.tally = RolloutBatch(), Tally()
         references, self._references = self._references, []
-        self.carried += self.journals.find(references)
+        self.carried += await _off_loop(self.journals.find, references)
         admitted = self._recent(self.carried, oldest, batch)
         known = await self._begin(step)
         async with self.client:
@@ -186,7 +191,9 @@ class Collector:
         """
         position = self.prompts.position
         awaited = {index for index in self.pending if index not in self._running}
-        known = self.journals.open(step, lambda index: index >= position or index in awaited)
+        known = await _off_loop(
+            self.journals.open, step, lambda index: index >= position or index in awaited
+        )
         if self.judging.judge.has_failed(_failures(known.values())):
             for index, group in known.items():
                 if any(_failures([group])):
@@ -196,7 +203,7 @@ class Collector:
     async def _judge_again(self, group: Group, step: int) -> Group:
         prompt = self.prompts.at(group.prompt_index)
         group = replace(group, samples=await self.judging(prompt, group.samples))
-        self.journals.append(group, step)
+        await _off_loop(self.journals.append, group, step)
         return group
 
     def _next_prompts(self, missing: int) -> list[Prompt]:
@@ -237,7 +244,7 @@ class Collector:
                     f"the rollout server at {self.client.url} aborted responses that nobody asked "
                     "it to: was it told to end, or does another client use it?"
                 )
-            group = self._take(group, reward_seconds, step, batch)
+            group = await self._take(group, reward_seconds, step, batch)
             groups.append(self._as_needed(group, oldest))
             num_admissible += self._is_admissible(group, oldest)
             if num_admissible >= missing and not waits:
@@ -251,13 +258,15 @@ class Collector:
             self._leave(tail, batch)
         return groups
 
-    def _take(self, group: Group, reward_seconds: float, step: int, batch: RolloutBatch) -> Group:
+    async def _take(
+        self, group: Group, reward_seconds: float, step: int, batch: RolloutBatch
+    ) -> Group:
         """Count a finished group and write it to the step's journal."""
         del self._running[group.prompt_index]
         batch.reward_seconds += reward_seconds
         self.tally.add(sum(sample.num_tokens for sample in group.samples))
         group = replace(group, step=step)
-        self.journals.append(group, step)
+        await _off_loop(self.journals.append, group, step)
         return group
 
     def _as_needed(self, group: Group, oldest: int) -> Group:
@@ -281,7 +290,7 @@ class Collector:
             _, running = await asyncio.wait(left, timeout=1.0)
             left = {task: left[task] for task in running}
         answers = [self._running[prompt.index].result() for prompt in tail]
-        groups = [self._take(*answer, step, batch) for answer in answers]
+        groups = [await self._take(*answer, step, batch) for answer in answers]
         aborted = [group for group in groups if not group.is_whole]
         batch.num_tail += len(aborted)
         self._lose(aborted, batch)
@@ -366,6 +375,16 @@ class Collector:
 def _failures(groups: Iterable[Group]) -> list[str | None]:
     """Of each judged response: why there is no verdict, if so."""
     return [sample.failure for group in groups if group.is_whole for sample in group.samples]
+
+
+async def _off_loop(work: Callable[..., T], *arguments: Any) -> T:
+    """Do what waits for a disk in a thread. Given up, it is still done to its end first."""
+    working = asyncio.get_running_loop().run_in_executor(_DISK, work, *arguments)
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait({working})
+        raise
 
 
 def _request_id(prompt: Prompt) -> str:

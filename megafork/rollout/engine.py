@@ -107,7 +107,7 @@ class LocalServers:
         chosen = [kept for kept in self._kept if kept.server.url in urls]
         for kept in chosen:
             kept.wanted.set()
-        while any(kept.wanted.is_set() and kept.failure is None for kept in chosen):
+        while any(kept.is_starting for kept in chosen):
             check()
             time.sleep(_POLL_S)
 
@@ -155,6 +155,11 @@ class _Kept:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="rollout server")
+
+    @property
+    def is_starting(self) -> bool:
+        """With when_asked: it may be started, and is not up yet."""
+        return self.wanted.is_set() and self.failure is None and not self._ended.is_set()
 
     def start(self) -> None:
         self._thread.start()

@@ -29,8 +29,8 @@ _AT_ONCE = 64
 
 
 class Fleet(Router):
-    """`RolloutClient` of many servers. Administration is the main thread's; what changes servers
-    reaches those that the last `members` named. Enter it before use.
+    """`RolloutClient` of many servers. Administration is one thread's at a time; what changes
+    servers reaches those that the last `members` named. Enter it before use.
 
     max_restarts: pushes in a row that may fail for a server; then it is left out for good.
     given_up: the cause, by its URL, of each server that nobody starts again. in_turns: with the

@@ -2,7 +2,8 @@
 
 A connection begins with the caller's hello, which holds the key and says who calls. Whoever does
 not know the key gets no answer and is hung up on. After it a message is a JSON header with a
-"kind", and arrays. Nothing is unpickled, and no end reads more than it expects. Imports no torch.
+"kind", and arrays. Nothing is unpickled, and no end reads more than it expects. Messages of the
+kind "alive" say only that the sender runs, and no receiver sees them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -29,21 +30,67 @@ _HELLO_BYTES = 4096
 _HELLO_S = 30.0
 _CONNECT_S = 30.0
 _PART = 1 << 20
+ALIVE = {"kind": "alive"}
+ALIVE_S = 1.0
+"""Between two of them"""
+_LOOKS = 3
+"""In a row without a word; then the other end is silent. This process may itself have been stopped
+for a while, and finds at its first look that the time is over."""
+
+
+class Silent(OSError):
+    """The other end has not said for too long that it runs."""
 
 
 class Link:
-    """One end of a connection, on an event loop. `most_bytes` of arrays are taken in a message."""
+    """One end of a connection, on an event loop. `most_bytes` of arrays are taken in a message.
+
+    silence_s: for how long the other end may send nothing; None is for ever.
+    """
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most_bytes: int
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        most_bytes: int,
+        silence_s: float | None = None,
     ) -> None:
         self._reader, self._writer, self._most_bytes = reader, writer, most_bytes
+        self.silence_s = silence_s
         self._sending = asyncio.Lock()
         _keep_alive(writer.get_extra_info("socket"))
 
     async def receive(self) -> tuple[Header, Arrays]:
-        """Wait for a message. Raises EOFError or OSError at the end of the connection, and Damaged
-        for what is none."""
+        """Wait for a message. Raises EOFError or OSError at the end of the connection, Silent after
+        silence_s without one, and Damaged for what is none."""
+        while True:
+            receiving = asyncio.create_task(self._receive())
+            try:
+                await self._wait_for(receiving)
+            finally:
+                receiving.cancel()
+            header, arrays = receiving.result()
+            if header.get("kind") != ALIVE["kind"]:
+                return header, arrays
+
+    async def _wait_for(self, receiving: asyncio.Task[tuple[Header, Arrays]]) -> None:
+        if self.silence_s is None:
+            await asyncio.wait({receiving})
+            return
+        for _ in range(_LOOKS):
+            await asyncio.wait({receiving}, timeout=self.silence_s / _LOOKS)
+            if receiving.done():
+                return
+        raise Silent(f"nothing was heard of it for {self.silence_s:g} s")
+
+    async def say_alive(self) -> None:
+        """Tell the other end every second that this process runs, until the connection ends."""
+        with suppress(OSError):
+            while True:
+                await self.send(ALIVE)
+                await asyncio.sleep(ALIVE_S)
+
+    async def _receive(self) -> tuple[Header, Arrays]:
         prefix = Prefix.parse(await self._reader.readexactly(PREFIX_BYTES))
         _check(prefix, MAX_HEADER_BYTES, self._most_bytes)
         header = prefix.header(await self._reader.readexactly(prefix.header_bytes))
@@ -108,40 +155,85 @@ async def connect(address: tuple[str, int], key: str, hello: Header, most_bytes:
 
 
 class Connection:
-    """A caller's end in plain code, for one question at a time. Close it. Raises OSError."""
+    """A caller's end in plain code, for one question at a time. Close it. Raises OSError.
 
-    def __init__(self, address: tuple[str, int], key: str, hello: Header) -> None:
+    silence_s: for how long the other end may send nothing while an answer is awaited; None is for
+    ever.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        key: str,
+        hello: Header,
+        *,
+        silence_s: float | None = None,
+    ) -> None:
         self._socket = socket.create_connection(address, _CONNECT_S)
-        self._socket.settimeout(None)
+        self._socket.settimeout(silence_s and silence_s / _LOOKS)
+        self._silence_s = silence_s
+        self._sending = False
+        self._postponed: Header | None = None
         _keep_alive(self._socket)
-        self._send(hello | {"kind": "hello", "key": key}, {})
+        self.send(hello | {"kind": "hello", "key": key})
 
     def ask(
         self, header: Header, arrays: Pieces | None = None, *, most_bytes: int = 0
     ) -> tuple[Header, Arrays]:
         """Send a message and wait for its answer. most_bytes: of the answer's arrays.
 
-        Raises OSError when the other end is gone, Damaged for an answer that is none.
+        Raises OSError when the other end is gone, Silent when it hangs, Damaged for an answer that
+        is none.
         """
-        self._send(header, arrays or {})
-        prefix = Prefix.parse(self._receive(PREFIX_BYTES))
-        _check(prefix, MAX_HEADER_BYTES, most_bytes)
-        header = prefix.header(self._receive(prefix.header_bytes))
-        return header, prefix.arrays(header, self._receive(prefix.arrays_bytes))
+        self.send(header, arrays)
+        return self.receive(most_bytes=most_bytes)
 
-    def _send(self, header: Header, arrays: Pieces) -> None:
-        for part in encode(header, arrays):
-            self._socket.sendall(part)
+    def send(self, header: Header, arrays: Pieces | None = None) -> None:
+        """Send a message; arrays are not copied as a whole."""
+        self._sending = True
+        try:
+            for part in encode(header, arrays or {}):
+                self._socket.sendall(part)
+        except TimeoutError as error:
+            raise Silent("it takes nothing that is sent to it") from error
+        finally:
+            self._sending = False
+        if self._postponed is not None:
+            postponed, self._postponed = self._postponed, None
+            self.send(postponed)
 
-    def _receive(self, num_bytes: int) -> bytearray:
+    def interrupt(self, header: Header) -> None:
+        """Send a message from a signal's handler, after the one that is being sent, if any."""
+        if self._sending:
+            self._postponed = header
+        else:
+            self.send(header)
+
+    def receive(self, *, most_bytes: int = 0) -> tuple[Header, Arrays]:
+        """Wait for a message. Raises as `ask`."""
+        while True:
+            prefix = Prefix.parse(self._received(PREFIX_BYTES))
+            _check(prefix, MAX_HEADER_BYTES, most_bytes)
+            header = prefix.header(self._received(prefix.header_bytes))
+            arrays = prefix.arrays(header, self._received(prefix.arrays_bytes))
+            if header.get("kind") != ALIVE["kind"]:
+                return header, arrays
+
+    def _received(self, num_bytes: int) -> bytearray:
         received = bytearray(num_bytes)
         view, start = memoryview(received), 0
         while start < num_bytes:
-            count = self._socket.recv_into(view[start:])
+            count = self._read(view[start:])
             if not count:
                 raise ConnectionResetError("connection closed")
             start += count
         return received
+
+    def _read(self, view: memoryview) -> int:
+        for _ in range(_LOOKS):
+            with suppress(TimeoutError):
+                return self._socket.recv_into(view)
+        raise Silent(f"nothing was heard of it for {self._silence_s:g} s")
 
     def close(self) -> None:
         self._socket.close()

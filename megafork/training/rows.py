@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megafork.controller.handle import Controller
 from megafork.errors import UserError
 from megafork.parallel.topology import Topology
-from megafork.rollout.messages import Connection
 from megafork.types import TokenTable
 
 _TOKEN_BYTES = 8
@@ -33,14 +33,14 @@ def fetch_rows(
     table: TokenTable,
     replica_B: Tensor,
     step: int,
-    source: Connection | None,
+    source: Controller | None,
     topology: Topology,
 ) -> TokenTable:
     """Return the table with this replica's rows, those of the samples with replica_B == dp_rank.
 
     table: what every rank knows of the batch; replica_B: int64, the data-parallel rank that is to
     have a sample's rows, below 0 for none: the same on all ranks, and all call together. source:
-    the collector, of each replica's first rank. A response is in the loss mask as a whole or not at
+    of each replica's first rank. A response is in the loss mask as a whole or not at
     all. Raises UserError, on every rank, where one does not get its rows.
     """
     wanted_B = replica_B == topology.dp_rank
@@ -77,20 +77,17 @@ def columns_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     }
 
 
-def _asked(source: Connection, step: int, uid_B: Tensor, num_rows: int) -> dict[str, Tensor]:
-    try:
-        answer, arrays = source.ask(
-            {"kind": "rows", "step": step},
-            {"uids": [uid_B.numpy()]},
-            most_bytes=(_TOKEN_BYTES + _RUN_BYTES) * num_rows + _RUN_BYTES * len(uid_B),
-        )
-        if answer["kind"] != "rows":
-            raise ValueError(answer["cause"])
-        columns = columns_of(arrays)
-        if any(len(column) != num_rows for column in columns.values()):
-            raise ValueError(f"not {num_rows} rows, but {[len(c) for c in columns.values()]}")
-    except (OSError, ValueError) as error:
-        raise UserError(f"rank 0 did not give the rows of step {step}: {error}") from error
+def _asked(source: Controller, step: int, uid_B: Tensor, num_rows: int) -> dict[str, Tensor]:
+    _, arrays = source.ask(
+        "rows",
+        {"uids": [uid_B.numpy()]},
+        step=step,
+        most_bytes=(_TOKEN_BYTES + _RUN_BYTES) * num_rows + _RUN_BYTES * len(uid_B),
+    )
+    columns = columns_of(arrays)
+    if any(len(column) != num_rows for column in columns.values()):
+        lengths = [len(column) for column in columns.values()]
+        raise UserError(f"the rows of step {step} are not {num_rows}, but {lengths}")
     return columns
 
 

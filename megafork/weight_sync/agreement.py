@@ -6,7 +6,6 @@ dtype all show here and nowhere else: training would go on with wrong ratios.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,15 +14,11 @@ import torch
 import torch.distributed as dist
 
 from megafork.config import SyncConfig
-from megafork.data.prompts import Prompt
 from megafork.errors import UserError
 from megafork.model.rounding import rounded_and_exact
 from megafork.model.scorer import Scorer
 from megafork.parallel.topology import Topology
-from megafork.rollout.client import RolloutClient
-from megafork.rollout.fleet import Fleet
-from megafork.rollout.sampling import Sampling
-from megafork.sample import Group, Sample
+from megafork.sample import Group
 from megafork.types import token_table
 from megafork.weight_sync.difference import Difference, Estimate, describe, sums_by_response
 
@@ -51,18 +46,6 @@ BOUNDS = {
 class Agreement:
     difference: Difference
     max_difference: float
-
-
-async def probe(
-    client: RolloutClient | Fleet, prompts: list[Prompt], sampling: Sampling
-) -> list[Group]:
-    """One response to each prompt."""
-    async with client:
-        answers = await asyncio.gather(*(client.generate(p.ids, 1, sampling) for p in prompts))
-    return [
-        Group(p.index, p.ids, 0, [Sample(i, c.token_ids, c.logprobs, c.truncated)])
-        for i, (p, [c]) in enumerate(zip(prompts, answers, strict=True))
-    ]
 
 
 def measure(groups: list[Group], policy: Scorer, topology: Topology) -> Agreement:

@@ -17,20 +17,14 @@ import socket
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megafork.rendezvous import file_store, listening_store, private_folder
-
-if TYPE_CHECKING:
-    from megafork.rollout.client import RolloutClient
-    from megafork.rollout.fleet import Fleet
-
 
 Group = Any  # a ProcessGroupGloo or ProcessGroupNCCL: backends are no dist.ProcessGroup
 Bucket = dict[str, Any]
@@ -314,28 +308,6 @@ def send_buckets(
     except BaseException:
         sender.close()  # the other side ends now, not at the timeout
         raise
-
-
-def push_buckets(
-    client: RolloutClient | Fleet,
-    sender: Sender,
-    plan: Sequence[Bucket],
-    weights: Iterator[tuple[str, Tensor]],
-) -> None:
-    """Have the server receive the whole `plan` while this sender sends its part of it.
-
-    For the rank that talks to the server; the others `send_buckets`. When it fails the server's
-    reason is raised if the connection broke because of it, and the senders have to be replaced:
-    close all, create and connect new ones, push again.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        request = pool.submit(client.update_weights, list(plan))
-        try:
-            send_buckets(sender, plan, weights)
-        except TransferError:
-            request.result()  # the server knows why it hung up
-            raise
-        request.result()
 
 
 def _take(weights: Iterator[tuple[str, Tensor]], names: Iterable[str]) -> Iterator[Tensor]:

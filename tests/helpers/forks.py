@@ -167,7 +167,4 @@ def _show_warnings_as_python_does() -> None:
 
 
 def _import_what_runs_need() -> None:
-    import megafork.evaluation.benchmark
-    import megafork.scoring
-    import megafork.training.preflight
-    import megafork.training.run  # noqa: F401
+    pass

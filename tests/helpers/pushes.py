@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from megafork.config import ModelConfig, ParallelConfig, SyncConfig
 from megafork.data.prompts import Prompt
 from megafork.model.scorer import Scorer
 from megafork.parallel.topology import initialize
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.sampling import Sampling
-from megafork.weight_sync.push import WeightSync
-from megafork.weight_sync.transports import WeightSender, plan_buckets, push_buckets
+from megafork.training.push import WeightSync
+from megafork.weight_sync.transports import (
+    TransferError,
+    WeightSender,
+    plan_buckets,
+    send_buckets,
+)
 from tests.helpers import reference
+from tests.helpers.controllers import PushingTo, controller
 from tests.helpers.reference import load_model
+from tools.benchmarks.configs import learner_config
 
 CPU = torch.device("cpu")
 
@@ -37,6 +46,18 @@ def connect(client: RolloutClient, num_senders: int, timeout_s: float) -> list[W
             sender.connect()
         joined.result()
     return senders
+
+
+def push_buckets(client, sender, plan, weights):
+    """Have the server receive the whole plan while this sender sends its part of it."""
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(client.update_weights, list(plan))
+        try:
+            send_buckets(sender, plan, weights)
+        except TransferError:
+            request.result()  # the server knows why it hung up
+            raise
+        request.result()
 
 
 def push(
@@ -90,14 +111,39 @@ SAMPLING = Sampling(temperature=0.8, max_tokens=40)
 PROMPTS = [Prompt(i, "", "", g.prompt_ids) for i, g in enumerate(reference.make_groups(12, 1))]
 
 
-def make_sync(client, folder, layout):
-    """client: of rank 0"""
-    parallel = ParallelConfig(**layout, timeout_minutes=1.0)
-    topology = initialize(parallel)
-    model = ModelConfig(path=str(folder), dtype="float32")
-    scorer = Scorer(model, parallel, topology, micro_batch_tokens=256, temperature=0.8)
-    client = client if topology.rank == 0 else None
-    return WeightSync(scorer, topology, client, SyncConfig(timeout_s=20), num_workers=1)
+@contextlib.contextmanager
+def make_sync(client, folder, layout, **options):
+    """(the weight sync of a float32 model, what answers it on rank 0). client: of rank 0."""
+    config = learner_config(folder, parallel=layout | {"timeout_minutes": 1.0}, **options)
+    topology = initialize(config.parallel)
+    scorer = Scorer(
+        config.model, config.parallel, topology, micro_batch_tokens=256, temperature=0.8
+    )
+    pushing = PushingTo(client, timeout_s=config.sync.timeout_s)
+    with controller(topology, pushing) as handle:
+        sync = WeightSync(config, scorer, topology, handle)
+        yield sync, pushing
+        sync.close()
+
+
+def kill_in_the_middle(sync, process_group):
+    """Have rank 0's sender of the next transfer group kill a server before its first bucket."""
+    make, rank = sync._make_sender, sync.topology.rank
+
+    def make_killer(num_workers):
+        sender = make(num_workers)
+        send = sender.send
+
+        def kill_and_send(bucket, tensors):
+            os.killpg(process_group, signal.SIGKILL)
+            send(bucket, tensors)
+
+        sender.send = kill_and_send
+        sync._make_sender = make
+        return sender
+
+    if rank == 0:
+        sync._make_sender = make_killer
 
 
 OPTIONS = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 32}

@@ -14,7 +14,7 @@ import torch
 
 # Imported before the forks, so that no command pays for them again.
 import megafork.scoring
-import megafork.training.run
+import megafork.train
 from tests.helpers.commands import (
     QUICKSTART,
     ROOT,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 
 import pytest
@@ -26,8 +25,9 @@ from tests.helpers.commands import (
     tiny_engine,
     tiny_run,
 )
+from tests.helpers.controllers import probe
 from tests.helpers.live_runs import LiveRun, middle_of
-from tests.helpers.pushes import OPTIONS, PROMPTS, SAMPLING, make_sync
+from tests.helpers.pushes import OPTIONS, PROMPTS, SAMPLING, kill_in_the_middle, make_sync
 from tools.benchmarks.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -139,32 +139,26 @@ def push_while_one_dies(places, process_group, folder):
     """What the server that is left has, after a push in whose middle the other one died."""
     clients = [RolloutClient(*place) for place in places]
     fleet = Fleet(clients, max_num_seqs=32)
-    with fleet:
+    with fleet, make_sync(fleet, folder, {"pp": 2}) as (sync, pushing):
         fleet.wait_until_up(30.0, "KEY")
-        sync = make_sync(fleet, folder, {"pp": 2})
         topology = sync.topology
         sync.push(1)
         groups = topology.on_rank_zero(lambda: generated(fleet))
         of_both = agreement.measure(groups, sync.policy, topology)
-        if topology.rank == 0:
-            send = sync.sender.send
-
-            def kill_and_send(bucket, tensors):
-                os.killpg(process_group, signal.SIGKILL)
-                send(bucket, tensors)
-
-            sync.sender.send = kill_and_send
+        pushing.pushes._members = []  # the next push makes new senders
+        kill_in_the_middle(sync, process_group)
         with pytest.raises(UserError) as caught:
             sync.push(2)
         assert topology.on_rank_zero(fleet.drop_lost) == 1
         sync.push(2)
         groups = topology.on_rank_zero(lambda: generated(fleet))
         of_one = agreement.measure(groups, sync.policy, topology)
-    return caught.type, of_both, of_one, topology.on_rank_zero(lambda: fleet.num_live)
+        num_live = topology.on_rank_zero(lambda: fleet.num_live)
+    return caught.type, of_both, of_one, num_live
 
 
 def generated(fleet):
-    return asyncio.run(agreement.probe(fleet, PROMPTS, SAMPLING))
+    return asyncio.run(probe(fleet, PROMPTS, SAMPLING))
 
 
 def test_a_server_that_dies_of_a_push_leaves_the_other_with_whole_weights(tmp_path):

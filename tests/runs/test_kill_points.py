@@ -47,6 +47,7 @@ SETTINGS = (
     "checkpoint.every=2",
     "rollout.max_restarts=3",
     "reward.timeout_s=2",
+    "run.silence_s=10",
 )
 
 
@@ -79,6 +80,14 @@ POINTS = [
     Point("rank 1", "update", STOP, ends=True),
     Point("writer", "save", KILL, ends=True),
     Point("writer", "save", STOP, ends=True),
+    Point("controller", "start", KILL, ends=True),
+    Point("controller", "generate", KILL, ends=True),
+    Point("controller", "update", KILL, ends=True),
+    Point("controller", "sync", KILL, ends=True),
+    Point("controller", "save", KILL, ends=True),
+    Point("controller", "generate", STOP, ends=True),
+    Point("agent", "generate", KILL, ends=True),
+    Point("agent", "generate", STOP, ends=False),
     Point("server", "generate", KILL, ends=False),
     Point("server", "sync", KILL, ends=False),
     Point("server", "update", KILL, ends=False),
@@ -89,6 +98,8 @@ POINTS = [
     Point("verifier", "generate", STOP, ends=False),
 ]
 PROGRAMS = {
+    "controller": "from megafork.controller.process",
+    "agent": "from megafork.controller.agent",
     "supervisor": "megafork.rollout.supervisor",
     "server": "tests.helpers.tiny_engine",
     "verifier": "from megafork.rewards.worker",

@@ -16,7 +16,6 @@ import pytest
 
 from megafork.errors import Interrupted
 from megafork.interruption import INTERRUPTED, Interruption
-from megafork.rollout.background import BackgroundLoop
 from tests.helpers.commands import left_over, tiny_run
 from tests.helpers.live_runs import LiveRun
 
@@ -62,23 +61,24 @@ def test_waiting_is_given_up_and_cleaned_up_after():
             cleaned.append(True)
 
     async def at_once():
+        await asyncio.sleep(0)
         return 1
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    with Interruption() as interruption, BackgroundLoop() as background:
+    with Interruption() as interruption:
         interruption.defer()
-        assert interruption.wait(background.submit(at_once())) == 1
+        assert interruption.run(at_once()) == 1
         signal_soon(signal.SIGUSR1, 0.2)
         started = time.monotonic()
         with pytest.raises(Interrupted, match="SIGUSR1"):
-            interruption.wait(background.submit(work()))
+            interruption.run(work())
         assert time.monotonic() - started < 30
         assert cleaned == [True]
         os.kill(os.getpid(), signal.SIGTERM)
         assert interruption.received == "SIGUSR1"
         for late in (work(), at_once()):  # what has ended is not used either
             with pytest.raises(Interrupted, match="SIGUSR1"):
-                interruption.wait(background.submit(late))
+                interruption.run(late)
     assert {signal.getsignal(number) for number in before} == {signal.SIG_IGN}
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -5,22 +5,23 @@ from __future__ import annotations
 import re
 import signal
 import time
-from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
 from megafork.config import TrainConfig
 from megafork.config.file import load_config
-from megafork.errors import Interrupted, UserError
+from megafork.errors import UserError
 from megafork.interruption import INTERRUPTED
+from megafork.training.push import WeightSync
 from megafork.training.step import Clock
-from megafork.training.turns import Turns
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART, Moment, left_over, lines, megafork, tiny_run
+from tests.helpers.controllers import PushingTo, controller
 from tests.helpers.live_runs import middle_of
 from tests.helpers.ppo import make_critic, save_critic
 from tests.helpers.step import make_policy
+from tools.benchmarks.configs import learner_config
 from tools.benchmarks.ranks import run_ranks
 
 COLOCATED = "rollout.placement=colocated"
@@ -30,18 +31,18 @@ COLOCATED = "rollout.placement=colocated"
 
 
 class Recorder:
-    """What is asked of the servers, and what of the trainer is on the device then."""
+    """A controller whose answers are a list; it notes what of the trainer is on the device then."""
 
-    def __init__(self, policy, critic, *, shared):
+    def __init__(self, policy, critic, answers):
         self.policy, self.critic = policy, critic
-        self.events = []
-        front = SimpleNamespace(client=SimpleNamespace(wake_up=self.note))
-        self.turns = Turns(
-            [self.policy, self.critic],
-            lambda work: work(front),
-            lambda: self.note("stop"),
-            shared=shared,
-        )
+        self.answers, self.events = answers, []
+
+    def ask(self, kind, /, arrays=None, **said):
+        self.note(kind if not said.get("left") else f"{kind} left")
+        return self.answers.pop(0), {}
+
+    def note_stop(self, answer):
+        self.note("stop")
 
     def note(self, what):
         parts = {
@@ -51,68 +52,87 @@ class Recorder:
         }
         self.events.append((what, [name for name, there in parts.items() if there]))
 
-    def sleep(self):
-        self.note("sleep")
-
-    def generate(self, work=lambda: None, pushes=1, sleep=None):
-        with self.turns.generation(sleep or self.sleep):
-            for _ in range(pushes):
-                self.turns.hand_over(lambda: self.note("push"))
-            self.note("generate")
-            work()
-
 
 ALL = ["weights", "optimizer", "critic"]
-TURN = [
-    ("weights", ["weights"]),  # the servers' wake up when nothing else of ours is there
-    ("push", ["weights"]),
-    ("kv_cache", []),
-    ("generate", []),
-]
+SEND, DONE, AGAIN, LEAVE = ({"kind": kind} for kind in ("send", "done", "again", "leave"))
+STOP = {"kind": "stop", "signal": "SIGTERM"}
+PUSHED = [("push_begins", ["weights"]), ("push_ended", [])]
+CASES = {
+    "done": (SEND, DONE),
+    "a server was lost": (SEND, AGAIN, SEND, DONE),
+    "one is started again": (LEAVE, AGAIN, SEND, DONE),
+    "stopped": (STOP,),
+    "stopped in its middle": (SEND, STOP),
+}
 
 
 def orders(folder, critic_folder):
-    found = {}
     policy = make_policy(folder, {})
     critic = make_critic(critic_folder, {}, policy.topology)
-    record = Recorder(policy, critic, shared=True)
-    record.generate()
-    record.note("train")
-    with record.turns.generation(record.sleep):
-        record.generate(pushes=2)  # within another one; a server was replaced in it
-        record.note("within")
-    record.note("train")
-    found["colocated"], record.events = record.events, []
-
-    def interrupt():
-        raise Interrupted
-
-    for when in ({"work": interrupt}, {"sleep": interrupt}):
-        with pytest.raises(Interrupted):
-            record.generate(**when)
-        record.note("save")
-    found["interrupted"], record.events = record.events, []
-
-    def fail():
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        record.generate(fail)
-    assert record.turns.turn == "servers"
+    in_turns = learner_config(folder, rollout={"placement": "colocated"})
+    found = {}
+    for name, answers in CASES.items():
+        record = Recorder(policy, critic, list(answers))
+        sync = WeightSync(in_turns, policy, policy.topology, record, [policy, critic])
+        record.note(sync.push(1))
+        sync.take_back()
+        record.note("train")
+        assert record.answers == []
+        found[name] = record.events
+    record = Recorder(policy, critic, [SEND, DONE])
+    sync.controller = record
+    sync.push(1)
     with pytest.raises(AssertionError, match=r"onload\(\) comes first"):
         policy.export_shards()
-    policy.onload()
-    critic.onload()
-    apart = Recorder(policy, critic, shared=False)
-    apart.generate()
-    found["disaggregated"] = apart.events
+    sync.take_back()
+    apart = WeightSync(learner_config(folder), policy, policy.topology, record, [policy, critic])
+    record.answers, record.events = [SEND, DONE], []
+    apart.push(1)
+    found["disaggregated"] = record.events
     return found
+
+
+def test_who_is_on_the_device_when(tmp_path):
+    folder = reference.save_model(tmp_path / "model", tied=True, layers=2)
+    critic = save_critic(tmp_path / "critic", tied=True)
+    [found] = run_ranks(1, orders, folder, critic)
+    end = [(True, []), ("train", ALL)]
+    assert found["done"] == [*PUSHED, *end]
+    assert found["a server was lost"] == [*PUSHED, *PUSHED, *end]
+    left = [("push_begins", ["weights"]), ("push_begins left", [])]
+    assert found["one is started again"] == [*left, *PUSHED, *end]
+    stopped = [("push_begins", ["weights"]), ("stop", ["weights"]), (False, ["weights"])]
+    assert found["stopped"] == [*stopped, ("train", ALL)]
+    assert found["stopped in its middle"] == [*PUSHED, ("stop", []), (False, []), ("train", ALL)]
+    assert found["disaggregated"] == [("push_begins", ALL), ("push_ended", ALL)]
+
+
+class Servers:
+    """What a fleet does for a push, of which only the time of waking up is kept."""
+
+    def __init__(self):
+        self.wakings = []
+
+    def wake_up(self, part):
+        self.wakings.append(time.monotonic())
+
+    def members(self):
+        return []
+
+    def start_weight_update(self): ...
+    def update_weights(self, buckets): ...
+    def finish_weight_update(self, version):
+        self.version = version
+
+    def weight_version(self):
+        return self.version
 
 
 def times_of_a_late_rank(folder):
     """When this rank's memory was away, and when rank 0 woke the servers; one clock for both."""
     policy = make_policy(folder, {"tp": 2})
-    offload, away, wakings = policy.offload, [], []
+    in_turns = learner_config(folder, rollout={"placement": "colocated"})
+    offload, away, servers = policy.offload, [], Servers()
 
     def late(**parts):
         time.sleep(0.5 * policy.topology.rank)
@@ -120,16 +140,10 @@ def times_of_a_late_rank(folder):
         away.append(time.monotonic())
 
     policy.offload = late
-    client = SimpleNamespace(wake_up=lambda part: wakings.append(time.monotonic()))
-    turns = Turns(
-        [policy],
-        lambda work: policy.topology.on_rank_zero(lambda: work(SimpleNamespace(client=client))),
-        lambda: None,
-        shared=True,
-    )
-    with turns.generation(lambda: None):
-        turns.hand_over(lambda: None)
-    return away, wakings
+    with controller(policy.topology, PushingTo(servers, colocated=True)) as handle:
+        sync = WeightSync(in_turns, policy, policy.topology, handle, [policy])
+        assert sync.push(1)
+    return away, servers.wakings
 
 
 def test_servers_wake_when_the_last_rank_has_left(tmp_path):
@@ -137,20 +151,6 @@ def test_servers_wake_when_the_last_rank_has_left(tmp_path):
     (_, wakings), (away, _) = run_ranks(2, times_of_a_late_rank, folder)
     assert len(away) == len(wakings) == 2
     assert away[0] < wakings[0] < away[1] < wakings[1]
-
-
-def test_who_is_on_the_device_when(tmp_path):
-    folder = reference.save_model(tmp_path / "model", tied=True, layers=2)
-    critic = save_critic(tmp_path / "critic", tied=True)
-    [found] = run_ranks(1, orders, folder, critic)
-    again = [*TURN[:3], *TURN[:3], TURN[3]]
-    assert found["colocated"] == [
-        *TURN, ("sleep", []), ("train", ALL),
-        *again, ("within", []), ("sleep", []), ("train", ALL),
-    ]  # fmt: skip
-    # The servers may have had the signal too: they are ended, and their memory is free.
-    assert found["interrupted"] == [*TURN, ("stop", []), ("save", ALL)] * 2
-    assert found["disaggregated"] == [("push", ALL), ("generate", ALL)]
 
 
 def test_a_phase_within_another_is_counted_once(monkeypatch):

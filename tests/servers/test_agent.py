@@ -14,15 +14,16 @@ import pytest
 
 from megafork.config import TrainConfig
 from megafork.config.file import load_config
+from megafork.controller.child import Child
 from megafork.data.prompts import Prompt
 from megafork.data.tokenizer import load_tokenizer
 from megafork.errors import UserError
 from megafork.rewards.verifier import Judge
-from megafork.rollout.agent import Agent
-from megafork.rollout.background import BackgroundLoop
+from megafork.rollout.agents import Agents
 from megafork.rollout.judging import Judging
 from megafork.rollout.messages import serve
 from megafork.sample import Sample
+from tests.helpers.background import BackgroundLoop
 from tests.helpers.commands import QUICKSTART
 from tests.helpers.rollout_servers import wait_for
 
@@ -31,23 +32,37 @@ HERE = socket.gethostname()
 
 
 class Node:
-    """A collector's judging with one worker here, and an agent with one worker."""
+    """A controller's judging with one worker here, and another node's agent with one worker."""
 
-    def __init__(self, stack, verifier, **reward):
+    def __init__(self, stack, verifier, silence_s=60.0, **reward):
         settings = {"verifier": f"tests.helpers.verifiers:{verifier}", "workers": 1} | reward
         overrides = [f"reward.{name}={value}" for name, value in settings.items()]
+        # Its servers are elsewhere.
+        overrides += ["run.dir=unused", "rollout.url=http://nowhere:1"]
         config = load_config(TrainConfig, QUICKSTART / "config.toml", overrides)
         tokenizer = load_tokenizer(config, chat_template=False)
         judge = stack.enter_context(Judge(config.reward))
         self.judging = Judging(tokenizer, judge, max_response_tokens=32)
         self.notes = []
-        self.judging.note = self.notes.append
+        self.agents = Agents(2, self.notes.append, silence_s)
         self.loop = stack.enter_context(BackgroundLoop())
-        serving = serve("127.0.0.1", KEY, self.judging.join, 1 << 20)
-        self.address = self.loop.submit(serving).result()
-        self.agent = stack.enter_context(Agent(config.reward, self.address, KEY))
-        self.process = psutil.Process(self.agent._process.pid)
+        serving = serve("127.0.0.1", KEY, self.talk, 1 << 20)
+        order = {
+            "config": config.model_dump(mode="json"),
+            "address": self.loop.submit(serving).result(),
+            "key": KEY,
+            "node": 1,
+        }
+        self.agent = stack.enter_context(Child("megafork.controller.agent", order))
+        self.process = psutil.Process(self.agent.process.pid)
         wait_for(lambda: len(self.judging._busy) == 2)
+
+    async def talk(self, hello, link):
+        self.link = link
+        await self.agents.talk(link, self.found())
+
+    async def found(self):
+        return self.judging
 
     def judge(self, count, prompt="12>10:", answer="3"):
         """A job that judges responses of 1 to `count` tokens."""
@@ -78,20 +93,20 @@ def test_both_nodes_judge_and_say_the_same():
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_node_loses_no_verdict(tmp_path, number):
-    """One that is stopped is lost when its rank closes it."""
-    with node("waits", timeout_s=600) as found:
+    """One that is stopped says nothing any more."""
+    with node("waits", timeout_s=600, silence_s=3.0) as found:
         job = found.judge(12, prompt=str(tmp_path))
         wait_for(lambda: len(list(tmp_path.glob("begun-*"))) == 2)
         workers = found.process.children()
         found.process.send_signal(number)
-        if number == signal.SIGSTOP:
-            found.agent.close()
         wait_for(lambda: found.notes)
         (tmp_path / "go").touch()
         samples = job.result()
         assert [sample.reward for sample in samples] == lengths(found, samples)
         [note] = found.notes
         assert note.startswith(f"warning: the verifiers on {HERE} are lost, and others go on. ")
+        assert ("nothing was heard of it for 3 s" in note) == (number == signal.SIGSTOP)
+        found.process.send_signal(signal.SIGKILL)
         assert psutil.wait_procs(workers, timeout=20)[1] == []
 
 
@@ -125,20 +140,19 @@ def test_a_verifiers_failures_and_complaints_are_told():
         found.judge(4).result()
 
 
-@pytest.mark.parametrize("whose", ["its rank's", "the collector's"])
-def test_an_agent_ends_with_its_rank_and_with_the_collector(whose):
+@pytest.mark.parametrize("whose", ["its rank's", "the controller's"])
+def test_an_agent_ends_with_its_rank_and_with_the_controller(whose):
     with node("length") as found:
         found.judge(8).result()
         family = [found.process, *found.process.children(recursive=True)]
         assert len(family) == 2
         if whose == "its rank's":
-            found.agent._process.stdin.close()
+            found.agent.process.stdin.close()
         else:
-            [_, remote] = found.judging._busy
-            found.loop.submit(closed(remote)).result()
-        assert found.agent._process.wait(20) == 0
+            found.loop.submit(closed(found.link)).result()
+        assert found.agent.process.wait(20) == 0
         assert psutil.wait_procs(family, timeout=20)[1] == []
 
 
-async def closed(remote):
-    remote._link.close()
+async def closed(link):
+    link.close()

@@ -13,7 +13,6 @@ from megafork.data.prompts import PromptStream, read_prompts
 from megafork.data.tokenizer import HfTokenizer
 from megafork.errors import UserError
 from megafork.rewards.verifier import Judge
-from megafork.rollout.background import BackgroundLoop
 from megafork.rollout.batch_metrics import rollout_metrics
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.collector import Collector
@@ -22,6 +21,7 @@ from megafork.rollout.judging import Judging
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.step_journals import StepJournals
 from megafork.types import token_table
+from tests.helpers.background import BackgroundLoop
 from tests.helpers.commands import QUICKSTART
 from tests.helpers.shared_servers import ON_QUICKSTART, quickstart_server
 from tests.helpers.verifiers import by_spelling

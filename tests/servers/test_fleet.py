@@ -15,12 +15,12 @@ from megafork.parallel.ports import free_port
 from megafork.rollout import client as client_module
 from megafork.rollout import fleet as fleet_module
 from megafork.rollout.assignment import Assignment, Request
-from megafork.rollout.background import BackgroundLoop
 from megafork.rollout.client import ServerLost, ServerSlow
 from megafork.rollout.engine import check_server
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.placement import gpus_of_servers, with_trainers
 from megafork.rollout.sampling import CONNECT_PATH, GENERATE_PATH, UPDATE_PATH
+from tests.helpers.background import BackgroundLoop
 from tests.helpers.rollout_servers import (
     SmallServer,
     ask,

@@ -15,7 +15,6 @@ from megafork.data.prompts import PromptStream, read_prompts
 from megafork.data.tokenizer import HfTokenizer
 from megafork.errors import UserError
 from megafork.rewards.verifier import Judge
-from megafork.rollout.background import BackgroundLoop
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.collector import Collector
 from megafork.rollout.journal import Journal, journal_path, read_step
@@ -24,6 +23,7 @@ from megafork.rollout.sampling import Sampling
 from megafork.rollout.step_journals import StepJournals
 from megafork.sample import Group, Sample
 from megafork.types import token_table
+from tests.helpers.background import BackgroundLoop
 from tests.helpers.commands import QUICKSTART, megafork, tiny_run
 from tests.helpers.replays import TOLERANCE, comparable, journalled, replayed_in_one_go
 from tests.helpers.rollout_servers import running, wait_for

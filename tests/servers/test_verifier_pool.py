@@ -17,7 +17,7 @@ import pytest
 from megafork.config import RewardConfig
 from megafork.errors import UserError
 from megafork.rewards.verifier import Judge, Verdict
-from megafork.rollout.background import BackgroundLoop
+from tests.helpers.background import BackgroundLoop
 from tests.helpers.commands import MARK, ROOT, environment, left_over, processes_of
 from tests.helpers.rollout_servers import wait_for
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from dataclasses import replace
 
 import pytest
@@ -18,10 +16,10 @@ from megafork.rollout.client import RolloutClient
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.vllm_server import VllmServer
 from megafork.weight_sync import agreement
-from megafork.weight_sync.push import WeightSync
 from tests.helpers import reference
 from tests.helpers.commands import tiny_engine
-from tests.helpers.pushes import OPTIONS, PROMPTS, SAMPLING, make_sync
+from tests.helpers.controllers import probe
+from tests.helpers.pushes import OPTIONS, PROMPTS, SAMPLING, kill_in_the_middle, make_sync
 from tests.helpers.shared_servers import ON_VLLM, random_server
 from tools.benchmarks.ranks import run_ranks
 
@@ -35,30 +33,23 @@ def server(request, tmp_path_factory, tmp_path):
 
 
 def push_twice(url, api_key, folder, layout, version):
-    parallel = ParallelConfig(**layout)
-    topology = initialize(parallel)
-    model = ModelConfig(path=str(folder), dtype="float32")
-    scorer = Scorer(model, parallel, topology, micro_batch_tokens=256, temperature=0.8)
-    client = RolloutClient(url, api_key) if topology.rank == 0 else None
-    sync = WeightSync(scorer, topology, client, SyncConfig(bucket_mib=1), num_workers=1)
+    client = RolloutClient(url, api_key)
+    with make_sync(client, folder, layout, sync={"bucket_mib": 1}) as (sync, _):
+        scorer, topology = sync.policy, sync.topology
 
-    def measure():
-        groups = topology.on_rank_zero(
-            lambda: asyncio.run(agreement.probe(client, PROMPTS, SAMPLING))
-        )
-        return agreement.measure(groups, scorer, topology)
+        def measure():
+            groups = topology.on_rank_zero(lambda: asyncio.run(probe(client, PROMPTS, SAMPLING)))
+            return agreement.measure(groups, scorer, topology)
 
-    before = measure()
-    sync.push(version)
-    first = measure()
-    with torch.no_grad():
-        for rule, parameter in (p for stage in scorer.stages for p in stage.parameters()):
-            parameter.mul_(0.8 if "norm" in rule.megatron else 1.1)
-    stale = measure()
-    sync.push(version + 1)
-    second = measure()
-    sync.close()
-    return before, first, stale, second
+        before = measure()
+        sync.push(version)
+        first = measure()
+        with torch.no_grad():
+            for rule, parameter in (p for stage in scorer.stages for p in stage.parameters()):
+                parameter.mul_(0.8 if "norm" in rule.megatron else 1.1)
+        stale = measure()
+        sync.push(version + 1)
+        return before, first, stale, measure()
 
 
 LAYOUTS = [
@@ -93,8 +84,10 @@ def test_log_probabilities_agree_after_every_push(server, layout):
 
 def push_of_another_shape(url, api_key, folder):
     """The error of a push on this rank: (its type, its text)."""
-    sync = make_sync(RolloutClient(url, api_key), folder, {"tp": 2})
-    with pytest.raises(UserError) as caught:
+    with (
+        make_sync(RolloutClient(url, api_key), folder, {"tp": 2}) as (sync, _),
+        pytest.raises(UserError) as caught,
+    ):
         sync.push(99)
     return caught.type, str(caught.value)
 
@@ -114,25 +107,15 @@ def test_a_push_that_fails_is_told_by_rank_zero_and_hangs_nobody(tmp_path):
 
 def push_to_a_server_that_dies(dying, process_group, other, folder, layout):
     """Its errors, and the agreement with another server after a push to that one."""
-    sync = make_sync(RolloutClient(*dying), folder, layout)
-    topology = sync.topology
-    if topology.rank == 0:
-        send = sync.sender.send
-
-        def kill_and_send(bucket, tensors):
-            os.killpg(process_group, signal.SIGKILL)
-            send(bucket, tensors)
-
-        sync.sender.send = kill_and_send
-    with pytest.raises(UserError) as caught:
-        sync.push(5)
-    assert sync.version == 0
-    client = RolloutClient(*other) if topology.rank == 0 else None
-    sync.connect(client)
-    sync.push(6)
-    assert sync.version == 6
-    groups = topology.on_rank_zero(lambda: asyncio.run(agreement.probe(client, PROMPTS, SAMPLING)))
-    found = agreement.measure(groups, sync.policy, topology)
+    with make_sync(RolloutClient(*dying), folder, layout) as (sync, pushing):
+        topology = sync.topology
+        kill_in_the_middle(sync, process_group)
+        with pytest.raises(UserError) as caught:
+            sync.push(5)
+        client = pushing.pushes.fleet = RolloutClient(*other)
+        sync.push(6)
+        groups = topology.on_rank_zero(lambda: asyncio.run(probe(client, PROMPTS, SAMPLING)))
+        found = agreement.measure(groups, sync.policy, topology)
     return caught.type, str(caught.value), found.max_difference
 
 
@@ -171,7 +154,7 @@ def probe_at(url, api_key, folder, samplings):
     found = []
     for sampling in samplings:
         groups = topology.on_rank_zero(
-            lambda s=sampling: asyncio.run(agreement.probe(RolloutClient(url, api_key), LONG, s))
+            lambda s=sampling: asyncio.run(probe(RolloutClient(url, api_key), LONG, s))
         )
         found.append(agreement.measure(groups, scorer, topology))
     return found

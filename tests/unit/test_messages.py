@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from megafork.frames import MAGIC, PREFIX_BYTES, Damaged, encode
-from megafork.rollout.background import BackgroundLoop
 from megafork.rollout.messages import Connection, connect, serve
+from tests.helpers.background import BackgroundLoop
 
 KEY = "of the run"
 MOST = 1 << 22

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from megafork.config import ParallelConfig
-from megafork.rollout.background import BackgroundLoop
 from megafork.rollout.collector import RolloutBatch
-from megafork.rollout.messages import Connection, serve
 from megafork.sample import Group, Sample
 from megafork.training.rows import fetch_rows
 from megafork.types import known_table, token_table
 from tests.helpers import reference
+from tests.helpers.controllers import controller
 from tests.helpers.step import make_policy, make_table, whole_gradients
 from tools.benchmarks.ranks import run_ranks
 
@@ -27,7 +26,6 @@ LAYOUTS = [
     {"pp": 2, "dp": 2},
     {"tp": 2, "sequence_parallel": True, "cp": 2, "dp": 2},
 ]
-KEY = "the run's key"
 
 
 def make_groups():
@@ -77,29 +75,15 @@ def columns(table):
 
 @contextlib.contextmanager
 def served(topology):
-    """The connection to rank 0, which has the batch; None on ranks that do not ask."""
+    """The controller that has the batch; None on ranks that do not ask."""
     batch = RolloutBatch(groups=make_groups())
 
-    async def talk(hello, link):
-        assert hello["role"] == "rank"
-        while True:
-            asked, arrays = await link.receive()
-            assert asked["step"] == 7
-            await link.send({"kind": "rows"}, batch.rows(arrays["uids"].tolist()))
+    def rows(asked, arrays):
+        assert asked["step"] == 7
+        return {"kind": "rows"}, batch.rows(arrays["uids"].tolist())
 
-    with contextlib.ExitStack() as stack:
-        address = topology.on_rank_zero(
-            lambda: (
-                stack.enter_context(BackgroundLoop())
-                .submit(serve("127.0.0.1", KEY, talk, 1 << 20))
-                .result()
-            )
-        )
-        source = None
-        if topology.is_replica_leader:
-            source = stack.enter_context(Connection(address, KEY, {"role": "rank"}))
-        yield source
-        topology.any_rank(False)  # rank 0 is there as long as others ask
+    with controller(topology, None, rows) as handle:
+        yield handle if topology.is_replica_leader else None
 
 
 def one_update(folder, layout):

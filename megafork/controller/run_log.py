@@ -1,0 +1,136 @@
+"""What a run writes for people: its logs, its report, its notes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megafork.config import TrainConfig
+from megafork.data.tokenizer import Tokenizer
+from megafork.logging.figure import draw_curves
+from megafork.logging.metrics import MetricsLog, read_rows
+from megafork.rollout.journal import SUFFIX, Journal
+from megafork.rollout.tally import Tally, tell_regularly
+from megafork.sample import Group
+
+SKIPPED = "skipped"
+"""Folder of a run: groups of mini-batches without an update"""
+
+
+class RunLog:
+    """The files of a run that are not its journals and checkpoints. Close it.
+
+    steps_done: rows of later steps are removed; a resumed run writes them again.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, *, steps_done: int) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.run_dir = Path(config.run.dir)
+        self.metrics = MetricsLog(
+            self.run_dir,
+            config.training.steps,
+            tensorboard=config.run.tensorboard,
+            steps_done=steps_done,
+        )
+        self._told_failures: set[str] = set()
+        self._forget_skipped_after(steps_done)
+
+    def _forget_skipped_after(self, steps_done: int) -> None:
+        """Those steps will be done again."""
+        for path in (self.run_dir / SKIPPED).glob("step_*"):
+            if int(path.name[5:11]) > steps_done:
+                path.unlink()
+
+    def close(self) -> None:
+        self.metrics.close()
+
+    def note(self, text: str) -> None:
+        self.metrics.note(text)
+
+    def row(self, step: int, row: Mapping[str, float]) -> None:
+        self.metrics.write(step, dict(row))
+
+    def has_row(self, step: int) -> bool:
+        return any(row["step"] == step for row in read_rows(self.run_dir / "metrics.jsonl"))
+
+    def has_evaluated(self, step: int) -> bool:
+        return any(row["step"] == step for row in read_rows(self.run_dir / "eval.jsonl"))
+
+    @contextlib.asynccontextmanager
+    async def telling(self, what: str, tally: Callable[[], Tally]) -> AsyncIterator[None]:
+        """Inside, a person sees how far it is."""
+        telling = tell_regularly(tally, lambda text: self.metrics.progress(f"{what}  {text}"))
+        task = asyncio.create_task(telling)
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    def failures(self, causes: Mapping[str, str]) -> None:
+        """Tell of each kind of a verifier's failures the first; metrics.jsonl counts them."""
+        for kind, cause in dict(causes).items():
+            if kind not in self._told_failures:
+                self._told_failures.add(kind)
+                self.note(f"warning: no verdict ({kind}), so the response scores 0: {cause}")
+
+    def tokens(self, step: int, finished: Mapping[str, Any]) -> None:
+        """Write a step's entropies: which tokens fork, the histogram, responses with their text."""
+        tokenizer = self.tokenizer
+        if (report := finished["forking_tokens"]) is not None:
+            for name in ("highest_entropy", "most_selected"):
+                for token in report[name]:
+                    token["text"] = tokenizer.name(token["id"])
+            self.metrics.forking_tokens(step, report)
+        if finished["histogram"] is not None:
+            self.metrics.entropy_histogram(step, finished["histogram"])
+        self.metrics.samples(
+            [
+                response
+                | {
+                    "prompt": tokenizer.decode(response["prompt_ids"]),
+                    "text": [tokenizer.name(token) for token in response["token_ids"]],
+                }
+                for response in finished["responses"]
+            ]
+        )
+
+    def skipped(self, step: int, parts: Sequence[Mapping[str, Any]], groups: list[Group]) -> None:
+        """Write the groups of mini-batches without an update, and tell of them.
+
+        parts: of each the number, the reason and the prompt indices of its groups.
+        """
+        for part in parts:
+            members = set(part["groups"])
+            name = f"step_{step:06d}_minibatch_{part['number']:03d}{SUFFIX}"
+            with Journal(self.run_dir / SKIPPED / name) as journal:
+                for group in groups:
+                    if group.prompt_index in members:
+                        journal.append(group)
+            self.note(
+                f"warning: step {step}, mini-batch {part['number']}: no update, for "
+                f"{part['reason']}; its groups are in {journal.path}"
+            )
+
+    def end(self, final: Path | None) -> None:
+        """Write the report. final: the folder of the last policy, of a run that is complete."""
+        if final is not None:
+            self.note(f"checkpoint  {final}")
+            self.note(f"curves      {draw_curves(self.run_dir)}")
+        self._write_report()
+        evaluations = read_rows(self.run_dir / "eval.jsonl")
+        if final is not None and evaluations:
+            first, last = (evaluations[i]["eval/accuracy"] for i in (0, -1))
+            self.note(f"held-out accuracy  {first:.1%} before, {last:.1%} after")
+
+    def _write_report(self) -> None:
+        """RUN/report.html; a run does not fail for it."""
+        from megafork.report.page import write_report  # matplotlib and jinja2 take a second
+
+        try:
+            self.note(f"report      {write_report(self.run_dir)}")
+        except Exception as error:  # a picture of what is safe on disk is worth no run
+            cause = f"{type(error).__name__}: {error}"
+            self.note(f"warning: {self.run_dir}/report.html was not written: {cause}")

@@ -1,0 +1,147 @@
+"""The training loop. Every rank runs it; the controller does what only one process can do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from megafork.algorithms.advantages import group_relative_advantages
+from megafork.config import TrainConfig
+from megafork.config.file import settings_of
+from megafork.controller.handle import Batch, Controller
+from megafork.errors import Interrupted, UserError
+from megafork.interruption import Interruption
+from megafork.parallel.topology import initialize, shutdown
+from megafork.training.checkpoints import Checkpoints
+from megafork.training.critic import Critic
+from megafork.training.policy import Policy
+from megafork.training.push import WeightSync
+from megafork.training.rows import fetch_rows
+from megafork.training.run_dir import open_run_dir
+from megafork.training.step import Clock, optimize
+from megafork.training.step_record import step_record
+from megafork.types import TokenTable
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> None:
+    """`megafork train` on this rank, from joining the world to the final checkpoint.
+
+    resume: go on after the newest whole checkpoint in run.dir, or from the start where there is
+    none; groups that the journal holds are not generated again. Raises Interrupted when a signal
+    ended it early.
+    """
+    with Interruption() as interruption, contextlib.ExitStack() as stack:
+        topology = initialize(config.parallel, seed=config.training.seed)
+        topology.require_equal("settings", dict(settings_of(config)))
+        run_dir = open_run_dir(config, resume=resume)
+        topology.on_rank_zero(lambda: stack.enter_context(run_dir))
+        controller = stack.enter_context(Controller.connect(config, topology))
+        stack.enter_context(topology.whereabouts.told())
+        if config.rollout.placement == "colocated":
+            topology.whereabouts.enter("the start of the rollout servers")
+            controller.wait_for_servers()
+        topology.whereabouts.enter("the loading of the model")
+        policy = Policy(config, topology)
+        critic = Critic(config, topology) if config.algorithm.advantages == "gae" else None
+        learners = [policy] if critic is None else [policy, critic]
+        checkpoints = Checkpoints(config, topology, policy, critic)
+        state = checkpoints.load_newest() if resume else None
+        interruption.defer(controller.tell_signal)
+        controller.begin(checkpoints.step, state)
+        weights = WeightSync(config, policy, topology, controller, learners)
+        stack.callback(weights.close)
+        weights.push(version=checkpoints.step + 1)
+        for batch in batches(controller, weights, after=checkpoints.step):
+            row = train_step(config, batch, policy, critic, controller, weights)
+            checkpoints.save_if_due(batch, row, controller)  # a colocated push puts all away
+            weights.push(version=batch.step + 1)
+        checkpoints.save_if_unsaved()
+        final = checkpoints.export() if controller.has_finished else None
+        topology.whereabouts.enter("the report")
+        controller.goodbye(None if final is None else str(final))
+        if final is None:
+            raise Interrupted(_stopped(config, controller, checkpoints.step))
+    shutdown()
+
+
+def batches(controller: Controller, weights: WeightSync, *, after: int) -> Iterator[Batch]:
+    """Yield the batch of each step after `after`, until the run ends."""
+    step = after + 1
+    while controller.is_going_on:
+        weights.topology.whereabouts.enter(f"generate of step {step}")
+        batch, again, groups = controller.batch(step)
+        if again:  # the servers were lost with the weights that they had
+            weights.push(version=step)
+            continue
+        weights.take_back()
+        weights.compare(groups)
+        if batch is not None:
+            yield batch
+            step += 1
+    weights.take_back()
+
+
+def train_step(
+    config: TrainConfig,
+    batch: Batch,
+    policy: Policy,
+    critic: Critic | None,
+    controller: Controller,
+    weights: WeightSync,
+) -> dict[str, float]:
+    """One rollout batch: the algorithm box of arXiv 2506.01939. Returns its metrics so far."""
+    topology, step = policy.topology, batch.step
+    clock = Clock(lambda phase: topology.whereabouts.enter(f"{phase} of step {step}"))
+    lr = policy.learning_rate
+    with clock.measure("exchange"):
+        minibatches = with_rows(config, batch, policy, controller)
+    done = optimize(policy, minibatches, step=step, clock=clock, critic=critic)
+    record = step_record(config, batch, done, policy, critic)
+    record["metrics"]["lr"] = lr
+    answer, _ = controller.ask(
+        "finish", step=step, seconds=clock.seconds | weights.take_seconds(), **record
+    )
+    return answer["row"]
+
+
+def with_rows(
+    config: TrainConfig, batch: Batch, policy: Policy, controller: Controller
+) -> list[TokenTable]:
+    """Return the mini-batches, of whole groups, with the rows that this rank works on.
+
+    Nobody gets the rows of a mini-batch that overlong filtering has emptied. Advantages are there
+    unless a critic gives them.
+    """
+    training, known = config.training, batch.table
+    samples = known.minibatch_samples(
+        training.prompts_per_minibatch, seed=training.seed + batch.step
+    )
+    replica_B = torch.full((known.num_samples,), -1)
+    for picked in samples:
+        if (part := known.take(picked)).num_loss_tokens:
+            replica_B[picked] = policy.replicas(part)
+    if not (replica_B >= 0).any():
+        raise UserError(
+            f"step {batch.step}: every response was cut at rollout.max_response_tokens="
+            f"{config.rollout.max_response_tokens} and algorithm.overlong_filtering left nothing "
+            "to train on: raise the one or turn off the other"
+        )
+    source = controller if policy.topology.is_replica_leader else None
+    table = fetch_rows(known, replica_B, batch.step, source, policy.topology)
+    if config.algorithm.advantages != "gae":
+        advantages_B = group_relative_advantages(
+            table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage
+        )
+        table = table.with_columns(advantage_R=advantages_B[table.sample_R])
+    return [table.take(picked) for picked in samples]
+
+
+def _stopped(config: TrainConfig, controller: Controller, step: int) -> str:
+    """What to do next."""
+    saved = ", which is saved" if step else ""
+    return (
+        f"stopped by {controller.stopped_by} after step {step}{saved}: go on with megafork train "
+        f"--resume {config.run.dir}"
+    )

@@ -1,0 +1,86 @@
+"""What a step says of itself: its metrics, its entropies, what was skipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megafork.algorithms.forking import warn_of_ties
+from megafork.config import TrainConfig
+from megafork.controller.handle import Batch
+from megafork.training import telemetry
+from megafork.training.critic import Critic
+from megafork.training.histogram import entropy_histogram
+from megafork.training.policy import Policy
+from megafork.training.samples import is_sampled, sampled_responses
+from megafork.training.step import Optimized
+from megafork.training.token_report import token_report
+
+
+def step_record(
+    config: TrainConfig, batch: Batch, done: Optimized, policy: Policy, critic: Critic | None
+) -> dict[str, Any]:
+    """Return what the controller is told of a step (`finish`), on every rank. Collective.
+
+    metrics, on rank 0; forking_tokens, histogram and responses, of the last two None and none where
+    nothing is asked for; skipped: of each mini-batch without an update its number, the reason and
+    its groups' prompt indices; is_exhausted: they were the last that the config allows; notes, for
+    a person.
+    """
+    topology, step = policy.topology, batch.step
+    responses: list[dict[str, Any]] = []
+    report = token_report(done, config.forking, topology)
+    histogram = entropy_histogram(done, topology)
+    if is_sampled(step, every=config.run.samples_every, last=config.training.steps):
+        responses = sampled_responses(done, config.run.samples, config.forking, topology, step=step)
+    metrics = _metrics(config, batch, done, policy, critic)
+    warning = warn_of_ties(
+        metrics["forking/kept_fraction"],
+        metrics["forking/wanted_fraction"],
+        metrics["forking/rho"],
+    )
+    if topology.rank != 0:
+        return {"metrics": {}}
+    return {
+        "metrics": metrics,
+        "forking_tokens": report,
+        "histogram": histogram,
+        "responses": responses,
+        "skipped": [
+            {
+                "number": part.number,
+                "reason": part.reason,
+                "groups": part.table.group_B.unique().tolist(),
+            }
+            for part in done.skipped
+        ],
+        "is_exhausted": policy.guard.is_exhausted,
+        "notes": [] if warning is None else [f"warning: {warning}"],
+    }
+
+
+def _metrics(
+    config: TrainConfig, batch: Batch, done: Optimized, policy: Policy, critic: Critic | None
+) -> dict[str, float]:
+    """Return the step's numbers but for those of its rollout, on every rank."""
+    topology = policy.topology
+    metrics: dict[str, float] = {}
+    if topology.is_last_stage:
+        metrics = telemetry.token_metrics(
+            done.tables,
+            done.scores,
+            done.masks,
+            done.selections,
+            policy_version=batch.trained_by,
+            large_difference=config.mismatch.large_difference,
+            topology=topology,
+        ) | telemetry.update_metrics(done.updates, policy.terms)
+        metrics |= telemetry.reference_metrics(done, config.kl.tokens, topology)
+        if critic is not None:
+            metrics |= telemetry.critic_metrics(done.values, done.critic_updates)
+    metrics = topology.broadcast_object(metrics, src=topology.last_stage_rank)
+    return metrics | {
+        "tokens": batch.table.num_tokens,
+        "policy_version": batch.step + 1,
+        "update/skipped": len(done.skipped),
+        "update/empty": done.num_empty,
+    }
