@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from megafork.algorithms import losses
 from megafork.algorithms.advantages import group_relative_advantages
 from megafork.config import (
     ParallelConfig,
@@ -73,8 +74,6 @@ def one_step(folder, layout, settings, mutate=None):
     table = make_table()
     scores = policy.score(table)
     [mask], selection = policy.select([table], [scores], step=1)
-    first = policy.accumulate_gradients(table, scores, mask)
-    unperturbed = max((float(r["max_ratio_offset"]) for r in first), default=0.0)
     empty_packs = (
         sum(not part.any() for part in mask.split([len(p.rows_N) for p in scores.packs]))
         if policy.topology.is_last_stage
@@ -82,8 +81,10 @@ def one_step(folder, layout, settings, mutate=None):
     )
     old = scores.old_logprobs_N + perturbation(scores.rows_N)
     shifted = replace(scores, old_logprobs_N=old)
+    trained = see_logprobs()
     judged = policy.judged_update(table, shifted, mask)
     gradients = whole_gradients(policy)
+    of_head = mask & (table.advantage_R[scores.rows_N] != 0)
     metrics = policy.apply(judged)
     return {
         "rows": scores.rows_N,
@@ -92,9 +93,22 @@ def one_step(folder, layout, settings, mutate=None):
         "selection": selection,
         "gradients": gradients,
         "metrics": metrics,
-        "unperturbed_offset": unperturbed,
+        "scored": scores.old_logprobs_N[of_head] if policy.topology.is_last_stage else None,
+        "trained": torch.cat(trained) if trained else torch.zeros(0),
         "empty_packs": empty_packs,
     }
+
+
+def see_logprobs():
+    """A list that will have the log-probabilities of each pack that the policy's loss is of."""
+    seen, exact = [], losses.policy_loss
+
+    def loss(logprobs_N, *args, **options):
+        seen.append(logprobs_N.detach().cpu())
+        return exact(logprobs_N, *args, **options)
+
+    losses.policy_loss = loss
+    return seen
 
 
 def whole_gradients(policy):
@@ -138,6 +152,7 @@ def reference_step(folder):
     gradients = {n: p.grad for n, p in model.named_parameters()}
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     gaps = (entropies - tau).abs().sort().values
+    offsets = ((logprobs.detach() - old).exp() - 1).abs()
     return {
         "entropies": entropies,
         "mask": mask,
@@ -146,6 +161,7 @@ def reference_step(folder):
         "gradients": gradients,
         "norm": float(norm),
         "gap": float(gaps[1]),
+        "max_ratio_offset": float(offsets[mask & (table.advantage_R != 0)].max()),
     }
 
 
@@ -164,7 +180,10 @@ def assert_step(folder, expected, layout, settings, mutate=None):
         assert abs(selection.threshold - expected["threshold"]) <= 1e-5
         assert (selection.num_kept, selection.num_total) == (int(mask.sum()), len(mask))
         assert selection.num_boundary == 0
-        assert rank["unperturbed_offset"] == 0.0  # the ratio is exactly 1 after scoring
+        # Training computes the bits that scoring did: but for `perturbation` the ratio is 1.
+        assert torch.equal(rank["trained"], rank["scored"])
+        offset = rank["metrics"]["max_ratio_offset"]
+        assert abs(offset - expected["max_ratio_offset"]) <= 1e-5
         assert abs(rank["metrics"]["loss"] - expected["loss"]) <= 1e-6
         # The head ran on the selected rows with an advantage and on no other.
         assert rank["metrics"]["head_rows"] == int((mask & (make_table().advantage_R != 0)).sum())
