@@ -27,8 +27,8 @@ RHO, CLIP_LOW, CLIP_HIGH = 0.2, 0.2, 0.28
 MAX_RESPONSE_TOKENS = 14  # responses have 1 to 11
 
 
-def make_table(seed=5):
-    table = token_table(reference.make_groups(6, 4, seed=seed))
+def make_table(seed=5, num_groups=6):
+    table = token_table(reference.make_groups(num_groups, 4, seed=seed))
     advantages = group_relative_advantages(table.reward_B, table.group_B, normalize=True)
     return table.with_columns(advantage_R=advantages[table.sample_R])
 

@@ -188,7 +188,6 @@ def test_filtered_responses_count_in_the_threshold_at_every_layout(model_of):
 # Updates between the mini-batches are large, so that "current" entropies differ from "old" ones,
 # and smooth (a large epsilon), so that rounding stays rounding.
 LARGE_STEPS = {"lr": 4e-3, "adam_eps": 1e-2, "weight_decay": 0.0, "grad_clip": 1e9}
-DEPTH_WITHOUT_TIES = 4  # with this model no token but one is near a threshold in any of them
 SCOPES = [
     {"scope": scope, "entropy_of": entropy_of}
     for scope in ("minibatch", "sequence", "batch")
@@ -197,9 +196,14 @@ SCOPES = [
 ]
 
 
-def several_minibatches(folder, layout, settings, forking):
+def two_minibatches():
+    """With models of both depths no token but one is near a threshold in any of the scopes."""
+    return make_table(seed=26, num_groups=4).minibatches(2, seed=0)
+
+
+def both_updates(folder, layout, settings, forking):
     policy = make_policy(folder, layout, forking=forking, **settings, **LARGE_STEPS)
-    minibatches = make_table(seed=15).minibatches(2, seed=0)
+    minibatches = two_minibatches()
     done = optimize(policy, minibatches, step=1, clock=Clock())
     found = [
         (scores.rows_N, scores.entropy_N, mask)
@@ -209,12 +213,12 @@ def several_minibatches(folder, layout, settings, forking):
 
 
 def reference_minibatches(folder, forking):
-    """Three updates with torch's AdamW: what each selected, its loss and its gradients."""
+    """Two updates with torch's AdamW: what each selected, its loss and its gradients."""
     model = reference.load_model(folder, torch.float64)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LARGE_STEPS["lr"], eps=LARGE_STEPS["adam_eps"], weight_decay=0.0
     )
-    tables = make_table(seed=15).minibatches(2, seed=0)
+    tables = two_minibatches()
     with torch.no_grad():
         scored = [score_all(model, table) for table in tables]
     of_batch = reference.top_threshold(torch.cat([entropies for _, entropies in scored]), RHO)
@@ -267,12 +271,12 @@ def expected_minibatches(folder, scope, entropy_of):
 )
 def test_scopes_and_both_entropies_at_every_layout(model_of, forking, case):
     layout, settings = CASES[case]
-    folder = model_of(False, DEPTH_WITHOUT_TIES)
+    folder = model_of(False, depth_for(layout))
     steps = expected_minibatches(folder, **forking)
     world = ParallelConfig(**layout).world_size
     gradients = {}
     for found, selections, updates, of_rank in run_ranks(
-        world, several_minibatches, folder, layout, settings, forking
+        world, both_updates, folder, layout, settings, forking
     ):
         gradients |= of_rank
         for update, step in zip(updates, steps, strict=True):
@@ -288,7 +292,7 @@ def test_scopes_and_both_entropies_at_every_layout(model_of, forking, case):
             assert selection.threshold == pytest.approx(step["threshold"], abs=5e-5)
         kept = sum(int(step["mask"].sum()) for step in steps)
         assert sum(selection.num_kept for selection in selections) == kept
-    # Of the last update: two updates before it have carried their rounding along.
+    # Of the last update: the one before it has carried its rounding along.
     for name, expected in steps[-1]["gradients"].items():
         error = (gradients[name] - expected).abs().max() / expected.abs().max()
         assert error <= 1e-4, f"{name}: {error:.2e}"
@@ -297,36 +301,48 @@ def test_scopes_and_both_entropies_at_every_layout(model_of, forking, case):
 def test_current_entropies_are_other_ones(model_of):
     """Else the test above could not tell them apart."""
     old, current = (
-        expected_minibatches(model_of(False, DEPTH_WITHOUT_TIES), "minibatch", which)
-        for which in ("old", "current")
+        expected_minibatches(model_of(False), "minibatch", which) for which in ("old", "current")
     )
     assert torch.equal(old[0]["entropies"], current[0]["entropies"])
     assert (old[1]["entropies"] - current[1]["entropies"]).abs().max() > 0.05
-    assert not torch.equal(old[2]["mask"], current[2]["mask"])
+    assert not torch.equal(old[1]["mask"], current[1]["mask"])
 
 
-def select_among_ties(folder, layout, forking):
-    """Entropies cut to a few values, so that many tokens are tied with the threshold."""
-    policy = make_policy(folder, layout, forking=forking, micro_batch_tokens=24)
+TIES = [(ties, scope) for ties in ("keep", "hash") for scope in ("minibatch", "sequence")]
+
+
+def select_among_ties(folder, layout):
+    """By each of TIES. Entropies are cut to a few values: many tokens are tied with a threshold."""
+    policy = make_policy(folder, layout, micro_batch_tokens=24)
     table = make_table()
     scores = policy.score(table)
     cut = replace(scores, entropy_N=(scores.entropy_N * 1.5).round() / 1.5)
-    [mask], selection = policy.select([table], [cut], step=1)
-    return scores.rows_N[mask].tolist(), selection
+    found = {}
+    for ties, scope in TIES:
+        policy.forking = policy.forking.model_copy(update={"ties": ties, "scope": scope})
+        [mask], selection = policy.select([table], [cut], step=1)
+        found[ties, scope] = scores.rows_N[mask].tolist(), selection
+    return found
 
 
-@pytest.mark.parametrize("scope", ["minibatch", "sequence"])
-@pytest.mark.parametrize("ties", ["keep", "hash"])
-def test_ties_are_settled_the_same_way_at_every_layout(model_of, scope, ties):
+@pytest.fixture(scope="module")
+def ranks_with_ties(model_of):
+    """What the ranks of each of four layouts have selected."""
+    layouts = ({}, {"tp": 2, "sequence_parallel": True}, {"cp": 2, "dp": 2}, {"pp": 2})
     folder = model_of(False)
+    return [
+        run_ranks(ParallelConfig(**layout).world_size, select_among_ties, folder, layout)
+        for layout in layouts
+    ]
+
+
+@pytest.mark.parametrize("case", TIES, ids="-".join)
+def test_ties_are_settled_the_same_way_at_every_layout(ranks_with_ties, case):
     chosen = []
-    for layout in ({}, {"tp": 2, "sequence_parallel": True}, {"cp": 2, "dp": 2}, {"pp": 2}):
-        world = ParallelConfig(**layout).world_size
-        forking = {"ties": ties, "scope": scope}
-        ranks = run_ranks(world, select_among_ties, folder, layout, forking)
-        chosen.append({row for rows, _ in ranks for row in rows})
-        for _, selection in ranks:
+    for ranks in ranks_with_ties:
+        chosen.append({row for rank in ranks for row in rank[case][0]})
+        for _, selection in (rank[case] for rank in ranks):
             if selection is not None:
                 assert selection.num_kept == len(chosen[-1])
-                assert (selection.num_kept > selection.num_wanted) == (ties == "keep")
+                assert (selection.num_kept > selection.num_wanted) == (case[0] == "keep")
     assert all(rows == chosen[0] for rows in chosen)
