@@ -41,6 +41,7 @@ from megafork.types import TokenTable, token_table
 
 MIB = 1 << 20
 PROMPT, LENGTH = 17, 257  # one token of each sequence is not fed
+SHORT = 25
 OF_MICRO_BATCH = 4
 ROWS = OF_MICRO_BATCH * (LENGTH - PROMPT)
 """response tokens of a micro-batch on a rank"""
@@ -160,9 +161,10 @@ def _steps(config: TrainConfig, topology: Topology, folder: Path) -> list[float]
     before = peak_from_here()
     model = config.model.model_copy(update={"path": str(folder)})
     policy = Policy(config.model_copy(update={"model": model}), topology)
-    number = num_micro_batches(config)
-    # The first step makes the optimizer's moments.
-    for table in (_table(config, policy.shape.vocab_size, n) for n in (1, number)):
+    full = num_micro_batches(config), LENGTH
+    # The first step, of short sequences, makes the optimizer's moments.
+    for number, length in ((1, SHORT), full):
+        table = _table(config, policy.shape.vocab_size, number, length)
         peak_from_here()
         scores = policy.score(table)
         [mask], _ = policy.select([table], [scores], step=1)
@@ -172,8 +174,8 @@ def _steps(config: TrainConfig, topology: Topology, folder: Path) -> list[float]
     return peaks
 
 
-def _table(config: TrainConfig, vocab_size: int, micro_batches: int) -> TokenTable:
-    """That many full micro-batches for each data-parallel rank."""
+def _table(config: TrainConfig, vocab_size: int, micro_batches: int, length: int) -> TokenTable:
+    """Sequences of that many micro-batches for each data-parallel rank; of LENGTH they are full."""
     generator = torch.Generator().manual_seed(0)
     parallel = config.parallel
     number = micro_batches * OF_MICRO_BATCH * (parallel.dp or 1) * parallel.cp
@@ -183,7 +185,7 @@ def _table(config: TrainConfig, vocab_size: int, micro_batches: int) -> TokenTab
 
     groups = []
     for index in range(number):
-        response = random_ids(LENGTH - PROMPT)
+        response = random_ids(length - PROMPT)
         sample = Sample(index, response, [-1.0] * len(response), False)
         groups.append(Group(index, random_ids(PROMPT), 1, [sample]))
     table = token_table(groups)
