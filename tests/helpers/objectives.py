@@ -18,7 +18,7 @@ from tests.helpers.step import (
     make_policy,
     make_table,
     perturbation,
-    score_all,
+    score_each,
     whole_gradients,
 )
 from tools.benchmarks.ranks import run_ranks
@@ -79,7 +79,9 @@ class Reference:
     def __init__(self, folder, cases=CASES):
         self.model = reference.load_model(folder, torch.float64)
         table = make_table()
-        self.logprobs, entropies = score_all(self.model, table)
+        scored = score_each(self.model, table)
+        self.logprobs, entropies = map(torch.cat, zip(*scored, strict=True))
+        entropies = entropies.detach()
         rows = torch.arange(len(self.logprobs))
         self.old = self.logprobs.detach() + perturbation(rows).double()
         self.table = table_of(self.old + engine_offset(rows))
@@ -87,15 +89,30 @@ class Reference:
         tau = reference.top_threshold(entropies[in_loss], RHO)
         self.mask = in_loss & (entropies >= tau)
         assert (entropies - tau).abs().sort().values[1] > 2e-5
+        self.selected = self.mask.nonzero()[:, 0].tolist()
+        self.jacobian = self.gradients_of_selected([own for own, _ in scored]) if cases else {}
         self.expected = [self.case(*case) for case in cases]
+
+    def gradients_of_selected(self, logprobs):
+        """Of each parameter [selected tokens, *its shape]; logprobs: of each sample, in its own
+        graph, which is all that a token's backward goes through."""
+        names, parameters = zip(*self.model.named_parameters(), strict=True)
+        of_tokens = []
+        for row in self.selected:
+            sample = int(self.table.sample_R[row])
+            logprob = logprobs[sample][row - self.table.offsets[sample]]
+            of_tokens.append(torch.autograd.grad(logprob, parameters, retain_graph=True))
+        columns = map(torch.stack, zip(*of_tokens, strict=True))
+        return dict(zip(names, columns, strict=True))
 
     def case(self, algorithm, correction):
         terms = loss_terms(self, algorithm, correction)
-        carrier = (torch.tensor(terms["slope"], dtype=torch.float64) * self.logprobs).sum()
-        names, parameters = zip(*self.model.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(carrier, parameters, retain_graph=True)
-        norm = float(torch.stack([g.norm() for g in gradients]).norm())
-        return terms | {"gradients": dict(zip(names, gradients, strict=True)), "norm": norm}
+        slope = torch.tensor(terms["slope"], dtype=torch.float64)
+        assert not slope[~self.mask].any()
+        slope = slope[self.selected]
+        gradients = {n: torch.tensordot(slope, j, 1) for n, j in self.jacobian.items()}
+        norm = float(torch.stack([g.norm() for g in gradients.values()]).norm())
+        return terms | {"gradients": gradients, "norm": norm}
 
 
 def loss_terms(ref, algorithm, correction):

@@ -121,14 +121,20 @@ def whole_gradients(policy):
     return {name: value.clone() for name, value in exported}
 
 
-def score_all(model, table):
-    """(log-probabilities, entropies) of every row of the table, differentiable."""
-    columns = []
+def score_each(model, table):
+    """Of every sample its (log-probabilities, entropies), differentiable."""
+    scored = []
     for b in range(table.num_samples):
         response = table.token_R[table.rows(b)].tolist()
         z = reference.response_logits(model, table.prompt(b).tolist(), response)
-        columns.append(reference.logprobs_and_entropies(z, response))
-    logprobs, entropies = (torch.cat(column) for column in zip(*columns, strict=True))
+        scored.append(reference.logprobs_and_entropies(z, response))
+    return scored
+
+
+def score_all(model, table):
+    """(log-probabilities, entropies) of every row of the table, differentiable."""
+    columns = zip(*score_each(model, table), strict=True)
+    logprobs, entropies = map(torch.cat, columns)
     return logprobs, entropies.detach()
 
 

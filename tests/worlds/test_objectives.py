@@ -29,13 +29,13 @@ from tools.benchmarks.ranks import run_ranks
 SP = {"tp": 2, "sequence_parallel": True}
 LAYOUTS = {
     "tp1": ({}, {"micro_batch_tokens": 1000}),
-    "tp1-small-packs": ({}, {"micro_batch_tokens": 18}),
+    "tp1-small-packs": ({}, {"micro_batch_tokens": 30}),
     "tp2-sp": (SP, {}),
     "pp2": ({"pp": 2}, {}),
     "cp2": ({"cp": 2}, {"micro_batch_tokens": 48}),
     "dp2-small-packs": ({"dp": 2}, {"micro_batch_tokens": 18}),
     "tp2-cp2": ({"tp": 2, "cp": 2}, {"micro_batch_tokens": 32}),
-    "pp2-vpp2": ({"pp": 2, "vpp": 2}, {"micro_batch_tokens": 32}),
+    "pp2-vpp2": ({"pp": 2, "vpp": 2}, {"micro_batch_tokens": 64}),
     "cp2-dp2": ({"cp": 2, "dp": 2}, {"micro_batch_tokens": 32}),
 }
 BY_DEFAULT = ("tp1-small-packs", "tp2-sp", "cp2-dp2")
