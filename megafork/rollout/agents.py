@@ -76,7 +76,9 @@ class AgentLink:
                 answered = self._asked.get(header["number"])
                 if answered is not None and not answered.done():
                     answered.set_result(header)
-        except Exception as error:  # its end, or an answer that is none
+        except EOFError:
+            self.lost = "its connection ended"
+        except Exception as error:  # a broken connection, or an answer that is none
             self.lost = f"connection lost: {error!r}"
         finally:
             alive.cancel()
@@ -181,7 +183,7 @@ class Agents:
     async def given_up(self) -> dict[str, str]:
         """Of each server, by its URL, that is not started again: why."""
         found = {
-            url: agent.lost
+            url: f"{agent.where}the agent that started it is lost: {agent.lost}"
             for agent in self._agents.values()
             for url, _ in agent.servers
             if agent.lost is not None
