@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+USER_ERROR = 2
+"""Exit status after a UserError"""
+
 
 class UserError(ValueError):
     """Something the user can mend: the message names the value, the cause and the fix.
 
-    The command line prints it as one line without a traceback and exits with status 2.
+    The command line prints it as one line without a traceback.
     """
 
 

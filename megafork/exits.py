@@ -5,19 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import signal
 import sys
-import time
 from collections.abc import Callable
 from typing import NoReturn
 
 from megafork import last_words, launch
-from megafork.errors import Interrupted, PeerError, UserError
+from megafork.errors import USER_ERROR, Interrupted, PeerError, UserError
 from megafork.interruption import INTERRUPTED
 from megafork.printable import printable
 
-_PATIENCE_S, _PEERS_S = 5.0, 10.0
-"""A rank that waits for another one's words: for the same error's, and while its servers end."""
 _FIX = dict.fromkeys(
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and start it again"
 ) | dict.fromkeys(
@@ -46,9 +42,9 @@ def run(command: Callable[[], object]) -> None:
             _leave_words(error)
             raise
         _end_with(f"{error}: {_FIX[error.errno]}")
-    except PeerError:
-        _wait_for_the_end(_PEERS_S)
-        sys.exit(launch.USER_ERROR)
+    except PeerError as error:
+        last_words.leave(str(error), status=USER_ERROR, own=False)
+        sys.exit(USER_ERROR)
     except UserError as error:
         _end_with(str(error))
     except Exception as error:
@@ -70,21 +66,14 @@ def _allow_open_files() -> None:
 
 
 def _leave_words(error: Exception) -> None:
-    if words := last_words.of_exception(error):
-        last_words.leave(words)
-
-
-def _wait_for_the_end(seconds: float) -> None:
-    """By the signal of whoever started the ranks, once another one has ended with its words."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(seconds)
+    own = not last_words.follows_from_a_peer(error)
+    last_words.leave(last_words.of_exception(error), status=1, own=own)
 
 
 def _end_with(message: str) -> NoReturn:
-    last_words.leave(message)
-    rank = os.environ.get("RANK", "0")
-    where = "" if rank == "0" else f" (rank {rank})"
-    if where:  # what all ranks find, rank 0 tells; then we are ended before we speak
-        _wait_for_the_end(_PATIENCE_S)
-    print(f"error{where}: {printable(message)}", file=sys.stderr, flush=True)
-    sys.exit(launch.USER_ERROR)
+    """What all ranks find is told once: by who started them, from the words; else by rank 0."""
+    is_left = last_words.leave(message, status=USER_ERROR)
+    rank = int(os.environ.get("RANK", "0"))
+    if not is_left or launch.tells() or launch.JOINED in os.environ:
+        print(launch.error_of(rank, message), file=sys.stderr, flush=True)
+    sys.exit(USER_ERROR)

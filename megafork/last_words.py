@@ -1,60 +1,90 @@
 """What a process that ends in failure leaves for those who ask why: one line, in a file.
 
-torchrun's agent names a file for every rank in $TORCHELASTIC_ERROR_FILE and reads it when the rank
-has ended. A rank that leaves none has ended because of another one, or was killed.
+torchrun's agent names a file for every rank in $TORCHELASTIC_ERROR_FILE, and shows what is in it.
+The line says whether the failure is the process's own or follows from another's end, so that who
+started the processes tells the earliest cause, whatever ended first. Imports no torch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
 import time
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
+from megafork.errors import PeerError
 from megafork.printable import printable
 
 VARIABLE = "TORCHELASTIC_ERROR_FILE"
 _LONGEST = 2000
-_BROKEN = re.compile(r"closed by peer|connection (was )?reset|broken pipe|connection closed", re.I)
-"""What collectives and stores say when the process at the other end has ended."""
+"""Of a line that fits the last one of a job's output"""
+_COLLECTIVES = os.path.join("torch", "distributed", "")
 
 
-def leave(message: str, log: str | None = None) -> None:
-    """The first words of a process stay; none are left where nobody asked for them.
+@dataclass(frozen=True)
+class Words:
+    message: str
+    own: bool
+    """Not the consequence of another process's end"""
+    time: float
+    """Seconds since 1970, when they were left"""
+    status: int
+    """The exit status that follows"""
+    log: str | None
+    """The file that has more"""
 
-    log: the file that has more.
-    """
+    @property
+    def line(self) -> str:
+        """The message's first."""
+        lines = self.message.strip().splitlines() or [""]
+        return lines[0][:_LONGEST]
+
+
+def leave(message: str, *, status: int, own: bool = True, log: str | None = None) -> bool:
+    """The first words of a process stay. Returns whether there are any: nobody may have asked."""
     path = os.environ.get(VARIABLE)
     if not path:
-        return
-    words = {
-        "message": printable(_first_line(message)),
-        "extraInfo": {"timestamp": int(time.time()), "log": log},
-    }
-    with contextlib.suppress(OSError), open(path, "x") as file:  # the status tells enough
-        json.dump({"message": words}, file)
-
-
-def _first_line(message: str) -> str:
-    """What fits the last line of a job's output."""
-    lines = message.strip().splitlines() or [""]
-    return lines[0][:_LONGEST]
-
-
-def read(path: Path) -> tuple[str, str | None] | None:
-    """The message, and the log that has more, of the process that had `path` for its words."""
+        return False
+    now = time.time()
+    more = {"timestamp": int(now), "time": now, "own": own, "status": status, "log": log}
+    words = {"message": printable(message), "extraInfo": more}
     try:
-        words = json.loads(path.read_text())["message"]
-        return words["message"], words["extraInfo"].get("log")
+        with open(path, "x") as file:
+            json.dump({"message": words}, file)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def read(path: str | Path) -> Words | None:
+    """The words of the process that had `path` for them."""
+    try:
+        words = json.loads(Path(path).read_text())["message"]
+        more = words["extraInfo"]
+        return Words(words["message"], more["own"], more["time"], more["status"], more["log"])
     except (OSError, ValueError, TypeError, KeyError):  # torch's own way to write them is another
         return None
 
 
-def of_exception(error: BaseException) -> str | None:
-    """The line for an exception that nobody caught; None for another process's end."""
-    if _BROKEN.search(str(error)):
-        return None
+def of_exception(error: BaseException) -> str:
+    """The line for an exception that nobody caught."""
     first = str(error).strip().splitlines()
     return f"{type(error).__name__}: {first[0]}" if first else type(error).__name__
+
+
+def follows_from_a_peer(error: BaseException) -> bool:
+    """Another process failed: its error is known here, or a collective has come to nothing.
+
+    Torch has no type for the latter. It is a RuntimeError that torch.distributed, or the wait for
+    work that it has begun, has raised: what a rank computes wrongly by itself is raised elsewhere.
+    """
+    if isinstance(error, PeerError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    if not isinstance(error, RuntimeError) or not frames:
+        return False
+    return _COLLECTIVES in frames[-1].filename or ".wait(" in (frames[-1].line or "")

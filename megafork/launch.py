@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,9 +25,8 @@ from megafork.errors import UserError
 from megafork.host_memory import told_of_a_kill
 from megafork.interruption import INTERRUPTED, SIGNALS
 from megafork.lock import STALE_S, held
+from megafork.printable import printable
 
-USER_ERROR = 2
-"""Exit status after a UserError, which the rank has told."""
 _LAUNCHER = "MEGAFORK_LAUNCHER_PID"
 _MACHINES = "MEGAFORK_MACHINES"
 ENDPOINT = "MEGAFORK_ENDPOINT"
@@ -38,7 +39,7 @@ one may have to find out whether the run's lock is stale."""
 _PR_SET_PDEATHSIG = 1
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str], run_dir: str = 
 
     run_dir: of a training run, which is held for it as long as ranks live.
 
-    Returns the exit status of the first rank that failed, 0 when none did. What the ranks print
-    goes through, and so do SIGTERM and SIGUSR1 to them; they end with this process.
+    Returns the exit status of the rank that failed first by itself, having told why; 0 when none
+    did. What the ranks print goes through, and so do SIGTERM and SIGUSR1 to them; they end with
+    this process.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -109,24 +111,82 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str], run_dir: str = 
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # its grace of 30 s is too short for the others
         **_of_ranks(parallel, machines, folder.name),
     )
-    try:
-        with folder, _hold(run_dir, machines):
+    with folder, _hold(run_dir, machines), _ends_noted() as times:
+        try:
             elastic_launch(config, sys.executable)("-m", "megafork", *arguments)
-    except ChildFailedError as error:
-        rank, first = _first_failure(error)
-        if -first.exitcode in passed_on:
-            print("stopped by a signal", file=sys.stderr)
-            return INTERRUPTED
-        status = first.exitcode
-        if status == -signal.SIGTERM and _words_of(first):
-            status = USER_ERROR  # it had told, and was ended as another had ended before it
-        if status not in (USER_ERROR, INTERRUPTED) and machines is None:
-            how = _killed(status) if status < 0 else f"status {status}"
-            print(f"error: rank {rank} was the first to end, with {how}", file=sys.stderr)
-        if machines is not None:
-            _leave_words_of(rank, status, _words_of(first), machines.log_of(rank))
-        return status if status > 0 else 1
-    return 0
+            return 0
+        except ChildFailedError as error:
+            first = first_end(error.failures, times)
+    if -first.status in passed_on:
+        print("stopped by a signal", file=sys.stderr)
+        return INTERRUPTED
+    if machines is not None:
+        _leave_words_of(first, machines.log_of(first.rank))
+    elif first.words is not None:
+        print(error_of(first.rank, first.words.message), file=sys.stderr)
+    elif first.status != INTERRUPTED:
+        how = _killed(first.status) if first.status < 0 else f"status {first.status}"
+        print(f"error: rank {first.rank} was the first to end, with {how}", file=sys.stderr)
+    return first.status if first.status > 0 else 1
+
+
+@contextlib.contextmanager
+def _ends_noted() -> Iterator[dict[int, float]]:
+    """The time at which each child has ended, by its pid; the agent looks only now and then."""
+    times: dict[int, float] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if child.status() == psutil.STATUS_ZOMBIE:
+                    times.setdefault(child.pid, time.time())
+
+    before = signal.signal(signal.SIGCHLD, note)
+    try:
+        yield times
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@dataclass(frozen=True)
+class End:
+    """How a rank ended that did not end well."""
+
+    rank: int
+    status: int
+    words: last_words.Words | None
+    time: float
+
+
+def first_end(failures: dict[int, ProcessFailure], times: dict[int, float]) -> End:
+    """The earliest failure of a rank's own, or death; if there is none, what follows from others.
+
+    times: when each rank has ended, by its pid. Once one has, the agent ends the others by SIGTERM
+    and, those that hang, by SIGKILL.
+    """
+    ends = []
+    for rank, failure in failures.items():
+        words = last_words.read(failure.error_file)
+        status = failure.exitcode if words is None else words.status
+        seen = times.get(failure.pid, failure.timestamp)
+        ends.append(End(rank, status, words, seen if words is None else words.time))
+    first_seen = min(times.get(failure.pid, failure.timestamp) for failure in failures.values())
+
+    def precedence(end: End) -> tuple[int, float]:
+        by_agent = end.status in (-signal.SIGTERM, -signal.SIGKILL) and end.time > first_seen
+        if end.words is None and by_agent:
+            return 3, end.time
+        if end.words is not None and not end.words.own:
+            return 2, end.time
+        return (1 if end.status == INTERRUPTED else 0), end.time
+
+    return min(ends, key=precedence)
+
+
+def error_of(rank: int, message: str) -> str:
+    """The line for a rank's failure."""
+    where = "" if rank == 0 else f" (rank {rank})"
+    return f"error{where}: {printable(message)}"
 
 
 def _hold(run_dir: str, machines: Machines | None) -> contextlib.AbstractContextManager[None]:
@@ -161,23 +221,14 @@ def _of_ranks(parallel: ParallelConfig, machines: Machines | None, folder: str) 
     }
 
 
-def _first_failure(error: ChildFailedError) -> tuple[int, ProcessFailure]:
-    """Of a rank that says why, or was killed; others have ended because of one."""
-    told = {r: f for r, f in error.failures.items() if _words_of(f) or f.exitcode < 0}
-    error.failures = told or error.failures
-    return error.get_first_failure()
-
-
-def _words_of(failure: ProcessFailure) -> str | None:
-    message: Any = failure.message  # a str of torch's own where the rank left no words
-    return message["message"] if isinstance(message, dict) else None
-
-
-def _leave_words_of(rank: int, status: int, words: str | None, log: str) -> None:
-    if status < 0:
-        last_words.leave(f"rank {rank} was killed by signal {-status}", log)
-    elif words is not None:
-        last_words.leave(f"rank {rank} ended with status {status}: {words}", log)
+def _leave_words_of(end: End, log: str) -> None:
+    if end.words is not None:
+        told, own = f"ended with status {end.status}: {end.words.line}", end.words.own
+    elif end.status < 0:
+        told, own = f"was killed by signal {-end.status}", True
+    else:
+        return
+    last_words.leave(f"rank {end.rank} {told}", status=max(end.status, 1), own=own, log=log)
 
 
 def _killed(status: int) -> str:

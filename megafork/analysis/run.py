@@ -30,7 +30,7 @@ from megafork.config import ScoreConfig, TrainConfig
 from megafork.config.file import load_config
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.disk import naming
-from megafork.errors import PeerError, UserError
+from megafork.errors import USER_ERROR, PeerError, UserError
 from megafork.interruption import ended_by_signals
 from megafork.model.hf_model import check_folder
 from megafork.rollout.journal import journalled_steps, journals_of, read_step
@@ -316,7 +316,7 @@ def _megafork(*arguments: object) -> None:
         except BaseException:
             process.terminate()
             raise
-    if status == launch.USER_ERROR:
+    if status == USER_ERROR:
         raise PeerError(f"`megafork {arguments[0]}` failed")
     if status:
         raise UserError(f"`{' '.join(command)}` ended with status {status}; see above")

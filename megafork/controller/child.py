@@ -85,11 +85,17 @@ class Child:
 
 
 def read_order() -> dict[str, Any]:
-    """In the child: what it was told. Signals are the ranks' from here on."""
+    """In the child: what it was told. Signals are the ranks' from here on.
+
+    Where its rank ended before it had said all, the child ends too, without a word.
+    """
     # Slurm and a terminal signal every process: the trainer alone decides what follows from it.
     for number in {*SIGNALS, signal.SIGINT, signal.SIGTERM}:
         signal.signal(number, lambda number, frame: None)
-    return json.loads(sys.stdin.buffer.readline())
+    line = sys.stdin.buffer.readline()
+    if not line.endswith(b"\n"):
+        sys.exit(0)
+    return json.loads(line)
 
 
 def answer_rank(order: dict[str, Any], answer: dict[str, Any]) -> None:

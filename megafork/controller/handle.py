@@ -15,7 +15,7 @@ from megafork import last_words
 from megafork.config import TrainConfig
 from megafork.controller.child import Child
 from megafork.controller.ranks import settings_digest
-from megafork.errors import Interrupted, PeerError, UserError
+from megafork.errors import USER_ERROR, Interrupted, PeerError, UserError
 from megafork.frames import Damaged
 from megafork.parallel.addresses import own_address
 from megafork.parallel.topology import Topology
@@ -158,7 +158,7 @@ class Controller:
             f"the controller (process {pid}) {told}. What it generated is in the journal: go on "
             "with megafork train --resume"
         )
-        last_words.leave(message)
+        last_words.leave(message, status=USER_ERROR)
         return UserError(message)
 
     @property

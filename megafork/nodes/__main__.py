@@ -15,8 +15,8 @@ import typer
 
 from megafork.config import TrainConfig
 from megafork.config.file import load_config
-from megafork.errors import UserError
-from megafork.launch import USER_ERROR, Machines
+from megafork.errors import USER_ERROR, UserError
+from megafork.launch import Machines
 from megafork.nodes.guard import Guard, Work
 from megafork.nodes.head import End, Head
 from megafork.nodes.plan import Failure, Plan

@@ -68,7 +68,7 @@ class Work:
         assert self.process is not None
         status, log = self.process.returncode, str(self.log) if self.log is not None else None
         if (words := last_words.read(self.words)) is not None:
-            return Failure(node, status, words[0], words[1] or log)
+            return Failure(node, status, words.line, words.log or log, words.own)
         if status < 0:
             return Failure(node, status, f"{self.name} was killed by signal {-status}", log)
         return Failure(node, status, None, log)

@@ -9,14 +9,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from megafork.errors import USER_ERROR
 from megafork.interruption import INTERRUPTED
-from megafork.launch import USER_ERROR
 from megafork.nodes.plan import BEAT_S, LOST, MAX_LINE, Failure, Plan, pack, receive
 from megafork.parallel.addresses import LOOPBACK
 from megafork.parallel.ports import free_port
 
 _SETTLE_S = 2.0
-"""After a failure that tells its cause; what else it brings down may be told with it."""
+"""After a failure of its own; what else it brings down may be told with it."""
 _FOLLOWERS_S = 45.0
 """After one that does not: the agent beside the cause reports when its other ranks have ended."""
 _FAREWELL_S = 20.0
@@ -157,12 +157,13 @@ class Head:
         if not self.failures:
             return None
         waited = now - self._first_failure
-        causes = [f for f in self.failures if f.words is not None]
+        causes = [f for f in self.failures if f.words is not None and f.own]
         if not causes and any(f.status == INTERRUPTED for f in self.failures):
             return End(INTERRUPTED) if all_ended or waited > _FOLLOWERS_S else None
         if waited < (_SETTLE_S if causes else _FOLLOWERS_S):
             return None
-        first = (causes or self.failures)[0]
+        told = [f for f in self.failures if f.words is not None]
+        first = (causes or told or self.failures)[0]
         status = first.status if first.status > 0 else 1
         more = f" (see {first.log})" if first.log is not None else ""
         return End(status, f"{first.told()}{self._quiet(now)}{more}")

@@ -51,8 +51,10 @@ class Failure:
     status: int
     """Exit status, or minus the signal's number"""
     words: str | None
-    """Why; None where it followed from what happened elsewhere"""
+    """Why, where it is known"""
     log: str | None
+    own: bool = True
+    """Not the consequence of what happened elsewhere"""
 
     def told(self) -> str:
         return f"{self.node}: {self.words or f'ended with status {self.status}'}"

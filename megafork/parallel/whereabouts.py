@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +15,9 @@ from megafork import last_words
 from megafork.errors import PeerError
 from megafork.rendezvous import STORE
 
-_TIMED_OUT = re.compile("timed? ?out", re.IGNORECASE)
-_BROKEN = re.compile("closed by peer|connection reset|broken pipe|aborted", re.IGNORECASE)
 _GRACE_S = 5.0
-"""One rank's failure closes its connections, so the others that wait fail within moments."""
+"""One rank's failure closes its connections: whoever waits too says so within moments."""
+_LOOK_S = 0.05
 
 
 class Board(Protocol):
@@ -29,7 +26,6 @@ class Board(Protocol):
     def set(self, key: str, value: str) -> object: ...
     def get(self, key: str) -> bytes: ...
     def check(self, keys: list[str]) -> bool: ...
-    def add(self, key: str, amount: int) -> int: ...
 
 
 class FileBoard:
@@ -48,13 +44,6 @@ class FileBoard:
 
     def check(self, keys: list[str]) -> bool:
         return all(self._path(key).exists() for key in keys)
-
-    def add(self, key: str, amount: int) -> int:
-        """The sum of all amounts, each a byte of the file."""
-        with self._path(key).open("ab") as file:
-            file.write(b"+" * amount)
-            file.flush()
-            return file.tell()
 
     def _path(self, key: str) -> Path:
         return self._folder / key.replace("/", "-")
@@ -86,42 +75,32 @@ class Whereabouts:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """What a collective's time-out inside it means is told once, with the ranks it waited for.
-
-        Raises PeerError then, on all ranks that waited, and where another rank's end broke a
-        connection: that rank, or what started it, tells.
-        """
+        """A collective that fails inside it raises PeerError, with the ranks that did not come."""
         try:
             yield
         except RuntimeError as error:
-            timed_out = _TIMED_OUT.search(str(error))
-            if self.world_size == 1 or not (timed_out or _BROKEN.search(str(error))):
+            if self.world_size == 1 or not last_words.follows_from_a_peer(error):
                 raise
-            self._tell(error, timed_out=timed_out is not None)
-            raise PeerError("a collective failed") from error
+            raise PeerError(self._message(error)) from error
 
-    def _tell(self, error: RuntimeError, *, timed_out: bool) -> None:
-        now = time.time()
-        self._board.set(f"waits/{self.rank}", "timed out" if timed_out else "broken")
-        time.sleep(_GRACE_S)
-        waits = {r: f"waits/{r}" for r in range(self.world_size)}
-        waiting = {r: self._board.get(k) for r, k in waits.items() if self._board.check([k])}
-        if not timed_out or self._board.add("told", 1) > 1:  # of several that did, one tells
-            return
-        absent = [self._last_seen(r, now) for r in waits if r not in waiting]
-        message = (
-            f"in {self._where} a collective was not done within "
-            f"parallel.timeout_minutes={self.timeout_minutes:g}. "
-            + ("; ".join(absent) or "Every rank waits for another: is the network whole?")
-        )
-        last_words.leave(message)
-        print(
-            f"error (rank {self.rank}): {message}\n"
-            f"  Look at these processes (py-spy dump --pid), or allow more time. {error}",
-            file=sys.stderr,
-            flush=True,
+    def _message(self, error: RuntimeError) -> str:
+        now = time.monotonic()
+        self._board.set(f"waits/{self.rank}", "")
+        while (absent := self._absent()) and time.monotonic() - now < _GRACE_S:
+            time.sleep(_LOOK_S)
+        seen = map(self._last_seen, absent)
+        who = "; ".join(seen) or "Every rank waits for another: is the network whole?"
+        return (
+            f"in {self._where} a collective failed (parallel.timeout_minutes="
+            f"{self.timeout_minutes:g}). {who}. "
+            f"Look at these processes (py-spy dump --pid), or allow more time. {error}"
         )
 
-    def _last_seen(self, rank: int, now: float) -> str:
+    def _absent(self) -> list[int]:
+        """Ranks that wait in no collective that has failed."""
+        return [r for r in range(self.world_size) if not self._board.check([f"waits/{r}"])]
+
+    def _last_seen(self, rank: int) -> str:
         since, where = self._board.get(f"at/{rank}").decode().split(" ", 1)
-        return f"Rank {rank} did not come; it has been in {where} for {now - float(since):.0f} s"
+        seconds = time.time() - float(since)
+        return f"Rank {rank} did not come; it has been in {where} for {seconds:.0f} s"

@@ -32,7 +32,8 @@ TRAIN, SERVER = ("127.0.0.1", "127.0.0.2"), "127.0.0.3"
 # What `megafork train` leaves for its guard when a rank of its own has failed.
 FAILS = (
     "import sys, time; from megafork import last_words; time.sleep(1);"
-    'last_words.leave("rank 1 ended with status 1: RuntimeError: first", "/log"); sys.exit(1)'
+    'last_words.leave("rank 1 ended with status 1: RuntimeError: first", status=1, log="/log");'
+    "sys.exit(1)"
 )
 
 
@@ -252,7 +253,9 @@ def test_a_stranger_changes_nothing(machines):
 
 def test_long_words_are_cut(machines):
     """To the first line, which the head takes and a job's last line holds."""
-    words = "from megafork import last_words; last_words.leave('why ' * 20_000 + '\\nmore')"
+    words = (
+        "from megafork import last_words; last_words.leave('why ' * 20_000 + '\\nmore', status=2)"
+    )
     machines.start(TRAIN[0], "sleep", "600")
     machines.start(TRAIN[1], sys.executable, "-c", f"{words}; raise SystemExit(2)")
     machines.start(SERVER, "sleep", "600")

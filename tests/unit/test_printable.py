@@ -55,8 +55,8 @@ def test_nothing_else_comes_through(text):
 def test_notes_and_last_words_are_printable(tmp_path, monkeypatch):
     path = tmp_path / "words"
     monkeypatch.setenv(last_words.VARIABLE, str(path))
-    last_words.leave("a \x1b[2J verifier")
-    assert last_words.read(path) == (r"a \x1b[2J verifier", None)
+    last_words.leave("a \x1b[2J verifier", status=1)
+    assert last_words.read(path).message == r"a \x1b[2J verifier"
     with MetricsLog(tmp_path, 1, tensorboard=False) as log:
         log._console = Console(force_terminal=True, width=80)
         with log._console.capture() as shown:
