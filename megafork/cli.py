@@ -109,7 +109,7 @@ def train(
         raise UserError(
             "--node, --serve-nodes and --mean-response-tokens are for --dry-run: add it"
         )
-    from megafork.training.preflight import check_start
+    from megafork.trainer.preflight import check_start
 
     check_start(resolved, resume=resume is not None)
     if launch.starts_on_this_machine() and not _has_gpu():
@@ -138,7 +138,7 @@ def score(
     resolved = load_config(
         ScoreConfig, None, [f"model.path={json.dumps(str(model))}", *(overrides or [])]
     )
-    from megafork.training.preflight import check_score
+    from megafork.trainer.preflight import check_score
 
     check_score(resolved, input, output)
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Machines:
-    """The machines that share a run, as megafork.nodes tells each of them."""
+    """The machines that share a run, as megafork.cluster tells each of them."""
 
     count: int
     this: int

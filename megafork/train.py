@@ -14,14 +14,14 @@ from megafork.controller.handle import Batch, Controller
 from megafork.errors import Interrupted, UserError
 from megafork.interruption import Interruption
 from megafork.parallel.topology import initialize, shutdown
-from megafork.training.checkpoints import Checkpoints
-from megafork.training.critic import Critic
-from megafork.training.policy import Policy
-from megafork.training.push import WeightSync
-from megafork.training.rows import fetch_rows
-from megafork.training.run_dir import open_run_dir
-from megafork.training.step import Clock, optimize
-from megafork.training.step_record import step_record
+from megafork.trainer.checkpoints import Checkpoints
+from megafork.trainer.critic import Critic
+from megafork.trainer.policy import Policy
+from megafork.trainer.push import WeightSync
+from megafork.trainer.rows import fetch_rows
+from megafork.trainer.run_dir import open_run_dir
+from megafork.trainer.step import Clock, optimize
+from megafork.trainer.step_record import step_record
 from megafork.types import TokenTable
 
 

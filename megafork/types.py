@@ -26,7 +26,7 @@ class TokenTable:
 
     What a sample is (lengths, reward, place in the loss) every rank knows of all of them, so plans
     and denominators need no word between ranks. Rows are where they are worked on: `held_B` says
-    of which samples (training/rows.py fetches them; a table made from groups holds all).
+    of which samples (trainer/rows.py fetches them; a table made from groups holds all).
     """
 
     uid_B: Tensor

@@ -26,7 +26,7 @@ from megafork.rollout.collector import RolloutBatch
 from megafork.rollout.journal import Journal, read_step
 from megafork.rollout.sampling import decode_samples, encode_samples
 from megafork.sample import Group, Sample
-from megafork.training.rows import columns_of
+from megafork.trainer.rows import columns_of
 from megafork.types import known_table
 
 GROUP_SIZE = 16

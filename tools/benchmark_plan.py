@@ -36,7 +36,7 @@ from megafork.parallel.topology import Topology, initialize
 from megafork.planning.memory import training_memory
 from megafork.planning.rehearsal import MicroBatch
 from megafork.sample import Group, Sample
-from megafork.training.policy import Policy
+from megafork.trainer.policy import Policy
 from megafork.types import TokenTable, token_table
 
 MIB = 1 << 20

@@ -29,7 +29,7 @@ from megafork.ops.vocab_parallel import linear_logprob_and_entropy
 from megafork.parallel.ports import free_port
 from megafork.parallel.topology import initialize
 from megafork.sample import Group, Sample
-from megafork.training.policy import Policy
+from megafork.trainer.policy import Policy
 from megafork.types import TokenTable, token_table
 from tools.benchmarks.configs import learner_config
 

@@ -27,8 +27,8 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from megafork.weight_sync.local import LocalLink, LocalSender
-from megafork.weight_sync.transports import (
+from megafork.weights.local import LocalLink, LocalSender
+from megafork.weights.transports import (
     BroadcastLink,
     Bucket,
     WeightSender,

@@ -20,7 +20,7 @@ from megafork.config.file import load_config
 from megafork.parallel.ports import free_port
 from megafork.parallel.topology import Topology, initialize
 from megafork.rollout.journal import read_step
-from megafork.training.policy import Policy
+from megafork.trainer.policy import Policy
 from megafork.types import TokenTable, token_table
 
 

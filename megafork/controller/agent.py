@@ -23,7 +23,7 @@ from megafork.rewards.verifier import Judge
 from megafork.rollout.engine import LocalServers, served_policy, start_here
 from megafork.rollout.messages import Header, Link, connect
 from megafork.rollout.vllm_server import log_paths
-from megafork.weight_sync.reach import is_local
+from megafork.weights.reach import is_local
 
 
 def main() -> None:

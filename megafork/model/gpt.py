@@ -191,7 +191,7 @@ def transformer_config(
         # to only with this dispatcher, which they never use.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        # The loss comes divided by the global token count already (training/policy.py).
+        # The loss comes divided by the global token count already (trainer/policy.py).
         calculate_per_token_loss=True,
         use_cpu_initialization=not on_gpu,
         perform_initialization=False,

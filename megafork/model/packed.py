@@ -1,7 +1,7 @@
 """A model in its layout, and megatron's schedule over packs of a token table.
 
 What happens with the hidden states of the last stage is for those who use it: log-probabilities
-and entropies (scorer.py), values (training/critic.py). Every rank knows the lengths of all samples
+and entropies (scorer.py), values (trainer/critic.py). Every rank knows the lengths of all samples
 of a token table, and so every plan, denominator and shape, without asking.
 """
 

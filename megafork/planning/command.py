@@ -16,7 +16,7 @@ from megafork.errors import UserError
 from megafork.model.shape import ModelShape
 from megafork.planning.nodes import NodeType, node_type
 from megafork.planning.shapes import named_shape
-from megafork.training.preflight import check_length
+from megafork.trainer.preflight import check_length
 
 _UNKNOWN = 'run.dir="unset"', 'data.train="unset"', 'reward.verifier="maths"', "training.steps=1"
 """What a config needs and a plan without one does not know."""

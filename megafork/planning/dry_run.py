@@ -24,7 +24,7 @@ from megafork.planning.memory import MemoryPlan, plan_memory
 from megafork.planning.nodes import GIB, NodeType, node_type
 from megafork.planning.report import assumption_lines, memory_lines, time_lines
 from megafork.planning.roofline import step_time
-from megafork.training.preflight import check_folders, check_train
+from megafork.trainer.preflight import check_folders, check_train
 
 THIS = "this"
 """As a --node: the machine itself, without a GPU"""

@@ -215,7 +215,7 @@ def _trainer_passes(config: TrainConfig, trainer: Trainer) -> dict[str, PassTime
 
 
 def _scoring_passes(config: TrainConfig, updates: int) -> int:
-    """Mini-batches that are scored in a step (see training/step.py)."""
+    """Mini-batches that are scored in a step (see trainer/step.py)."""
     needs_entropies = config.forking.select in ("top", "bottom")
     engine = config.algorithm.old_logprobs == "engine"
     if config.forking.entropy_of == "current":

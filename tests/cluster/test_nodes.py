@@ -16,12 +16,12 @@ import time
 import psutil
 import pytest
 
+from megafork.cluster.plan import LOST
 from megafork.config import ParallelConfig
 from megafork.errors import Interrupted, UserError
 from megafork.interruption import INTERRUPTED, STOP_FILE, Interruption
 from megafork.launch import ENDPOINT
 from megafork.launch import Machines as Launched
-from megafork.nodes.plan import LOST
 from megafork.parallel.ports import free_port
 from megafork.parallel.topology import initialize
 from tests.helpers.commands import QUICKSTART, ROOT, environment, left_over
@@ -183,7 +183,7 @@ def test_settings_that_a_serving_machine_refuses_are_the_cause(tmp_path):
     names = {"MEGAFORK_API_KEY": "secret", "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(ROOT)}
     guards = [
         subprocess.Popen(
-            [sys.executable, "-m", "megafork.nodes", "run", *map(str, arguments)],
+            [sys.executable, "-m", "megafork.cluster", "run", *map(str, arguments)],
             cwd=ROOT,
             env=environment(tmp_path) | names | {"SLURMD_NODENAME": node},
             stderr=subprocess.PIPE,

@@ -10,11 +10,11 @@ import os
 import sys
 from pathlib import Path
 
-from megafork.nodes import guard as guard_module
-from megafork.nodes import head
-from megafork.nodes.__main__ import guard_and_tell
-from megafork.nodes.guard import Guard, Work
-from megafork.nodes.plan import Plan
+from megafork.cluster import guard as guard_module
+from megafork.cluster import head
+from megafork.cluster.__main__ import guard_and_tell
+from megafork.cluster.guard import Guard, Work
+from megafork.cluster.plan import Plan
 
 LOST_AFTER_S = 6.0
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification, Qwen3Config
 
 from megafork.config import CriticConfig
-from megafork.training.critic import Critic, estimate_advantages
+from megafork.trainer.critic import Critic, estimate_advantages
 from megafork.types import token_table
 from tests.helpers import reference
 from tests.helpers.step import RHO, make_policy, perturbation, score_all, whole_gradients

@@ -15,8 +15,8 @@ from megafork.model.scorer import Scorer
 from megafork.parallel.topology import initialize
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.sampling import Sampling
-from megafork.training.push import WeightSync
-from megafork.weight_sync.transports import (
+from megafork.trainer.push import WeightSync
+from megafork.weights.transports import (
     TransferError,
     WeightSender,
     plan_buckets,

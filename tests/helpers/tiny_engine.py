@@ -31,7 +31,6 @@ from aiohttp import web
 from multidict import MultiMapping
 from torch import Tensor
 
-from megafork.rollout.bodies import OWN_PATHS, check_tokens, parsed_body
 from megafork.rollout.sampling import (
     ABORT_PATH,
     CONNECT_PATH,
@@ -42,7 +41,8 @@ from megafork.rollout.sampling import (
     version_number,
 )
 from megafork.sample import Sample
-from megafork.weight_sync.receiver import WeightReceiver, checkpoint_shapes
+from megafork.vllm_plugin.bodies import OWN_PATHS, check_tokens, parsed_body
+from megafork.vllm_plugin.receiver import WeightReceiver, checkpoint_shapes
 from tests.helpers.commands import HOLD, HOLD_START
 from tests.helpers.tiny_model import TinyModel
 
@@ -497,5 +497,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    assert sys.argv[1:3] == ["-m", "megafork.rollout.vllm_cli"], sys.argv
+    assert sys.argv[1:3] == ["-m", "megafork.vllm_plugin.cli"], sys.argv
     main(sys.argv[3:])

@@ -13,7 +13,7 @@ from megafork.rollout.client import RolloutClient
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.journal import Journal
 from megafork.rollout.vllm_server import VllmServer
-from megafork.weight_sync import agreement
+from megafork.weights import agreement
 from tests.helpers import reference
 from tests.helpers.commands import (
     QUICKSTART,

@@ -25,7 +25,7 @@ from megafork.rollout.sampling import (
     TwoTemperatures,
 )
 from megafork.sample import Sample
-from megafork.weight_sync.transports import plan_buckets
+from megafork.weights.transports import plan_buckets
 from tests.helpers.commands import members
 from tests.helpers.pushes import connect, push, push_buckets, state_dict
 from tests.helpers.reference import (

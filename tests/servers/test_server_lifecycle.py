@@ -172,7 +172,7 @@ def test_the_supervisor_kills_what_ignores_term(how, tmp_path, monkeypatch):
 def test_the_engines_own_world_listens_on_loopback_alone():
     """As torch makes it for a server with several workers."""
     program = (
-        "import megafork.rollout.vllm_cli, psutil, sys, torch.distributed as dist\n"
+        "import megafork.vllm_plugin.cli, psutil, sys, torch.distributed as dist\n"
         "address = 'tcp://127.0.0.1:' + sys.argv[1]\n"
         "dist.init_process_group('gloo', init_method=address, rank=0, world_size=1)\n"
         "sockets = psutil.Process().net_connections('inet')\n"
@@ -314,7 +314,7 @@ def test_the_servers_modules_need_no_megatron():
         "for name in ('', '.config', '.exceptions', '.inputs', '.platforms', '.sampling_params',\n"
         "             '.model_executor.model_loader.reload'):\n"
         "    sys.modules['vllm' + name] = unittest.mock.MagicMock()  # 15 s to import\n"
-        "import megafork.rollout.vllm_plugins\n"
+        "import megafork.vllm_plugin.routes\n"
         "print([m for m in sys.modules if m.startswith(('megatron', 'transformer_engine'))])\n"
         "print(sorted(m for m in sys.modules if m.startswith('megafork.')))"
     )

@@ -15,7 +15,7 @@ from megafork.parallel.topology import initialize
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.vllm_server import VllmServer
-from megafork.weight_sync import agreement
+from megafork.weights import agreement
 from tests.helpers import reference
 from tests.helpers.commands import tiny_engine
 from tests.helpers.controllers import probe

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megafork.rollout.bodies import check_tokens, parsed_body
 from megafork.rollout.sampling import (
     ABORT_PATH,
     CONNECT_PATH,
@@ -19,6 +18,7 @@ from megafork.rollout.sampling import (
     Sampling,
     TwoTemperatures,
 )
+from megafork.vllm_plugin.bodies import check_tokens, parsed_body
 
 GENERATE = Sampling(
     temperature=0.7,

@@ -13,8 +13,8 @@ import torch
 
 from megafork.config import SyncConfig
 from megafork.errors import UserError
-from megafork.weight_sync.agreement import BOUNDS, Agreement, require
-from megafork.weight_sync.difference import MARGIN, Difference, describe, sums_by_response
+from megafork.weights.agreement import BOUNDS, Agreement, require
+from megafork.weights.difference import MARGIN, Difference, describe, sums_by_response
 
 VOCAB = 64
 LIMITS = BOUNDS["bfloat16"]

@@ -7,8 +7,8 @@ import contextlib
 
 import pytest
 
-from megafork.rollout import pulse
-from megafork.rollout.pulse import Pulse
+from megafork.vllm_plugin import pulse
+from megafork.vllm_plugin.pulse import Pulse
 
 
 class Engine:

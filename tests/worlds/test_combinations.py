@@ -14,9 +14,9 @@ import torch
 from megafork.algorithms.advantages import group_relative_advantages
 from megafork.config import ParallelConfig
 from megafork.model.weights import export_weights
-from megafork.training import telemetry
-from megafork.training.step import Clock, optimize
-from megafork.training.token_report import token_report
+from megafork.trainer import telemetry
+from megafork.trainer.step import Clock, optimize
+from megafork.trainer.token_report import token_report
 from tests.helpers import reference
 from tests.helpers.ppo import make_critic, make_ppo_table, save_critic
 from tests.helpers.reference import near

@@ -22,7 +22,7 @@ from megafork.model.gpt import (
 from megafork.model.shape import ModelShape
 from megafork.model.weights import export_weights
 from megafork.parallel.topology import initialize
-from megafork.training.policy import Policy
+from megafork.trainer.policy import Policy
 from megafork.types import token_table
 from tests.helpers import reference
 from tools.benchmarks.configs import learner_config

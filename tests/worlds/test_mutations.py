@@ -10,7 +10,7 @@ import torch
 from megafork.algorithms import forking, losses
 from megafork.model import scorer
 from megafork.ops import vocab_parallel
-from megafork.training.policy import Policy
+from megafork.trainer.policy import Policy
 from tests.helpers import reference
 from tests.helpers.step import assert_step, reference_step
 

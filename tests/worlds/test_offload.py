@@ -9,7 +9,7 @@ import torch
 
 from megafork.config import ParallelConfig
 from megafork.parallel.host_memory import HostMemory, storages
-from megafork.training.critic import estimate_advantages
+from megafork.trainer.critic import estimate_advantages
 from tests.helpers import reference
 from tests.helpers.ppo import make_critic, make_ppo_table, save_critic
 from tests.helpers.step import make_policy, make_table, whole_gradients

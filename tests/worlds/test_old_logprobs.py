@@ -8,9 +8,9 @@ import torch
 from megafork.config import ParallelConfig, TrainConfig
 from megafork.config.file import load_config
 from megafork.errors import UserError
-from megafork.training.step import Clock, optimize
-from megafork.training.telemetry import token_metrics
-from megafork.training.token_report import token_report
+from megafork.trainer.step import Clock, optimize
+from megafork.trainer.telemetry import token_metrics
+from megafork.trainer.token_report import token_report
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART
 from tests.helpers.step import (

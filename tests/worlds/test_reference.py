@@ -13,8 +13,8 @@ from megafork.config.file import load_config
 from megafork.errors import UserError
 from megafork.model.shape import ModelShape
 from megafork.sample import Group, Sample
-from megafork.training.step import Clock, Optimized, optimize
-from megafork.training.telemetry import reference_metrics, update_metrics
+from megafork.trainer.step import Clock, Optimized, optimize
+from megafork.trainer.telemetry import reference_metrics, update_metrics
 from megafork.types import token_table
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART, left_over, lines, megafork, tiny_run

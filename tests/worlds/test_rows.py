@@ -11,7 +11,7 @@ import torch
 from megafork.config import ParallelConfig
 from megafork.rollout.collector import RolloutBatch
 from megafork.sample import Group, Sample
-from megafork.training.rows import fetch_rows
+from megafork.trainer.rows import fetch_rows
 from megafork.types import known_table, token_table
 from tests.helpers import reference
 from tests.helpers.controllers import controller

@@ -11,9 +11,9 @@ import torch
 
 from megafork.config import ParallelConfig
 from megafork.logging.metrics import MetricsLog, read_rows
-from megafork.training.histogram import EDGES, entropy_histogram
-from megafork.training.samples import is_sampled, pick_responses, sampled_responses
-from megafork.training.step import Clock, Optimized, optimize
+from megafork.trainer.histogram import EDGES, entropy_histogram
+from megafork.trainer.samples import is_sampled, pick_responses, sampled_responses
+from megafork.trainer.step import Clock, Optimized, optimize
 from tests.helpers import reference
 from tests.helpers.step import RHO, make_policy, make_table, score_all
 from tools.benchmarks.ranks import run_ranks

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megafork.config import ParallelConfig
-from megafork.training.telemetry import token_metrics
+from megafork.trainer.telemetry import token_metrics
 from tests.helpers import reference
 from tests.helpers.step import make_policy, make_table
 from tools.benchmarks.ranks import run_ranks

@@ -23,7 +23,7 @@ from megafork.model.shape import ModelShape
 from megafork.parallel.topology import initialize
 from megafork.rollout.ends import stop_token_ids
 from megafork.rollout.journal import Journal
-from megafork.training.preflight import check_train
+from megafork.trainer.preflight import check_train
 from tests.helpers import reference
 from tests.helpers.commands import (
     QUICKSTART,

@@ -13,7 +13,7 @@ from megafork.errors import UserError
 from megafork.model import scorer
 from megafork.model.shape import ModelShape
 from megafork.parallel.topology import shutdown
-from megafork.training.policy import BOUNDARY_EPS
+from megafork.trainer.policy import BOUNDARY_EPS
 from tests.helpers import reference
 from tests.helpers.layouts import default_run, depth_for
 from tests.helpers.step import RHO, make_policy, make_table, paper_loss, score_all

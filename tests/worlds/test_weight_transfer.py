@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.model.scorer import Scorer
 from megafork.parallel.topology import initialize
-from megafork.weight_sync.local import LocalLink, LocalSender
-from megafork.weight_sync.transports import (
+from megafork.weights.local import LocalLink, LocalSender
+from megafork.weights.transports import (
     BroadcastLink,
     TransferError,
     WeightSender,
@@ -249,8 +249,8 @@ def test_a_stranger_gets_no_weights():
 
 SENDS_FOR_EVER = """
 import sys, torch
-from megafork.weight_sync.local import LocalSender
-from megafork.weight_sync.transports import plan_buckets
+from megafork.weights.local import LocalSender
+from megafork.weights.transports import plan_buckets
 plan = plan_buckets(0, [("a", (1 << 20,), torch.float32)], 1)
 sender = LocalSender(0, plan, 1, torch.device("cpu"), 60.0)
 print(sender.address["socket"], sender.address["token"], flush=True)

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megafork.weight_sync.local import LocalLink
-from megafork.weight_sync.transports import BroadcastLink, Bucket, Link, received
+from megafork.weights.local import LocalLink
+from megafork.weights.transports import BroadcastLink, Bucket, Link, received
 
 Load = Callable[[Iterator[list[tuple[str, Tensor]]]], None]
 """Takes all weights of a model in Hugging Face names, bucket by bucket as they come in"""

@@ -13,9 +13,9 @@ from torch import Tensor
 from megafork.algorithms.forking import Selection
 from megafork.model.scorer import Scores
 from megafork.parallel.topology import Topology
-from megafork.training.critic import Critic, estimate_advantages
-from megafork.training.guard import UpdateRefused
-from megafork.training.policy import Policy
+from megafork.trainer.critic import Critic, estimate_advantages
+from megafork.trainer.guard import UpdateRefused
+from megafork.trainer.policy import Policy
 from megafork.types import TokenTable
 
 

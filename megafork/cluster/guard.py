@@ -21,9 +21,9 @@ from pathlib import Path
 import psutil
 
 from megafork import last_words
+from megafork.cluster.plan import BEAT_S, LOST, MAX_LINE, Failure, Plan, pack, receive
 from megafork.interruption import INTERRUPTED, STOP_FILE
 from megafork.launch import ENDPOINT
-from megafork.nodes.plan import BEAT_S, LOST, MAX_LINE, Failure, Plan, pack, receive
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _GRACE_S = 10.0

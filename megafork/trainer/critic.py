@@ -26,7 +26,7 @@ from megafork.data.packing import Pack
 from megafork.model.gpt import ValueHead, head_input
 from megafork.model.scorer import Scores
 from megafork.parallel.topology import Topology
-from megafork.training.learner import Judged, Learner
+from megafork.trainer.learner import Judged, Learner
 from megafork.types import TokenTable
 
 _SUMS = ("loss", "clipped", "rows")

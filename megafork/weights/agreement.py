@@ -20,7 +20,7 @@ from megafork.model.scorer import Scorer
 from megafork.parallel.topology import Topology
 from megafork.sample import Group
 from megafork.types import token_table
-from megafork.weight_sync.difference import Difference, Estimate, describe, sums_by_response
+from megafork.weights.difference import Difference, Estimate, describe, sums_by_response
 
 
 @dataclass(frozen=True)

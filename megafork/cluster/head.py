@@ -9,9 +9,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from megafork.cluster.plan import BEAT_S, LOST, MAX_LINE, Failure, Plan, pack, receive
 from megafork.errors import USER_ERROR
 from megafork.interruption import INTERRUPTED
-from megafork.nodes.plan import BEAT_S, LOST, MAX_LINE, Failure, Plan, pack, receive
 from megafork.parallel.addresses import LOOPBACK
 from megafork.parallel.ports import free_port
 

@@ -7,13 +7,13 @@ from typing import Any
 from megafork.algorithms.forking import warn_of_ties
 from megafork.config import TrainConfig
 from megafork.controller.handle import Batch
-from megafork.training import telemetry
-from megafork.training.critic import Critic
-from megafork.training.histogram import entropy_histogram
-from megafork.training.policy import Policy
-from megafork.training.samples import is_sampled, sampled_responses
-from megafork.training.step import Optimized
-from megafork.training.token_report import token_report
+from megafork.trainer import telemetry
+from megafork.trainer.critic import Critic
+from megafork.trainer.histogram import entropy_histogram
+from megafork.trainer.policy import Policy
+from megafork.trainer.samples import is_sampled, sampled_responses
+from megafork.trainer.step import Optimized
+from megafork.trainer.token_report import token_report
 
 
 def step_record(

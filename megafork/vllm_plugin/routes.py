@@ -31,8 +31,6 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from megafork import bfloat16_products
-from megafork.rollout.bodies import ENGINE_PATHS, check_tokens, parsed_body
-from megafork.rollout.pulse import Pulse
 from megafork.rollout.sampling import (
     ABORT_PATH,
     CONNECT_PATH,
@@ -43,7 +41,9 @@ from megafork.rollout.sampling import (
     version_number,
 )
 from megafork.sample import Sample
-from megafork.weight_sync.receiver import WeightReceiver, checkpoint_shapes, listed
+from megafork.vllm_plugin.bodies import ENGINE_PATHS, check_tokens, parsed_body
+from megafork.vllm_plugin.pulse import Pulse
+from megafork.vllm_plugin.receiver import WeightReceiver, checkpoint_shapes, listed
 
 if current_platform.is_cpu():
     bfloat16_products.replace_where_slow(few_rows=8)

@@ -1,4 +1,4 @@
-"""`python -m megafork.nodes run ...`, on every machine of a run, and `... run-dir CONFIG`."""
+"""`python -m megafork.cluster run ...`, on every machine of a run, and `... run-dir CONFIG`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Annotated
 
 import typer
 
+from megafork.cluster.guard import Guard, Work
+from megafork.cluster.head import End, Head
+from megafork.cluster.plan import Failure, Plan
 from megafork.config import TrainConfig
 from megafork.config.file import load_config
 from megafork.errors import USER_ERROR, UserError
 from megafork.launch import Machines
-from megafork.nodes.guard import Guard, Work
-from megafork.nodes.head import End, Head
-from megafork.nodes.plan import Failure, Plan
 from megafork.rollout.placement import visible_gpus
 
 _SERVER_RESTARTS = 3

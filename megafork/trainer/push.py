@@ -22,11 +22,11 @@ from megafork.parallel.topology import Topology
 from megafork.rollout.engine import host_of
 from megafork.rollout.messages import Header
 from megafork.sample import Group
-from megafork.training.learner import Learner
-from megafork.weight_sync import agreement
-from megafork.weight_sync.local import LocalSender
-from megafork.weight_sync.reach import address_for, is_local
-from megafork.weight_sync.transports import (
+from megafork.trainer.learner import Learner
+from megafork.weights import agreement
+from megafork.weights.local import LocalSender
+from megafork.weights.reach import address_for, is_local
+from megafork.weights.transports import (
     Sender,
     TransferError,
     WeightSender,

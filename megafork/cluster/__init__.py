@@ -1,6 +1,6 @@
 """A run on several machines: one guard on each, all in touch with the one on the first machine.
 
-    python -m megafork.nodes --train node0,node1 --serve node2 ... CONFIG.toml [section.key=value]
+    python -m megafork.cluster --train node0,node1 --serve node2 ... CONFIG.toml [section.key=value]
 
 is started once on every machine, by srun or anything else. The guards wait for each other, start
 the ranks and the servers, pass a request to stop on, and end everything everywhere when a process

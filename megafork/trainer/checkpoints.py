@@ -10,8 +10,8 @@ from megafork.checkpoint.store import CheckpointStore
 from megafork.config import TrainConfig
 from megafork.controller.handle import Batch, Controller
 from megafork.parallel.topology import Topology
-from megafork.training.critic import Critic
-from megafork.training.policy import Policy
+from megafork.trainer.critic import Critic
+from megafork.trainer.policy import Policy
 
 
 class Checkpoints:

@@ -21,7 +21,7 @@ from megafork.model.shape import ModelShape
 from megafork.rewards.names import check_answers, check_verifiers
 from megafork.rollout.ends import check_ends
 from megafork.rollout.engine import check_server
-from megafork.training.run_dir import refuse_other_run
+from megafork.trainer.run_dir import refuse_other_run
 
 _TRUNCATING = {"top_k": (None, 0, -1), "top_p": (None, 1, 1.0), "min_p": (None, 0, 0.0)}
 

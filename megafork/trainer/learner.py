@@ -19,8 +19,8 @@ from megafork.config import TrainingConfig
 from megafork.model.packed import PackedModel
 from megafork.parallel import backend
 from megafork.parallel.host_memory import HostMemory, storages
-from megafork.training.guard import UpdateGuard, UpdateRefused
-from megafork.training.optimizer import (
+from megafork.trainer.guard import UpdateGuard, UpdateRefused
+from megafork.trainer.optimizer import (
     build_optimizer,
     gradient_buffers,
     learning_rate,

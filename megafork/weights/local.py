@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megafork.weight_sync.transports import (
+from megafork.weights.transports import (
     Bucket,
     TransferError,
     dtype_of,
