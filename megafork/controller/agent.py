@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megafork.config import RewardConfig, TrainConfig
-from megafork.controller.child import read_order, run_until_the_rank_ends
+from megafork.controller.child import answer_rank, read_order, run_until_the_rank_ends
 from megafork.controller.ranks import settings_digest
 from megafork.errors import UserError
 from megafork.rewards.verifier import Judge
@@ -59,6 +59,7 @@ async def _work(order: dict[str, Any]) -> None:
             cause = f"the controller is not to be reached at {address[0]}:{address[1]} ({error})"
             print(f"error: {cause}: every node needs a way to it", file=sys.stderr, flush=True)
             return
+        answer_rank(order, {})
         link.silence_s = config.run.silence_s
         alive = asyncio.create_task(link.say_alive())
         try:

@@ -61,7 +61,7 @@ class Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-            return "it closed its connection, and was ended"
+            return "it still ran, and was ended"
         if status < 0:
             return f"it was killed by {signal.Signals(-status).name}"
         return f"it exited with status {status}"

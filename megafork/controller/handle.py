@@ -49,11 +49,20 @@ class Controller:
     hangs.
     """
 
-    def __init__(self, topology: Topology, connection: Connection, process: Child | None) -> None:
-        """process: of rank 0, which started it."""
+    def __init__(
+        self,
+        topology: Topology,
+        connection: Connection,
+        process: Child | None = None,
+        agent: Child | None = None,
+        startup_timeout_s: float = 0.0,
+    ) -> None:
+        """process: the controller, of rank 0, which started it. agent: of a node's first rank, with
+        the seconds in which it has to be up."""
         self.topology = topology
         self.connection = connection
-        self._process = process
+        self._process, self._agent = process, agent
+        self._startup_timeout_s = startup_timeout_s
         self._number = 0
         """Of questions so far, the same on every rank"""
         self.data: dict[str, Any] = {}
@@ -70,6 +79,7 @@ class Controller:
         rank, here = topology.rank, int(os.environ.get("LOCAL_RANK", "0"))
         with contextlib.ExitStack() as stack:
             process: Child | None = None
+            agent: Child | None = None
             settings = config.model_dump(mode="json")
             key = topology.on_rank_zero(lambda: secrets.token_urlsafe(32))
             num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
@@ -87,6 +97,7 @@ class Controller:
             address = topology.on_rank_zero(start)
 
             def join() -> Connection:
+                nonlocal agent
                 if here == 0:
                     told = order | {
                         "address": address,
@@ -97,7 +108,7 @@ class Controller:
                             os.environ.get("LOCAL_WORLD_SIZE", topology.world_size)
                         ),
                     }
-                    stack.enter_context(Child(_AGENT, told))
+                    agent = stack.enter_context(Child(_AGENT, told))
                 hello = {"role": "rank", "rank": rank, "settings": settings_digest(config)}
                 try:
                     return stack.enter_context(
@@ -112,7 +123,8 @@ class Controller:
 
             connection: list[Connection] = []
             topology.on_every_rank(lambda: connection.append(join()))
-            yield cls(topology, connection[0], process)
+            timeout_s = config.parallel.startup_timeout_s
+            yield cls(topology, connection[0], process, agent, timeout_s)
 
     def ask(
         self,
@@ -168,13 +180,21 @@ class Controller:
 
     def wait_for_servers(self) -> None:
         """Until the servers are up, and asleep: their devices are the ranks' then."""
+        self._require_agent()
         self.ask("servers")
+
+    def _require_agent(self) -> None:
+        """Raises UserError where this node's agent has ended before the controller heard of it."""
+        agent, self._agent = self._agent, None
+        if agent is not None and agent.answer(self._startup_timeout_s) is None:
+            raise UserError(f"the agent of this node did not start: {agent.end()}")
 
     def begin(self, step: int, state: dict[str, Any] | None) -> None:
         """Bring the run to the end of `step`. state: of a checkpoint (`Checkpoints`), if any.
 
         Raises Interrupted when a signal comes before the run has begun.
         """
+        self._require_agent()
         found = state or {}
         answer, _ = self.ask("begin", step=step, state=found.get("collector"), row=found.get("row"))
         if answer["kind"] == "stop":

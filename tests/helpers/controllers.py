@@ -32,7 +32,7 @@ def controller(topology, answer, rows=None):
         address = topology.on_rank_zero(start)
         hello = {"role": "rank", "rank": topology.rank}
         connection = stack.enter_context(Connection(address, KEY, hello, silence_s=60.0))
-        yield Controller(topology, connection, None)
+        yield Controller(topology, connection)
         topology.any_rank(False)  # rank 0 is there as long as others ask
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import signal
 import socket
+from pathlib import Path
 
 import psutil
 import pytest
 
+from megafork.config import TrainConfig
+from megafork.config.file import load_config
+from megafork.controller import handle
+from megafork.controller.handle import Controller
+from megafork.errors import UserError
+from megafork.parallel.topology import initialize
 from megafork.rollout.messages import Connection
 from tests.helpers.commands import left_over, megafork, tiny_run
 from tests.helpers.live_runs import middle_of
+from tools.benchmarks.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 SETTINGS = ("parallel.tp=2", "training.steps=3", "run.silence_s=10")
@@ -59,6 +67,21 @@ def test_a_lost_agent_takes_its_servers_along_and_the_cause_is_told(tmp_path):
     assert "warning: the agent of node 0 (" in run.told
     [last] = [line for line in run.told.splitlines() if line.startswith("error")]
     assert "no rollout server came back" in last
+
+
+def begun_without_an_agent(config):
+    topology = initialize(config.parallel)
+    with Controller.connect(config, topology) as controller, pytest.raises(UserError) as caught:
+        controller.begin(0, None)
+    return str(caught.value)
+
+
+def test_an_agent_that_does_not_start_is_told(tmp_path, monkeypatch):
+    """Before the controller, which waits for its first word, has heard of it."""
+    monkeypatch.setattr(handle, "_AGENT", "tests.helpers.no_agent")
+    _, config, *overrides = tiny_run(tmp_path / "run", "parallel.tp=1")
+    [told] = run_ranks(1, begun_without_an_agent, load_config(TrainConfig, Path(config), overrides))
+    assert told == "the agent of this node did not start: it exited with status 1"
 
 
 def test_strangers_and_nonsense_do_not_disturb_a_run(tmp_path):
