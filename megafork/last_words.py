@@ -79,10 +79,13 @@ def of_exception(error: BaseException) -> str:
 def follows_from_a_peer(error: BaseException) -> bool:
     """Another process failed: its error is known here, or a collective has come to nothing.
 
-    Torch has no type for the latter. It is a RuntimeError that torch.distributed, or the wait for
-    work that it has begun, has raised: what a rank computes wrongly by itself is raised elsewhere.
+    Torch has types for what its store and NCCL say, and none for gloo: there it is a RuntimeError
+    that torch.distributed, or the wait for work that it has begun, has raised. What a rank computes
+    wrongly by itself is raised elsewhere.
     """
     if isinstance(error, PeerError):
+        return True
+    if any(kind.__module__ == "torch.distributed" for kind in type(error).__mro__):
         return True
     frames = traceback.extract_tb(error.__traceback__)
     if not isinstance(error, RuntimeError) or not frames:

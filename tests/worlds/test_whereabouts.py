@@ -92,6 +92,8 @@ def one_rank_ends():
         lambda: dist.all_gather_object([None] * 3, 1),
         lambda: dist.batch_isend_irecv([dist.P2POp(dist.irecv, values, 1)])[0].wait(),
     )
+    store = dist.distributed_c10d._get_default_store()
+    waits += (lambda: store.wait(["what nobody sets"], TIMEOUT),)
     own = []
     for wait in waits:
         with pytest.raises(RuntimeError) as caught:
@@ -101,7 +103,7 @@ def one_rank_ends():
 
 
 def test_the_end_of_a_rank_is_no_failure_of_the_others():
-    assert run_ranks(3, one_rank_ends) == [[False] * 4, [], [False] * 4]
+    assert run_ranks(3, one_rank_ends) == [[False] * 5, [], [False] * 5]
 
 
 def another_error():
