@@ -161,16 +161,19 @@ class End:
 def first_end(failures: dict[int, ProcessFailure], times: dict[int, float]) -> End:
     """The earliest failure of a rank's own, or death; if there is none, what follows from others.
 
-    times: when each rank has ended, by its pid. Once one has, the agent ends the others by SIGTERM
-    and, those that hang, by SIGKILL.
+    times: when ranks have ended, by their pids; of those that end while the agent waits for them,
+    it alone knows the second. Once one has, it ends the others by SIGTERM and, those that hang, by
+    SIGKILL.
     """
+    seen = {r: times.get(f.pid, f.timestamp + 1.0) for r, f in failures.items()}
+    first_seen = min(seen.values())
     ends = []
     for rank, failure in failures.items():
         words = last_words.read(failure.error_file)
-        status = failure.exitcode if words is None else words.status
-        seen = times.get(failure.pid, failure.timestamp)
-        ends.append(End(rank, status, words, seen if words is None else words.time))
-    first_seen = min(times.get(failure.pid, failure.timestamp) for failure in failures.values())
+        if words is None:
+            ends.append(End(rank, failure.exitcode, None, seen[rank]))
+        else:
+            ends.append(End(rank, words.status, words, words.time))
 
     def precedence(end: End) -> tuple[int, float]:
         by_agent = end.status in (-signal.SIGTERM, -signal.SIGKILL) and end.time > first_seen

@@ -33,6 +33,10 @@ KILL, TERM, ABORT = -signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT
     ids=str,
 )
 def test_the_earliest_own_failure_or_death_is_told(tmp_path, monkeypatch, ranks, first):
+    assert told_first(tmp_path, monkeypatch, ranks) == first
+
+
+def told_first(tmp_path, monkeypatch, ranks, unseen=None):
     failures, times = {}, {}
     for rank, what in enumerate(ranks):
         path, status, ended = tmp_path / f"{rank}.json", USER_ERROR, what[-1]
@@ -43,10 +47,17 @@ def test_the_earliest_own_failure_or_death_is_told(tmp_path, monkeypatch, ranks,
         else:
             status = what[0]
         failures[rank] = SimpleNamespace(
-            error_file=str(path), exitcode=status, timestamp=100, pid=1000 + rank
+            error_file=str(path), exitcode=status, timestamp=int(ended), pid=1000 + rank
         )
-        times[1000 + rank] = ended
-    assert launch.first_end(failures, times).rank == first
+        if rank != unseen:
+            times[1000 + rank] = ended
+    return launch.first_end(failures, times).rank
+
+
+def test_a_rank_that_ends_while_the_agent_waits_for_it_was_not_the_first(tmp_path, monkeypatch):
+    """Whose end is known to the second alone."""
+    ranks = [("of another", False, 10.8), (KILL, 10.7)]
+    assert told_first(tmp_path, monkeypatch, ranks, unseen=0) == 1
 
 
 def ended_with(error):
