@@ -46,7 +46,6 @@ OF_MICRO_BATCH = 4
 ROWS = OF_MICRO_BATCH * (LENGTH - PROMPT)
 """response tokens of a micro-batch on a rank"""
 _M_MMAP_THRESHOLD = -3
-_MCL_CURRENT, _MCL_ONFAULT = 1, 4
 _COMMON = {"max_position_embeddings": 1024, "eos_token_id": 1, "pad_token_id": 0}
 
 
@@ -157,15 +156,8 @@ def _small_memory() -> None:
         mkl.mkl_serv_disable_fast_mm()
 
 
-def _keep_resident() -> None:
-    """What is here stays: on a machine that runs short of memory, code that the process had before
-    would leave it, and the growth be measured too small. Where it may not be, it is not."""
-    ctypes.CDLL(None).mlockall(_MCL_CURRENT | _MCL_ONFAULT)
-
-
 def _steps(config: TrainConfig, topology: Topology, folder: Path) -> list[float]:
     gc.collect()
-    _keep_resident()
     before = peak_from_here()
     model = config.model.model_copy(update={"path": str(folder)})
     policy = Policy(config.model_copy(update={"model": model}), topology)
