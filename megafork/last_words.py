@@ -19,7 +19,6 @@ from megafork.printable import printable
 
 VARIABLE = "TORCHELASTIC_ERROR_FILE"
 _LONGEST = 2000
-"""Of a line that fits the last one of a job's output"""
 _COLLECTIVES = os.path.join("torch", "distributed", "")
 
 
@@ -37,13 +36,18 @@ class Words:
 
     @property
     def line(self) -> str:
-        """The message's first."""
+        """The first line of the message, cut to a length that a job's last line holds."""
         lines = self.message.strip().splitlines() or [""]
         return lines[0][:_LONGEST]
 
 
 def leave(message: str, *, status: int, own: bool = True, log: str | None = None) -> bool:
-    """The first words of a process stay. Returns whether there are any: nobody may have asked."""
+    """Write the message into the file that is named for it, unless one is there already.
+
+    Returns whether the file has a message: it has none where no file was named or it cannot be
+    written. status: the exit status that follows. own: False where another process's end is the
+    cause. log: the file that has more.
+    """
     path = os.environ.get(VARIABLE)
     if not path:
         return False
@@ -61,7 +65,7 @@ def leave(message: str, *, status: int, own: bool = True, log: str | None = None
 
 
 def read(path: str | Path) -> Words | None:
-    """The words of the process that had `path` for them."""
+    """Return what `leave` wrote into this file; None where it wrote nothing."""
     try:
         words = json.loads(Path(path).read_text())["message"]
         more = words["extraInfo"]
@@ -77,7 +81,7 @@ def of_exception(error: BaseException) -> str:
 
 
 def follows_from_a_peer(error: BaseException) -> bool:
-    """Another process failed: its error is known here, or a collective has come to nothing.
+    """Return whether the cause is another process: it said so, or a collective failed.
 
     Torch has types for what its store and NCCL say, and none for gloo: there it is a RuntimeError
     that torch.distributed, or the wait for work that it has begun, has raised. What a rank computes

@@ -132,7 +132,7 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str], run_dir: str = 
 
 @contextlib.contextmanager
 def _ends_noted() -> Iterator[dict[int, float]]:
-    """The time at which each child has ended, by its pid; the agent looks only now and then."""
+    """Yield the times at which children end, by their pids, filled in as they do."""
     times: dict[int, float] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -159,11 +159,11 @@ class End:
 
 
 def first_end(failures: dict[int, ProcessFailure], times: dict[int, float]) -> End:
-    """The earliest failure of a rank's own, or death; if there is none, what follows from others.
+    """Return the earliest failure of a rank's own or death; without one, a consequence of others.
 
-    times: when ranks have ended, by their pids; of those that end while the agent waits for them,
-    it alone knows the second. Once one has, it ends the others by SIGTERM and, those that hang, by
-    SIGKILL.
+    times: when ranks have ended, by their pids. A rank that torchrun's agent reaped first is not in
+    it; then the second is known in which the agent saw it. When one rank has failed, the agent ends
+    the others by SIGTERM, and by SIGKILL where they hang: such an end is no cause.
     """
     seen = {r: times.get(f.pid, f.timestamp + 1.0) for r, f in failures.items()}
     first_seen = min(seen.values())

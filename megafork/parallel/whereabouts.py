@@ -81,7 +81,11 @@ class Whereabouts:
         except RuntimeError as error:
             if self.world_size == 1 or not last_words.follows_from_a_peer(error):
                 raise
-            raise PeerError(self._message(error)) from error
+            try:
+                message = self._message(error)
+            except RuntimeError:  # the process that has the store is the one that is lost
+                message = f"in {self._where} another rank was lost: {error}"
+            raise PeerError(message) from error
 
     def _message(self, error: RuntimeError) -> str:
         now = time.monotonic()

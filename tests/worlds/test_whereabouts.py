@@ -106,6 +106,22 @@ def test_the_end_of_a_rank_is_no_failure_of_the_others():
     assert run_ranks(3, one_rank_ends) == [[False] * 5, [], [False] * 5]
 
 
+def the_store_is_lost():
+    topology = initialize(ParallelConfig(tp=2))
+    store = dist.distributed_c10d._get_default_store()
+    lost = mock.Mock()
+    lost.set.side_effect = dist.DistNetworkError("connection closed")
+    topology.whereabouts._board = lost
+    with pytest.raises(PeerError) as caught, topology.whereabouts.told():
+        store.wait(["what nobody sets"], TIMEOUT)
+    return str(caught.value)
+
+
+def test_a_lost_store_is_another_ranks_end():
+    for told in run_ranks(2, the_store_is_lost):
+        assert told.startswith("in start another rank was lost: ")
+
+
 def another_error():
     topology = initialize(ParallelConfig(tp=2))
     with pytest.raises(RuntimeError, match="shape"), topology.whereabouts.told():
