@@ -236,6 +236,8 @@ class _Worker:
 
     def has_spoken(self) -> bool:
         """Whether something came without a question, or its process has ended."""
+        if self._has_ended():
+            return True
         self._socket.settimeout(0)
         try:
             return self._socket.recv(1) is not None
@@ -243,6 +245,16 @@ class _Worker:
             return False
         except OSError:
             return True
+
+    def _has_ended(self) -> bool:
+        """Whether its process has; what that started may still have its end of the socket open.
+
+        It is not reaped here: `end` kills its process group first.
+        """
+        if self._process.returncode is not None:
+            return True
+        how = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self._process.pid, how) is not None
 
     def exchange(self, message: list[str] | None, timeout_s: float) -> dict[str, Any] | None:
         """The answer to `message`; None: it died, or is to, as it said anything else.

@@ -171,6 +171,12 @@ def _fork() -> float:
     return 1.0
 
 
+def _leave_a_child() -> float:
+    if os.fork() == 0:
+        signal.pause()
+    return 1.0
+
+
 def _limit_itself() -> float:
     """By an alarm, which can be set in the main thread alone."""
     signal.signal(signal.SIGALRM, lambda *_: None)
@@ -267,6 +273,7 @@ _ACTS = {
     "print": _print_much,
     "close stdin": _close_stdin,
     "fork": _fork,
+    "leave a child": _leave_a_child,
     "limit itself": _limit_itself,
     "plain surroundings": _has_plain_surroundings,
     "survive signals": _survive_signals,

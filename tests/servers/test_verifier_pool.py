@@ -18,7 +18,7 @@ from megafork.config import RewardConfig
 from megafork.errors import UserError
 from megafork.rewards.verifier import Judge, Verdict
 from tests.helpers.background import BackgroundLoop
-from tests.helpers.commands import MARK, ROOT, environment, left_over, processes_of
+from tests.helpers.commands import MARK, ROOT, environment, gone_within, left_over, processes_of
 from tests.helpers.rollout_servers import wait_for
 
 DEADLINE = 60.0
@@ -119,12 +119,16 @@ def test_a_worker_takes_nothing_of_torchruns_world(monkeypatch):
         assert verdict(judge, "plain surroundings") == Verdict(1.0, 1.0)
 
 
-def test_an_idle_worker_that_is_killed_is_replaced(acting):
-    assert verdict(acting, "right") == Verdict(1.0, 1.0)
+@pytest.mark.parametrize("response", ["right", "leave a child"])
+def test_an_idle_worker_that_is_killed_is_replaced(acting, response):
+    """Also where another process still has its end of the socket."""
+    assert verdict(acting, response) == Verdict(1.0, 1.0)
     [worker] = acting._pool._running
-    os.kill(worker._process.pid, signal.SIGKILL)
-    worker._process.wait()
+    pid = worker._process.pid
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # the pool reaps it
     assert verdict(acting, "right") == Verdict(1.0, 1.0)
+    assert gone_within(pid, 5)
 
 
 def test_a_line_too_much_shifts_no_verdict(acting):
