@@ -30,7 +30,6 @@ setup(
         "numpy",
         "psutil",
         "pydantic>=2",
-        "requests",
         "rich",
         "safetensors",
         "sentencepiece",
@@ -51,8 +50,8 @@ setup(
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
+            "requests",
             "ruff",
-            "types-requests",
         ],
     },
 )

@@ -47,10 +47,9 @@ def save_model(folder: Path, vocabulary: int) -> None:
 
 async def generated(client: RolloutClient, responses: int, sampling: Sampling) -> int:
     """Tokens of so many responses, all asked for at once; none ends before its limit."""
-    async with client:
-        groups = await asyncio.gather(
-            *(client.generate(PROMPT, 8, sampling) for _ in range(responses // 8))
-        )
+    groups = await asyncio.gather(
+        *(client.generate(PROMPT, 8, sampling) for _ in range(responses // 8))
+    )
     return sum(len(one.token_ids) for group in groups for one in group)
 
 

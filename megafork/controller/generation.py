@@ -68,7 +68,7 @@ class Generation:
         self.config, self.inputs, self.fleet, self.log = config, inputs, fleet, log
         self.judging = judging
         self.collector = Collector(
-            client=fleet,
+            fleet=fleet,
             prompts=PromptStream(inputs.prompts, config.data.seed),
             judging=judging,
             journals=StepJournals(Path(config.run.dir) / "rollouts"),
@@ -132,10 +132,9 @@ class Generation:
 
     async def probe(self) -> list[Group]:
         """One response to each of a few prompts, as the servers sample now."""
-        async with self.fleet:
-            answers = await asyncio.gather(
-                *(self.fleet.generate(p.ids, 1, self.inputs.sampling) for p in self._probed)
-            )
+        answers = await asyncio.gather(
+            *(self.fleet.generate(p.ids, 1, self.inputs.sampling) for p in self._probed)
+        )
         return [
             Group(p.index, p.ids, 0, [Sample(i, c.token_ids, c.logprobs, c.truncated)])
             for i, (p, [c]) in enumerate(zip(self._probed, answers, strict=True))

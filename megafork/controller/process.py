@@ -153,7 +153,7 @@ class RolloutController:
     async def _servers(self, question: Question) -> Answer:
         await question.by_all()
         fleet = await asyncio.shield(self._fleet)
-        awake = await asyncio.to_thread(fleet.sleep)
+        awake = await fleet.sleep()
         await self.agents.servers("end", awake)
         return {"kind": "ready"}, {}
 
@@ -208,18 +208,11 @@ class RolloutController:
             [RolloutClient(url, key, timeout_s=timeout_s, log_path=log) for url, log in places],
             max_num_seqs=rollout.max_num_seqs,
             max_restarts=rollout.max_restarts,
-            given_up=self._given_up,
+            given_up=self.agents.given_up,
             in_turns=rollout.placement == "colocated",
         )
         await self.agents.servers("wait")
-        await asyncio.to_thread(
-            fleet.wait_until_up,
-            rollout.startup_timeout_s,
-            rollout.api_key_env,
-            self.agents.require_all,
+        await fleet.wait_until_up(
+            rollout.startup_timeout_s, rollout.api_key_env, self.agents.require_all
         )
         return fleet
-
-    def _given_up(self) -> dict[str, str]:
-        """Of each server that its node does not start again: why. For the fleet's threads."""
-        return asyncio.run_coroutine_threadsafe(self.agents.given_up(), self._loop).result()

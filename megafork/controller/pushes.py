@@ -55,8 +55,8 @@ class Pushes:
     async def begins(self) -> Header:
         """Return {"kind": "send"}, or {"kind": "join", "num_workers"} for new senders first."""
         if self.colocated:
-            await self._call("wake_up", "weights")
-        self._wanted = await self._call("members")
+            await self.fleet.wake_up("weights")
+        self._wanted = await self.fleet.members()
         if self._wanted == self._members:
             await self._prepare()
             return {"kind": "send"}
@@ -72,17 +72,17 @@ class Pushes:
         self._addresses = [offer["address"] for offer in found]
         self._buckets = [bucket for offer in found for bucket in offer["buckets"]]
         num_workers = self.workers_of_each * len(self._wanted)
-        await self._call("init_transfer", self._addresses, num_workers, self.timeout_s)
+        await self.fleet.init_transfer(self._addresses, num_workers, self.timeout_s)
         await self._prepare()
         return {"kind": "send"}
 
     async def _prepare(self) -> None:
         """Nothing is sampled from here on, and the servers wait for the senders."""
         if not self.colocated:
-            await self._call("pause", "keep" if self.in_flight else "wait")
-        await self._call("start_weight_update")
+            await self.fleet.pause("keep" if self.in_flight else "wait")
+        await self.fleet.start_weight_update()
         self._members = []  # after a failure the groups have to be built again
-        self._update = asyncio.create_task(self._call("update_weights", self._buckets))
+        self._update = asyncio.create_task(self.fleet.update_weights(self._buckets))
         self._update.add_done_callback(_look_at)  # a rank may be lost before `ended`
 
     async def ended(self, version: int, failures: list[str | None]) -> None:
@@ -104,20 +104,19 @@ class Pushes:
         self._members = self._wanted
 
     async def _finish(self, version: int) -> None:
-        await self._call("finish_weight_update", version)
+        await self.fleet.finish_weight_update(version)
         if not self.colocated:  # what sleeps has no cache, and wakes up by another word
-            await self._call("reset_prefix_cache", True)
-        reached = await self._call("weight_version")
+            await self.fleet.reset_prefix_cache(True)
+        reached = await self.fleet.weight_version()
         if reached != version:
             raise UserError(
                 f"the rollout server says weight version {reached} after a push of {version}: "
                 "does another trainer use the same server?"
             )
-        await self._call("wake_up", "kv_cache") if self.colocated else await self._call("resume")
-
-    async def _call(self, name: str, *arguments: Any) -> Any:
-        """The fleet's method, whose requests block a thread."""
-        return await asyncio.to_thread(getattr(self.fleet, name), *arguments)
+        if self.colocated:
+            await self.fleet.wake_up("kv_cache")
+        else:
+            await self.fleet.resume()
 
 
 def _look_at(task: asyncio.Task[None]) -> None:

@@ -123,7 +123,6 @@ class Steps:
 
     def close(self) -> None:
         self.generation.close()
-        self.fleet.__exit__()
 
     async def answer(self, question: Question) -> Answer:
         """Decide the answer to a question; `Ranks` calls it once for each."""
@@ -228,7 +227,7 @@ class Steps:
     async def _push_failed(self, cause: UserError) -> Answer:
         """Servers were lost, and others are left to push to; or all were."""
         self.stop.check()
-        num_lost = await asyncio.to_thread(self.fleet.drop_lost)
+        num_lost = await self.fleet.mark_lost()
         await self._look_for_deaths(cause)
         if not num_lost:
             raise cause
@@ -239,7 +238,7 @@ class Steps:
     async def _look_for_deaths(self, cause: Exception) -> None:
         """After a failure. Raises ServersLost where no server is left; one that does not answer is
         as good as dead. Raises UserError where they died too often."""
-        if await asyncio.to_thread(self.fleet.health):
+        if await self.fleet.health():
             return
         self.stop.check()  # the signal may have ended the servers too
         self._deaths += 1
@@ -259,19 +258,19 @@ class Steps:
     async def _replace_servers(self) -> None:
         await self.agents.servers("restart", self.fleet.silent())
         timeout_s = self.config.rollout.startup_timeout_s
-        await asyncio.to_thread(self.fleet.wait_for_one, timeout_s, self.stop.check)
+        await self.fleet.wait_for_one(timeout_s)
         self._death = None
 
     async def _start_again(self, lost: list[str]) -> None:
         """Of colocated servers: a new one takes all of its memory at once."""
         await self.agents.servers("start_again", lost)
-        await asyncio.to_thread(self.fleet.look_again)
+        await self.fleet.look_again()
         await self._sleep()
         self._has_started_again, self._death = True, None
 
     async def _sleep(self) -> None:
         """Have the servers give up their memory; those that do not are ended."""
-        awake = await asyncio.to_thread(self.fleet.sleep)
+        awake = await self.fleet.sleep()
         if awake:
             self.stop.check()
             await self.agents.servers("end", awake)

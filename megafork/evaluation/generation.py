@@ -211,11 +211,10 @@ def run_jobs(given: Input, jobs: Sequence[Job], make_rows: MakeRows, *, log_path
         knows_two = any(job.sampling and job.sampling.forking_temperatures for job in jobs)
         served = replace(given.served(folder), two_temperatures=knows_two)
         try:
-            fleet = stack.enter_context(
-                _servers(given.config.rollout, served, device, log_path, interruption)
+            clients = stack.enter_context(
+                _clients(given.config.rollout, served, device, log_path, interruption)
             )
-            _check_weights(fleet, given.config.rollout, folder)
-            interruption.run(_generate(given, fleet, todo, make_rows))
+            interruption.run(_generate(given, clients, folder, todo, make_rows))
         except Interrupted as signal:
             kept = sum(len(job.prompts) - len(job.file.missing()) for job in jobs)
             raise Interrupted(
@@ -225,25 +224,35 @@ def run_jobs(given: Input, jobs: Sequence[Job], make_rows: MakeRows, *, log_path
 
 
 @contextlib.contextmanager
-def _servers(
+def _clients(
     rollout: GenerationConfig, served: Served, device: str, log: Path, interruption: Interruption
-) -> Iterator[Fleet]:
-    """rollout.url's, or as many as rollout.servers says, started and ended here; all of them up."""
-    with contextlib.ExitStack() as stack:
-        if rollout.url is not None:
-            key, timeout_s = api_key_of(rollout), rollout.request_timeout_s
-            clients = [RolloutClient(url, key, timeout_s=timeout_s) for url in rollout.urls]
-        else:
-            logs = log_paths(log, rollout.servers)
-            local = stack.enter_context(start_here(served, rollout, device, logs))
-            clients = local.clients(rollout.request_timeout_s)
-            local.wait(interruption.check)
-        fleet = stack.enter_context(Fleet(clients, max_num_seqs=rollout.max_num_seqs))
-        fleet.wait_until_up(rollout.startup_timeout_s, rollout.api_key_env, interruption.check)
-        yield fleet
+) -> Iterator[list[RolloutClient]]:
+    """Clients of rollout.url's servers, or of rollout.servers that are started and ended here."""
+    if rollout.url is not None:
+        key, timeout_s = api_key_of(rollout), rollout.request_timeout_s
+        yield [RolloutClient(url, key, timeout_s=timeout_s) for url in rollout.urls]
+        return
+    with start_here(served, rollout, device, log_paths(log, rollout.servers)) as local:
+        local.wait(interruption.check)
+        yield local.clients(rollout.request_timeout_s)
 
 
 async def _generate(
+    given: Input,
+    clients: Sequence[RolloutClient],
+    folder: Path,
+    todo: Sequence[tuple[Job, Prompt]],
+    make_rows: MakeRows,
+) -> None:
+    """folder: of the model that the servers have to serve."""
+    rollout = given.config.rollout
+    async with Fleet(clients, max_num_seqs=rollout.max_num_seqs) as fleet:
+        await fleet.wait_until_up(rollout.startup_timeout_s, rollout.api_key_env)
+        await _check_weights(clients, rollout, folder)
+        await _generate_all(given, fleet, todo, make_rows)
+
+
+async def _generate_all(
     given: Input, fleet: Fleet, todo: Sequence[tuple[Job, Prompt]], make_rows: MakeRows
 ) -> None:
     rollout = given.config.rollout
@@ -269,9 +278,8 @@ async def _generate(
 
     with progress:
         task = progress.add_task("generate", total=len(todo))
-        async with fleet:
-            at_once = groups_at_once(rollout.max_num_seqs, rollout.samples) * len(fleet.clients)
-            await for_each(todo, one, at_once)
+        at_once = groups_at_once(rollout.max_num_seqs, rollout.samples) * len(fleet.clients)
+        await for_each(todo, one, at_once)
 
 
 def groups_at_once(max_num_seqs: int, samples: int) -> int:
@@ -296,12 +304,14 @@ async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_
         await asyncio.gather(*takers, return_exceptions=True)
 
 
-def _check_weights(fleet: Fleet, rollout: GenerationConfig, folder: Path) -> None:
+async def _check_weights(
+    clients: Sequence[RolloutClient], rollout: GenerationConfig, folder: Path
+) -> None:
     """A server of somebody else's must have this model, and no weights that a trainer pushed."""
     if rollout.url is None:
         return
-    for client in fleet.clients:
-        serves, version = client.model_path(), client.weight_version()
+    for client in clients:
+        serves, version = await client.model_path(), await client.weight_version()
         if Path(serves).resolve() != folder.resolve():
             raise UserError(
                 f"rollout.url={client.url} serves {serves}, not {folder}: serve that, or unset "

@@ -8,7 +8,6 @@ from typing import Any
 from megafork.data.prompts import Prompt
 from megafork.evaluation import metrics
 from megafork.evaluation.generation import for_each, groups_at_once
-from megafork.rollout.client import RolloutClient
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.judging import Judging
 from megafork.rollout.sampling import Sampling
@@ -16,7 +15,7 @@ from megafork.rollout.tally import Tally
 
 
 async def sample(
-    client: RolloutClient | Fleet,
+    fleet: Fleet,
     prompts: list[Prompt],
     judging: Judging,
     sampling: Sampling,
@@ -32,7 +31,7 @@ async def sample(
     failures: list[str | None] = []
 
     async def of_prompt(prompt: Prompt) -> None:
-        samples = await client.generate(prompt.ids, num_samples, sampling)
+        samples = await fleet.generate(prompt.ids, num_samples, sampling)
         verdicts = await asyncio.gather(
             *(judging.verdict(prompt, sample.token_ids) for sample in samples)
         )
@@ -43,8 +42,7 @@ async def sample(
             for verdict, sample in zip(verdicts, samples, strict=True)
         ]
 
-    async with client:
-        await for_each(prompts, of_prompt, groups_at_once(max_num_seqs, num_samples))
+    await for_each(prompts, of_prompt, groups_at_once(max_num_seqs, num_samples))
     judging.judge.check_failures(failures)
     return [found[prompt.index] for prompt in prompts]
 

@@ -1,4 +1,4 @@
-"""HTTP client of one vLLM server: generation from an event loop, administration from plain code."""
+"""HTTP client of one vLLM server: generation and administration."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import asyncio
 import json
 import random
 import uuid
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 import aiohttp
-import requests
 
 from megafork.errors import UserError
 from megafork.rollout.sampling import (
@@ -54,7 +52,7 @@ class ServerSlow(ServerLost):
 
 
 class RolloutClient:
-    """Talks to one server. Safe to use from several event loops, one after the other or at once.
+    """Talks to one server, with a connection of its own for each request.
 
     timeout_s: of one attempt; a group of long responses has to be done within it.
     log_path: the server's log, quoted when the server cannot be reached.
@@ -73,8 +71,6 @@ class RolloutClient:
         self._headers = {"Authorization": f"Bearer {api_key}"}
         self._version: int | None = None
         self._transfer_timeout_s = timeout_s
-        self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
-        self._users: Counter[asyncio.AbstractEventLoop] = Counter()
 
     @property
     def version(self) -> int:
@@ -122,11 +118,7 @@ class RolloutClient:
         await self._retried(lambda: self._post(ABORT_PATH, {"request_ids": request_ids}))
 
     async def _post(self, path: str, body: dict[str, Any]) -> bytes:
-        async with self._session().post(self.url + path, json=body) as response:
-            payload = await response.read()
-            if response.status != 200:
-                raise self._refused(path, response.status, _message(payload))
-            return payload
+        return await self._sent("POST", path, body, self.timeout_s)
 
     async def _retried(self, attempt: Callable[[], Awaitable[T]]) -> T:
         for number in range(_ATTEMPTS):
@@ -136,56 +128,28 @@ class RolloutClient:
                 cause = error
             if number + 1 < _ATTEMPTS:
                 await asyncio.sleep(0.5 * 2**number * random.uniform(0.8, 1.2))
-                await asyncio.to_thread(self._refuse_another_server)
+                await self._refuse_another_server()
         raise self._unreachable(cause) from cause
-
-    def _session(self) -> aiohttp.ClientSession:
-        loop = asyncio.get_running_loop()
-        if loop not in self._sessions:
-            self._sessions[loop] = aiohttp.ClientSession(
-                headers=self._headers,
-                connector=aiohttp.TCPConnector(limit=0),  # the engine queues, not the client
-                timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=_CONNECT_S),
-            )
-        return self._sessions[loop]
-
-    async def __aenter__(self) -> Self:
-        """The running loop's connections are kept until the last `async with` of it ends."""
-        self._users[asyncio.get_running_loop()] += 1
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        loop = asyncio.get_running_loop()
-        self._users[loop] -= 1
-        if not self._users[loop]:
-            del self._users[loop]
-            session = self._sessions.pop(loop, None)
-            if session is not None:
-                await session.close()
 
     # -------------------------------------------------------------- administration
 
-    def members(self) -> list[tuple[str, int]]:
-        """The servers that a push reaches, and how often each was replaced."""
-        return [(self.url, 0)]
-
-    def is_alive(self) -> bool:
+    async def is_alive(self) -> bool:
         """Whether the server answers, and knows of no failure of its engine."""
         try:
-            self._request("GET", "/health", timeout_s=_CONNECT_S)
+            await self._request("GET", "/health", timeout_s=_CONNECT_S)
             return True
         except UserError:
             return False
 
-    def health(self) -> bool:
+    async def health(self) -> bool:
         """Whether the server answers to this API key, its engine lives and has our weights."""
-        return self.ailment() is None
+        return await self.why_unhealthy() is None
 
-    def ailment(self) -> str | None:
-        """What `health` lacks."""
+    async def why_unhealthy(self) -> str | None:
+        """Why the server is unhealthy, or None."""
         try:
-            self._request("GET", "/health", timeout_s=_CONNECT_S)
-            version = self.weight_version()
+            await self._request("GET", "/health", timeout_s=_CONNECT_S)
+            version = await self.weight_version()
         except UserError as error:
             return str(error)
         return None if self._version in (None, version) else str(self._started_again(version))
@@ -200,13 +164,13 @@ class RolloutClient:
             if sample.versions and sample.versions[0][0] < given:
                 raise self._started_again(sample.versions[0][0])
 
-    def _refuse_another_server(self) -> None:
+    async def _refuse_another_server(self) -> None:
         """One that someone has started again must not answer what was asked of the former."""
         before = self._version
         if before is None:
             return
         try:
-            version = self.weight_version()
+            version = await self.weight_version()
         except UserError:  # does not answer: the next attempt will tell
             return
         if version not in (before, self._version, before + 1):  # a push may be under way
@@ -218,45 +182,45 @@ class RolloutClient:
             f"not {self._version}"
         )
 
-    def pause(self, mode: str = "wait") -> None:
+    async def pause(self, mode: str = "wait") -> None:
         """Stop scheduling and drop the prefix cache; the weights may then change.
 
         mode: "wait" finishes what is in flight, "abort" returns it as it is (finish_reason
         "abort"), "keep" freezes it (call `reset_prefix_cache(running=True)` after the update).
         """
         clear = str(mode != "keep").lower()  # what is frozen holds its part of the cache
-        self._request("POST", f"/pause?mode={mode}&clear_cache={clear}")
+        await self._request("POST", f"/pause?mode={mode}&clear_cache={clear}")
 
-    def resume(self) -> None:
-        self._request("POST", "/resume")
+    async def resume(self) -> None:
+        await self._request("POST", "/resume")
 
-    def sleep(self) -> None:
+    async def sleep(self) -> None:
         """Give up weights and cache; what is in flight is aborted, what comes waits.
 
         A server on the CPU, or started without sleep mode, keeps its memory and waits all the same.
         """
-        self._request("POST", "/sleep?level=2&mode=abort", timeout_s=self._transfer_timeout_s)
+        await self._request("POST", "/sleep?level=2&mode=abort", timeout_s=self._transfer_timeout_s)
 
-    def wake_up(self, part: Literal["weights", "kv_cache"]) -> None:
+    async def wake_up(self, part: Literal["weights", "kv_cache"]) -> None:
         """Have the memory of `part` again, with nothing in it: the weights first, to be pushed.
 
         With the cache, requests go on. Raises ServerError when the server does not wake up.
         """
         path = f"/wake_up?tags={part}"
-        status = self._request("POST", path)["status"]
+        status = (await self._request("POST", path))["status"]
         if part == "kv_cache" and status != "awake":
             raise ServerError(path, 200, f"the server is still {status}; wake its weights first")
 
-    def reset_prefix_cache(self, running: bool = False) -> None:
+    async def reset_prefix_cache(self, running: bool = False) -> None:
         """Forget cached keys and values; `running` also recomputes those of running requests.
 
         Raises ServerError when running requests still hold blocks and `running` is False.
         """
         path = f"/reset_prefix_cache?reset_running_requests={str(running).lower()}"
-        if not self._request("POST", path)["success"]:
+        if not (await self._request("POST", path))["success"]:
             raise ServerError(path, 200, "running requests hold the cache; pause first")
 
-    def init_transfer(
+    async def init_transfer(
         self,
         senders: list[dict[str, Any]],
         num_workers: int,
@@ -277,53 +241,55 @@ class RolloutClient:
             "first_worker": first_worker,
             "timeout_s": timeout_s,
         }
-        self._request("POST", CONNECT_PATH, body, self._transfer_timeout_s)
+        await self._request("POST", CONNECT_PATH, body, self._transfer_timeout_s)
 
-    def start_weight_update(self) -> None:
+    async def start_weight_update(self) -> None:
         """Raises ServerError unless the server is paused: nothing may be sampled meanwhile."""
-        if not self._request("GET", "/is_paused")["is_paused"]:
+        if not (await self._request("GET", "/is_paused"))["is_paused"]:
             raise ServerError("start_weight_update", 400, "pause the server first")
 
-    def update_weights(self, buckets: list[dict[str, Any]]) -> None:
+    async def update_weights(self, buckets: list[dict[str, Any]]) -> None:
         """Receive the buckets, in this order, from their senders; blocks until all are loaded."""
-        self._request("POST", UPDATE_PATH, {"buckets": buckets}, self._transfer_timeout_s)
+        await self._request("POST", UPDATE_PATH, {"buckets": buckets}, self._transfer_timeout_s)
 
-    def finish_weight_update(self, weight_version: int) -> None:
+    async def finish_weight_update(self, weight_version: int) -> None:
         """Name the version of the weights that were loaded."""
-        self._request("POST", "/update_weight_version", {"new_version": str(weight_version)})
+        await self._request("POST", "/update_weight_version", {"new_version": str(weight_version)})
         self._version = weight_version
 
-    def weight_version(self) -> int:
+    async def weight_version(self) -> int:
         """Version of the last finished update; 0 before the first."""
-        answer = self._request("GET", "/weight_info", timeout_s=_ANSWER_S)
+        answer = await self._request("GET", "/weight_info", timeout_s=_ANSWER_S)
         return version_number(answer["weight_version"])
 
-    def model_path(self) -> str:
+    async def model_path(self) -> str:
         """The folder that the server loaded, by its own name for it."""
-        answer = self._request("GET", "/v1/models", timeout_s=_ANSWER_S)
+        answer = await self._request("GET", "/v1/models", timeout_s=_ANSWER_S)
         return answer["data"][0]["root"]
 
-    def _request(
+    async def _request(
         self, method: str, path: str, body: Any = None, timeout_s: float | None = None
     ) -> Any:
         try:
-            with requests.Session() as session:
-                session.trust_env = False  # a proxy must not see 127.0.0.1
-                response = session.request(
-                    method,
-                    self.url + path,
-                    json=body,
-                    headers=self._headers,
-                    timeout=(_CONNECT_S, timeout_s or self.timeout_s),
-                )
-        except requests.RequestException as error:
+            answer = await self._sent(method, path, body, timeout_s or self.timeout_s)
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise self._unreachable(error) from error
-        if response.status_code != 200:
-            raise self._refused(path, response.status_code, _message(response.content))
         try:
-            return response.json() if response.content else None
+            return json.loads(answer) if answer else None
         except ValueError:  # some other program's page
-            raise self._refused(path, response.status_code, _message(response.content)) from None
+            raise self._refused(path, 200, _message(answer)) from None
+
+    async def _sent(self, method: str, path: str, body: Any, timeout_s: float) -> bytes:
+        """Return the answer. Raises ServerError, aiohttp.ClientError, TimeoutError."""
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=_CONNECT_S)
+        url, headers = self.url + path, self._headers
+        async with aiohttp.request(
+            method, url, json=body, headers=headers, timeout=timeout
+        ) as response:
+            answer = await response.read()
+            if response.status != 200:
+                raise self._refused(path, response.status, _message(answer))
+            return answer
 
     def _refused(self, path: str, status: int, message: str) -> ServerError:
         if status >= 500 and self.log_path is not None:

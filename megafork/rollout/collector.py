@@ -21,7 +21,6 @@ import numpy as np
 from megafork.config import RolloutConfig
 from megafork.data.prompts import Prompt, PromptStream
 from megafork.errors import UserError
-from megafork.rollout.client import RolloutClient
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.judging import Judging
 from megafork.rollout.messages import Pieces
@@ -84,7 +83,7 @@ class RolloutBatch:
 
 @dataclass
 class Collector:
-    client: RolloutClient | Fleet
+    fleet: Fleet
     prompts: PromptStream
     judging: Judging
     journals: StepJournals
@@ -145,22 +144,21 @@ class Collector:
         self.carried += await _off_loop(self.journals.find, references)
         admitted = self._recent(self.carried, oldest, batch)
         known = await self._begin(step)
-        async with self.client:
-            for _ in range(self.rollout.max_sampling_rounds):
-                missing = wanted - len(admitted)
-                if missing <= 0:
-                    break
-                prompts = self._next_prompts(missing)
-                replayed = [await self._replay(known, prompt, step) for prompt in prompts]
-                found = [group for group in replayed if group is not None]
-                groups = [self._as_needed(group, oldest) for group in found if group.is_whole]
-                batch.num_replayed += len(groups)
-                aborted = [group for group in found if not group.is_whole]
-                groups += await self._finish(prompts, groups, aborted, missing, oldest, step, batch)
-                groups.sort(key=lambda group: group.prompt_index)
-                batch.generated += groups
-                self.judging.judge.check_failures(_failures(batch.generated))
-                admitted = admitted + self._admissible(groups, oldest, batch)
+        for _ in range(self.rollout.max_sampling_rounds):
+            missing = wanted - len(admitted)
+            if missing <= 0:
+                break
+            prompts = self._next_prompts(missing)
+            replayed = [await self._replay(known, prompt, step) for prompt in prompts]
+            found = [group for group in replayed if group is not None]
+            groups = [self._as_needed(group, oldest) for group in found if group.is_whole]
+            batch.num_replayed += len(groups)
+            aborted = [group for group in found if not group.is_whole]
+            groups += await self._finish(prompts, groups, aborted, missing, oldest, step, batch)
+            groups.sort(key=lambda group: group.prompt_index)
+            batch.generated += groups
+            self.judging.judge.check_failures(_failures(batch.generated))
+            admitted = admitted + self._admissible(groups, oldest, batch)
         if len(admitted) < wanted:
             raise UserError(
                 f"after rollout.max_sampling_rounds={self.rollout.max_sampling_rounds} rounds only "
@@ -241,7 +239,7 @@ class Collector:
             group, reward_seconds = await ended
             if not group.is_whole:
                 raise UserError(
-                    f"the rollout server at {self.client.url} aborted responses that nobody asked "
+                    f"the rollout server at {self.fleet.url} aborted responses that nobody asked "
                     "it to: was it told to end, or does another client use it?"
                 )
             group = await self._take(group, reward_seconds, step, batch)
@@ -286,7 +284,7 @@ class Collector:
         """End what is still being generated; groups that were whole before that are as good."""
         left = {self._running[prompt.index]: prompt for prompt in tail}
         while left:  # an abort that overtakes its request is lost
-            await self.client.abort([_request_id(prompt) for prompt in left.values()])
+            await self.fleet.abort([_request_id(prompt) for prompt in left.values()])
             _, running = await asyncio.wait(left, timeout=1.0)
             left = {task: left[task] for task in running}
         answers = [self._running[prompt.index].result() for prompt in tail]
@@ -348,15 +346,14 @@ class Collector:
         A group with an aborted response is not judged.
         """
         size = self.rollout.group_size
-        async with self.client:  # it may outlive the call that asked for it
-            answers = await self.client.generate(
-                prompt.ids,
-                size,
-                self.sampling,
-                seed=self._seed(prompt),
-                request_id=_request_id(prompt),
-            )
-        version = min(s.versions[0][0] if s.versions else self.client.version for s in answers)
+        answers = await self.fleet.generate(
+            prompt.ids,
+            size,
+            self.sampling,
+            seed=self._seed(prompt),
+            request_id=_request_id(prompt),
+        )
+        version = min(s.versions[0][0] if s.versions else self.fleet.version for s in answers)
         samples = [replace(s, uid=prompt.index * size + i) for i, s in enumerate(answers)]
         is_whole = not any(sample.aborted for sample in samples)
         started = time.monotonic()

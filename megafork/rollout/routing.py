@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import threading
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from megafork.rollout.assignment import Assignment, Request
 from megafork.rollout.client import RolloutClient, ServerError, ServerLost, ServerSlow
@@ -24,29 +23,26 @@ class Server:
     state: Literal["away", "back", "live", "gone"] = "away"
     """away: does not answer; back: answers, and waits for weights; live: gets requests; gone: is
     asked no more"""
-    num_drains: int = 0
+    num_losses: int = 0
     num_silent: int = 0
     """Checks in a row without an answer"""
     num_failed_pushes: int = 0
     """In a row"""
     cause: str = ""
     """Why it was lost the last time"""
-    attempts: dict[asyncio.Task[list[Sample]], asyncio.AbstractEventLoop] = field(
-        default_factory=dict
-    )
+    attempts: set[asyncio.Task[list[Sample]]] = field(default_factory=set)
 
 
 @dataclass(eq=False)
 class _Request(Request):
     name: str = field(kw_only=True)
-    loop: asyncio.AbstractEventLoop = field(kw_only=True)
     decided: asyncio.Event = field(default_factory=asyncio.Event, kw_only=True)
     """It has a server, or was aborted before, or no server is left"""
     is_aborted: bool = field(default=False, kw_only=True)
 
 
 class Router:
-    """Generation by all servers that are `live`; safe in any thread and event loop.
+    """Generation by all servers that are `live`.
 
     `generate` raises ServerLost when no server is left. max_num_seqs: responses that one server
     runs at once.
@@ -55,7 +51,6 @@ class Router:
     def __init__(self, clients: Sequence[RolloutClient], max_num_seqs: int) -> None:
         self._servers = [Server(number, client) for number, client in enumerate(clients)]
         self._assignment = Assignment(len(clients), 2 * max_num_seqs)
-        self._lock = threading.RLock()
         self._requests: dict[str, _Request] = {}
         self._num_lost = 0
         self.note: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
@@ -72,15 +67,6 @@ class Router:
     def num_live(self) -> int:
         return sum(server.state == "live" for server in self._servers)
 
-    async def __aenter__(self) -> Self:
-        for server in self._servers:
-            await server.client.__aenter__()
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        for server in self._servers:
-            await server.client.__aexit__()
-
     async def generate(
         self,
         prompt_ids: list[int],
@@ -94,12 +80,7 @@ class Router:
         name = request_id or uuid.uuid4().hex
         slow: ServerSlow | None = None
         while True:
-            request = _Request(
-                len(prompt_ids) + n * sampling.max_tokens,
-                n,
-                name=name,
-                loop=asyncio.get_running_loop(),
-            )
+            request = _Request(len(prompt_ids) + n * sampling.max_tokens, n, name=name)
             self._enter(request)
             try:
                 await request.decided.wait()
@@ -108,18 +89,20 @@ class Router:
                         return [UNANSWERED] * n
                     raise self._nobody()
                 server = self._servers[request.server]
-                drains = server.num_drains
+                losses = server.num_losses
+                if server.state != "live":  # lost since it was chosen
+                    raise ServerLost(server.cause)
                 asked = server.client.generate(prompt_ids, n, sampling, seed, request_id=name)
                 return await self._answer(server, request, asked)
             except ServerSlow as error:
                 if slow is not None or self.num_live == 1:  # it is the request that takes long
                     raise
                 slow = error
-                self._drain(server, str(error), drains)
+                self._mark_down(server, str(error), losses)
             except ServerLost as error:
                 if request.server is None:
                     raise
-                self._drain(server, str(error), drains)
+                self._mark_down(server, str(error), losses)
             finally:
                 self._leave(request)
             if request.is_aborted:
@@ -128,12 +111,9 @@ class Router:
     async def _answer(
         self, server: Server, request: _Request, asked: Coroutine[Any, Any, list[Sample]]
     ) -> list[Sample]:
-        """Raises ServerLost also when the server is drained meanwhile."""
+        """Raises ServerLost also when the server is marked down meanwhile."""
         attempt = asyncio.create_task(asked)
-        with self._lock:
-            server.attempts[attempt] = request.loop
-            if server.state != "live":
-                attempt.cancel()
+        server.attempts.add(attempt)
         try:
             samples = await attempt
         except asyncio.CancelledError:
@@ -143,12 +123,11 @@ class Router:
                 raise
             raise ServerLost(server.cause) from None
         except ServerError as error:
-            if await asyncio.to_thread(server.client.health):
+            if await server.client.health():
                 raise
             raise ServerLost(str(error)) from error
         finally:
-            with self._lock:
-                del server.attempts[attempt]
+            server.attempts.discard(attempt)
         if not request.is_aborted and any(sample.aborted for sample in samples):
             raise ServerLost(
                 f"the rollout server at {server.client.url} aborted responses that nobody asked it "
@@ -159,69 +138,68 @@ class Router:
     async def abort(self, request_ids: list[str]) -> None:
         """End requests of `generate`, on whichever server they are or before they have one."""
         found: dict[int, list[str]] = {}
-        with self._lock:
-            for name in request_ids:
-                request = self._requests.get(name)
-                if request is None:
-                    continue
-                request.is_aborted = True
-                if request.server is None:
-                    self._tell([request])
-                else:
-                    found.setdefault(request.server, []).append(name)
+        for name in request_ids:
+            request = self._requests.get(name)
+            if request is None:
+                continue
+            request.is_aborted = True
+            if request.server is None:
+                request.decided.set()
+            else:
+                found.setdefault(request.server, []).append(name)
         await asyncio.gather(*(self._abort(self._servers[i], found[i]) for i in found))
 
     async def _abort(self, server: Server, names: list[str]) -> None:
-        drains = server.num_drains
+        losses = server.num_losses
         try:
             await server.client.abort(names)
         except ServerLost as error:
-            self._drain(server, str(error), drains)
+            self._mark_down(server, str(error), losses)
 
     def _enter(self, request: _Request) -> None:
-        with self._lock:
-            self._requests[request.name] = request
-            self._tell(self._assignment.enter(request))
-            if not self.num_live:
-                self._tell([request])
+        self._requests[request.name] = request
+        self._tell(self._assignment.enter(request))
+        if not self.num_live:
+            request.decided.set()
 
     def _leave(self, request: _Request) -> None:
-        with self._lock:
-            if self._requests.get(request.name) is request:
-                del self._requests[request.name]
-            self._tell(self._assignment.leave(request))
+        if self._requests.get(request.name) is request:
+            del self._requests[request.name]
+        self._tell(self._assignment.leave(request))
 
     def _tell(self, requests: Iterable[Request]) -> None:
         for request in requests:
             assert isinstance(request, _Request)
-            request.loop.call_soon_threadsafe(request.decided.set)
+            request.decided.set()
 
     def _nobody(self) -> ServerLost:
         causes = [server.cause for server in self._servers]
         several = "no rollout server is left. " if len(causes) > 1 else ""
         return ServerLost(several + "; ".join(dict.fromkeys(causes)))
 
-    def _drain(self, server: Server, cause: str, num_drains: int) -> None:
-        """num_drains: of the server that it happened to, which may have been replaced since."""
-        with self._lock:
-            if server.state not in ("live", "back") or server.num_drains != num_drains:
-                return
-            was_live = server.state == "live"
-            server.state, server.cause, server.num_silent = "away", cause, 0
-            server.num_drains += 1
-            server.client.forget_version()
-            self._assignment.close(server.number)
-            for attempt, loop in server.attempts.items():
-                loop.call_soon_threadsafe(attempt.cancel)
-            others = self.num_live
-            if not others:
-                self._tell(r for r in self._requests.values() if r.server is None)
-            self._num_lost += was_live
-        if was_live and others:
-            self.note(
-                f"warning: the rollout server at {server.client.url} is lost, and {others} others "
-                f"go on. {cause}"
-            )
+    def _mark_down(self, server: Server, cause: str, num_losses: int) -> None:
+        """Give what the server had to the others.
+
+        num_losses: of the server that it happened to, which may have been replaced since.
+        """
+        if server.state not in ("live", "back") or server.num_losses != num_losses:
+            return
+        was_live = server.state == "live"
+        server.state, server.cause, server.num_silent = "away", cause, 0
+        server.num_losses += 1
+        server.client.forget_version()
+        self._assignment.close(server.number)
+        for attempt in server.attempts:
+            attempt.cancel()
+        if not self.num_live:
+            self._tell(r for r in self._requests.values() if r.server is None)
+        if was_live:
+            self._num_lost += 1
+            if self.num_live:
+                self.note(
+                    f"warning: the rollout server at {server.client.url} is lost, and "
+                    f"{self.num_live} others go on. {cause}"
+                )
 
     def _open(self, server: Server) -> None:
         server.state = "live"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -117,7 +118,7 @@ class VllmServer:
         _check_model_folder(self.model_path)
         self.port = _check_port(self.host, self.port) if self.port else free_port(self.host)
         try:
-            self._wait_until_ready(self._launch())
+            asyncio.run(self._wait_until_ready(self._launch()))
         except BaseException:
             self.stop()
             raise
@@ -172,10 +173,10 @@ class VllmServer:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    def _wait_until_ready(self, process: subprocess.Popen) -> None:
+    async def _wait_until_ready(self, process: subprocess.Popen) -> None:
         client = self.client()
         deadline = time.monotonic() + self.startup_timeout_s
-        while not client.health():
+        while not await client.health():
             if process.poll() is not None:
                 raise UserError(f"the vLLM server did not start: {self._cause()}")
             if time.monotonic() > deadline:
@@ -183,7 +184,7 @@ class VllmServer:
                     f"the vLLM server did not answer within startup_timeout_s="
                     f"{self.startup_timeout_s:g}; allow more time, or see why in: {self._cause()}"
                 )
-            time.sleep(0.2)
+            await asyncio.sleep(0.2)
 
     def _cause(self) -> str:
         return f"{_last_error(self.log_path)}\n  full log: {self.log_path}"

@@ -8,6 +8,7 @@ from megafork.controller.handle import Controller
 from megafork.controller.pushes import Pushes
 from megafork.controller.ranks import Ranks
 from megafork.errors import UserError
+from megafork.rollout.client import RolloutClient
 from megafork.rollout.messages import Connection, serve
 from megafork.sample import Group, Sample
 from tests.helpers.background import BackgroundLoop
@@ -15,19 +16,29 @@ from tests.helpers.background import BackgroundLoop
 KEY = "the run's key"
 
 
+class OneServer(RolloutClient):
+    """A client as the only one of a fleet."""
+
+    async def members(self):
+        return [(self.url, 0)]
+
+
 @contextlib.contextmanager
-def controller(topology, answer, rows=None):
-    """The ranks' end of a controller that lives on rank 0 and answers so; collective."""
+def controller(topology, answer, rows=None, loop=None):
+    """The ranks' end of a controller that lives on rank 0 and answers so; collective.
+
+    loop: that it runs on, if not one of its own.
+    """
     with contextlib.ExitStack() as stack:
 
         def start():
-            loop = stack.enter_context(BackgroundLoop())
+            running = loop or stack.enter_context(BackgroundLoop())
             ranks = Ranks(topology.world_size, 60.0, answer, rows, lambda name: None)
 
             async def talk(hello, link):
                 await ranks.talk(hello["rank"], link)
 
-            return loop.submit(serve("127.0.0.1", KEY, talk, 1 << 20)).result()
+            return running.submit(serve("127.0.0.1", KEY, talk, 1 << 20)).result()
 
         address = topology.on_rank_zero(start)
         hello = {"role": "rank", "rank": topology.rank}
@@ -72,8 +83,7 @@ def failed(error):
 
 async def probe(client, prompts, sampling):
     """One response to each prompt, as groups."""
-    async with client:
-        answers = [await client.generate(p.ids, 1, sampling) for p in prompts]
+    answers = [await client.generate(p.ids, 1, sampling) for p in prompts]
     return [
         Group(p.index, p.ids, 0, [Sample(i, c.token_ids, c.logprobs, c.truncated)])
         for i, (p, [c]) in enumerate(zip(prompts, answers, strict=True))

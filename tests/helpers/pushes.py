@@ -13,7 +13,6 @@ import torch
 from megafork.data.prompts import Prompt
 from megafork.model.scorer import Scorer
 from megafork.parallel.topology import initialize
-from megafork.rollout.client import RolloutClient
 from megafork.rollout.sampling import Sampling
 from megafork.trainer.push import WeightSync
 from megafork.weights.transports import (
@@ -23,6 +22,7 @@ from megafork.weights.transports import (
     send_buckets,
 )
 from tests.helpers import reference
+from tests.helpers.blocking import Blocking
 from tests.helpers.controllers import PushingTo, controller
 from tests.helpers.reference import load_model
 from tools.benchmarks.configs import learner_config
@@ -37,7 +37,7 @@ def state_dict(folder: Path, tied: bool) -> dict[str, torch.Tensor]:
     return weights
 
 
-def connect(client: RolloutClient, num_senders: int, timeout_s: float) -> list[WeightSender]:
+def connect(client: Blocking, num_senders: int, timeout_s: float) -> list[WeightSender]:
     senders = [WeightSender(i, "127.0.0.1", 1, CPU, timeout_s) for i in range(num_senders)]
     addresses = [sender.address for sender in senders]
     with ThreadPoolExecutor(1) as pool:
@@ -61,7 +61,7 @@ def push_buckets(client, sender, plan, weights):
 
 
 def push(
-    client: RolloutClient,
+    client: Blocking,
     weights: dict[str, torch.Tensor],
     version: int,
     mode: str = "wait",
@@ -112,15 +112,15 @@ PROMPTS = [Prompt(i, "", "", g.prompt_ids) for i, g in enumerate(reference.make_
 
 
 @contextlib.contextmanager
-def make_sync(client, folder, layout, **options):
-    """(the weight sync of a float32 model, what answers it on rank 0). client: of rank 0."""
+def make_sync(fleet, folder, layout, loop=None, **options):
+    """(the weight sync of a float32 model, what answers it on rank 0). fleet, loop: of rank 0."""
     config = learner_config(folder, parallel=layout | {"timeout_minutes": 1.0}, **options)
     topology = initialize(config.parallel)
     scorer = Scorer(
         config.model, config.parallel, topology, micro_batch_tokens=256, temperature=0.8
     )
-    pushing = PushingTo(client, timeout_s=config.sync.timeout_s)
-    with controller(topology, pushing) as handle:
+    pushing = PushingTo(fleet, timeout_s=config.sync.timeout_s)
+    with controller(topology, pushing, loop=loop) as handle:
         sync = WeightSync(config, scorer, topology, handle)
         yield sync, pushing
         sync.close()

@@ -15,19 +15,16 @@ from pathlib import Path
 from aiohttp import web
 
 from megafork.rollout.client import RolloutClient
-from megafork.rollout.fleet import Fleet
 from megafork.rollout.sampling import (
     ABORT_PATH,
     CONNECT_PATH,
     GENERATE_PATH,
     UPDATE_PATH,
-    Sampling,
     encode_samples,
 )
 from megafork.sample import Sample
 
 KEY = "key"
-SAMPLING = Sampling(max_tokens=10)
 
 
 class SmallServer:
@@ -48,6 +45,7 @@ class SmallServer:
         self.held = self.silent = False
         self.asleep: set[str] = set()
         self.fail_next: str | None = None
+        self._runner: web.AppRunner | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -57,6 +55,10 @@ class SmallServer:
 
     def client(self, timeout_s: float = 30.0) -> RolloutClient:
         return RolloutClient(self.url, KEY, timeout_s=timeout_s)
+
+    @property
+    def num_connections(self) -> int:
+        return sum(one.transport is not None for one in self._runner.server.connections)
 
     def start(self) -> None:
         started = threading.Event()
@@ -84,7 +86,7 @@ class SmallServer:
         asyncio.set_event_loop(self._loop)
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", self._answer)
-        runner = web.AppRunner(app)
+        self._runner = runner = web.AppRunner(app)
         self._loop.run_until_complete(runner.setup())
         site = web.TCPSite(runner, "127.0.0.1", self.port, shutdown_timeout=0.1)
         self._loop.run_until_complete(site.start())
@@ -188,27 +190,3 @@ if __name__ == "__main__":
     print("started with", *sys.argv[1:], flush=True)
     SmallServer(int(options["--port"]), os.environ["VLLM_API_KEY"]).start()
     signal.pause()
-
-
-def fleet_of(servers, timeout_s=10.0, **options):
-    fleet = Fleet(
-        [server.client(timeout_s) for server in servers], **({"max_num_seqs": 64} | options)
-    )
-    fleet.notes = []
-    fleet.note = fleet.notes.append
-    return fleet
-
-
-def up(fleet):
-    fleet.wait_until_up(10.0, "KEY")
-    return fleet
-
-
-async def ask(fleet, prompts, n=2, **options):
-    async with fleet:
-        return await asyncio.gather(
-            *(
-                fleet.generate([p], n, SAMPLING, 100 * p, request_id=f"r{p}", **options)
-                for p in prompts
-            )
-        )

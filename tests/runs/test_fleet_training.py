@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 
 import pytest
@@ -15,6 +14,7 @@ from megafork.rollout.journal import Journal
 from megafork.rollout.vllm_server import VllmServer
 from megafork.weights import agreement
 from tests.helpers import reference
+from tests.helpers.blocking import Blocking, BlockingFleet
 from tests.helpers.commands import (
     QUICKSTART,
     left_over,
@@ -107,7 +107,7 @@ def test_two_servers_that_are_started_after_the_run(tmp_path):
             assert run.end() == 0, run.told
             assert [row["rollout/servers"] for row in run.rows] == [2, 2]
             assert all(row["mismatch/kl"] < 1e-6 for row in run.rows)
-            clients = [RolloutClient(url, "shared") for url in urls]
+            clients = [Blocking(RolloutClient(url, "shared")) for url in urls]
             assert [client.weight_version() for client in clients] == [3, 3]  # both were pushed to
 
 
@@ -138,8 +138,10 @@ def test_generate_with_two_servers(tmp_path):
 def push_while_one_dies(places, process_group, folder):
     """What the server that is left has, after a push in whose middle the other one died."""
     clients = [RolloutClient(*place) for place in places]
-    fleet = Fleet(clients, max_num_seqs=32)
-    with fleet, make_sync(fleet, folder, {"pp": 2}) as (sync, pushing):
+    with (
+        BlockingFleet(Fleet(clients, max_num_seqs=32)) as fleet,
+        make_sync(fleet.wrapped, folder, {"pp": 2}, loop=fleet) as (sync, pushing),
+    ):
         fleet.wait_until_up(30.0, "KEY")
         topology = sync.topology
         sync.push(1)
@@ -149,7 +151,7 @@ def push_while_one_dies(places, process_group, folder):
         kill_in_the_middle(sync, process_group)
         with pytest.raises(UserError) as caught:
             sync.push(2)
-        assert topology.on_rank_zero(fleet.drop_lost) == 1
+        assert topology.on_rank_zero(fleet.mark_lost) == 1
         sync.push(2)
         groups = topology.on_rank_zero(lambda: generated(fleet))
         of_one = agreement.measure(groups, sync.policy, topology)
@@ -158,7 +160,7 @@ def push_while_one_dies(places, process_group, folder):
 
 
 def generated(fleet):
-    return asyncio.run(probe(fleet, PROMPTS, SAMPLING))
+    return fleet.run(probe(fleet.wrapped, PROMPTS, SAMPLING))
 
 
 def test_a_server_that_dies_of_a_push_leaves_the_other_with_whole_weights(tmp_path):
@@ -173,7 +175,7 @@ def test_a_server_that_dies_of_a_push_leaves_the_other_with_whole_weights(tmp_pa
         first, second = run_ranks(
             2, push_while_one_dies, places, dying.process_group, trained, timeout=200
         )
-        assert left.client().weight_version() == 2
+        assert Blocking(left.client()).weight_version() == 2
     assert (first[0], second[0]) == (UserError, PeerError)
     for _, of_both, of_one, num_live in (first, second):
         assert num_live == 1

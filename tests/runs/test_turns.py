@@ -13,8 +13,8 @@ from megafork.config import TrainConfig
 from megafork.config.file import load_config
 from megafork.errors import UserError
 from megafork.interruption import INTERRUPTED
-from megafork.trainer.push import WeightSync
 from megafork.trainer.step import Clock
+from megafork.trainer.push import WeightSync
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART, Moment, left_over, lines, megafork, tiny_run
 from tests.helpers.controllers import PushingTo, controller
@@ -113,18 +113,18 @@ class Servers:
     def __init__(self):
         self.wakings = []
 
-    def wake_up(self, part):
+    async def wake_up(self, part):
         self.wakings.append(time.monotonic())
 
-    def members(self):
+    async def members(self):
         return []
 
-    def start_weight_update(self): ...
-    def update_weights(self, buckets): ...
-    def finish_weight_update(self, version):
+    async def start_weight_update(self): ...
+    async def update_weights(self, buckets): ...
+    async def finish_weight_update(self, version):
         self.version = version
 
-    def weight_version(self):
+    async def weight_version(self):
         return self.version
 
 

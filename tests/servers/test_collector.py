@@ -22,6 +22,7 @@ from megafork.rollout.sampling import Sampling
 from megafork.rollout.step_journals import StepJournals
 from megafork.types import token_table
 from tests.helpers.background import BackgroundLoop
+from tests.helpers.blocking import Blocking
 from tests.helpers.commands import QUICKSTART
 from tests.helpers.shared_servers import ON_QUICKSTART, quickstart_server
 from tests.helpers.verifiers import by_spelling
@@ -55,7 +56,7 @@ def make_collector(server, folder, verifier, reward=None, **rollout):
     judged = RewardConfig(verifier=f"{VERIFIERS}:{verifier}", environment=["MENDED"], **reward)
     JUDGES.append(Judge(judged))
     return Collector(
-        client=server.client(timeout_s=config.request_timeout_s),
+        fleet=server.client(timeout_s=config.request_timeout_s),
         prompts=PromptStream(read_prompts(data.train, data, tokenizer.encode), seed=0),
         judging=Judging(tokenizer, JUDGES[-1], config.max_response_tokens),
         journals=StepJournals(folder),
@@ -70,7 +71,7 @@ def collect(collector, step, trained_by=0):
 
 
 def test_the_weights_that_a_server_loaded_itself_are_version_0(server):
-    assert server.client().weight_version() == 0
+    assert Blocking(server.client()).weight_version() == 0
 
 
 def indices(groups):
@@ -130,7 +131,7 @@ ENDLESS = Sampling(max_tokens=48)
 
 def far_away(collector):
     """A client of no server: whatever needs one fails."""
-    collector.client = RolloutClient("http://127.0.0.1:9", "key")
+    collector.fleet = RolloutClient("http://127.0.0.1:9", "key")
     return collector
 
 
@@ -170,10 +171,10 @@ def test_what_the_server_aborts_by_itself_is_no_group(server, tmp_path):
         collecting = background.submit(collector.collect(1, 0))
         while not (path.exists() and path.stat().st_size):
             time.sleep(0.01)
-        collector.client.pause("abort")
+        Blocking(collector.fleet).pause("abort")
         with pytest.raises(UserError, match="aborted responses that nobody asked it to"):
             collecting.result()
-        collector.client.resume()
+        Blocking(collector.fleet).resume()
     groups = Journal.read(path)
     assert 0 < len(groups) < 60
     assert all(len(sample.token_ids) for group in groups for sample in group.samples)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import threading
 import time
@@ -15,20 +14,14 @@ from megafork.parallel.ports import free_port
 from megafork.rollout import client as client_module
 from megafork.rollout import fleet as fleet_module
 from megafork.rollout.assignment import Assignment, Request
-from megafork.rollout.client import ServerLost, ServerSlow
+from megafork.rollout.client import RolloutClient, ServerLost, ServerSlow
 from megafork.rollout.engine import check_server
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.placement import gpus_of_servers, with_trainers
 from megafork.rollout.sampling import CONNECT_PATH, GENERATE_PATH, UPDATE_PATH
-from tests.helpers.background import BackgroundLoop
-from tests.helpers.rollout_servers import (
-    SmallServer,
-    ask,
-    fleet_of,
-    running,
-    up,
-    wait_for,
-)
+from tests.helpers.blocking import BlockingFleet
+from tests.helpers.fleets import ask, asking, fleet_of, up
+from tests.helpers.rollout_servers import SmallServer, running, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -164,14 +157,13 @@ def test_the_quick_server_gets_more():
     with running(2) as (slow, quick), fleet_of([slow, quick], max_num_seqs=4) as fleet:
         up(fleet)
         slow.held = True
-        with BackgroundLoop() as loop:
-            job = loop.submit(ask(fleet, range(40)))
-            wait_for(lambda: len(quick.asked) == 36)
-            assert sorted(slow.asked) == [0, 2, 4, 6]  # two times max_num_seqs responses
-            slow.held = False
-            for prompt in list(slow.asked):
-                slow.release(prompt)
-            assert ids(job.result()) == answers(range(40))
+        job = asking(fleet, range(40))
+        wait_for(lambda: len(quick.asked) == 36)
+        assert sorted(slow.asked) == [0, 2, 4, 6]  # two times max_num_seqs responses
+        slow.held = False
+        for prompt in list(slow.asked):
+            slow.release(prompt)
+        assert ids(job.result()) == answers(range(40))
 
 
 def test_a_server_that_dies_in_the_middle_and_comes_back():
@@ -181,25 +173,24 @@ def test_a_server_that_dies_in_the_middle_and_comes_back():
         assert {s.bodies[CONNECT_PATH]["num_workers"] for s in servers} == {6}
         dying = servers[1]
         dying.held = True
-        with BackgroundLoop() as loop:
-            job = loop.submit(ask(fleet, range(12)))
-            wait_for(lambda: len(dying.waiting) == 4)
-            dying.kill()
-            assert ids(job.result()) == answers(range(12))
-            assert fleet.num_live == 2
-            assert [n for n in fleet.notes if "2 others go on" in n and dying.url in n]
-            again = SmallServer(dying.port)
-            again.start()
-            wait_for(lambda: not fleet.silent())
-            loop.submit(ask(fleet, range(12))).result()
-            assert again.asked == []  # it has none of our weights
-            before = len(fleet.notes)
-            push(fleet, 2)
-            assert again.bodies[CONNECT_PATH]["first_worker"] == 1
-            assert again.version == 2 and not again.paused
-            assert len(fleet.notes) == before + 1
-            loop.submit(ask(fleet, range(12))).result()
-            assert len(again.asked) == 4
+        job = asking(fleet, range(12))
+        wait_for(lambda: len(dying.waiting) == 4)
+        dying.kill()
+        assert ids(job.result()) == answers(range(12))
+        assert fleet.num_live == 2
+        assert [n for n in fleet.notes if "2 others go on" in n and dying.url in n]
+        again = SmallServer(dying.port)
+        again.start()
+        wait_for(lambda: not fleet.silent())
+        ask(fleet, range(12))
+        assert again.asked == []  # it has none of our weights
+        before = len(fleet.notes)
+        push(fleet, 2)
+        assert again.bodies[CONNECT_PATH]["first_worker"] == 1
+        assert again.version == 2 and not again.paused
+        assert len(fleet.notes) == before + 1
+        ask(fleet, range(12))
+        assert len(again.asked) == 4
         assert fleet.counts() == {
             "rollout/servers": 3,
             "rollout/servers_lost": 1,
@@ -214,7 +205,7 @@ def test_a_server_started_again_unnoticed_answers_nothing():
     with running(2) as servers, fleet_of(servers) as fleet:
         push(up(fleet), 3)
         servers[0].version = 0
-        assert ids(asyncio.run(ask(fleet, range(6)))) == answers(range(6))
+        assert ids(ask(fleet, range(6))) == answers(range(6))
         assert fleet.num_live == 1
         assert sorted(servers[1].asked) == sorted([1, 3, 5, 0, 2, 4])
         wait_for(lambda: not fleet.silent())
@@ -226,11 +217,10 @@ def test_a_hung_server_is_drained():
     with running(2) as servers, fleet_of(servers) as fleet:
         push(up(fleet), 1)
         servers[0].held = True
-        with BackgroundLoop() as loop:
-            job = loop.submit(ask(fleet, range(4)))
-            wait_for(lambda: len(servers[0].waiting) == 2)
-            servers[0].silent = True  # keeps its connections
-            assert ids(job.result()) == answers(range(4))
+        job = asking(fleet, range(4))
+        wait_for(lambda: len(servers[0].waiting) == 2)
+        servers[0].silent = True  # keeps its connections
+        assert ids(job.result()) == answers(range(4))
         assert "health does not answer" in fleet.notes[0]
 
 
@@ -238,23 +228,22 @@ def test_a_slow_server_is_drained_and_a_slow_request_is_told():
     with running(2) as servers, fleet_of(servers, timeout_s=1.0) as fleet:
         up(fleet)
         servers[0].held = True
-        assert ids(asyncio.run(ask(fleet, [0, 1]))) == answers([0, 1])
+        assert ids(ask(fleet, [0, 1])) == answers([0, 1])
         assert "request_timeout_s=1:" in fleet.notes[0]
         for server in servers:
             server.held = True
         with pytest.raises(ServerSlow, match=r"rollout\.request_timeout_s=1:"):
-            asyncio.run(ask(fleet, [0]))
+            ask(fleet, [0])
 
 
 def test_what_a_server_aborts_by_itself_is_asked_of_another():
     with running(2) as servers, fleet_of(servers) as fleet:
         push(up(fleet), 1)
         servers[0].held = True
-        with BackgroundLoop() as loop:
-            job = loop.submit(ask(fleet, [0, 1]))
-            wait_for(lambda: len(servers[0].waiting) == 1)
-            servers[0].release(0, "abort")
-            found = job.result()
+        job = asking(fleet, [0, 1])
+        wait_for(lambda: len(servers[0].waiting) == 1)
+        servers[0].release(0, "abort")
+        found = job.result()
         assert ids(found) == answers([0, 1])
         assert not any(completion.aborted for group in found for completion in group)
 
@@ -265,15 +254,10 @@ def test_an_abort_reaches_servers_and_what_waits():
         for server in servers:
             server.held = True
 
-        async def abort():
-            async with fleet:
-                await fleet.abort([f"r{p}" for p in range(6)] + ["unknown"])
-
-        with BackgroundLoop() as loop:
-            job = loop.submit(ask(fleet, range(6)))
-            wait_for(lambda: all(len(server.waiting) == 1 for server in servers))
-            loop.submit(abort()).result()
-            found = job.result()
+        job = asking(fleet, range(6))
+        wait_for(lambda: all(len(server.waiting) == 1 for server in servers))
+        fleet.abort([f"r{p}" for p in range(6)] + ["unknown"])
+        found = job.result()
         assert all(c.aborted for group in found for c in group)
         assert [len(group) for group in found] == [2] * 6
         assert sum(len(group[0].token_ids) > 0 for group in found) == 2
@@ -286,7 +270,7 @@ def test_no_server_is_left():
         for server in servers:
             server.kill()
         with pytest.raises(ServerLost, match=r"no rollout server is left.*does not answer"):
-            asyncio.run(ask(fleet, range(3)))
+            ask(fleet, range(3))
         assert not fleet.health()
         with pytest.raises(UserError, match="no rollout server came back"):
             fleet.wait_for_one(0.5)
@@ -297,7 +281,7 @@ def test_an_error_of_the_request_is_not_the_servers():
         up(fleet)
         servers[0].fail_next = GENERATE_PATH
         with pytest.raises(UserError, match="told to fail"):
-            asyncio.run(ask(fleet, [0]))
+            ask(fleet, [0])
         assert fleet.num_live == 2
 
 
@@ -312,7 +296,7 @@ def test_a_push_that_a_server_does_not_survive():
         servers[2].kill()
         with pytest.raises(ServerLost, match="does not answer"):
             fleet.update_weights([])
-        assert fleet.drop_lost() == 1
+        assert fleet.mark_lost() == 1
         assert fleet.members() == members[:2]
         push(fleet, 2)
         assert [s.version for s in servers] == [2, 2, 1]
@@ -321,21 +305,18 @@ def test_a_push_that_a_server_does_not_survive():
         servers[0].fail_next = UPDATE_PATH
         with pytest.raises(UserError, match="told to fail"):
             push(fleet, 3)
-        assert fleet.drop_lost() == 0
+        assert fleet.mark_lost() == 0
 
 
 def test_servers_that_come_up_after_the_run_has_begun():
     port = free_port()
     with running(1) as [first]:
         late = SmallServer(port)
-        fleet = Fleet([first.client(), late.client()], max_num_seqs=4)
-        notes = []
-        fleet.note = notes.append
-        with fleet:
+        with fleet_of([first, late]) as fleet:
             waiting = threading.Thread(target=fleet.wait_until_up, args=(20.0, "KEY"))
             waiting.start()
-            wait_for(lambda: len(notes) == 1)
-            assert f"waiting for the rollout server at {late.url} (" in notes[0]
+            wait_for(lambda: len(fleet.notes) == 1)
+            assert f"waiting for the rollout server at {late.url} (" in fleet.notes[0]
             late.start()
             waiting.join(20)
             assert fleet.num_live == 2
@@ -353,7 +334,6 @@ def test_servers_that_never_come_are_named():
 
 def test_a_wrong_key_is_told_at_once():
     with running(1) as [server]:
-        client = client_module.RolloutClient(server.url, "wrong")
-        fleet = Fleet([client], max_num_seqs=4)
+        fleet = BlockingFleet(Fleet([RolloutClient(server.url, "wrong")], max_num_seqs=4))
         with fleet, pytest.raises(UserError, match=r"with the key of NAME: .*401"):
             fleet.wait_until_up(600.0, "NAME")

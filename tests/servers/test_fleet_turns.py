@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 
 import pytest
 
@@ -10,7 +10,8 @@ from megafork.errors import UserError
 from megafork.rollout import client as client_module
 from megafork.rollout import fleet as fleet_module
 from megafork.rollout.client import ServerError, ServerLost
-from tests.helpers.rollout_servers import SmallServer, ask, fleet_of, running, up, wait_for
+from tests.helpers.fleets import ask, fleet_of, up
+from tests.helpers.rollout_servers import SmallServer, running, wait_for
 
 WHOLE = {"weights", "kv_cache"}
 
@@ -24,10 +25,12 @@ def impatient(monkeypatch):
     monkeypatch.setattr(client_module, "_CONNECT_S", 1.0)
 
 
+@contextlib.contextmanager
 def in_turns(servers):
-    fleet = up(fleet_of(servers, in_turns=True))
-    assert fleet.sleep() == []
-    return fleet
+    with fleet_of(servers, in_turns=True) as fleet:
+        up(fleet)
+        assert fleet.sleep() == []
+        yield fleet
 
 
 def hand_over(fleet, version):
@@ -44,7 +47,7 @@ def hand_over(fleet, version):
 def asked(fleet, servers):
     """How many of eight requests each server got."""
     before = [len(server.asked) for server in servers]
-    asyncio.run(ask(fleet, range(8)))
+    ask(fleet, range(8))
     return [len(server.asked) - b for server, b in zip(servers, before, strict=True)]
 
 
@@ -84,9 +87,9 @@ def test_one_that_does_not_sleep_is_told_and_joins_again():
         again.kill()
 
 
-def test_one_that_dies_asleep_is_found_at_the_next_waking():
+def test_one_that_dies_asleep_is_found_at_the_next_waking(monkeypatch):
+    monkeypatch.setattr(fleet_module, "_WATCH_S", 600.0)  # nobody looks
     with running(2) as servers, in_turns(servers) as fleet:
-        fleet._closed.set()  # nobody watches
         servers[0].kill()
         hand_over(fleet, 1)
         assert servers[1].version == 1 and fleet.num_live == 1
@@ -101,11 +104,11 @@ def test_one_that_is_lost_in_the_handover_keeps_nobody_awake():
         servers[1].fail_next = "/wake_up"
         with pytest.raises(ServerError, match="told to fail"):
             fleet.wake_up("weights")
-        assert fleet.drop_lost() == 0  # it is well
+        assert fleet.mark_lost() == 0  # it is well
         servers[1].kill()
         with pytest.raises(UserError):
             fleet.update_weights([])
-        assert fleet.drop_lost() == 1
+        assert fleet.mark_lost() == 1
         assert fleet.sleep() == [servers[1].url]
         hand_over(fleet, 1)
         assert [s.version for s in (servers[0], servers[2])] == [1, 1]

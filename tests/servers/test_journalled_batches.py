@@ -45,7 +45,7 @@ def collecting(client, folder, verifier="by_spelling", **rollout):
     reward = RewardConfig(verifier=f"tests.helpers.verifiers:{verifier}", workers=1)
     with Judge(reward) as judge:
         yield Collector(
-            client=client,
+            fleet=client,
             prompts=PromptStream(read_prompts(data.train, data, tokenizer.encode), seed=0),
             judging=Judging(tokenizer, judge, 32),
             journals=StepJournals(folder),
@@ -213,7 +213,7 @@ def test_requests_that_are_given_up_end_at_the_server(tmp_path):
             job.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 job.result()
-            wait_for(lambda: not collector.client._sessions)
+            wait_for(lambda: small.num_connections == 0)
             small.held = False
             batch = loop.submit(collector.collect(1, 0)).result()
             assert len(batch.groups) == 12

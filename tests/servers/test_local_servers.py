@@ -14,6 +14,7 @@ from megafork.rollout import engine as engine_module
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.engine import Served, start_here
 from megafork.rollout.vllm_server import log_paths
+from tests.helpers.blocking import Blocking
 from tests.helpers.commands import QUICKSTART, gone_within, members
 from tests.helpers.rollout_servers import stand_in_for_python, wait_for
 
@@ -36,6 +37,10 @@ def groups(local):
     return [kept.server.process_group for kept in local._kept]
 
 
+def blocking(local):
+    return [Blocking(client) for client in local.clients(10.0)]
+
+
 def kill(local, number):
     os.killpg(groups(local)[number], signal.SIGKILL)
 
@@ -43,7 +48,7 @@ def kill(local, number):
 def test_a_server_that_ends_is_started_again_where_it_was(start, tmp_path):
     with start(2, max_restarts=1) as local:
         local.wait()
-        clients = local.clients(10.0)
+        clients = blocking(local)
         assert [client.weight_version() for client in clients] == [0, 0]
         before = groups(local)
         for process_group in before:  # the key goes by the environment
@@ -68,7 +73,7 @@ def test_a_server_that_ends_is_started_again_where_it_was(start, tmp_path):
 def test_restarts_are_forgiven_when_the_run_goes_on(start):
     with start(1, max_restarts=1) as local:
         local.wait()
-        [client] = local.clients(10.0)
+        [client] = blocking(local)
         for _ in range(2):
             before = groups(local)
             kill(local, 0)
@@ -82,7 +87,7 @@ def test_a_server_that_hangs_is_started_again_when_asked(start, monkeypatch):
     with start(1, max_restarts=1) as local:
         local.wait()
         [before] = groups(local)
-        [client] = local.clients(10.0)
+        [client] = blocking(local)
         local.restart([client.url])  # it has just come up
         assert groups(local) == [before]
         monkeypatch.setattr(engine_module, "_SETTLED_S", 0.0)
@@ -113,7 +118,7 @@ def test_ports_differ_and_keys_are_shared(start):
 def test_servers_in_turns_are_started_again_when_asked(start):
     with start(2, max_restarts=1, shared=True) as local:
         local.wait()
-        clients, before = local.clients(10.0), groups(local)
+        clients, before = blocking(local), groups(local)
         kill(local, 0)
         wait_for(lambda: local._kept[0]._up_since is None)
         local.end([clients[1].url])

@@ -26,6 +26,7 @@ from megafork.rollout.sampling import (
 )
 from megafork.sample import Sample
 from megafork.weights.transports import plan_buckets
+from tests.helpers.blocking import Blocking
 from tests.helpers.commands import members
 from tests.helpers.pushes import connect, push, push_buckets, state_dict
 from tests.helpers.reference import (
@@ -69,17 +70,22 @@ class Running:
 
     def push(self, folder: Path, **how) -> int:
         """Give the server the weights of `folder` under the next version, which is returned."""
-        version = self.client.weight_version() + 1
-        push(self.client, self.weights(folder), version, **how)
+        version = self.plain.weight_version() + 1
+        push(self.plain, self.weights(folder), version, **how)
         PUSHED[self.server.url, version] = folder
         return version
+
+    @property
+    def plain(self) -> Blocking:
+        """The client for plain code."""
+        return Blocking(self.client)
 
     def weights(self, folder: Path) -> dict[str, torch.Tensor]:
         return weights_of(folder, self.tied)
 
     def serve_first(self) -> None:
         """Push the first model's weights, unless the server has them."""
-        version, first = self.client.weight_version(), self.folders[0]
+        version, first = self.plain.weight_version(), self.folders[0]
         if version != 0 and PUSHED.get((self.server.url, version)) != first:
             self.push(first)
 
@@ -88,9 +94,9 @@ class Running:
 
     def generate_all(self, prompts: list[list[int]], n: int, sampling: Sampling, seed: int | None):
         async def gather():
-            async with self.client:
-                requests_ = (self.client.generate(p, n, sampling, seed) for p in prompts)
-                return await asyncio.gather(*requests_)
+            return await asyncio.gather(
+                *(self.client.generate(p, n, sampling, seed) for p in prompts)
+            )
 
         return asyncio.run(gather())
 
@@ -224,8 +230,8 @@ def test_every_route_but_health_demands_the_key(running):
             for method in ("GET", "POST", "OPTIONS"):
                 reply = requests.request(method, url + route, headers=headers, json={}, timeout=5)
                 assert reply.status_code == 401, (method, route)
-    assert not RolloutClient(url, "wrong").health()
-    assert running.client.health()
+    assert not Blocking(RolloutClient(url, "wrong")).health()
+    assert running.plain.health()
     processes = members(running.server.process_group)
     assert running.server.api_key not in str([process.cmdline() for process in processes])
     sockets = [s for process in processes for s in process.net_connections("inet")]
@@ -309,7 +315,7 @@ def test_pushed_weights_are_sampled_from(running):
     assert running.error_against(second) > OTHER_POLICY
     for folder in (second, first, second):
         version = running.push(folder)
-        assert running.client.weight_version() == version
+        assert running.plain.weight_version() == version
         assert running.error_against(folder) < LOGPROB_TOL
     assert running.error_against(first) > OTHER_POLICY
 
@@ -319,7 +325,7 @@ def test_pushed_weights_are_sampled_from(running):
 def test_weights_that_change_in_the_middle_of_responses(running):
     """Every token is of the policy version it names, given all tokens before it."""
     first, second = running.folders
-    of_version = {running.client.weight_version(): policy(first)}
+    of_version = {running.plain.weight_version(): policy(first)}
 
     def push_meanwhile(_):
         with ThreadPoolExecutor(1) as pool:
@@ -346,65 +352,63 @@ def test_weights_that_change_in_the_middle_of_responses(running):
 @WITH_EITHER_HEAD
 def test_a_server_that_sleeps_is_pushed_to_and_lets_requests_wait(running):
     """What is in flight is aborted; what comes is sampled later, from the new weights."""
-    client, folder = running.client, running.folders[1]
+    client, plain, folder = running.client, running.plain, running.folders[1]
     weights = running.weights(folder)
     manifest = [(name, tuple(t.shape), t.dtype) for name, t in weights.items()]
     plan = plan_buckets(0, manifest, 100_000)
 
     async def sleep_after(tokens):
-        async with client:
-            long = asyncio.create_task(
-                client.generate(SHORT_PROMPT, 48, LONG, request_id=f"cut-{tokens}")
-            )
-            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=tokens))
-            await asyncio.to_thread(client.sleep)
-            if await ended_meanwhile(long) and half_done(long.result()):
-                return long.result()
-            await asyncio.to_thread(wake)
-            await long
-            return None
+        long = asyncio.create_task(
+            client.generate(SHORT_PROMPT, 48, LONG, request_id=f"cut-{tokens}")
+        )
+        await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=tokens))
+        await client.sleep()
+        if await ended_meanwhile(long) and half_done(long.result()):
+            return long.result()
+        await asyncio.to_thread(wake)
+        await long
+        return None
 
     def give_weights():
-        version = client.weight_version() + 1
-        client.wake_up("weights")
-        [sender] = connect(client, 1, 20.0)
-        client.start_weight_update()
-        push_buckets(client, sender, plan, iter(weights.items()))
-        client.finish_weight_update(version)
+        version = plain.weight_version() + 1
+        plain.wake_up("weights")
+        [sender] = connect(plain, 1, 20.0)
+        plain.start_weight_update()
+        push_buckets(plain, sender, plan, iter(weights.items()))
+        plain.finish_weight_update(version)
         return version
 
     def wake():
         give_weights()
-        client.wake_up("kv_cache")
+        plain.wake_up("kv_cache")
 
     cut = in_the_middle(lambda tokens: asyncio.run(sleep_after(tokens)))
     assert all(response.aborted for response in cut)
-    client.sleep()  # it does already
-    assert client.health()
+    plain.sleep()  # it does already
+    assert plain.health()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(running.generate, LONG_PROMPT, 4, Sampling(max_tokens=30))
         version = give_weights()
         assert not waiting.done()
-        client.wake_up("kv_cache")
+        plain.wake_up("kv_cache")
         responses = waiting.result()
     assert max_logprob_error(folder, LONG_PROMPT, responses, 1.0) < LOGPROB_TOL
     assert all(r.versions == ((version, 0),) for r in responses)
-    client.sleep()
+    plain.sleep()
     with pytest.raises(ServerError, match="still sleeping; wake its weights first"):
-        client.wake_up("kv_cache")
-    client.wake_up("weights")  # with nothing in them
-    push(client, weights, version + 1)
+        plain.wake_up("kv_cache")
+    plain.wake_up("weights")  # with nothing in them
+    push(plain, weights, version + 1)
 
 
 def test_aborted_requests_give_what_they_have(running):
     async def abort_after(tokens):
         client, name = running.client, f"long-{tokens}"
-        async with client:
-            long = asyncio.create_task(client.generate(SHORT_PROMPT, 48, LONG, request_id=name))
-            other = asyncio.create_task(client.generate(SHORT_PROMPT, 2, Sampling(max_tokens=60)))
-            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=tokens))
-            await client.abort([name, "no such request"])
-            return await long, await other
+        long = asyncio.create_task(client.generate(SHORT_PROMPT, 48, LONG, request_id=name))
+        other = asyncio.create_task(client.generate(SHORT_PROMPT, 2, Sampling(max_tokens=60)))
+        await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=tokens))
+        await client.abort([name, "no such request"])
+        return await long, await other
 
     def abort_in_the_middle(tokens):
         found = asyncio.run(abort_after(tokens))
@@ -423,22 +427,22 @@ def test_each_way_to_pause(running, mode):
     client = running.client
 
     async def pause_after(tokens):
-        async with client:
-            name = f"{mode}-{tokens}"
-            long = asyncio.create_task(client.generate(SHORT_PROMPT, 48, LONG, request_id=name))
-            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=tokens))
-            await asyncio.to_thread(client.pause, mode)
-            late = asyncio.create_task(client.generate(SHORT_PROMPT, 1, Sampling(max_tokens=1)))
-            if mode == "keep":
-                in_time = refuses(client.reset_prefix_cache, "hold the cache")
-                assert not (in_time and long.done())
-            elif in_time := await ended_meanwhile(long):
-                await asyncio.to_thread(client.reset_prefix_cache)
-            assert not late.done()
-            await asyncio.to_thread(client.resume)
-            await late
-            responses = await long
-            return responses if in_time and (mode != "abort" or half_done(responses)) else None
+        name = f"{mode}-{tokens}"
+        long = asyncio.create_task(client.generate(SHORT_PROMPT, 48, LONG, request_id=name))
+        await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=tokens))
+        await client.pause(mode)
+        late = asyncio.create_task(client.generate(SHORT_PROMPT, 1, Sampling(max_tokens=1)))
+        if mode == "keep":
+            reset = running.plain.reset_prefix_cache
+            in_time = await asyncio.to_thread(refuses, reset, "hold the cache")
+            assert not (in_time and long.done())
+        elif in_time := await ended_meanwhile(long):
+            await client.reset_prefix_cache()
+        assert not late.done()
+        await client.resume()
+        await late
+        responses = await long
+        return responses if in_time and (mode != "abort" or half_done(responses)) else None
 
     responses = in_the_middle(lambda tokens: asyncio.run(pause_after(tokens)))
     assert all(response.aborted == (mode == "abort") for response in responses)
@@ -450,15 +454,15 @@ def test_who_hangs_up_is_forgotten(running):
     """These responses would take many times as long as the server gets here to be idle."""
 
     async def hang_up():
-        async with running.client as client:
-            long = asyncio.create_task(
-                client.generate(SHORT_PROMPT, 2048, Sampling(max_tokens=250), request_id="long")
-            )
-            await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=1), request_id="short")
-            long.cancel()
+        client = running.client
+        long = asyncio.create_task(
+            client.generate(SHORT_PROMPT, 2048, Sampling(max_tokens=250), request_id="long")
+        )
+        await client.generate(LONG_PROMPT, 1, Sampling(max_tokens=1), request_id="short")
+        long.cancel()
 
     asyncio.run(hang_up())
-    wait_for(lambda: not refuses(running.client.reset_prefix_cache), seconds=10)
+    wait_for(lambda: not refuses(running.plain.reset_prefix_cache), seconds=10)
 
 
 def refuses(call, cause: str = "") -> bool:
@@ -492,13 +496,13 @@ def failing_updates(weights: dict[str, torch.Tensor]) -> dict[str, tuple[dict, d
 def test_a_failed_update_says_why_and_the_next_one_mends_it(running):
     first, second = running.folders
     weights = running.weights(first)
-    version = running.client.weight_version()
+    version = running.plain.weight_version()
     for what, (broken, sabotage, message) in failing_updates(weights).items():
         started = time.monotonic()
         with pytest.raises(ServerError, match=message):
-            push(running.client, broken, 99, **(sabotage or {"expect": what}))
+            push(running.plain, broken, 99, **(sabotage or {"expect": what}))
         assert time.monotonic() - started < 10, what
-        assert running.client.weight_version() == version, what
+        assert running.plain.weight_version() == version, what
     running.push(second)
     assert running.error_against(second) < LOGPROB_TOL
 
@@ -507,4 +511,4 @@ def test_a_failed_update_says_why_and_the_next_one_mends_it(running):
 def test_tied_head_is_not_sent_twice(running):
     weights = policy(running.folders[0]).state_dict()
     with pytest.raises(ServerError, match=r"no lm_head\.weight"):
-        push(running.client, weights, 99, expect="refused")
+        push(running.plain, weights, 99, expect="refused")

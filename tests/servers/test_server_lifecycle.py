@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import signal
@@ -29,6 +28,7 @@ from megafork.rollout.sampling import (
 from megafork.rollout.supervisor import FOLDER, GRACE_S
 from megafork.rollout.vllm_server import VllmServer
 from megafork.sample import Sample
+from tests.helpers.blocking import Blocking
 from tests.helpers.commands import ROOT, gone_within, members, tiny_engine
 from tests.helpers.reference import save_model
 
@@ -226,13 +226,8 @@ def test_a_server_that_is_gone_is_named_with_the_end_of_its_log(tmp_path, monkey
     log.write_text("\n".join(["early", *["filler"] * 20, "RuntimeError: out of memory"]))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    client = RolloutClient(url, "key", log_path=log)
-
-    async def generate() -> None:
-        async with client:
-            await client.generate([1], 1, Sampling())
-
-    for attempt in (lambda: asyncio.run(generate()), client.resume):
+    client = Blocking(RolloutClient(url, "key", log_path=log))
+    for attempt in (lambda: client.generate([1], 1, Sampling()), client.resume):
         with pytest.raises(UserError) as error:
             attempt()
         assert url in str(error.value) and "out of memory" in str(error.value)
@@ -265,12 +260,8 @@ def test_a_dropped_connection_is_tried_again(monkeypatch):
         thread = threading.Thread(target=serve, args=(listener,))
         thread.start()
 
-        async def generate() -> list[Sample]:
-            port = listener.getsockname()[1]
-            async with RolloutClient(f"http://127.0.0.1:{port}", "key") as client:
-                return await client.generate([1], 1, Sampling())
-
-        assert plain(asyncio.run(generate())) == plain(expected)
+        client = Blocking(RolloutClient(f"http://127.0.0.1:{listener.getsockname()[1]}", "key"))
+        assert plain(client.generate([1], 1, Sampling())) == plain(expected)
         thread.join()
 
 

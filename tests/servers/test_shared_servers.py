@@ -21,6 +21,7 @@ TEST = """
 import json, os, signal
 from pathlib import Path
 import psutil
+from tests.helpers.blocking import Blocking
 from tests.helpers.rollout_servers import wait_for
 from tests.helpers.shared_servers import share
 
@@ -33,7 +34,7 @@ def prepare(folder):
 
 def visit(factory):
     with share(factory, "small", prepare) as server:
-        assert server.client().health()
+        assert Blocking(server.client()).health()
         visitor = {"process_group": server.process_group, "url": server.url}
         (FOLDER / "unfinished").write_text(json.dumps(visitor))
         os.rename(FOLDER / "unfinished", FOLDER / f"visitor.{os.getpid()}")

@@ -240,8 +240,7 @@ class Running:
 
     def generate(self, requests: list[tuple[list[int], int, Sampling, int | None]]):
         async def gather() -> list[list[Sample]]:
-            async with self.client:
-                return await asyncio.gather(*(self.client.generate(*r) for r in requests))
+            return await asyncio.gather(*(self.client.generate(*r) for r in requests))
 
         return asyncio.run(gather())
 

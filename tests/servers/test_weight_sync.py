@@ -17,8 +17,9 @@ from megafork.rollout.sampling import Sampling
 from megafork.rollout.vllm_server import VllmServer
 from megafork.weights import agreement
 from tests.helpers import reference
+from tests.helpers.blocking import Blocking
 from tests.helpers.commands import tiny_engine
-from tests.helpers.controllers import probe
+from tests.helpers.controllers import OneServer, probe
 from tests.helpers.pushes import OPTIONS, PROMPTS, SAMPLING, kill_in_the_middle, make_sync
 from tests.helpers.shared_servers import ON_VLLM, random_server
 from tools.benchmarks.ranks import run_ranks
@@ -33,7 +34,7 @@ def server(request, tmp_path_factory, tmp_path):
 
 
 def push_twice(url, api_key, folder, layout, version):
-    client = RolloutClient(url, api_key)
+    client = OneServer(url, api_key)
     with make_sync(client, folder, layout, sync={"bucket_mib": 1}) as (sync, _):
         scorer, topology = sync.policy, sync.topology
 
@@ -66,7 +67,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_log_probabilities_agree_after_every_push(server, layout):
     running, trained = server
-    version = running.client().weight_version() + 10
+    version = Blocking(running.client()).weight_version() + 10
     arguments = (running.url, running.api_key, trained, layout, version)
     for ranks in run_ranks(ParallelConfig(**layout).world_size, push_twice, *arguments):
         before, first, stale, second = ranks
@@ -79,13 +80,13 @@ def test_log_probabilities_agree_after_every_push(server, layout):
         agreement.require(first, SyncConfig(), "float32")
         with pytest.raises(UserError, match="trainer and rollout server disagree"):
             agreement.require(stale, SyncConfig(), "float32")
-    assert running.client().weight_version() == version + 1
+    assert Blocking(running.client()).weight_version() == version + 1
 
 
 def push_of_another_shape(url, api_key, folder):
     """The error of a push on this rank: (its type, its text)."""
     with (
-        make_sync(RolloutClient(url, api_key), folder, {"tp": 2}) as (sync, _),
+        make_sync(OneServer(url, api_key), folder, {"tp": 2}) as (sync, _),
         pytest.raises(UserError) as caught,
     ):
         sync.push(99)
@@ -107,12 +108,12 @@ def test_a_push_that_fails_is_told_by_rank_zero_and_hangs_nobody(tmp_path):
 
 def push_to_a_server_that_dies(dying, process_group, other, folder, layout):
     """Its errors, and the agreement with another server after a push to that one."""
-    with make_sync(RolloutClient(*dying), folder, layout) as (sync, pushing):
+    with make_sync(OneServer(*dying), folder, layout) as (sync, pushing):
         topology = sync.topology
         kill_in_the_middle(sync, process_group)
         with pytest.raises(UserError) as caught:
             sync.push(5)
-        client = pushing.pushes.fleet = RolloutClient(*other)
+        client = pushing.pushes.fleet = OneServer(*other)
         sync.push(6)
         groups = topology.on_rank_zero(lambda: asyncio.run(probe(client, PROMPTS, SAMPLING)))
         found = agreement.measure(groups, sync.policy, topology)
@@ -138,7 +139,7 @@ def test_a_server_that_dies_of_a_push_and_another_that_takes_it(tmp_path):
             {"pp": 2},  # two senders
             timeout=150,
         )
-        assert other.client().weight_version() == 6
+        assert Blocking(other.client()).weight_version() == 6
     assert first[0] is UserError
     assert "the weight transfer to the rollout server failed" in first[1]
     assert second[0] is PeerError
