@@ -5,24 +5,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
-
-from megafork.algorithms.advantages import group_relative_advantages
 from megafork.config import TrainConfig
 from megafork.config.file import settings_of
 from megafork.controller.handle import Batch, Controller
-from megafork.errors import Interrupted, UserError
+from megafork.errors import Interrupted
 from megafork.interruption import Interruption
 from megafork.parallel.topology import initialize, shutdown
 from megafork.trainer.checkpoints import Checkpoints
+from megafork.trainer.clock import Clock
 from megafork.trainer.critic import Critic
 from megafork.trainer.policy import Policy
 from megafork.trainer.push import WeightSync
-from megafork.trainer.rows import fetch_rows
+from megafork.trainer.rows import minibatches_of
 from megafork.trainer.run_dir import open_run_dir
-from megafork.trainer.step import Clock, optimize
+from megafork.trainer.step import optimize
 from megafork.trainer.step_record import step_record
-from megafork.types import TokenTable
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> None:
@@ -96,7 +93,7 @@ def train_step(
     clock = Clock(lambda phase: topology.whereabouts.enter(f"{phase} of step {step}"))
     lr = policy.learning_rate
     with clock.measure("exchange"):
-        minibatches = with_rows(config, batch, policy, controller)
+        minibatches = minibatches_of(config, batch, policy, controller)
     done = optimize(policy, minibatches, step=step, clock=clock, critic=critic)
     record = step_record(config, batch, done, policy, critic)
     record["metrics"]["lr"] = lr
@@ -104,38 +101,6 @@ def train_step(
         "finish", step=step, seconds=clock.seconds | weights.take_seconds(), **record
     )
     return answer["row"]
-
-
-def with_rows(
-    config: TrainConfig, batch: Batch, policy: Policy, controller: Controller
-) -> list[TokenTable]:
-    """Return the mini-batches, of whole groups, with the rows that this rank works on.
-
-    Nobody gets the rows of a mini-batch that overlong filtering has emptied. Advantages are there
-    unless a critic gives them.
-    """
-    training, known = config.training, batch.table
-    samples = known.minibatch_samples(
-        training.prompts_per_minibatch, seed=training.seed + batch.step
-    )
-    replica_B = torch.full((known.num_samples,), -1)
-    for picked in samples:
-        if (part := known.take(picked)).num_loss_tokens:
-            replica_B[picked] = policy.replicas(part)
-    if not (replica_B >= 0).any():
-        raise UserError(
-            f"step {batch.step}: every response was cut at rollout.max_response_tokens="
-            f"{config.rollout.max_response_tokens} and algorithm.overlong_filtering left nothing "
-            "to train on: raise the one or turn off the other"
-        )
-    source = controller if policy.topology.is_replica_leader else None
-    table = fetch_rows(known, replica_B, batch.step, source, policy.topology)
-    if config.algorithm.advantages != "gae":
-        advantages_B = group_relative_advantages(
-            table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage
-        )
-        table = table.with_columns(advantage_R=advantages_B[table.sample_R])
-    return [table.take(picked) for picked in samples]
 
 
 def _stopped(config: TrainConfig, controller: Controller, step: int) -> str:

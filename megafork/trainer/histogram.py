@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megafork.parallel.topology import Topology
-from megafork.trainer.step import Optimized
+from megafork.trainer.outcome import Optimized
 
 _BINS_PER_DECADE = 20
 _DECADES = (-5, 1.3)

@@ -2,7 +2,7 @@
 
 An update has two halves. `judge` ends the first: the gradients are there, reduced, and nothing has
 changed. `apply` is the second and cannot be refused, so that of two models that learn from one
-mini-batch both make their update or neither does (training/step.py).
+mini-batch both make their update or neither does (update.py).
 """
 
 from __future__ import annotations

@@ -13,9 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megafork.controller.handle import Controller
+from megafork.algorithms.advantages import group_relative_advantages
+from megafork.config import TrainConfig
+from megafork.controller.handle import Batch, Controller
 from megafork.errors import UserError
 from megafork.parallel.topology import Topology
+from megafork.trainer.policy import Policy
 from megafork.types import TokenTable
 
 _TOKEN_BYTES = 8
@@ -27,6 +30,38 @@ _COLUMNS = {
     "policy_version_R": torch.int32,
 }
 """What is sent inside a replica, and as what: 12 bytes a row"""
+
+
+def minibatches_of(
+    config: TrainConfig, batch: Batch, policy: Policy, controller: Controller
+) -> list[TokenTable]:
+    """Return the batch's mini-batches, of whole groups, with the rows that this rank works on.
+
+    Nobody gets the rows of a mini-batch that overlong filtering has emptied. Advantages are there
+    unless a critic gives them.
+    """
+    training, known = config.training, batch.table
+    samples = known.minibatch_samples(
+        training.prompts_per_minibatch, seed=training.seed + batch.step
+    )
+    replica_B = torch.full((known.num_samples,), -1)
+    for picked in samples:
+        if (part := known.take(picked)).num_loss_tokens:
+            replica_B[picked] = policy.replicas(part)
+    if not (replica_B >= 0).any():
+        raise UserError(
+            f"step {batch.step}: every response was cut at rollout.max_response_tokens="
+            f"{config.rollout.max_response_tokens} and algorithm.overlong_filtering left nothing "
+            "to train on: raise the one or turn off the other"
+        )
+    source = controller if policy.topology.is_replica_leader else None
+    table = fetch_rows(known, replica_B, batch.step, source, policy.topology)
+    if config.algorithm.advantages != "gae":
+        advantages_B = group_relative_advantages(
+            table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage
+        )
+        table = table.with_columns(advantage_R=advantages_B[table.sample_R])
+    return [table.take(picked) for picked in samples]
 
 
 def fetch_rows(

@@ -18,7 +18,7 @@ from torch import Tensor
 from megafork.config import ForkingConfig
 from megafork.ops.top_fraction import top_fraction_threshold
 from megafork.parallel.topology import Topology
-from megafork.trainer.step import Optimized
+from megafork.trainer.outcome import Optimized
 from megafork.types import TokenTable, hash64
 
 

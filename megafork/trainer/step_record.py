@@ -10,9 +10,9 @@ from megafork.controller.handle import Batch
 from megafork.trainer import telemetry
 from megafork.trainer.critic import Critic
 from megafork.trainer.histogram import entropy_histogram
+from megafork.trainer.outcome import Optimized
 from megafork.trainer.policy import Policy
 from megafork.trainer.samples import is_sampled, sampled_responses
-from megafork.trainer.step import Optimized
 from megafork.trainer.token_report import token_report
 
 

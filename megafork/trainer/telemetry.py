@@ -14,7 +14,7 @@ from megafork.algorithms.losses import k3_divergence
 from megafork.model.scorer import Scores
 from megafork.ops.top_fraction import top_fraction_threshold
 from megafork.parallel.topology import Topology
-from megafork.trainer.step import Optimized
+from megafork.trainer.outcome import Optimized
 from megafork.types import TokenTable
 
 _PERCENTILES = {"entropy/p50": 0.5, "entropy/p80": 0.2, "entropy/p95": 0.05}

@@ -16,7 +16,7 @@ from torch import Tensor
 from megafork.config import ForkingConfig
 from megafork.model.scorer import Scores
 from megafork.parallel.topology import Topology
-from megafork.trainer.step import Optimized
+from megafork.trainer.outcome import Optimized
 from megafork.types import TokenTable
 
 _UNIT = float(1 << 32)

@@ -13,7 +13,7 @@ from megafork.config import TrainConfig
 from megafork.config.file import load_config
 from megafork.errors import UserError
 from megafork.interruption import INTERRUPTED
-from megafork.trainer.step import Clock
+from megafork.trainer.clock import Clock
 from megafork.trainer.push import WeightSync
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART, Moment, left_over, lines, megafork, tiny_run
@@ -155,7 +155,7 @@ def test_servers_wake_when_the_last_rank_has_left(tmp_path):
 
 def test_a_phase_within_another_is_counted_once(monkeypatch):
     clock, now = Clock(), [0.0]
-    monkeypatch.setattr("megafork.trainer.step.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("megafork.trainer.clock.time.monotonic", lambda: now[0])
 
     def take(seconds):
         now[0] += seconds

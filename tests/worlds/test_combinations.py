@@ -15,7 +15,8 @@ from megafork.algorithms.advantages import group_relative_advantages
 from megafork.config import ParallelConfig
 from megafork.model.weights import export_weights
 from megafork.trainer import telemetry
-from megafork.trainer.step import Clock, optimize
+from megafork.trainer.clock import Clock
+from megafork.trainer.step import optimize
 from megafork.trainer.token_report import token_report
 from tests.helpers import reference
 from tests.helpers.ppo import make_critic, make_ppo_table, save_critic

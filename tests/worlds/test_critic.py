@@ -16,10 +16,13 @@ from megafork.model.scorer import Scores
 from megafork.model.shape import ModelShape
 from megafork.model.weights import export_weights
 from megafork.parallel.topology import initialize
+from megafork.trainer.clock import Clock
 from megafork.trainer.critic import estimate_advantages
+from megafork.trainer.outcome import Optimized
 from megafork.trainer.policy import BOUNDARY_EPS
 from megafork.trainer.preflight import check_critic
-from megafork.trainer.step import Clock, Optimized, optimize, update_both
+from megafork.trainer.step import optimize
+from megafork.trainer.update import update_both
 from tests.helpers import reference
 from tests.helpers.layouts import default_run, depth_for
 from tests.helpers.ppo import (

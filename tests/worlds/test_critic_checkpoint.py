@@ -14,7 +14,8 @@ from megafork.checkpoint.store import CheckpointStore
 from megafork.config import CheckpointConfig, ParallelConfig
 from megafork.errors import UserError
 from megafork.model.weights import export_weights
-from megafork.trainer.step import Clock, optimize
+from megafork.trainer.clock import Clock
+from megafork.trainer.step import optimize
 from tests.helpers import reference
 from tests.helpers.commands import lines, megafork, tiny_run
 from tests.helpers.ppo import make_critic, make_ppo_table, save_critic

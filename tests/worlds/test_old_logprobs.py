@@ -8,7 +8,8 @@ import torch
 from megafork.config import ParallelConfig, TrainConfig
 from megafork.config.file import load_config
 from megafork.errors import UserError
-from megafork.trainer.step import Clock, optimize
+from megafork.trainer.clock import Clock
+from megafork.trainer.step import optimize
 from megafork.trainer.telemetry import token_metrics
 from megafork.trainer.token_report import token_report
 from tests.helpers import reference

@@ -13,7 +13,9 @@ from megafork.config.file import load_config
 from megafork.errors import UserError
 from megafork.model.shape import ModelShape
 from megafork.sample import Group, Sample
-from megafork.trainer.step import Clock, Optimized, optimize
+from megafork.trainer.clock import Clock
+from megafork.trainer.outcome import Optimized
+from megafork.trainer.step import optimize
 from megafork.trainer.telemetry import reference_metrics, update_metrics
 from megafork.types import token_table
 from tests.helpers import reference

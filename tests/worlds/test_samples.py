@@ -11,9 +11,11 @@ import torch
 
 from megafork.config import ParallelConfig
 from megafork.logging.metrics import MetricsLog, read_rows
+from megafork.trainer.clock import Clock
 from megafork.trainer.histogram import EDGES, entropy_histogram
+from megafork.trainer.outcome import Optimized
 from megafork.trainer.samples import is_sampled, pick_responses, sampled_responses
-from megafork.trainer.step import Clock, Optimized, optimize
+from megafork.trainer.step import optimize
 from tests.helpers import reference
 from tests.helpers.step import RHO, make_policy, make_table, score_all
 from tools.benchmarks.ranks import run_ranks

@@ -11,8 +11,9 @@ import torch
 
 from megafork.algorithms.advantages import group_relative_advantages
 from megafork.config import ParallelConfig, TrainingConfig
+from megafork.trainer.clock import Clock
 from megafork.trainer.guard import UpdateGuard, UpdateRefused
-from megafork.trainer.step import Clock, optimize
+from megafork.trainer.step import optimize
 from megafork.types import token_table
 from tests.helpers import reference
 from tests.helpers.step import make_policy, make_table

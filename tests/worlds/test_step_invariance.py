@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from megafork.config import ParallelConfig
+from megafork.trainer.clock import Clock
 from megafork.trainer.policy import BOUNDARY_EPS
-from megafork.trainer.step import Clock, optimize
+from megafork.trainer.step import optimize
 from tests.helpers import reference
 from tests.helpers.layouts import default_run, depth_for
 from tests.helpers.step import (

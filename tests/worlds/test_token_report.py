@@ -11,7 +11,8 @@ import torch
 
 from megafork.config import ParallelConfig
 from megafork.logging.metrics import MetricsLog
-from megafork.trainer.step import Clock, optimize
+from megafork.trainer.clock import Clock
+from megafork.trainer.step import optimize
 from megafork.trainer.token_report import TokenCounts, most_forking, token_report
 from tests.helpers import reference
 from tests.helpers.step import RHO, make_policy, make_table, score_all
