@@ -155,11 +155,11 @@ class Controller:
             self.connection.interrupt({"kind": "signal", "name": name})
 
     def _lost(self, error: OSError | Damaged) -> UserError:
-        """It ended, or hangs: then rank 0 ends it. Rank 0's words are left at once."""
+        """It ended, or hangs: then rank 0 ends it, and its words go before the other ranks'."""
         if self._process is None:
-            if isinstance(error, Silent):
-                return UserError(f"the controller hangs: {error} (run.silence_s)")
-            return PeerError(f"the controller is lost: {error}")
+            how = "hangs" if isinstance(error, Silent) else "is lost"
+            limit = " (run.silence_s)" if isinstance(error, Silent) else ""
+            return PeerError(f"the controller {how}: {error}{limit}")
         pid = self._process.process.pid
         if isinstance(error, Silent):
             self._process.process.kill()

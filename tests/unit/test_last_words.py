@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from megafork import exits, last_words, launch
+from megafork.controller.handle import Controller
 from megafork.errors import USER_ERROR, PeerError, UserError
 from megafork.interruption import INTERRUPTED
+from megafork.rollout.messages import Silent
 
 KILL, TERM, ABORT = -signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT
 
@@ -87,3 +89,15 @@ def test_a_peers_failure_is_silent_and_its_words_stay(tmp_path, monkeypatch, cap
     words = last_words.read(tmp_path / "words")
     assert (words.message, words.own, words.status) == ("rank 0 failed", False, USER_ERROR)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [Silent("nothing was heard of it for 10 s"), EOFError("ended")])
+def test_a_lost_controller_is_rank_zeros_to_tell(error):
+    """All ranks notice it at once: what another one says must not be taken for the first cause."""
+
+    def ask(*arguments, **options):
+        raise error if isinstance(error, OSError) else OSError(str(error))
+
+    rank = Controller(SimpleNamespace(rank=1), SimpleNamespace(ask=ask))
+    with pytest.raises(PeerError, match=f"the controller .*: {error}"):
+        rank.ask("batch", step=1)
