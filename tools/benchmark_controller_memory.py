@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -45,11 +45,6 @@ class Client:
             draw.integers(0, 150_000, num_tokens), -draw.random(num_tokens), "stop", [(1, 0)]
         )
         self._payload = encode_samples([sample] * GROUP_SIZE)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None: ...
 
     async def generate(self, *arguments: Any, **options: Any) -> list[Sample]:
         await asyncio.sleep(0)
@@ -78,7 +73,7 @@ class Judging:
 
 async def collect(options: argparse.Namespace, folder: Path) -> list[RolloutBatch]:
     collector = Collector(
-        client=Client(options.tokens),
+        fleet=Client(options.tokens),
         prompts=PromptStream([Prompt(0, "", "", [1, 2, 3])], seed=0),
         judging=Judging(options.dropped),
         journals=StepJournals(folder),

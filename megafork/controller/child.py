@@ -107,7 +107,7 @@ def answer_rank(order: dict[str, Any], answer: dict[str, Any]) -> None:
 def run_until_the_rank_ends(work: Callable[[], Coroutine[Any, Any, None]]) -> NoReturn:
     """In the child: do `work`, cancelled when the rank closes the pipe or is gone; then exit.
 
-    No thread that still waits for a server holds the exit up.
+    No thread that still waits, for a disk or a node's servers, holds the exit up.
     """
     try:
         asyncio.run(_exit_after(work))

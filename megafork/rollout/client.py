@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,9 +29,13 @@ from megafork.sample import Sample
 T = TypeVar("T")
 _ATTEMPTS = 5  # the first one included; waits of 0.5, 1, 2 and 4 s in between
 _LOG_LINES = 8
+_SHOWN = 200
+"""Characters of an answer that is not understood"""
 _ANSWER_S = 30.0
 """What the server answers from memory, it answers within this."""
 _CONNECT_S = 10.0
+_HEALTH_S = 20.0
+"""A busy engine takes up to 8 s to say that it lives (vllm_plugin/pulse.py)."""
 _MARGIN_S = 30.0
 """Of a transfer's request over the transfer's own time-out, whose cause is the better one"""
 
@@ -129,16 +134,16 @@ class RolloutClient:
             if number + 1 < _ATTEMPTS:
                 await asyncio.sleep(0.5 * 2**number * random.uniform(0.8, 1.2))
                 await self._refuse_another_server()
-        raise self._unreachable(cause) from cause
+        raise await self._unreachable(cause, f"{_ATTEMPTS} attempts") from cause
 
     # -------------------------------------------------------------- administration
 
     async def is_alive(self) -> bool:
         """Whether the server answers, and knows of no failure of its engine."""
         try:
-            await self._request("GET", "/health", timeout_s=_CONNECT_S)
+            await self._sent("GET", "/health", None, _HEALTH_S)
             return True
-        except UserError:
+        except (ServerError, aiohttp.ClientError, TimeoutError):
             return False
 
     async def health(self) -> bool:
@@ -148,7 +153,7 @@ class RolloutClient:
     async def why_unhealthy(self) -> str | None:
         """Why the server is unhealthy, or None."""
         try:
-            await self._request("GET", "/health", timeout_s=_CONNECT_S)
+            await self._request("GET", "/health", timeout_s=_HEALTH_S)
             version = await self.weight_version()
         except UserError as error:
             return str(error)
@@ -260,24 +265,36 @@ class RolloutClient:
     async def weight_version(self) -> int:
         """Version of the last finished update; 0 before the first."""
         answer = await self._request("GET", "/weight_info", timeout_s=_ANSWER_S)
-        return version_number(answer["weight_version"])
+        with self._expected("/weight_info", answer):
+            return version_number(answer["weight_version"])
 
     async def model_path(self) -> str:
         """The folder that the server loaded, by its own name for it."""
         answer = await self._request("GET", "/v1/models", timeout_s=_ANSWER_S)
-        return answer["data"][0]["root"]
+        with self._expected("/v1/models", answer):
+            return str(answer["data"][0]["root"])
 
     async def _request(
         self, method: str, path: str, body: Any = None, timeout_s: float | None = None
     ) -> Any:
+        timeout_s = timeout_s or self.timeout_s
         try:
-            answer = await self._sent(method, path, body, timeout_s or self.timeout_s)
+            answer = await self._sent(method, path, body, timeout_s)
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise self._unreachable(error) from error
+            raise await self._unreachable(error, f"{timeout_s:g} s") from error
         try:
             return json.loads(answer) if answer else None
         except ValueError:  # some other program's page
             raise self._refused(path, 200, _message(answer)) from None
+
+    @contextlib.contextmanager
+    def _expected(self, path: str, answer: Any) -> Iterator[None]:
+        """Raises ServerError where the answer is not a rollout server's."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError):
+            told = f"{str(answer)[:_SHOWN]} is no rollout server's answer"
+            raise self._refused(path, 200, told) from None
 
     async def _sent(self, method: str, path: str, body: Any, timeout_s: float) -> bytes:
         """Return the answer. Raises ServerError, aiohttp.ClientError, TimeoutError."""
@@ -296,12 +313,24 @@ class RolloutClient:
             message += f" (log: {self.log_path})"
         return ServerError(path, status, message)
 
-    def _unreachable(self, error: Exception) -> ServerLost:
+    async def _unreachable(self, error: Exception, limit: str) -> ServerLost:
+        """limit: how long, or how often, it was waited for."""
         message = f"the rollout server at {self.url} does not answer ({type(error).__name__})"
-        if self.log_path is not None and self.log_path.exists():
-            last = self.log_path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-            return ServerLost("\n  ".join([f"{message}. The end of {self.log_path}:", *last]))
-        return ServerLost(f"{message}: {error}. Is the server running?")
+        if self.log_path is not None:
+            last = await asyncio.to_thread(_end_of, self.log_path)
+            if last:
+                return ServerLost("\n  ".join([f"{message}. The end of {self.log_path}:", *last]))
+        cause = str(error) or f"nothing within {limit}"
+        return ServerLost(f"{message}: {cause}. Is the server running?")
+
+
+def _end_of(log: Path) -> list[str]:
+    """The log's last lines; none of a log that is not there, as when a new server's takes its
+    place."""
+    try:
+        return log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+    except OSError:
+        return []
 
 
 def _message(payload: bytes) -> str:

@@ -31,7 +31,7 @@ from megafork.sample import Group, version_runs
 
 T = TypeVar("T")
 _DISK = ThreadPoolExecutor(1, thread_name_prefix="journal")
-"""Of its own: other threads may wait for servers"""
+"""Of its own: what waits for a disk must not wait for what reads data or decodes"""
 
 
 @dataclass

@@ -9,7 +9,6 @@ of `LocalServers` on its node, or of whoever ran `megafork serve`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Literal, Self, TypeVar
@@ -32,7 +31,8 @@ async def _nobody_given_up() -> dict[str, str]:
 
 class Fleet(Router):
     """`RolloutClient` of many servers, for one event loop. Administration is one task's at a time;
-    what changes servers reaches those that the last `members` named. Enter it before use.
+    what changes servers reaches those that the last `members` named. `wait_until_up` begins to
+    watch the servers, and the end of the fleet's `async with` ends it.
 
     max_restarts: pushes in a row that may fail for a server; then it is left out for good.
     given_up: the cause, by its URL, of each server that nobody starts again. in_turns: with the
@@ -81,8 +81,7 @@ class Fleet(Router):
     async def __aexit__(self, *exc_info: object) -> None:
         if self._watching is not None:
             self._watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watching
+            await asyncio.wait({self._watching})
 
     async def wait_until_up(
         self, timeout_s: float, key: str, check: Callable[[], None] = lambda: None
@@ -190,7 +189,10 @@ class Fleet(Router):
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_WATCH_S if self.num_live else _AGAIN_S)
-            await _each(self._look_at, self._in_state(*self._watched))
+            try:
+                await _each(self._look_at, self._in_state(*self._watched))
+            except Exception as error:  # nobody awaits this; the next look may go well
+                self.note(f"warning: the rollout servers could not be watched: {error!r}")
 
     async def look_again(self) -> None:
         """Look at those that were lost."""

@@ -31,6 +31,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(fleet_module, "_CHECKS", 2)
     monkeypatch.setattr(fleet_module, "_AGAIN_S", 0.1)
     monkeypatch.setattr(client_module, "_CONNECT_S", 1.0)
+    monkeypatch.setattr(client_module, "_HEALTH_S", 1.0)
 
 
 # ----------------------------------------------------------------------- assignment
@@ -234,6 +235,23 @@ def test_a_slow_server_is_drained_and_a_slow_request_is_told():
             server.held = True
         with pytest.raises(ServerSlow, match=r"rollout\.request_timeout_s=1:"):
             ask(fleet, [0])
+
+
+def test_watching_goes_on_whatever_a_look_meets(monkeypatch):
+    with running(2) as servers, fleet_of(servers) as fleet:
+        push(up(fleet), 1)
+        looks = []
+
+        async def fail():
+            looks.append(1)
+            raise FileNotFoundError("the log is another's now")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(fleet.clients[0], "is_alive", fail)
+            wait_for(lambda: len(looks) > 2)
+        servers[0].silent = True
+        wait_for(lambda: fleet.silent() == [servers[0].url])
+        assert "could not be watched: FileNotFoundError" in fleet.notes[0]
 
 
 def test_what_a_server_aborts_by_itself_is_asked_of_another():

@@ -23,6 +23,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(fleet_module, "_CHECKS", 2)
     monkeypatch.setattr(fleet_module, "_AGAIN_S", 0.1)
     monkeypatch.setattr(client_module, "_CONNECT_S", 1.0)
+    monkeypatch.setattr(client_module, "_HEALTH_S", 1.0)
 
 
 @contextlib.contextmanager

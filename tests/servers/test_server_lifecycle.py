@@ -19,7 +19,7 @@ import pytest
 from megafork.errors import UserError
 from megafork.parallel.ports import free_port
 from megafork.rollout import client as client_module
-from megafork.rollout.client import RolloutClient
+from megafork.rollout.client import RolloutClient, ServerError, ServerLost
 from megafork.rollout.sampling import (
     Sampling,
     decode_samples,
@@ -233,6 +233,34 @@ def test_a_server_that_is_gone_is_named_with_the_end_of_its_log(tmp_path, monkey
         assert url in str(error.value) and "out of memory" in str(error.value)
         assert "early" not in str(error.value)
     assert not client.health()
+
+
+def test_a_server_that_says_nothing_is_named_with_the_time(monkeypatch):
+    monkeypatch.setattr(client_module, "_ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        client = Blocking(RolloutClient(f"http://127.0.0.1:{port}", "key"))
+        with pytest.raises(ServerLost, match=rf":{port} does not answer .*: nothing within 0\.2 s"):
+            client.weight_version()
+
+
+@pytest.mark.parametrize("page", ["[]", '{"weight_version": "new"}', "{}", "<html>", ""])
+def test_another_programs_answer_is_refused(page):
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(page), page.encode())
+
+    def serve(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        connection.recv(65536)
+        connection.sendall(reply)
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        client = Blocking(RolloutClient(f"http://127.0.0.1:{listener.getsockname()[1]}", "key"))
+        with pytest.raises(ServerError, match="/weight_info failed with HTTP 200: "):
+            client.weight_version()
+        thread.join()
 
 
 def plain(completions):

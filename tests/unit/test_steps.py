@@ -35,48 +35,48 @@ class Servers:
         if not self.is_up:
             raise UserError(f"the server does not answer to {call}")
 
-    def wake_up(self, part):
+    async def wake_up(self, part):
         self._do(f"wake {part}")
 
-    def members(self):
+    async def members(self):
         self._do("members")
         return [("http://server:1", self.calls.count("start again"))]
 
-    def pause(self, mode):
+    async def pause(self, mode):
         self._do("pause")
 
-    def init_transfer(self, *arguments):
+    async def init_transfer(self, *arguments):
         self._do("join")
 
-    def start_weight_update(self):
+    async def start_weight_update(self):
         self._do("start")
 
-    def update_weights(self, buckets):
+    async def update_weights(self, buckets):
         self._do("update")
 
-    def finish_weight_update(self, version):
+    async def finish_weight_update(self, version):
         self.version = version
 
-    def reset_prefix_cache(self, running): ...
-    def resume(self): ...
-    def look_again(self): ...
+    async def reset_prefix_cache(self, running): ...
+    async def resume(self): ...
+    async def look_again(self): ...
 
-    def weight_version(self):
+    async def weight_version(self):
         return self.version
 
-    def sleep(self):
+    async def sleep(self):
         return [] if self.is_up else ["http://server:1"]
 
     def silent(self):
         return [] if self.is_up else ["http://server:1"]
 
-    def health(self):
+    async def health(self):
         return self.is_up
 
-    def drop_lost(self):
+    async def mark_lost(self):
         return int(not self.is_up)
 
-    def wait_for_one(self, timeout_s, check):
+    async def wait_for_one(self, timeout_s):
         self.is_up = True
 
     def counts(self):
