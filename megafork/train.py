@@ -88,7 +88,7 @@ def train_step(
     controller: Controller,
     weights: WeightSync,
 ) -> dict[str, float]:
-    """One rollout batch: the algorithm box of arXiv 2506.01939. Returns its metrics so far."""
+    """Train on a rollout batch, as in the box of arXiv 2506.01939. Returns its metrics so far."""
     topology, step = policy.topology, batch.step
     clock = Clock(lambda phase: topology.whereabouts.enter(f"{phase} of step {step}"))
     lr = policy.learning_rate
@@ -104,7 +104,7 @@ def train_step(
 
 
 def _stopped(config: TrainConfig, controller: Controller, step: int) -> str:
-    """What to do next."""
+    """The message that says how to go on."""
     saved = ", which is saved" if step else ""
     return (
         f"stopped by {controller.stopped_by} after step {step}{saved}: go on with megafork train "

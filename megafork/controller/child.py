@@ -85,7 +85,7 @@ class Child:
 
 
 def read_order() -> dict[str, Any]:
-    """In the child: what it was told. Signals are the ranks' from here on.
+    """Read, in the child, what it was told. Signals are the ranks' from here on.
 
     Where its rank ended before it had said all, the child ends too, without a word.
     """
@@ -99,13 +99,13 @@ def read_order() -> dict[str, Any]:
 
 
 def answer_rank(order: dict[str, Any], answer: dict[str, Any]) -> None:
-    """In the child: say that it is up."""
+    """Say, in the child, that it is up."""
     with contextlib.suppress(BrokenPipeError), open(order["answers"], "wb") as answers:
         answers.write(json.dumps(answer).encode() + b"\n")
 
 
 def run_until_the_rank_ends(work: Callable[[], Coroutine[Any, Any, None]]) -> NoReturn:
-    """In the child: do `work`, cancelled when the rank closes the pipe or is gone; then exit.
+    """Do `work`, in the child, until the rank closes the pipe or is gone, which cancels it; exit.
 
     No thread that still waits, for a disk or a node's servers, holds the exit up.
     """

@@ -1,4 +1,4 @@
-"""What a run generates: batches in order, some of them ahead; probes; evaluations.
+"""Generates for a run: batches in order, some of them ahead; probes; evaluations.
 
 Imports no torch.
 """
@@ -30,7 +30,7 @@ from megafork.sample import Group, Sample
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads before it generates."""
+    """Data and tokenizer, which a run reads before it generates."""
 
     tokenizer: Tokenizer
     sampling: Sampling
@@ -58,9 +58,12 @@ class Inputs:
 
 
 class Generation:
-    """With rollout.max_policy_lag = n the batches of the n steps after the one that is asked for
-    are generated meanwhile, one after the other. Whatever fails or is given up can be asked for
-    again. Close it."""
+    """Generates batches, probes and evaluations with the run's servers and verifiers.
+
+    With rollout.max_policy_lag = n the batches of the n steps after the one that is asked for are
+    generated meanwhile, one after the other. Whatever fails or is given up can be asked for again.
+    Close it.
+    """
 
     def __init__(
         self, config: TrainConfig, inputs: Inputs, fleet: Fleet, judging: Judging, log: RunLog
@@ -121,7 +124,7 @@ class Generation:
         return await self.collector.collect(step, trained_by)
 
     async def give_up(self) -> None:
-        """All that is being generated; what was generated for batches is in the journal."""
+        """End all that is being generated; what batches have so far is in the journal."""
         tasks = list(self._ahead.values())
         for task in tasks:
             task.cancel()
@@ -131,7 +134,7 @@ class Generation:
         self.collector.restore(self._state)
 
     async def probe(self) -> list[Group]:
-        """One response to each of a few prompts, as the servers sample now."""
+        """Sample one response to each of a few prompts, as the servers do now."""
         answers = await asyncio.gather(
             *(self.fleet.generate(p.ids, 1, self.inputs.sampling) for p in self._probed)
         )

@@ -30,7 +30,7 @@ _COLUMN_BYTES = 1 << 32
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on."""
+    """The batch that one step trains on."""
 
     step: int
     trained_by: int
@@ -150,12 +150,15 @@ class Controller:
         return answer, found
 
     def tell_signal(self, name: str) -> None:
-        """From a signal's handler: the run is to end."""
+        """Tell the controller, from a signal's handler, that the run is to end."""
         with contextlib.suppress(OSError):  # the controller has ended, as the next question finds
             self.connection.interrupt({"kind": "signal", "name": name})
 
     def _lost(self, error: OSError | Damaged) -> UserError:
-        """It ended, or hangs: then rank 0 ends it, and its words go before the other ranks'."""
+        """Return the error of a controller that has ended, or hangs, which rank 0 ends then.
+
+        Rank 0 knows the process: what it says goes before the other ranks' words.
+        """
         if self._process is None:
             how = "hangs" if isinstance(error, Silent) else "is lost"
             limit = " (run.silence_s)" if isinstance(error, Silent) else ""
@@ -179,7 +182,7 @@ class Controller:
         return self.stopped_by is None and not self.has_finished
 
     def wait_for_servers(self) -> None:
-        """Until the servers are up, and asleep: their devices are the ranks' then."""
+        """Wait until the servers are up, and asleep: their devices are the ranks' then."""
         self._require_agent()
         self.ask("servers")
 

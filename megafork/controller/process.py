@@ -88,7 +88,7 @@ class RolloutController:
         """From `begin` on"""
 
     async def talk(self, hello: Header, link: Link) -> None:
-        """With a rank or an agent, until its connection ends."""
+        """Talk with a rank or an agent until its connection ends."""
         if hello["settings"] != settings_digest(self.config):
             text = f"the {hello['role']} has other settings, or another version of megafork"
             return await link.send({"kind": "error", "text": text})

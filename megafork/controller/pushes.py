@@ -26,7 +26,7 @@ class PushFailed(UserError):
 
 
 class Pushes:
-    """One push after the other, by all ranks.
+    """Conducts pushes, one after the other, which all ranks take part in.
 
     workers_of_each: vLLM workers of one server. in_flight: responses that are being generated go
     on with the new weights; False: a push waits for them. colocated: the servers sleep around a

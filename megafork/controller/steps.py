@@ -262,7 +262,7 @@ class Steps:
         self._death = None
 
     async def _start_again(self, lost: list[str]) -> None:
-        """Of colocated servers: a new one takes all of its memory at once."""
+        """Start lost colocated servers again; a new one takes all of its memory at once."""
         await self.agents.servers("start_again", lost)
         await self.fleet.look_again()
         await self._sleep()
@@ -311,7 +311,7 @@ class Steps:
         return {"kind": "rows"}, self._batch.rows(uids)
 
     async def _probe(self) -> Answer:
-        """What the servers sample now, where it is to be compared with what the ranks compute."""
+        """Sample what the ranks are to compare with what they compute, if that is due."""
         if not self._probe_is_due:
             return {}, {}
         groups = await self._generated(self.generation.probe())

@@ -235,7 +235,7 @@ class _Worker:
         return Outcome([], "death", f"it answered with {str(said)[:_SHOWN]}")
 
     def has_spoken(self) -> bool:
-        """Whether something came without a question, or its process has ended."""
+        """Return whether something came without a question, or its process has ended."""
         if self._has_ended():
             return True
         self._socket.settimeout(0)
@@ -247,7 +247,9 @@ class _Worker:
             return True
 
     def _has_ended(self) -> bool:
-        """Whether its process has; what that started may still have its end of the socket open.
+        """Return whether its process has ended.
+
+        What that started may still have its end of the socket open.
 
         It is not reaped here: `end` kills its process group first.
         """

@@ -79,7 +79,7 @@ class RolloutClient:
 
     @property
     def version(self) -> int:
-        """Of the weights that this client gave to the server; 0 before the first."""
+        """The version of the weights that this client gave to the server; 0 before the first."""
         return self._version or 0
 
     # ------------------------------------------------------------------ generation
@@ -139,7 +139,7 @@ class RolloutClient:
     # -------------------------------------------------------------- administration
 
     async def is_alive(self) -> bool:
-        """Whether the server answers, and knows of no failure of its engine."""
+        """Return whether the server answers, and knows of no failure of its engine."""
         try:
             await self._sent("GET", "/health", None, _HEALTH_S)
             return True
@@ -147,11 +147,11 @@ class RolloutClient:
             return False
 
     async def health(self) -> bool:
-        """Whether the server answers to this API key, its engine lives and has our weights."""
+        """Return whether the server answers to the key, and its engine lives with our weights."""
         return await self.why_unhealthy() is None
 
     async def why_unhealthy(self) -> str | None:
-        """Why the server is unhealthy, or None."""
+        """Return why the server is unhealthy, or None."""
         try:
             await self._request("GET", "/health", timeout_s=_HEALTH_S)
             version = await self.weight_version()
@@ -170,7 +170,7 @@ class RolloutClient:
                 raise self._started_again(sample.versions[0][0])
 
     async def _refuse_another_server(self) -> None:
-        """One that someone has started again must not answer what was asked of the former."""
+        """Raise ServerLost for a server that was started again since it was asked."""
         before = self._version
         if before is None:
             return
@@ -212,7 +212,9 @@ class RolloutClient:
         With the cache, requests go on. Raises ServerError when the server does not wake up.
         """
         path = f"/wake_up?tags={part}"
-        status = (await self._request("POST", path))["status"]
+        answer = await self._request("POST", path)
+        with self._expected(path, answer):
+            status = answer["status"]
         if part == "kv_cache" and status != "awake":
             raise ServerError(path, 200, f"the server is still {status}; wake its weights first")
 
@@ -222,7 +224,10 @@ class RolloutClient:
         Raises ServerError when running requests still hold blocks and `running` is False.
         """
         path = f"/reset_prefix_cache?reset_running_requests={str(running).lower()}"
-        if not (await self._request("POST", path))["success"]:
+        answer = await self._request("POST", path)
+        with self._expected(path, answer):
+            is_reset = answer["success"]
+        if not is_reset:
             raise ServerError(path, 200, "running requests hold the cache; pause first")
 
     async def init_transfer(
@@ -250,7 +255,10 @@ class RolloutClient:
 
     async def start_weight_update(self) -> None:
         """Raises ServerError unless the server is paused: nothing may be sampled meanwhile."""
-        if not (await self._request("GET", "/is_paused"))["is_paused"]:
+        answer = await self._request("GET", "/is_paused")
+        with self._expected("/is_paused", answer):
+            is_paused = answer["is_paused"]
+        if not is_paused:
             raise ServerError("start_weight_update", 400, "pause the server first")
 
     async def update_weights(self, buckets: list[dict[str, Any]]) -> None:
@@ -334,7 +342,7 @@ def _end_of(log: Path) -> list[str]:
 
 
 def _message(payload: bytes) -> str:
-    """What vLLM, FastAPI or our own layer put into an error's body."""
+    """The message that vLLM, FastAPI or our own layer put into an error's body."""
     text = payload.decode(errors="replace")
     try:
         return json.loads(text)["error"]["message"]

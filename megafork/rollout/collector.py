@@ -101,7 +101,7 @@ class Collector:
     _signal_rate: float = 1.0
 
     def state(self) -> dict[str, Any]:
-        """What the next step's batch depends on, for a checkpoint; JSON can hold it."""
+        """Return all that the next step's batch depends on, for a checkpoint; JSON can hold it."""
         return {
             "position": self.prompts.position,
             "signal_rate": self._signal_rate,
@@ -205,7 +205,7 @@ class Collector:
         return group
 
     def _next_prompts(self, missing: int) -> list[Prompt]:
-        """Those that are pending, and as many more as are likely to fill the batch."""
+        """Take the pending prompts, and as many more as are likely to fill the batch."""
         count = math.ceil(missing / self._signal_rate * self.rollout.oversampling)
         pending = [self.prompts.at(index) for index in self.pending]
         self.pending = []
@@ -295,7 +295,10 @@ class Collector:
         return [group for group in groups if group.is_whole]
 
     def _is_admissible(self, group: Group, oldest: int) -> bool:
-        """One that is not finite is told of later, and so that nobody samples on for ever."""
+        """Return whether a group can be trained on.
+
+        A group that is not finite counts: the ranks tell of it, and nobody samples on for ever.
+        """
         has_signal = group.has_signal or not group.is_finite or not self.rollout.dynamic_sampling
         return has_signal and group.policy_version >= oldest
 
@@ -370,7 +373,7 @@ class Collector:
 
 
 def _failures(groups: Iterable[Group]) -> list[str | None]:
-    """Of each judged response: why there is no verdict, if so."""
+    """The reason, for each judged response, why it has no verdict; None where it has one."""
     return [sample.failure for group in groups if group.is_whole for sample in group.samples]
 
 

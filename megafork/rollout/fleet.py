@@ -59,7 +59,7 @@ class Fleet(Router):
 
     @property
     def version(self) -> int:
-        """Of the weights that this run gave to the servers; 0 before the first."""
+        """The version of the weights that this run gave to the servers; 0 before the first."""
         return self._version or 0
 
     def counts(self) -> dict[str, float]:
@@ -130,7 +130,7 @@ class Fleet(Router):
         server.state = "back"
 
     async def wait_for_one(self, timeout_s: float) -> None:
-        """When all were lost: wait until one answers again. Raises UserError when none does."""
+        """Wait, when all were lost, until one answers again. Raises UserError when none does."""
         deadline = time.monotonic() + timeout_s
         while not self._in_state("live", "back"):
             lost = await self._given_up()
@@ -172,7 +172,7 @@ class Fleet(Router):
         return [server.client.url for server in self._in_state("away")]
 
     async def health(self) -> bool:
-        """Whether there is a server that lives. Those that did and do not are marked down."""
+        """Return whether a server lives. Those that did and do not are marked down."""
         await _each(self._mark_down_unless_well, self._in_state("live"))
         return self.num_live > 0
 
@@ -246,7 +246,7 @@ class Fleet(Router):
         return [server.client.url for server in self._servers if server not in asleep]
 
     async def wake_up(self, part: Literal["weights", "kv_cache"]) -> None:
-        """With the weights, those that the next push is for; with the cache they have taken it."""
+        """Wake the servers of the next push for their weights, and for their cache after it."""
         if part == "weights":
             await self.members()
         await self._all(lambda client: client.wake_up(part))
@@ -257,7 +257,7 @@ class Fleet(Router):
         await self._all(lambda client: client.pause(mode))
 
     async def resume(self) -> None:
-        """Those that had been lost, and have the weights of the others now, join them."""
+        """Go on. Servers that were back, and have the others' weights now, join them."""
         await self._all(lambda client: client.resume())
         self._join_members()
 
@@ -272,7 +272,7 @@ class Fleet(Router):
     async def init_transfer(
         self, senders: list[dict[str, Any]], num_workers: int, timeout_s: float = 300.0
     ) -> None:
-        """One group for each sender, with the workers of all members."""
+        """Connect the workers of all members to each sender, one group for each."""
         each = num_workers // len(self._members)
         first = {server.client: i * each for i, (server, _) in enumerate(self._members)}
         await self._all(
@@ -303,7 +303,7 @@ class Fleet(Router):
 
 
 async def _each(call: Callable[[Server], Awaitable[R]], servers: Iterable[Server]) -> list[R]:
-    """At the same time. Raises the first failure when all have ended."""
+    """Call for all servers at the same time. Raises the first failure when all have ended."""
     ended = await asyncio.gather(*map(call, servers), return_exceptions=True)
     found = []
     for result in ended:

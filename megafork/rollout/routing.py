@@ -76,7 +76,7 @@ class Router:
         *,
         request_id: str | None = None,
     ) -> list[Sample]:
-        """As `RolloutClient.generate`; by another server when one is lost meanwhile."""
+        """Generate as `RolloutClient.generate`; by another server when one is lost meanwhile."""
         name = request_id or uuid.uuid4().hex
         slow: ServerSlow | None = None
         while True:

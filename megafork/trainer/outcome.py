@@ -1,4 +1,4 @@
-"""What a step made of its rollout batch; metrics and reports are made of this."""
+"""The outcome of a step's training; metrics and reports are made of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Skipped:
 
 @dataclass
 class Optimized:
-    """What came out of a rollout batch, mini-batch by mini-batch."""
+    """The outcome of a rollout batch, mini-batch by mini-batch."""
 
     tables: list[TokenTable] = field(default_factory=list)
     """the mini-batches that could be scored and selected from"""

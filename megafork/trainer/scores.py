@@ -13,7 +13,7 @@ from megafork.types import TokenTable
 
 
 def _data_fault(table: TokenTable, topology: Topology) -> str | None:
-    """What makes a mini-batch unfit to train on before it is scored; the same on all ranks."""
+    """Return why a mini-batch cannot be trained on, before it is scored; the same on all ranks."""
     bad_B = ~table.reward_B.isfinite()
     if bad_B.any():
         uid, reward = int(table.uid_B[bad_B][0]), float(table.reward_B[bad_B][0])

@@ -25,7 +25,7 @@ def optimize(
     clock: Clock,
     critic: Critic | None = None,
 ) -> Optimized:
-    """One optimizer step for each mini-batch; `policy.forking` says by whose entropies.
+    """Make one optimizer step for each mini-batch; `policy.forking` says by whose entropies.
 
     All mini-batches are scored before the first update: the denominator of the ratio is the policy
     that sampled them. With entropy_of = "current" each after the first update is scored once more,
@@ -84,7 +84,7 @@ def _select(
     done: Optimized,
     step: int,
 ) -> None:
-    """One threshold for the whole rollout batch, or each mini-batch by itself."""
+    """Select with one threshold for the whole rollout batch, or for each mini-batch by itself."""
     pairs = [
         (table, scores)
         for table, scores in zip(minibatches, scored, strict=True)
@@ -99,7 +99,7 @@ def _select(
 def _select_now(
     policy: Policy, table: TokenTable, scores: Scores, done: Optimized, step: int
 ) -> str | None:
-    """By the entropies of the policy as it is; before the first update they are that already."""
+    """Select by the entropies of the policy as it is; before the first update those are known."""
     if policy.needs_entropies and (done.updates or not scores.has_entropies):
         now = score(policy, table)
         if isinstance(now, str):

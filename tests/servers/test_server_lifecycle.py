@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -244,11 +245,14 @@ def test_a_server_that_says_nothing_is_named_with_the_time(monkeypatch):
             client.weight_version()
 
 
-@pytest.mark.parametrize("page", ["[]", '{"weight_version": "new"}', "{}", "<html>", ""])
-def test_another_programs_answer_is_refused(page):
-    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(page), page.encode())
+@contextlib.contextmanager
+def answering(body: bytes, *, after_hanging_up: int = 0):
+    """A client of a server that gives this answer once, after it has hung up so often."""
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
 
     def serve(listener: socket.socket) -> None:
+        for _ in range(after_hanging_up):
+            listener.accept()[0].close()
         connection, _ = listener.accept()
         connection.recv(65536)
         connection.sendall(reply)
@@ -257,10 +261,26 @@ def test_another_programs_answer_is_refused(page):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, args=(listener,))
         thread.start()
-        client = Blocking(RolloutClient(f"http://127.0.0.1:{listener.getsockname()[1]}", "key"))
-        with pytest.raises(ServerError, match="/weight_info failed with HTTP 200: "):
-            client.weight_version()
+        yield Blocking(RolloutClient(f"http://127.0.0.1:{listener.getsockname()[1]}", "key"))
         thread.join()
+
+
+@pytest.mark.parametrize("page", ["[]", '{"weight_version": "new"}', "{}", "<html>", ""])
+@pytest.mark.parametrize(
+    ("ask", "path"),
+    [
+        (lambda client: client.weight_version(), "/weight_info"),
+        (lambda client: client.model_path(), "/v1/models"),
+        (lambda client: client.wake_up("kv_cache"), r"/wake_up\?tags=kv_cache"),
+        (lambda client: client.reset_prefix_cache(), r"/reset_prefix_cache\?.*"),
+        (lambda client: client.start_weight_update(), "/is_paused"),
+    ],
+    ids=["version", "model", "wake", "reset", "paused"],
+)
+def test_another_programs_answer_is_refused(ask, path, page):
+    refused = pytest.raises(ServerError, match=rf"^{path} failed with HTTP 200: ")
+    with answering(page.encode()) as client, refused:
+        ask(client)
 
 
 def plain(completions):
@@ -271,26 +291,10 @@ def plain(completions):
     ]
 
 
-def test_a_dropped_connection_is_tried_again(monkeypatch):
-    """A server that hangs up on the first request and answers the second."""
+def test_a_dropped_connection_is_tried_again():
     expected = [Sample.from_server([3, 1], [-0.5, -0.25], "stop")]
-    payload = encode_samples(expected)
-    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(payload), payload)
-
-    def serve(listener: socket.socket) -> None:
-        listener.accept()[0].close()
-        connection, _ = listener.accept()
-        connection.recv(65536)
-        connection.sendall(reply)
-        connection.close()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve, args=(listener,))
-        thread.start()
-
-        client = Blocking(RolloutClient(f"http://127.0.0.1:{listener.getsockname()[1]}", "key"))
+    with answering(encode_samples(expected), after_hanging_up=1) as client:
         assert plain(client.generate([1], 1, Sampling())) == plain(expected)
-        thread.join()
 
 
 def test_completions_survive_the_wire():
