@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 from megafork.config import TrainConfig
 from megafork.config.file import settings_of
@@ -110,3 +112,13 @@ def _stopped(config: TrainConfig, controller: Controller, step: int) -> str:
         f"stopped by {controller.stopped_by} after step {step}{saved}: go on with megafork train "
         f"--resume {config.run.dir}"
     )
+
+
+class _Callable(ModuleType):
+    """Lets `from megafork import train` be called, be it this module or the function."""
+
+    def __call__(self, config: TrainConfig, *, resume: bool = False) -> None:
+        train(config, resume=resume)
+
+
+sys.modules[__name__].__class__ = _Callable

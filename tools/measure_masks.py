@@ -14,7 +14,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megafork.algorithms.advantages import group_relative_advantages
+from megafork.algorithms.advantages import group_advantages
 from megafork.config import TrainConfig
 from megafork.config.file import load_config
 from megafork.parallel.ports import free_port
@@ -38,7 +38,7 @@ def minibatches(config: TrainConfig, run: Path, step: int) -> list[TokenTable]:
     groups = [group for _, group in sorted(read_step(run / "rollouts", step).items())]
     kept = [group for group in groups if group.has_signal][: config.rollout.prompts_per_step]
     table = token_table(kept, overlong_filtering=config.algorithm.overlong_filtering)
-    advantages_B = group_relative_advantages(
+    advantages_B = group_advantages(
         table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage
     )
     table = table.with_columns(advantage_R=advantages_B[table.sample_R])

@@ -9,7 +9,7 @@ _EPSILON = 1e-6
 """Added to the standard deviation; a group of equal rewards has advantage 0 either way."""
 
 
-def group_relative_advantages(rewards_B: Tensor, group_B: Tensor, *, normalize: bool) -> Tensor:
+def group_advantages(rewards_B: Tensor, group_B: Tensor, *, normalize: bool = True) -> Tensor:
     """Reward minus its group's mean, divided by the group's standard deviation if `normalize`.
 
     rewards_B: float [B]; group_B: int64 [B], any ids. The deviation is the sample one (n - 1), as

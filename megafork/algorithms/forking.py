@@ -10,17 +10,43 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megafork.config import ForkingConfig
 from megafork.ops.top_fraction import largest_keys, top_fraction_threshold, top_k
 from megafork.types import hash64
 
+if TYPE_CHECKING:
+    from megafork.config import ForkingConfig
+
 _TIES = torch.tensor(1)
 """Sets the hash that breaks ties apart from the one that "random" selects by."""
+
+
+def forking_mask(
+    entropy: Tensor,
+    loss_mask: Tensor,
+    *,
+    rho: float = 0.2,
+    groups: Sequence[dist.ProcessGroup] = (),
+) -> Tensor:
+    """Return the bool mask of the forking tokens: the top rho of the loss tokens by entropy.
+
+    entropy: float32 (bfloat16 and float16 are exact too), of any shape, in nats; loss_mask: of the
+    same shape, nonzero at the response tokens that are trained on; each rank passes its own tokens
+    of the whole optimizer batch. groups: orthogonal process groups over which the tokens are split
+    (for plain data parallelism one, of all ranks); every rank of them has to call. The result is
+    exact: of N loss tokens over all ranks, those at or above the ceil(rho N)-th largest entropy,
+    and so more than that where entropies are equal at the threshold. Tokens outside the loss mask
+    are never in it. Raises ValueError, on every rank, where an entropy in the loss mask is NaN.
+    Source: arXiv 2506.01939, section 4.
+    """
+    loss_mask = loss_mask.bool()
+    found = top_fraction_threshold(entropy, loss_mask, rho, groups=groups)
+    return loss_mask & (entropy >= found.threshold)
 
 
 @dataclass(frozen=True)

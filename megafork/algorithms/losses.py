@@ -13,15 +13,48 @@ of GSPO-token (section 4.3 there), whose gradient sums s_i A grad log pi over th
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megafork.algorithms.mismatch import importance_weights, sums_of_sequences
-from megafork.config import AlgorithmConfig, EntropyBonusConfig, KLConfig, MismatchConfig
 from megafork.types import TokenTable
+
+if TYPE_CHECKING:
+    from megafork.config import AlgorithmConfig, EntropyBonusConfig, KLConfig, MismatchConfig
+
+
+def clipped_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    num_tokens: int,
+    clip_dual: float | None = None,
+) -> Tensor:
+    """Return the clipped surrogate loss (PPO, GRPO, DAPO) over the masked tokens, a scalar.
+
+    It is -1/num_tokens times the sum of min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with
+    r = exp(logprobs - old_logprobs); with clip_dual no term falls below clip_dual A (arXiv
+    1912.09729). All tensors have one shape, or shapes that broadcast to it (advantages of whole
+    responses: [B, 1]). mask: nonzero where a token carries the gradient, as `forking_mask` says;
+    what stands elsewhere may be anything, also NaN. `num_tokens` counts the loss tokens of the
+    whole optimizer batch, selected or not, so losses of micro-batches and ranks add up (where
+    gradients are averaged over ranks, multiply by their number). Differentiable in logprobs; 0 for
+    an empty mask.
+    Source: arXiv 2503.14476, equation 8; arXiv 2506.01939, equation 5.
+    """
+    mask = mask.bool()
+    ratio = token_ratio(logprobs, old_logprobs, mask)
+    terms = clipped_surrogate(
+        ratio, advantages, clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual
+    )
+    return -torch.where(mask, terms, 0.0).sum() / num_tokens
 
 
 @dataclass(frozen=True)

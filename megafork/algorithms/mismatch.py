@@ -10,12 +10,14 @@ arXiv 2510.18855).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megafork.config import MismatchConfig
+if TYPE_CHECKING:
+    from megafork.config import MismatchConfig
 
 
 @dataclass(frozen=True)

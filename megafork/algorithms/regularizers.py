@@ -26,11 +26,15 @@ divergences at given prefixes, not of the sequence's.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from megafork.algorithms.losses import LossRows, k3_divergence, token_ratio
-from megafork.config import EntropyBonusConfig, KLConfig
+
+if TYPE_CHECKING:
+    from megafork.config import EntropyBonusConfig, KLConfig
 
 
 def kl_loss(logprobs_N: Tensor, rows: LossRows, config: KLConfig, *, denominator: int) -> Tensor:

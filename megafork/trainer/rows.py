@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megafork.algorithms.advantages import group_relative_advantages
+from megafork.algorithms.advantages import group_advantages
 from megafork.config import TrainConfig
 from megafork.controller.handle import Batch, Controller
 from megafork.errors import UserError
@@ -57,7 +57,7 @@ def minibatches_of(
     source = controller if policy.topology.is_replica_leader else None
     table = fetch_rows(known, replica_B, batch.step, source, policy.topology)
     if config.algorithm.advantages != "gae":
-        advantages_B = group_relative_advantages(
+        advantages_B = group_advantages(
             table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage
         )
         table = table.with_columns(advantage_R=advantages_B[table.sample_R])

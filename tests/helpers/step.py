@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from megafork.algorithms import losses
-from megafork.algorithms.advantages import group_relative_advantages
+from megafork.algorithms.advantages import group_advantages
 from megafork.config import (
     ParallelConfig,
 )
@@ -29,7 +29,7 @@ MAX_RESPONSE_TOKENS = 14  # responses have 1 to 11
 
 def make_table(seed=5, num_groups=6):
     table = token_table(reference.make_groups(num_groups, 4, seed=seed))
-    advantages = group_relative_advantages(table.reward_B, table.group_B, normalize=True)
+    advantages = group_advantages(table.reward_B, table.group_B, normalize=True)
     return table.with_columns(advantage_R=advantages[table.sample_R])
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megafork.algorithms.advantages import group_relative_advantages
+from megafork.algorithms.advantages import group_advantages
 from megafork.algorithms.forking import random_scores, select_tokens, warn_of_ties
 from megafork.config import ForkingConfig
 
@@ -25,14 +25,14 @@ def test_advantages_by_hand():
     # group 7: 1, 0, 0: mean 1/3, deviation sqrt(1/3); group 3: 0, 5, 5: mean 10/3, sqrt(25/3)
     root = math.sqrt(3)
     expected = [2 / 3 * root, -2 / root, -root / 3, 1 / root, 1 / root, -root / 3]
-    got = group_relative_advantages(rewards, groups, normalize=True)
+    got = group_advantages(rewards, groups, normalize=True)
     assert got.tolist() == pytest.approx(expected, abs=1e-5)
-    centred = group_relative_advantages(rewards, groups, normalize=False)
+    centred = group_advantages(rewards, groups, normalize=False)
     assert centred.tolist() == pytest.approx([2 / 3, -10 / 3, -1 / 3, 5 / 3, 5 / 3, -1 / 3])
 
 
 def test_equal_rewards_have_no_advantage():
-    got = group_relative_advantages(torch.ones(4), torch.zeros(4), normalize=True)
+    got = group_advantages(torch.ones(4), torch.zeros(4), normalize=True)
     assert got.tolist() == [0.0] * 4
 
 

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from megafork.algorithms.advantages import group_relative_advantages
+from megafork.algorithms.advantages import group_advantages
 from megafork.config import ParallelConfig
 from megafork.model.weights import export_weights
 from megafork.trainer import telemetry
@@ -88,7 +88,7 @@ def batch(policy, with_critic, spoilt):
     engines = own + 0.3 * torch.sin(torch.arange(table.num_rows).float() * 1.3)
     table = table.with_columns(rollout_logprob_R=engines)
     if not with_critic:
-        advantages = group_relative_advantages(table.reward_B, table.group_B, normalize=True)
+        advantages = group_advantages(table.reward_B, table.group_B, normalize=True)
         table = table.with_columns(advantage_R=advantages[table.sample_R])
     if spoilt is not None:
         rewards = table.reward_B.clone()

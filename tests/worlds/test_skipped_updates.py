@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megafork.algorithms.advantages import group_relative_advantages
+from megafork.algorithms.advantages import group_advantages
 from megafork.config import ParallelConfig, TrainingConfig
 from megafork.trainer.clock import Clock
 from megafork.trainer.guard import UpdateGuard, UpdateRefused
@@ -180,7 +180,7 @@ def make_minibatches(bad_group=None):
         samples[1] = replace(samples[1], reward=math.nan)
         groups[bad_group] = replace(groups[bad_group], samples=samples)
     table = token_table(groups)
-    advantages = group_relative_advantages(table.reward_B, table.group_B, normalize=True)
+    advantages = group_advantages(table.reward_B, table.group_B, normalize=True)
     return table.with_columns(advantage_R=advantages[table.sample_R]).minibatches(2, seed=1)
 
 
