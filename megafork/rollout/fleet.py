@@ -132,8 +132,10 @@ class Fleet(Router):
     async def wait_for_one(self, timeout_s: float) -> None:
         """Wait, when all were lost, until one answers again. Raises UserError when none does."""
         deadline = time.monotonic() + timeout_s
-        while not self._in_state("live", "back"):
+        while True:
             lost = await self._given_up()
+            if self._in_state("live", "back"):  # or it was found back during that question
+                return
             awaited = [s for s in self._in_state("away") if s.client.url not in lost]
             if time.monotonic() > deadline or not awaited:
                 causes = list(lost.values()) or [server.cause for server in self._servers]
