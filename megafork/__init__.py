@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from megafork.algorithms.advantages import group_advantages
     from megafork.algorithms.forking import forking_mask
     from megafork.algorithms.gae import gae
-    from megafork.algorithms.losses import clipped_policy_loss
+    from megafork.algorithms.surrogates import clipped_policy_loss
     from megafork.config import TrainConfig
     from megafork.ops.top_fraction import top_fraction_threshold
     from megafork.ops.vocab_parallel import linear_logprob_and_entropy, logprob_and_entropy
@@ -34,7 +34,7 @@ __all__ = [
 ]
 _MODULES = {
     "TrainConfig": "megafork.config",
-    "clipped_policy_loss": "megafork.algorithms.losses",
+    "clipped_policy_loss": "megafork.algorithms.surrogates",
     "forking_mask": "megafork.algorithms.forking",
     "gae": "megafork.algorithms.gae",
     "group_advantages": "megafork.algorithms.advantages",

@@ -43,7 +43,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
             controller.wait_for_servers()
         topology.whereabouts.enter("the loading of the model")
         policy = Policy(config, topology)
-        critic = Critic(config, topology) if config.algorithm.advantages == "gae" else None
+        critic = Critic(config, topology) if config.algorithm.uses_critic else None
         learners = [policy] if critic is None else [policy, critic]
         checkpoints = Checkpoints(config, topology, policy, critic)
         state = checkpoints.load_newest() if resume else None

@@ -84,6 +84,7 @@ def select_tokens(
     boundary_eps: float = 0.0,
     sequence_T: Tensor | None = None,
     num_sequences: int = 1,
+    scores_T: Tensor | None = None,
 ) -> Selection:
     """Select among the response tokens of one threshold scope; call it once for each scope.
 
@@ -95,13 +96,14 @@ def select_tokens(
     missing, by another hash of (seed, step, key). (Equal on paper, as of a prefix that responses
     share, they may differ in the last bit: num_boundary counts those.)
     sequence_T: int64, which of num_sequences sequences a token is of, for scope = "sequence".
+    scores_T: float32 without NaN, a plug-in's: its top rho is taken in place of the entropies'.
     """
     if config.scope == "sequence":
         assert sequence_T is not None, "scope = sequence asks which sequence a token is of"
         scope = _Segments(sequence_T, num_sequences, groups)
     else:
         scope = _Segments(torch.zeros_like(loss_mask_T, dtype=torch.int64), 1, groups)
-    values_T = entropy_T
+    values_T = entropy_T if scores_T is None else scores_T
     if config.select == "random":
         values_T = random_scores(key_T2, seed=seed, step=step)
     among_T = torch.ones_like(loss_mask_T) if config.population == "response" else loss_mask_T
@@ -117,7 +119,7 @@ def select_tokens(
         num_top_S = k_S
     near_S = scope.count(among_T & ((values_T - threshold_T).abs() <= boundary_eps))
     kept, wanted, num_total = (int(num_S.sum()) for num_S in (num_top_S, k_S, num_total_S))
-    by_entropy = config.select in ("top", "bottom")
+    by_entropy = config.by_entropy
     return Selection(
         mask_T=loss_mask_T & _selected(config.select, top_T),
         rho=rho,

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megafork.algorithms.losses import LossRows, k3_divergence, token_ratio
+from megafork.algorithms.losses import LossRows
+from megafork.algorithms.surrogates import k3_divergence, token_ratio
 
 if TYPE_CHECKING:
     from megafork.config import EntropyBonusConfig, KLConfig

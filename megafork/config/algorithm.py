@@ -8,6 +8,19 @@ from pydantic import Field
 
 from megafork.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
 
+OBJECTIVES = {
+    "ppo": "megafork.algorithms.objectives:ppo",
+    "gspo": "megafork.algorithms.objectives:gspo",
+    "cispo": "megafork.algorithms.objectives:cispo",
+}
+"""Objectives by name (see `megafork.plugins.load_plugin`)"""
+
+ADVANTAGES = {"group": "megafork.algorithms.advantages:group_advantages", "gae": ""}
+"""Advantages by name; "gae" is the critic's"""
+
+SELECTIONS = {"top": "", "bottom": "", "random": "", "all": ""}
+"""What forking.select takes besides a plug-in's name"""
+
 CLIPS = {"ppo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
 """(clip_low, clip_high) of an objective where they are not set: DAPO's; those of GSPO's paper; no
 bound below (CISPO's paper) and 5 above (arXiv 2510.13786)."""
@@ -17,18 +30,23 @@ SMALLEST_OF_TOKENS, LARGEST_OF_SEQUENCES = 1e-3, 0.1
 
 
 def _clip_low(settings: dict[str, Any]) -> float:
-    return CLIPS[settings["objective"]][0]
+    return _clips(settings["objective"])[0]
 
 
 def _clip_high(settings: dict[str, Any]) -> float:
-    return CLIPS[settings["objective"]][1]
+    return _clips(settings["objective"])[1]
+
+
+def _clips(objective: str) -> tuple[float, float]:
+    """Return the default clips; those of ppo for an objective of one's own."""
+    return CLIPS[objective] if objective in CLIPS else CLIPS["ppo"]
 
 
 class AlgorithmConfig(Section):
-    objective: Literal["ppo", "gspo", "cispo"] = Field(
+    objective: str = Field(
         "ppo",
-        description="what is clipped: each token's ratio (GRPO, DAPO); its sequence's (gspo); the "
-        "token's as a constant factor of its log-probability (cispo)",
+        description="what is clipped: each token's ratio (ppo: GRPO, DAPO); its sequence's (gspo); "
+        "the token's as a constant factor of its log-probability (cispo); or MODULE:FUNCTION",
     )
     old_logprobs: Literal["trainer", "engine"] = Field(
         "trainer",
@@ -55,9 +73,15 @@ class AlgorithmConfig(Section):
         "sequence's own, then the number of sequences (GRPO, GSPO); rollout.max_response_tokens "
         "times the number of sequences (Dr. GRPO)",
     )
-    advantages: Literal["group", "gae"] = Field(
+    advantages: str = Field(
         "group",
-        description="a response's reward against its group's (GRPO), or GAE with a critic (PPO)",
+        description="a response's reward against its group's (group: GRPO); GAE with a critic "
+        "(gae: PPO); or MODULE:FUNCTION",
+    )
+    credit: list[str] = Field(
+        [],
+        description="rules that weigh or leave out tokens after the selection, each as "
+        "MODULE:FUNCTION; weights are multiplied",
     )
     normalize_advantage: bool = Field(
         True,
@@ -67,6 +91,10 @@ class AlgorithmConfig(Section):
     overlong_filtering: bool = Field(
         True, description="responses cut at max_response_tokens take no part in the loss"
     )
+
+    @property
+    def uses_critic(self) -> bool:
+        return self.advantages == "gae"
 
 
 class MismatchConfig(Section):
@@ -90,8 +118,10 @@ class MismatchConfig(Section):
 
 
 class ForkingConfig(Section):
-    select: Literal["top", "bottom", "random", "all"] = Field(
-        "top", description="which response tokens carry the policy gradient"
+    select: str = Field(
+        "top",
+        description="which response tokens carry the policy gradient: top, bottom, random or all; "
+        "or MODULE:FUNCTION, whose scores stand for the entropies",
     )
     rho: Fraction = Field(0.2, description="fraction of the tokens, by entropy")
     rho_end: Fraction | None = Field(
@@ -134,6 +164,14 @@ class ForkingConfig(Section):
     report_min_count: Positive = Field(
         50, description="how often a token has to occur in a step for its mean entropy's list"
     )
+
+    @property
+    def by_entropy(self) -> bool:
+        return self.select in ("top", "bottom")
+
+    @property
+    def by_plugin(self) -> bool:
+        return self.select not in SELECTIONS
 
     def rho_at(self, step: int) -> float:
         """The fraction of a step, counted from 1; a function of the step alone."""

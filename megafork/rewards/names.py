@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import importlib
-import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from megafork.errors import UserError
+from megafork.plugins import load_plugin
 
 if TYPE_CHECKING:
     from megafork.config import RewardConfig
@@ -52,42 +49,26 @@ def check_answers(rows: Iterable[Row], reward: RewardConfig) -> None:
 
 
 def load_verifier(name: str, places: Sequence[str] | None = None) -> Verifier:
-    """The function of one of NAMES, reasoning-gym:TASK or MODULE:FUNCTION.
+    """Return the function of one of NAMES, reasoning-gym:TASK or MODULE:FUNCTION.
 
     places: where one of FINDERS looks for the answer; None: where it does by itself.
 
     Raises UserError when there is none of that name or it cannot be imported.
     """
-    head, colon, tail = name.partition(":")
+    head, _, tail = name.partition(":")
     if head == "reasoning-gym":
         from megafork.rewards.reasoning_gym import task_verifier
 
         return task_verifier(tail)
-    if not colon and name not in NAMES:
-        near = difflib.get_close_matches(name.lower(), _SPELLINGS, n=1, cutoff=0.6)
-        hint = f"did you mean {_SPELLINGS[near[0]]}? " if near else ""
-        raise UserError(
-            f"reward.verifier={name!r} is no verifier: {hint}There are {', '.join(NAMES)}, "
-            "reasoning-gym:TASK, and any function as MODULE:FUNCTION"
-        )
-    module_name, _, function_name = NAMES.get(name, name).partition(":")
-    if os.getcwd() not in sys.path:  # a script's own folder; the console command has none
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        cause = str(error) or type(error).__name__
-        raise UserError(f"reward.verifier={name!r} cannot be imported: {cause}") from error
-    if not callable(function):
-        raise UserError(f"reward.verifier={name!r} is a {type(function).__name__}, no function")
+    function = load_plugin(
+        "reward.verifier", name, NAMES, spellings=_SPELLINGS, forms="reasoning-gym:TASK"
+    )
     if places is not None and name in FINDERS:
         return functools.partial(function, places=places)
     return function
 
 
-_SPELLINGS = {name: name for name in NAMES} | {
+_SPELLINGS = {
     "math": "maths",
     "math-verify": "maths",
     "math_verify": "maths",

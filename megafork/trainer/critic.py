@@ -77,8 +77,10 @@ class Critic(Learner):
         dist.all_reduce(values_R, group=cp)  # each rank has the slots of its own
         return values_R.cpu()
 
-    def judged_update(self, table: TokenTable, scores: Scores, mask_N: Tensor) -> Judged:
-        """The first half of an update on the mini-batch, as of `Policy`.
+    def judged_update(
+        self, table: TokenTable, scores: Scores, mask_N: Tensor, *, step: int = 1
+    ) -> Judged:
+        """Make the first half of an update on the mini-batch, as `Policy` does.
 
         Metrics: the loss over all ranks, rows in it, rows that value clipping decides.
         """

@@ -48,7 +48,7 @@ def check_train(config: TrainConfig, *, resume: bool = False) -> None:
     shape.check(config.model, config.parallel)
     if config.kl.reference is not None:
         shape.check_same_build(config.kl.reference, setting="kl.reference")
-    if config.algorithm.advantages == "gae":
+    if config.algorithm.uses_critic:
         check_critic(config, shape)
     check_length(config, shape)
     end = check_tokenizer(config, shape.vocab_size, chat_template=config.data.chat_template)
@@ -73,7 +73,7 @@ def check_folders(config: TrainConfig, *, may_lack_weights: bool = False) -> lis
     folders = [("model.path", config.model.path, False)]
     if config.kl.reference is not None:
         folders.append(("kl.reference", config.kl.reference, False))
-    if config.algorithm.advantages == "gae" and config.critic.path is not None:
+    if config.algorithm.uses_critic and config.critic.path is not None:
         folders.append(("critic.path", config.critic.path, True))
     from megafork.model.hf_model import check_folder, has_weights
 

@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megafork.algorithms.advantages import group_advantages
-from megafork.config import TrainConfig
+from megafork.algorithms.advantages import check_advantages, group_advantages
+from megafork.config import AlgorithmConfig, TrainConfig
+from megafork.config.algorithm import ADVANTAGES
 from megafork.controller.handle import Batch, Controller
 from megafork.errors import UserError
 from megafork.parallel.topology import Topology
+from megafork.plugins import load_plugin
 from megafork.trainer.policy import Policy
 from megafork.types import TokenTable
 
@@ -56,12 +58,25 @@ def minibatches_of(
         )
     source = controller if policy.topology.is_replica_leader else None
     table = fetch_rows(known, replica_B, batch.step, source, policy.topology)
-    if config.algorithm.advantages != "gae":
-        advantages_B = group_advantages(
-            table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage
-        )
-        table = table.with_columns(advantage_R=advantages_B[table.sample_R])
+    if not config.algorithm.uses_critic:
+        table = with_advantages(table, config.algorithm)
     return [table.take(picked) for picked in samples]
+
+
+def with_advantages(table: TokenTable, algorithm: AlgorithmConfig) -> TokenTable:
+    """Return the table with the advantages of the rows that are here, from all samples' rewards.
+
+    Raises UserError for what a plug-in of `algorithm.advantages` returns in their place.
+    """
+    if algorithm.advantages == "group":
+        advantages_B = group_advantages(
+            table.reward_B, table.group_B, normalize=algorithm.normalize_advantage
+        )
+        return table.with_columns(advantage_R=advantages_B[table.sample_R])
+    function = load_plugin("algorithm.advantages", algorithm.advantages, ADVANTAGES)
+    advantage_R = function(table.reward_B, table.group_B, table)
+    checked_R = check_advantages(algorithm.advantages, advantage_R, table.num_rows)
+    return table.with_columns(advantage_R=checked_R)
 
 
 def fetch_rows(

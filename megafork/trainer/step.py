@@ -42,7 +42,7 @@ def optimize(
     done = Optimized(num_empty=num_all - len(minibatches))
     with clock.measure("score"):
         scored = [score_first(policy, table) for table in minibatches]
-    if policy.reference is not None and (policy.kl.coefficient or _compares(policy, step)):
+    if policy.reference is not None and (policy.needs_reference or _compares(policy, step)):
         with clock.measure("reference"), policy.reference.in_place():
             scored = [score_again(policy, *pair) for pair in zip(minibatches, scored, strict=True)]
     if critic is not None:

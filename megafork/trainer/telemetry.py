@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafork.algorithms.forking import Selection
-from megafork.algorithms.losses import k3_divergence
+from megafork.algorithms.surrogates import k3_divergence
 from megafork.model.scorer import Scores
 from megafork.ops.top_fraction import top_fraction_threshold
 from megafork.parallel.topology import Topology
@@ -28,11 +28,6 @@ _MEANS = (
     "mismatch/large_fraction",
     "lag/kl",
 )
-_CLIPS = {
-    "clip_low": "ratio/clip_low_fraction",
-    "clip_high": "ratio/clip_high_fraction",
-    "clip_dual": "ratio/clip_dual_fraction",
-}
 _COUNTS = {
     "head_rows": "update/head_rows",
     "truncated": "mismatch/truncated_tokens",
@@ -176,18 +171,20 @@ def update_metrics(
 ) -> dict[str, float]:
     """Means over the step's optimizer updates; NaN where none was made.
 
-    ratio/clip_*_fraction are of the rows that have a gradient: selected tokens with an advantage
-    that the mismatch correction does not mask. update/head_rows counts all rows that the head ran
-    on, mismatch/*_tokens the selected tokens with an advantage that the correction changed.
+    The objective's metrics (ratio/clip_*_fraction) are means over the rows that have a gradient:
+    selected tokens with an advantage that the mismatch correction does not mask. update/head_rows
+    counts all rows that the head ran on, mismatch/*_tokens the selected tokens with an advantage
+    that the correction changed.
     terms: of the loss beside the policy's, "kl" and "entropy_bonus".
     """
     count = len(updates) or math.nan
-    total = {name: sum(u[name] for u in updates) for name in (*_CLIPS, *_COUNTS)}
+    of_objective = [name for name in updates[0] if "/" in name] if updates else []
+    total = {name: sum(u[name] for u in updates) for name in (*of_objective, *_COUNTS)}
     gradient_rows = sum(u["gradient_rows"] for u in updates)
     return {
         "loss/policy": sum(u["loss"] for u in updates) / count,
         **{f"loss/{name}": sum(u[name] for u in updates) / count for name in terms},
-        **{metric: total[name] / max(gradient_rows, 1.0) for name, metric in _CLIPS.items()},
+        **{name: total[name] / max(gradient_rows, 1.0) for name in of_objective},
         **{metric: total[name] for name, metric in _COUNTS.items()},
         "ratio/first_update_max_offset": updates[0]["max_ratio_offset"] if updates else math.nan,
         "grad_norm": sum(u["grad_norm"] for u in updates) / count,

@@ -19,7 +19,7 @@ def update_both(
         learners.append((critic, done.critic_updates))
     parts = done.tables[index], done.scores[index], done.masks[index]
     try:
-        judged = [learner.judged_update(*parts) for learner, _ in learners]
+        judged = [learner.judged_update(*parts, step=step) for learner, _ in learners]
     except UpdateRefused as refusal:
         return str(refusal)
     for (learner, updates), update in zip(learners, judged, strict=True):

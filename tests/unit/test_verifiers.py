@@ -85,7 +85,7 @@ def test_exact(response, answer, right):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("math", r"'math' is no verifier: did you mean maths\?"),
+        ("math", r"'math' is unknown: did you mean maths\?"),
         ("Countdow", r"did you mean countdown\?"),
         ("zzzzz", r"There are maths, countdown, exact, reasoning-gym:TASK, and any function"),
         ("nowhere:f", r"'nowhere:f' cannot be imported: No module named 'nowhere'"),

@@ -356,7 +356,9 @@ def test_a_reference_of_another_shape_is_refused(tmp_path):
 @pytest.mark.parametrize("select", ["random", "all"])
 def test_a_selection_without_entropies_is_not_compared(select):
     overrides = ["forking.compare_every=5", f"forking.select={select}"]
-    with pytest.raises(UserError, match=rf"select={select} looks at none: set it to 0 or select"):
+    with pytest.raises(
+        UserError, match=rf"select={select} does not select by them: set it to 0 or select"
+    ):
         load_config(TrainConfig, QUICKSTART / "config.toml", overrides)
 
 
