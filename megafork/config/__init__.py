@@ -29,7 +29,12 @@ from megafork.config.reference import EntropyBonusConfig, KLConfig
 from megafork.config.rollout import EvalConfig, RewardConfig, RolloutConfig, SyncConfig
 from megafork.config.section import Positive, PositiveFloat, Section
 from megafork.config.server import ServerConfig
-from megafork.config.training import CheckpointConfig, RunConfig, TrainingConfig
+from megafork.config.training import (
+    CheckpointConfig,
+    LoggingConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from megafork.errors import UserError
 from megafork.plugins import find_plugin
 
@@ -46,6 +51,7 @@ __all__ = [
     "GenerateConfig",
     "GenerationConfig",
     "KLConfig",
+    "LoggingConfig",
     "MismatchConfig",
     "ModelConfig",
     "ParallelConfig",
@@ -83,6 +89,7 @@ class TrainConfig(Section):
     sync: SyncConfig = SyncConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     def check(self) -> None:
         """Cross-field rules that need no file of the model's. Raises UserError."""
@@ -117,8 +124,13 @@ class TrainConfig(Section):
         find_plugin("algorithm.objective", self.algorithm.objective, OBJECTIVES)
         find_plugin("algorithm.advantages", self.algorithm.advantages, ADVANTAGES)
         find_plugin("forking.select", self.forking.select, SELECTIONS)
-        for name in self.algorithm.credit:
-            find_plugin("algorithm.credit", name, {})
+        for setting, names in (
+            ("algorithm.credit", self.algorithm.credit),
+            ("logging.writers", self.logging.writers),
+            ("data.reader", [] if self.data.reader is None else [self.data.reader]),
+        ):
+            for name in names:
+                find_plugin(setting, name, {})
         if self.algorithm.advantages not in ADVANTAGES and not self.algorithm.normalize_advantage:
             raise UserError(
                 "algorithm.normalize_advantage=false has no meaning for algorithm.advantages="

@@ -41,6 +41,11 @@ class PromptConfig(Section):
         None, description="handed to a chat template that knows it (Qwen3); unset: its own default"
     )
     max_prompt_tokens: Positive = Field(1024, description="longer prompts are an error")
+    reader: str | None = Field(
+        None,
+        description="MODULE:FUNCTION that gives a file's rows as dicts, (path) -> rows; unset: by "
+        "the kind of the file",
+    )
 
     @field_validator("template")
     @classmethod

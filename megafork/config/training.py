@@ -35,6 +35,13 @@ class TrainingConfig(Section):
     seed: int = Field(0, description="seed of mini-batches and of random selection")
 
 
+class LoggingConfig(Section):
+    writers: list[str] = Field(
+        [],
+        description="where the metrics of each step go beside metrics.jsonl, each as MODULE:CLASS",
+    )
+
+
 class CheckpointConfig(Section):
     every: NonNegative = Field(
         10, description="steps between checkpoints that a run resumes from (0: after the last only)"

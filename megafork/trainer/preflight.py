@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from megafork.config import ScoreConfig, TrainConfig
+from megafork.config.algorithm import ADVANTAGES, OBJECTIVES, SELECTIONS
 from megafork.data.prompts import read_both
 from megafork.data.tokenizer import check_tokenizer
 from megafork.data.unchanged import check_unchanged, identity
@@ -16,8 +17,10 @@ from megafork.disk import refuse_links
 from megafork.errors import UserError
 from megafork.launch import tells, under_torchrun
 from megafork.lock import refuse_held
+from megafork.logging.writers import load_writers
 from megafork.model.hf_config import read_json
 from megafork.model.shape import ModelShape
+from megafork.plugins import load_plugin
 from megafork.rewards.names import check_answers, check_verifiers
 from megafork.rollout.ends import check_ends
 from megafork.rollout.engine import check_server
@@ -58,10 +61,27 @@ def check_train(config: TrainConfig, *, resume: bool = False) -> None:
     if resume:
         check_unchanged(Path(config.run.dir), config.data, identity(config.data, *rows))
     check_verifiers(config.reward.verifiers)
+    check_plugins(config)
     check_server(config.rollout)
     check_ends(config, shape, end, tell=tells())
     if tells():
         _tell_ignored_sampling(Path(config.model.path))
+
+
+def check_plugins(config: TrainConfig) -> None:
+    """Raise UserError for a plug-in of the training that cannot be loaded.
+
+    Built-in ones are not loaded: they take torch to import.
+    """
+    algorithm, select = config.algorithm, config.forking.select
+    named = [("algorithm.objective", algorithm.objective, OBJECTIVES)]
+    named += [("algorithm.advantages", algorithm.advantages, ADVANTAGES)]
+    named += [("forking.select", select, SELECTIONS)]
+    named += [("algorithm.credit", name, {}) for name in algorithm.credit]
+    for setting, name, built_ins in named:
+        if name not in built_ins:
+            load_plugin(setting, name, built_ins)
+    load_writers(config.logging.writers)
 
 
 def check_folders(config: TrainConfig, *, may_lack_weights: bool = False) -> list[str]:
