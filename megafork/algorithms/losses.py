@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafork.algorithms.mismatch import importance_weights, sums_of_sequences
-from megafork.algorithms.objectives import LossInputs, Objective, Rows
+from megafork.algorithms.objectives import LossInputs, Objective, Rows, load_objective
 from megafork.algorithms.surrogates import token_ratio
 from megafork.errors import UserError
 from megafork.types import TokenTable
@@ -53,30 +53,36 @@ class LossRows:
         return LossRows(*(getattr(self, field.name)[self.needed_N] for field in fields(self)))
 
 
+@dataclass(frozen=True)
+class LossSettings:
+    """The sections of the config that a loss is made by."""
+
+    algorithm: AlgorithmConfig
+    mismatch: MismatchConfig
+    kl: KLConfig
+    entropy_bonus: EntropyBonusConfig
+
+
 def loss_rows(
     table: TokenTable,
     rows_N: Tensor,
     old_logprobs_N: Tensor,
     mask_N: Tensor,
-    algorithm: AlgorithmConfig,
-    mismatch: MismatchConfig,
-    kl: KLConfig,
-    entropy_bonus: EntropyBonusConfig,
+    settings: LossSettings,
     *,
     device: torch.device,
-    needs: Rows = "gradient",
-    credit_N: Tensor | None = None,
+    credit_N: Tensor | float = 1.0,
     ref_logprobs_N: Tensor | None = None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> LossRows:
     """Return the columns of one rank's rows of a mini-batch, on `device`.
 
-    mask_N: the forking mask. needs: the rows that the objective asks for. credit_N: float32, a
-    weight for each row; None: 1. ref_logprobs_N: needed where kl has a coefficient. cp_group: the
-    ranks that share each sequence, which all call this together; None: each sequence is whole on
-    its rank.
+    mask_N: the forking mask. credit_N: float32 on `device`, a weight for each row.
+    ref_logprobs_N: needed where kl has a coefficient. cp_group: the ranks that share each sequence,
+    which all call this together; None: each sequence is whole on its rank.
     """
-    assert ref_logprobs_N is not None or not kl.coefficient, "the reference has not scored"
+    assert ref_logprobs_N is not None or not settings.kl.coefficient, "no reference has scored"
+    _, needs = load_objective(settings.algorithm.objective)
     sequence_N = table.sample_R[rows_N].to(device)
     advantages_N = table.advantage_R[rows_N].to(device)
     loss_mask_N = table.loss_mask_R[rows_N].to(device)
@@ -88,27 +94,24 @@ def loss_rows(
         rollout_logprobs_N,
         loss_mask_N,
         sequence_N,
-        mismatch,
+        settings.mismatch,
         num_sequences=table.num_samples,
         cp_group=cp_group,
     )
-    selected_N = mask_N if needs == "all" else mask_N & (advantages_N != 0)
-    weight_N = weights.weight_T
-    if credit_N is not None:
-        credit_N = credit_N.to(device)
-        selected_N, weight_N = selected_N & (credit_N != 0), weight_N * credit_N
+    selected_N = mask_N & (credit_N != 0) & ((advantages_N != 0) | (needs == "all"))
     gradient_N = selected_N & ~weights.masked_T
-    per_sequence = algorithm.denominator == "sequence_tokens"
+    per_sequence = settings.algorithm.denominator == "sequence_tokens"
     divisor_N = num_tokens_N.clamp(min=1) if per_sequence else torch.ones_like(num_tokens_N)
     of_kl_N, of_entropy_N = (
-        _weight_of_term(term, 1 / divisor_N, loss_mask_N, mask_N) for term in (kl, entropy_bonus)
+        _weight_of_term(term, 1 / divisor_N, loss_mask_N, mask_N)
+        for term in (settings.kl, settings.entropy_bonus)
     )
     needed_N = needed_rows(gradient_N, loss_mask_N, sequence_N, needs, table.num_samples, cp_group)
     return LossRows(
         old_logprobs_N=old_logprobs_N,
         rollout_logprobs_N=rollout_logprobs_N,
         advantages_N=advantages_N,
-        weight_N=weight_N / divisor_N,
+        weight_N=weights.weight_T * credit_N / divisor_N,
         sequence_N=sequence_N,
         num_tokens_N=num_tokens_N,
         gradient_N=gradient_N,

@@ -248,7 +248,7 @@ class Policy(Scorer, Learner):
         """
         if not self.topology.is_last_stage:
             return scores.packs, {}
-        credit_N = None
+        credit_N: Tensor | float = 1.0
         if self._credit:
             tokens = self._tokens([table], [scores])
             credit_N = self._from_first_tp_rank(credit_weights(self._credit, tokens, step=step))
@@ -257,12 +257,8 @@ class Policy(Scorer, Learner):
             scores.rows_N,
             self._old_logprobs(table, scores),
             mask_N,
-            self.algorithm,
-            self.mismatch,
-            self.kl,
-            self.entropy_bonus,
+            losses.LossSettings(self.algorithm, self.mismatch, self.kl, self.entropy_bonus),
             device=self.topology.device,
-            needs=load_objective(self.algorithm.objective)[1],
             credit_N=credit_N,
             ref_logprobs_N=scores.reference.old_logprobs_N if scores.reference else None,
             cp_group=self._cp_group,

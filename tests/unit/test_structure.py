@@ -29,7 +29,8 @@ FLOORS = [
         "printable",
         "exits",
         "rendezvous",
-        "__init__",
+        "plugins",
+        "extras",
     },
     {"parallel"},
     {"ops"},
@@ -40,6 +41,7 @@ FLOORS = [
     {"controller"},
     {"trainer"},
     {"train"},
+    {"__init__"},
     {"planning"},
     {"scoring", "doctor", "cluster"},
     {"analysis"},
@@ -47,6 +49,9 @@ FLOORS = [
     {"__main__"},
 ]
 LIGHT = [
+    "__init__",
+    "plugins",
+    "extras",
     "config",
     "data.chat_template",
     "data.hf_tokenizer",
