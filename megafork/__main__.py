@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from megafork.errors import USER_ERROR
-from megafork.extras import extra_with
+from megafork.system.extras import extra_with
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ RLOO (arXiv 2402.14740).
 import torch
 from torch import Tensor
 
-from megafork.types import TokenTable
+from megafork.data.token_table import TokenTable
 
 
 def leave_one_out(rewards_B: Tensor, group_B: Tensor, table: TokenTable) -> Tensor:

@@ -5,7 +5,7 @@ megafork train config.toml 'algorithm.credit=["credit:by_entropy", "credit:early
 
 from torch import Tensor
 
-from megafork.algorithms.tokens import Tokens
+from megafork.algorithms.rules import Tokens
 
 
 def by_entropy(tokens: Tokens, step: int) -> Tensor:

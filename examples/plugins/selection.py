@@ -7,7 +7,7 @@ A rule gives a score; the top rho by score is taken exactly, over all ranks.
 
 from torch import Tensor
 
-from megafork.algorithms.tokens import Tokens, needs
+from megafork.algorithms.rules import Tokens, needs
 
 
 @needs("logprobs")

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megafork.data.token_table import hash64
 from megafork.ops.top_fraction import largest_keys, top_fraction_threshold, top_k
-from megafork.types import hash64
 
 if TYPE_CHECKING:
     from megafork.config import ForkingConfig

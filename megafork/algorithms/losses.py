@@ -12,8 +12,8 @@ from torch import Tensor
 from megafork.algorithms.mismatch import importance_weights, sums_of_sequences
 from megafork.algorithms.objectives import LossInputs, Objective, Rows, load_objective
 from megafork.algorithms.surrogates import token_ratio
+from megafork.data.token_table import TokenTable
 from megafork.errors import UserError
-from megafork.types import TokenTable
 
 if TYPE_CHECKING:
     from megafork.config import AlgorithmConfig, EntropyBonusConfig, KLConfig, MismatchConfig

@@ -29,9 +29,9 @@ from megafork.algorithms.surrogates import (
     clipped_weight_surrogate,
     token_ratio,
 )
-from megafork.config.algorithm import OBJECTIVES
+from megafork.config.learning import OBJECTIVES
 from megafork.errors import UserError
-from megafork.plugins import load_plugin
+from megafork.system.plugins import load_plugin
 
 Rows = Literal["gradient", "sequence", "all"]
 """The rows whose log-probability an objective needs: those that carry a gradient; all loss tokens

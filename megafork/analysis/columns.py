@@ -21,9 +21,9 @@ from typing import Annotated, Any, BinaryIO
 import msgspec
 import numpy
 
-from megafork.disk import naming
 from megafork.errors import UserError
-from megafork.parsing import parse_json
+from megafork.system.disk import naming
+from megafork.system.parsing import parse_json
 
 BLOCK_TOKENS = 1 << 20
 _BLOCK_ROWS = 1 << 16

@@ -12,10 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from megafork.disk import naming
 from megafork.errors import UserError
-from megafork.interruption import ended_by_signals
-from megafork.printable import as_cell
+from megafork.system.disk import naming
+from megafork.system.printable import as_cell
+from megafork.system.signals import ended_by_signals
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 """Okabe and Ito's colours, which colour-blind readers tell apart."""

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megafork import launch
 from megafork.analysis.columns import Columns, read_scored
 from megafork.analysis.entropy import entropy_statistics, write_entropy
 from megafork.analysis.from_run import generate_settings, score_settings, verifier_settings
@@ -26,14 +25,15 @@ from megafork.analysis.paired_output import write_change, write_overlap
 from megafork.analysis.pairs import Scope, entropy_change, overlap
 from megafork.analysis.tokens import rank_tokens, write_tokens
 from megafork.analysis.training import training_table, write_training
+from megafork.cluster import launch
 from megafork.config import ScoreConfig, TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
-from megafork.disk import naming
 from megafork.errors import USER_ERROR, PeerError, UserError
-from megafork.interruption import ended_by_signals
 from megafork.model.hf_model import check_folder
 from megafork.rollout.journal import journalled_steps, journals_of, read_step
+from megafork.system.disk import naming
+from megafork.system.signals import ended_by_signals
 
 ROLLOUTS, GENERATE = "rollouts", "generate"
 INITIAL, FINAL = "initial", "final"

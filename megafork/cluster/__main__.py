@@ -13,13 +13,13 @@ from typing import Annotated
 
 import typer
 
-from megafork.cluster.guard import Guard, Work
-from megafork.cluster.head import End, Head
-from megafork.cluster.plan import Failure, Plan
+from megafork.cluster.coordinator import End, Head
+from megafork.cluster.launch import Machines
+from megafork.cluster.node_launcher import Guard, Work
+from megafork.cluster.nodes import Failure, Plan
 from megafork.config import TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.errors import USER_ERROR, UserError
-from megafork.launch import Machines
 from megafork.rollout.placement import visible_gpus
 
 _SERVER_RESTARTS = 3

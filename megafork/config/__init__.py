@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megafork.config.algorithm import (
+from megafork.config.learning import (
     ADVANTAGES,
     CLIPS,
     LARGEST_OF_SEQUENCES,
@@ -18,25 +18,37 @@ from megafork.config.algorithm import (
     SELECTIONS,
     SMALLEST_OF_TOKENS,
     AlgorithmConfig,
-    ForkingConfig,
-    MismatchConfig,
-)
-from megafork.config.critic import CriticConfig
-from megafork.config.data import BenchmarkConfig, DataConfig, PromptConfig
-from megafork.config.evaluate import EvaluateConfig, GenerateConfig, GenerationConfig
-from megafork.config.model import ModelConfig, ParallelConfig, TokenizerConfig
-from megafork.config.reference import EntropyBonusConfig, KLConfig
-from megafork.config.rollout import EvalConfig, RewardConfig, RolloutConfig, SyncConfig
-from megafork.config.section import Positive, PositiveFloat, Section
-from megafork.config.server import ServerConfig
-from megafork.config.training import (
     CheckpointConfig,
+    CriticConfig,
+    EntropyBonusConfig,
+    ForkingConfig,
+    KLConfig,
     LoggingConfig,
+    MismatchConfig,
+    ModelConfig,
+    ParallelConfig,
+    Positive,
+    PositiveFloat,
     RunConfig,
+    Section,
+    TokenizerConfig,
     TrainingConfig,
 )
+from megafork.config.rollouts import (
+    BenchmarkConfig,
+    DataConfig,
+    EvalConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    GenerationConfig,
+    PromptConfig,
+    RewardConfig,
+    RolloutConfig,
+    ServerConfig,
+    SyncConfig,
+)
 from megafork.errors import UserError
-from megafork.plugins import find_plugin
+from megafork.system.plugins import find_plugin
 
 __all__ = [
     "AlgorithmConfig",

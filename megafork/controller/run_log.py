@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megafork.config import TrainConfig
+from megafork.data.sample import Group
 from megafork.data.tokenizer import Tokenizer
 from megafork.logging.figure import draw_curves
 from megafork.logging.metrics import MetricsLog, read_rows
 from megafork.logging.writers import Writers
 from megafork.rollout.journal import SUFFIX, Journal
 from megafork.rollout.tally import Tally, tell_regularly
-from megafork.sample import Group
 
 SKIPPED = "skipped"
 """Folder of a run: groups of mini-batches without an update"""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megafork.config import PromptConfig
-from megafork.config.data import PLACEHOLDER, DataConfig
+from megafork.config.rollouts import PLACEHOLDER, DataConfig
 from megafork.data.tables import Number, look_up, read_table, read_with
 from megafork.data.tokenizer import Tokenizer, Turns
 from megafork.errors import UserError

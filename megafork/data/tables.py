@@ -10,8 +10,8 @@ from typing import Any
 import numpy
 
 from megafork.errors import UserError
-from megafork.parsing import parse_json
-from megafork.plugins import load_plugin
+from megafork.system.parsing import parse_json
+from megafork.system.plugins import load_plugin
 
 HUB = "hf:"
 _BATCH_ROWS = 1024

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megafork.plugins import load_plugin
+from megafork.system.plugins import load_plugin
 
 SETTING = "logging.writers"
 

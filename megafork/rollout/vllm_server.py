@@ -26,7 +26,7 @@ from megafork.rollout.client import RolloutClient
 from megafork.rollout.supervisor import FOLDER, GRACE_S
 
 _PLUGINS = "megafork.vllm_plugin.routes"
-_TWO_TEMPERATURES = "megafork.vllm_plugin.temperatures:TwoTemperatureProcessor"
+_TWO_TEMPERATURES = "megafork.vllm_plugin.two_temperatures:TwoTemperatureProcessor"
 _UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 # torchrun's variables would make vLLM's workers join the trainer's rendezvous.
@@ -226,7 +226,7 @@ class VllmServer:
             options["gpu-memory-utilization"] = self.gpu_memory_utilization
             if self.sleeps:
                 flags.append("enable-sleep-mode")
-        command = [self.python, "-m", "megafork.vllm_plugin.cli", str(self.model_path)]
+        command = [self.python, "-m", "megafork.vllm_plugin.serve", str(self.model_path)]
         for name, value in options.items():
             command += [f"--{name}", str(value)]
         return [*command, *(f"--{flag}" for flag in flags)]

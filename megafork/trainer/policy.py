@@ -12,14 +12,14 @@ from torch import Tensor
 
 from megafork.algorithms import forking, losses, regularizers
 from megafork.algorithms.objectives import load_objective
-from megafork.algorithms.tokens import LoadedRule, Tokens, credit_weights, load_rule
+from megafork.algorithms.rules import LoadedRule, Tokens, credit_weights, load_rule
 from megafork.config import TrainConfig
 from megafork.data.packing import Pack
+from megafork.data.token_table import TokenTable
 from megafork.model.scorer import Scorer, Scores
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
 from megafork.trainer.learner import Judged, Learner
 from megafork.trainer.reference import Reference
-from megafork.types import TokenTable
 
 BOUNDARY_EPS = {"float32": 1e-5, "bfloat16": 1e-1}
 """Nats by which entropies move between layouts: all in float32, 99% in bfloat16 (docs/numerics.md).
@@ -38,12 +38,12 @@ _SUMS = (
 class Policy(Scorer, Learner):
     """A Scorer that learns, with the weights of model.path."""
 
-    def __init__(self, config: TrainConfig, topology: Topology) -> None:
+    def __init__(self, config: TrainConfig, mesh: Mesh) -> None:
         """Collective."""
         super().__init__(
             config.model,
             config.parallel,
-            topology,
+            mesh,
             micro_batch_tokens=config.training.micro_batch_tokens,
             temperature=config.rollout.temperature,
             entropy_temperature=config.forking.entropy_temperature,
@@ -71,7 +71,7 @@ class Policy(Scorer, Learner):
         Masks are bool and aligned with the scores' rows. Only the last stage has anything to
         select; the others get empty masks and no Selection.
         """
-        if not self.topology.is_last_stage:
+        if not self.mesh.is_last_stage:
             return [torch.zeros(0, dtype=torch.bool) for _ in tables], None
         tokens = self._tokens(tables, scores)
         selection = forking.select_tokens(
@@ -94,7 +94,7 @@ class Policy(Scorer, Learner):
 
     def _tokens(self, tables: Sequence[TokenTable], scores: Sequence[Scores]) -> Tokens:
         """Return the tokens of the tables that this rank of the last stage has, on the device."""
-        device = self.topology.device
+        device = self.mesh.device
         pairs = list(zip(tables, scores, strict=True))
         starts = list(itertools.accumulate((t.num_samples for t in tables), initial=0))
         sample_N = [t.sample_R[s.rows_N] for t, s in pairs]
@@ -116,12 +116,12 @@ class Policy(Scorer, Learner):
             reward_T=joined(t.reward_B[b] for t, b in zip(tables, sample_N, strict=True)),
             sequence_T=joined(start + b for start, b in zip(starts, sample_N, strict=False)),
             num_sequences=starts[-1],
-            groups=(self.topology.groups.dp_cp,),
+            groups=(self.mesh.groups.dp_cp,),
         )
 
     def _from_first_tp_rank(self, values_T: Tensor) -> Tensor:
         """Return the first tensor-parallel rank's values, on all of them."""
-        tp_group = self.topology.groups.tp
+        tp_group = self.mesh.groups.tp
         dist.broadcast(values_T, src=dist.get_global_rank(tp_group, 0), group=tp_group)
         return values_T
 
@@ -182,7 +182,7 @@ class Policy(Scorer, Learner):
         Raises UpdateRefused, on all ranks, for a NaN, an infinity or a spike (see `UpdateGuard`).
         """
         reports = self.accumulate_gradients(table, scores, mask_N, step=step)
-        metrics = self._reduce(reports) if self.topology.is_last_stage else {}
+        metrics = self._reduce(reports) if self.mesh.is_last_stage else {}
         loss = ("loss", "kl", "entropy_bonus")
         return self.judge(metrics, num_tokens=table.num_loss_tokens, loss=loss)
 
@@ -190,7 +190,7 @@ class Policy(Scorer, Learner):
         self, table: TokenTable, scores: Scores, mask_N: Tensor, *, step: int = 1
     ) -> list[dict[str, Any]]:
         """Forward and backward over the table's packs; gradients end up reduced over all ranks."""
-        if self.topology.is_last_stage:
+        if self.mesh.is_last_stage:
             assert not table.advantage_R.isnan().any(), "advantages were not computed"
         packs, rows_of = self._needed_rows(table, scores, mask_N, step)
         objective, _ = load_objective(self.algorithm.objective)
@@ -246,7 +246,7 @@ class Policy(Scorer, Learner):
         of the pack's selected tokens the mismatch correction has truncated and masked. Before the
         last stage there is no head and the packs stay as they are.
         """
-        if not self.topology.is_last_stage:
+        if not self.mesh.is_last_stage:
             return scores.packs, {}
         credit_N: Tensor | float = 1.0
         if self._credit:
@@ -258,7 +258,7 @@ class Policy(Scorer, Learner):
             self._old_logprobs(table, scores),
             mask_N,
             losses.LossSettings(self.algorithm, self.mismatch, self.kl, self.entropy_bonus),
-            device=self.topology.device,
+            device=self.mesh.device,
             credit_N=credit_N,
             ref_logprobs_N=scores.reference.old_logprobs_N if scores.reference else None,
             cp_group=self._cp_group,
@@ -274,7 +274,7 @@ class Policy(Scorer, Learner):
     @property
     def _cp_group(self) -> dist.ProcessGroup | None:
         """The ranks that share each sequence; None where each is whole on its rank."""
-        return self.topology.groups.cp if self.topology.cp_size > 1 else None
+        return self.mesh.groups.cp if self.mesh.cp_size > 1 else None
 
     @property
     def terms(self) -> list[str]:
@@ -289,7 +289,7 @@ class Policy(Scorer, Learner):
             of_objective = [torch.stack(list(report["metrics"].values())) for report in reports]
             sums = torch.cat([sums, torch.stack(of_objective).sum(0)])
         offset = torch.stack([report["max_ratio_offset"] for report in reports]).max()
-        group = self.topology.groups.dp_cp
+        group = self.mesh.groups.dp_cp
         dist.all_reduce(sums, group=group)
         dist.all_reduce(offset, op=dist.ReduceOp.MAX, group=group)
         totals = dict(zip((*_SUMS, *names), sums.tolist(), strict=True))

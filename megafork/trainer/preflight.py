@@ -8,23 +8,23 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from megafork.cluster.launch import tells, under_torchrun
 from megafork.config import ScoreConfig, TrainConfig
-from megafork.config.algorithm import ADVANTAGES, OBJECTIVES, SELECTIONS
+from megafork.config.learning import ADVANTAGES, OBJECTIVES, SELECTIONS
 from megafork.data.prompts import read_both
 from megafork.data.tokenizer import check_tokenizer
 from megafork.data.unchanged import check_unchanged, identity
-from megafork.disk import refuse_links
 from megafork.errors import UserError
-from megafork.launch import tells, under_torchrun
-from megafork.lock import refuse_held
 from megafork.logging.writers import load_writers
 from megafork.model.hf_config import read_json
 from megafork.model.shape import ModelShape
-from megafork.plugins import load_plugin
-from megafork.rewards.names import check_answers, check_verifiers
 from megafork.rollout.ends import check_ends
 from megafork.rollout.engine import check_server
+from megafork.system.disk import refuse_links
+from megafork.system.lock import refuse_held
+from megafork.system.plugins import load_plugin
 from megafork.trainer.run_dir import refuse_other_run
+from megafork.verifiers.names import check_answers, check_verifiers
 
 _TRUNCATING = {"top_k": (None, 0, -1), "top_p": (None, 1, 1.0), "min_p": (None, 0, 0.0)}
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from megafork.data.token_table import TokenTable
 from megafork.model.scorer import Scores
 from megafork.trainer.clock import Clock
 from megafork.trainer.critic import Critic, estimate_advantages
@@ -14,7 +15,6 @@ from megafork.trainer.outcome import Optimized, Skipped
 from megafork.trainer.policy import Policy
 from megafork.trainer.scores import score, score_again, score_first
 from megafork.trainer.update import update_both
-from megafork.types import TokenTable
 
 
 def optimize(

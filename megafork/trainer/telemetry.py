@@ -11,11 +11,11 @@ from torch import Tensor
 
 from megafork.algorithms.forking import Selection
 from megafork.algorithms.surrogates import k3_divergence
+from megafork.data.token_table import TokenTable
 from megafork.model.scorer import Scores
 from megafork.ops.top_fraction import top_fraction_threshold
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
 from megafork.trainer.outcome import Optimized
-from megafork.types import TokenTable
 
 _PERCENTILES = {"entropy/p50": 0.5, "entropy/p80": 0.2, "entropy/p95": 0.05}
 _MEANS = (
@@ -51,7 +51,7 @@ def token_metrics(
     *,
     policy_version: int,
     large_difference: float,
-    topology: Topology,
+    mesh: Mesh,
 ) -> dict[str, float]:
     """Entropy, selection and mismatch of a rollout batch. Last stage only, all its ranks together.
 
@@ -90,17 +90,17 @@ def token_metrics(
         (difference > large_difference, fresh),
         (k3_divergence(old_logprobs, rollout_logprobs), known & ~fresh),
     )
-    metrics = dict(zip(_MEANS, _means(pairs, topology), strict=True))
-    metrics[_LARGEST] = _largest(difference[fresh], topology)
+    metrics = dict(zip(_MEANS, _means(pairs, mesh), strict=True))
+    metrics[_LARGEST] = _largest(difference[fresh], mesh)
     if has_entropies:
-        metrics |= _percentiles(entropy, in_loss, topology)
+        metrics |= _percentiles(entropy, in_loss, mesh)
     else:
         metrics |= dict.fromkeys(_PERCENTILES, math.nan)
     return metrics | _selection_metrics(selections)
 
 
-def _percentiles(entropy: Tensor, in_loss: Tensor, topology: Topology) -> dict[str, float]:
-    device, groups = topology.device, (topology.groups.dp_cp,)
+def _percentiles(entropy: Tensor, in_loss: Tensor, mesh: Mesh) -> dict[str, float]:
+    device, groups = mesh.device, (mesh.groups.dp_cp,)
     values, mask = entropy.to(device), in_loss.to(device)
     return {
         name: float(top_fraction_threshold(values, mask, fraction, groups=groups).threshold)
@@ -108,7 +108,7 @@ def _percentiles(entropy: Tensor, in_loss: Tensor, topology: Topology) -> dict[s
     }
 
 
-def reference_metrics(done: Optimized, kl_tokens: str, topology: Topology) -> dict[str, float]:
+def reference_metrics(done: Optimized, kl_tokens: str, mesh: Mesh) -> dict[str, float]:
     """What the reference policy says of a rollout batch; nothing where it has not scored it.
 
     kl/reference: mean k3 estimate of KL(pi_old || ref), whatever kl.estimator is, over the tokens
@@ -128,7 +128,7 @@ def reference_metrics(done: Optimized, kl_tokens: str, topology: Topology) -> di
         pairs["kl/reference"] = (k3_divergence(theirs, ours), reach)
     if done.reference_masks:
         pairs["forking/overlap_initial"] = (torch.cat(done.reference_masks), torch.cat(done.masks))
-    return dict(zip(pairs, _means(list(pairs.values()), topology), strict=True)) if pairs else {}
+    return dict(zip(pairs, _means(list(pairs.values()), mesh), strict=True)) if pairs else {}
 
 
 def _known(scores: Sequence[Scores]) -> Tensor:
@@ -136,21 +136,21 @@ def _known(scores: Sequence[Scores]) -> Tensor:
     return torch.cat([torch.full((len(s.rows_N),), s.has_logprobs) for s in scores])
 
 
-def _means(pairs: Sequence[tuple[Tensor, Tensor]], topology: Topology) -> list[float]:
+def _means(pairs: Sequence[tuple[Tensor, Tensor]], mesh: Mesh) -> list[float]:
     """Of each (values, mask) over all ranks; a mean of nothing is NaN, which is written as null."""
     sums = [
         torch.stack([torch.where(mask, values, 0.0).double().sum(), mask.double().sum()])
         for values, mask in pairs
     ]
-    totals = torch.stack(sums).to(topology.device)
-    dist.all_reduce(totals, group=topology.groups.dp_cp)
+    totals = torch.stack(sums).to(mesh.device)
+    dist.all_reduce(totals, group=mesh.groups.dp_cp)
     return [value / count if count else math.nan for value, count in totals.tolist()]
 
 
-def _largest(values: Tensor, topology: Topology) -> float:
+def _largest(values: Tensor, mesh: Mesh) -> float:
     """Of absolute values over all ranks, some of which may have none."""
-    largest = torch.cat([values, values.new_tensor([-1.0])]).max().to(topology.device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=topology.groups.dp_cp)
+    largest = torch.cat([values, values.new_tensor([-1.0])]).max().to(mesh.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.groups.dp_cp)
     return float(largest) if largest >= 0 else math.nan
 
 

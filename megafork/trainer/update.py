@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from megafork.trainer.critic import Critic
-from megafork.trainer.guard import UpdateRefused
 from megafork.trainer.outcome import Optimized
 from megafork.trainer.policy import Policy
+from megafork.trainer.update_guard import UpdateRefused
 
 
 def update_both(

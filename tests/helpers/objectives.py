@@ -220,7 +220,7 @@ def every_case(folder, layout, settings, rollout_logprobs, expected, mutate=None
         "rows": scores.rows_N,
         "mask": mask,
         "packs": len(scores.packs),
-        "place": (policy.topology.dp_rank, policy.topology.cp_rank),
+        "place": (policy.mesh.dp_rank, policy.mesh.cp_rank),
         "cases": found,
     }
 

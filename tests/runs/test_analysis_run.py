@@ -16,10 +16,10 @@ from megafork.analysis.glyphs import Font
 from megafork.analysis.run import RunAnalysis, analyze_run, write_rollouts
 from megafork.checkpoint.convert import hf_to_megatron
 from megafork.config import ScoreConfig, TrainConfig
-from megafork.config.file import load_config, save_config
+from megafork.config.load import load_config, save_config
+from megafork.data.sample import Group, Sample
 from megafork.errors import UserError
 from megafork.rollout.journal import Journal
-from megafork.sample import Group, Sample
 from tests.helpers.commands import QUICKSTART, lines, megafork
 
 PROMPT = [10, 21, 6, 21, 8, 19, 8, 12]

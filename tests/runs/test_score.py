@@ -8,7 +8,7 @@ import resource
 import pytest
 import torch
 
-import megafork.scoring
+import megafork.evaluation.scoring
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART, lines, megafork
 

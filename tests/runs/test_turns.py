@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file
 
 from megafork.config import TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.errors import UserError
-from megafork.interruption import INTERRUPTED
+from megafork.system.signals import INTERRUPTED
 from megafork.trainer.clock import Clock
 from megafork.trainer.push import WeightSync
 from tests.helpers import reference
@@ -68,12 +68,12 @@ CASES = {
 
 def orders(folder, critic_folder):
     policy = make_policy(folder, {})
-    critic = make_critic(critic_folder, {}, policy.topology)
+    critic = make_critic(critic_folder, {}, policy.mesh)
     in_turns = learner_config(folder, rollout={"placement": "colocated"})
     found = {}
     for name, answers in CASES.items():
         record = Recorder(policy, critic, list(answers))
-        sync = WeightSync(in_turns, policy, policy.topology, record, [policy, critic])
+        sync = WeightSync(in_turns, policy, policy.mesh, record, [policy, critic])
         record.note(sync.push(1))
         sync.take_back()
         record.note("train")
@@ -85,7 +85,7 @@ def orders(folder, critic_folder):
     with pytest.raises(AssertionError, match=r"onload\(\) comes first"):
         policy.export_shards()
     sync.take_back()
-    apart = WeightSync(learner_config(folder), policy, policy.topology, record, [policy, critic])
+    apart = WeightSync(learner_config(folder), policy, policy.mesh, record, [policy, critic])
     record.answers, record.events = [SEND, DONE], []
     apart.push(1)
     found["disaggregated"] = record.events
@@ -135,13 +135,13 @@ def times_of_a_late_rank(folder):
     offload, away, servers = policy.offload, [], Servers()
 
     def late(**parts):
-        time.sleep(0.5 * policy.topology.rank)
+        time.sleep(0.5 * policy.mesh.rank)
         offload(**parts)
         away.append(time.monotonic())
 
     policy.offload = late
-    with controller(policy.topology, PushingTo(servers, colocated=True)) as handle:
-        sync = WeightSync(in_turns, policy, policy.topology, handle, [policy])
+    with controller(policy.mesh, PushingTo(servers, colocated=True)) as handle:
+        sync = WeightSync(in_turns, policy, policy.mesh, handle, [policy])
         assert sync.push(1)
     return away, servers.wakings
 

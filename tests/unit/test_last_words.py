@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from megafork import exits, last_words, launch
+from megafork.cluster import exits, launch
 from megafork.controller.handle import Controller
 from megafork.errors import USER_ERROR, PeerError, UserError
-from megafork.interruption import INTERRUPTED
 from megafork.rollout.messages import Silent
+from megafork.system import failure_file
+from megafork.system.signals import INTERRUPTED
 
 KILL, TERM, ABORT = -signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT
 
@@ -43,9 +44,9 @@ def told_first(tmp_path, monkeypatch, ranks, unseen=None):
     for rank, what in enumerate(ranks):
         path, status, ended = tmp_path / f"{rank}.json", USER_ERROR, what[-1]
         if isinstance(what[0], str):
-            monkeypatch.setenv(last_words.VARIABLE, str(path))
-            monkeypatch.setattr(last_words.time, "time", lambda ended=ended: ended)
-            assert last_words.leave(what[0], status=USER_ERROR, own=what[1])
+            monkeypatch.setenv(failure_file.VARIABLE, str(path))
+            monkeypatch.setattr(failure_file.time, "time", lambda ended=ended: ended)
+            assert failure_file.leave(what[0], status=USER_ERROR, own=what[1])
         else:
             status = what[0]
         failures[rank] = SimpleNamespace(
@@ -75,18 +76,18 @@ def test_a_rank_says_itself_what_it_cannot_leave(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     for folder, told in ((tmp_path, ""), (tmp_path / "none", "error (rank 3): x is 3\n  more\n")):
-        monkeypatch.setenv(last_words.VARIABLE, str(folder / "words"))
+        monkeypatch.setenv(failure_file.VARIABLE, str(folder / "words"))
         assert ended_with(UserError("x is 3\n  more")) == USER_ERROR
         assert capsys.readouterr().err == told
-    words = last_words.read(tmp_path / "words")
+    words = failure_file.read(tmp_path / "words")
     assert (words.message, words.line, words.own) == ("x is 3\n  more", "x is 3", True)
 
 
 def test_a_peers_failure_is_silent_and_its_words_stay(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(last_words.VARIABLE, str(tmp_path / "words"))
+    monkeypatch.setenv(failure_file.VARIABLE, str(tmp_path / "words"))
     assert ended_with(PeerError("rank 0 failed")) == USER_ERROR
-    assert last_words.leave("later", status=1)
-    words = last_words.read(tmp_path / "words")
+    assert failure_file.leave("later", status=1)
+    words = failure_file.read(tmp_path / "words")
     assert (words.message, words.own, words.status) == ("rank 0 failed", False, USER_ERROR)
     assert capsys.readouterr().err == ""
 

@@ -12,13 +12,13 @@ import torch
 from megafork.algorithms.advantages import check_advantages
 from megafork.algorithms.losses import policy_loss
 from megafork.algorithms.objectives import LossOutputs, load_objective
-from megafork.algorithms.tokens import Tokens, credit_weights, load_rule
+from megafork.algorithms.rules import Tokens, credit_weights, load_rule
 from megafork.config import AlgorithmConfig, PromptConfig, TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.data.prompts import read_rows
 from megafork.errors import UserError
 from megafork.logging.writers import Writers
-from megafork.plugins import load_plugin
+from megafork.system.plugins import load_plugin
 from megafork.trainer.preflight import check_plugins
 from tests.helpers.loss_rows import rows_of
 
@@ -146,7 +146,7 @@ def test_what_a_rule_or_an_objective_asks_for_is_checked(mine):
     mine(
         """
         from megafork.algorithms.objectives import needs_rows
-        from megafork.algorithms.tokens import needs
+        from megafork.algorithms.rules import needs
         some = needs_rows("some")(lambda inputs: None)
         text = needs("entropy", "text")(lambda tokens: None)
         """

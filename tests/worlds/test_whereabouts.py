@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megafork import last_words
 from megafork.config import ParallelConfig
 from megafork.errors import PeerError, UserError
-from megafork.parallel import whereabouts
-from megafork.parallel.topology import initialize
+from megafork.parallel import progress
+from megafork.parallel.mesh import initialize
+from megafork.system import failure_file
 from tools.benchmarks.ranks import run_ranks
 
 LIMIT = datetime.timedelta(minutes=3)
@@ -26,46 +26,46 @@ TIMEOUT = datetime.timedelta(seconds=1.2)
 
 def one_rank_stays_away(who, layout):
     """What a rank that waited for it says; the seconds that it was away, on that rank."""
-    topology = initialize(ParallelConfig(**layout, timeout_minutes=LIMIT.total_seconds() / 60))
+    mesh = initialize(ParallelConfig(**layout, timeout_minutes=LIMIT.total_seconds() / 60))
     [gloo] = {dist.group.WORLD._get_backend(torch.device("cpu"))}
     assert gloo.options._timeout == LIMIT
-    assert topology.whereabouts.timeout_minutes == 3
+    assert mesh.whereabouts.timeout_minutes == 3
     store = dist.distributed_c10d._get_default_store()
     told = [f"told/{rank}" for rank in range(3) if rank != who]
-    topology.any_rank(False)
-    topology.whereabouts.enter("update of step 3")
-    if topology.rank == who:
+    mesh.any_rank(False)
+    mesh.whereabouts.enter("update of step 3")
+    if mesh.rank == who:
         started = time.time()
-        topology.whereabouts.enter("eval of step 3")
+        mesh.whereabouts.enter("eval of step 3")
         store.set("away", "")
         store.wait(told, LIMIT)
         return time.time() - started
-    topology.whereabouts.enter("sync of step 3")
+    mesh.whereabouts.enter("sync of step 3")
     store.wait(["away"], LIMIT)
     # From here on, that the world is made however long it takes.
     dist.distributed_c10d._set_pg_timeout(TIMEOUT)
-    topology.whereabouts.timeout_minutes = TIMEOUT.total_seconds() / 60
+    mesh.whereabouts.timeout_minutes = TIMEOUT.total_seconds() / 60
     with (
-        mock.patch.object(time, "sleep", lambda _: wait_for_the_other(topology, who)),
+        mock.patch.object(time, "sleep", lambda _: wait_for_the_other(mesh, who)),
         pytest.raises(PeerError) as caught,
-        topology.whereabouts.told(),
+        mesh.whereabouts.told(),
     ):
         dist.all_reduce(torch.zeros(1))
-    store.set(f"told/{topology.rank}", "")
+    store.set(f"told/{mesh.rank}", "")
     return str(caught.value)
 
 
-def wait_for_the_other(topology, who):
+def wait_for_the_other(mesh, who):
     """The grace that a rank gives the others, to the event that it is for."""
     waiting = [f"waits/{rank}" for rank in range(3) if rank != who]
-    topology.whereabouts._board.wait(waiting, LIMIT)
+    mesh.whereabouts._board.wait(waiting, LIMIT)
 
 
 @pytest.mark.parametrize(
     ("who", "layout"), [(1, {"tp": 3}), (0, {"pp": 3})], ids=["rank 1 of 3", "rank 0 of 3"]
 )
 def test_the_absent_rank_is_named(monkeypatch, who, layout):
-    monkeypatch.setattr(whereabouts, "_GRACE_S", 2.0)
+    monkeypatch.setattr(progress, "_GRACE_S", 2.0)
     outcomes = run_ranks(3, one_rank_stays_away, who, layout)
     seconds_away = outcomes.pop(who)
     for told in outcomes:
@@ -80,9 +80,9 @@ def test_the_absent_rank_is_named(monkeypatch, who, layout):
 
 def one_rank_ends():
     """Whether the others take what they then raise for a failure of their own."""
-    topology = initialize(ParallelConfig(tp=3))
-    topology.any_rank(False)
-    if topology.rank == 1:
+    mesh = initialize(ParallelConfig(tp=3))
+    mesh.any_rank(False)
+    if mesh.rank == 1:
         dist.destroy_process_group()
         return []
     values = torch.zeros(1)
@@ -98,7 +98,7 @@ def one_rank_ends():
     for wait in waits:
         with pytest.raises(RuntimeError) as caught:
             wait()
-        own.append(not last_words.follows_from_a_peer(caught.value))
+        own.append(not failure_file.follows_from_a_peer(caught.value))
     return own
 
 
@@ -107,12 +107,12 @@ def test_the_end_of_a_rank_is_no_failure_of_the_others():
 
 
 def the_store_is_lost():
-    topology = initialize(ParallelConfig(tp=2))
+    mesh = initialize(ParallelConfig(tp=2))
     store = dist.distributed_c10d._get_default_store()
     lost = mock.Mock()
     lost.set.side_effect = dist.DistNetworkError("connection closed")
-    topology.whereabouts._board = lost
-    with pytest.raises(PeerError) as caught, topology.whereabouts.told():
+    mesh.whereabouts._board = lost
+    with pytest.raises(PeerError) as caught, mesh.whereabouts.told():
         store.wait(["what nobody sets"], TIMEOUT)
     return str(caught.value)
 
@@ -123,12 +123,12 @@ def test_a_lost_store_is_another_ranks_end():
 
 
 def another_error():
-    topology = initialize(ParallelConfig(tp=2))
-    with pytest.raises(RuntimeError, match="shape"), topology.whereabouts.told():
+    mesh = initialize(ParallelConfig(tp=2))
+    with pytest.raises(RuntimeError, match="shape"), mesh.whereabouts.told():
         torch.zeros(2) + torch.zeros(3).view(2)
-    with pytest.raises(RuntimeError, match="mine"), topology.whereabouts.told():
+    with pytest.raises(RuntimeError, match="mine"), mesh.whereabouts.told():
         raise RuntimeError("mine")
-    with pytest.raises(UserError, match="mine"), topology.whereabouts.told():
+    with pytest.raises(UserError, match="mine"), mesh.whereabouts.told():
         raise UserError("mine")
 
 
