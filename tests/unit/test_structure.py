@@ -30,7 +30,6 @@ FLOORS = [
         "exits",
         "extras",
         "rendezvous",
-        "__init__",
     },
     {"parallel"},
     {"ops"},
@@ -45,7 +44,7 @@ FLOORS = [
     {"scoring", "doctor", "cluster"},
     {"analysis"},
     {"cli"},
-    {"__main__"},
+    {"__main__", "__init__"},  # __init__ names what other rooms have, and loads none of them
 ]
 LIGHT = [
     "config",
