@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from megafork.config import TrainConfig
-from megafork.controller.child import answer_rank, read_order, run_until_the_rank_ends
 from megafork.controller.batch_source import Generation, Inputs
+from megafork.controller.child import answer_rank, read_order, run_until_the_rank_ends
 from megafork.controller.ranks import Answer, Question, Ranks, settings_digest
 from megafork.controller.run_log import RunLog
 from megafork.controller.steps import Steps
