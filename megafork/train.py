@@ -37,11 +37,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
         run_dir = open_run_dir(config, resume=resume)
         mesh.on_rank_zero(lambda: stack.enter_context(run_dir))
         controller = stack.enter_context(Controller.connect(config, mesh))
-        stack.enter_context(mesh.whereabouts.told())
+        stack.enter_context(mesh.progress.told())
         if config.rollout.placement == "colocated":
-            mesh.whereabouts.enter("the start of the rollout servers")
+            mesh.progress.enter("the start of the rollout servers")
             controller.wait_for_servers()
-        mesh.whereabouts.enter("the loading of the model")
+        mesh.progress.enter("the loading of the model")
         policy = Policy(config, mesh)
         critic = Critic(config, mesh) if config.algorithm.uses_critic else None
         learners = [policy] if critic is None else [policy, critic]
@@ -58,7 +58,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
             weights.push(version=batch.step + 1)
         checkpoints.save_if_unsaved()
         final = checkpoints.export() if controller.has_finished else None
-        mesh.whereabouts.enter("the report")
+        mesh.progress.enter("the report")
         controller.goodbye(None if final is None else str(final))
         if final is None:
             raise Interrupted(_stopped(config, controller, checkpoints.step))
@@ -69,7 +69,7 @@ def batches(controller: Controller, weights: WeightSync, *, after: int) -> Itera
     """Yield the batch of each step after `after`, until the run ends."""
     step = after + 1
     while controller.is_going_on:
-        weights.mesh.whereabouts.enter(f"generate of step {step}")
+        weights.mesh.progress.enter(f"generate of step {step}")
         batch, again, groups = controller.batch(step)
         if again:  # the servers were lost with the weights that they had
             weights.push(version=step)
@@ -92,7 +92,7 @@ def train_step(
 ) -> dict[str, float]:
     """Train on a rollout batch, as in the box of arXiv 2506.01939. Returns its metrics so far."""
     mesh, step = policy.mesh, batch.step
-    clock = Clock(lambda phase: mesh.whereabouts.enter(f"{phase} of step {step}"))
+    clock = Clock(lambda phase: mesh.progress.enter(f"{phase} of step {step}"))
     lr = policy.learning_rate
     with clock.measure("exchange"):
         minibatches = minibatches_of(config, batch, policy, controller)

@@ -20,7 +20,7 @@ from megafork.checkpoint.files import files_of, rename_synced, torch_save_raises
 from megafork.checkpoint.hf import HF, copy_side_files
 from megafork.checkpoint.hf_stream import StreamingSafetensors, TensorInfo
 from megafork.checkpoint.layout import Block, blocks, extra_states, key_of
-from megafork.checkpoint.progress import progress
+from megafork.checkpoint.progress_bar import progress
 from megafork.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.errors import UserError

@@ -24,7 +24,7 @@ from megafork.checkpoint.convert import (
     model_blocks,
     read_block,
 )
-from megafork.checkpoint.progress import progress
+from megafork.checkpoint.progress_bar import progress
 from megafork.checkpoint.torch_dist import TorchDistReader
 from megafork.config import ScoreConfig
 from megafork.data.sample import Group, Sample

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from megafork.cluster.nodes import BEAT_S, LOST, MAX_LINE, Failure, Plan, pack, receive
+from megafork.cluster.node_messages import BEAT_S, LOST, MAX_LINE, Failure, Plan, pack, receive
 from megafork.errors import USER_ERROR
 from megafork.parallel.addresses import LOOPBACK
 from megafork.parallel.ports import free_port
@@ -41,7 +41,7 @@ class Peer:
     """Its processes have"""
 
 
-class Head:
+class Coordinator:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.peers: dict[str, Peer] = {}

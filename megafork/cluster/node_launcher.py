@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from megafork.cluster.launch import ENDPOINT
-from megafork.cluster.nodes import BEAT_S, LOST, MAX_LINE, Failure, Plan, pack, receive
+from megafork.cluster.node_messages import BEAT_S, LOST, MAX_LINE, Failure, Plan, pack, receive
 from megafork.system import failure_file
 from megafork.system.signals import INTERRUPTED, STOP_FILE
 
@@ -74,7 +74,7 @@ class Work:
         return Failure(node, status, None, log)
 
 
-class Guard:
+class NodeLauncher:
     """One machine's. `run` returns the exit status of the whole run."""
 
     def __init__(

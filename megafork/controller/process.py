@@ -209,7 +209,7 @@ class RolloutController:
             max_num_seqs=rollout.max_num_seqs,
             max_restarts=rollout.max_restarts,
             given_up=self.agents.given_up,
-            in_turns=rollout.placement == "colocated",
+            colocated=rollout.placement == "colocated",
         )
         await self.agents.servers("wait")
         await fleet.wait_until_up(

@@ -19,7 +19,7 @@ from megafork.config import ParallelConfig
 from megafork.errors import PeerError, UserError
 from megafork.parallel import backend
 from megafork.parallel.addresses import LOOPBACK, loopback_interface, on_several_nodes
-from megafork.parallel.progress import Whereabouts
+from megafork.parallel.progress import Progress
 from megafork.parallel.unpickling import guard_collectives
 from megafork.system.rendezvous import STORE, file_store, listening_store
 
@@ -44,7 +44,7 @@ class Mesh:
     dp_size: int
     last_stage_rank: int
     """Global rank of the last pipeline stage's first rank: where the losses and metrics are."""
-    whereabouts: Whereabouts
+    progress: Progress
 
     @property
     def is_last_stage(self) -> bool:
@@ -241,7 +241,7 @@ def initialize(parallel: ParallelConfig, *, seed: int = 0, gloo_groups: bool = T
         dp_rank=dist.get_rank(groups.dp),
         dp_size=dp_size,
         last_stage_rank=world_size - dp_size * parallel.tp * parallel.cp,
-        whereabouts=Whereabouts(dist.get_rank(), world_size, parallel.timeout_minutes),
+        progress=Progress(dist.get_rank(), world_size, parallel.timeout_minutes),
     )
 
 

@@ -56,7 +56,7 @@ def board_of_the_world() -> Board:
     return dist.PrefixStore("megafork/whereabouts", dist.distributed_c10d._get_default_store())
 
 
-class Whereabouts:
+class Progress:
     """A board that needs no collective to be written or read.
 
     gloo's failures are caught here; NCCL's watchdog ends the process by itself, with its own words.

@@ -76,11 +76,11 @@ class Checkpoints:
         """Save what was learnt since the last checkpoint, and wait until it is on disk."""
         if self._saved_step != self.step:
             self._save()
-        self.mesh.whereabouts.enter("the checkpoint")
+        self.mesh.progress.enter("the checkpoint")
         self.store.finish()
 
     def _save(self) -> None:
-        self.mesh.whereabouts.enter(f"checkpoint of step {self.step}")
+        self.mesh.progress.enter(f"checkpoint of step {self.step}")
         self.store.save(
             self.step, self.policy.stages, self.policy.optimizer, self._state, self.critic
         )
@@ -88,7 +88,7 @@ class Checkpoints:
 
     def export(self) -> Path:
         """Write the last policy as an HF folder. Returns the folder."""
-        self.mesh.whereabouts.enter("the export of the last policy")
+        self.mesh.progress.enter("the export of the last policy")
         config, target = self.config, self.store.folder / "final"
         source = Path(config.model.path)
         export_hf(self.policy, self.mesh, source, target, config.tokenizer.path)

@@ -78,7 +78,7 @@ class WeightSync:
         Raises UserError or PeerError, as `Controller`, when they do not take them, and where they
         do not compute what the policy does.
         """
-        self.mesh.whereabouts.enter(f"sync of step {version - 1}")
+        self.mesh.progress.enter(f"sync of step {version - 1}")
         left = False
         while True:
             self._make_room(weights=left)

@@ -18,7 +18,7 @@ import pytest
 
 from megafork.cluster.launch import ENDPOINT
 from megafork.cluster.launch import Machines as Launched
-from megafork.cluster.nodes import LOST
+from megafork.cluster.node_messages import LOST
 from megafork.config import ParallelConfig
 from megafork.errors import Interrupted, UserError
 from megafork.parallel.mesh import initialize

@@ -69,11 +69,11 @@ CASES = {
 def orders(folder, critic_folder):
     policy = make_policy(folder, {})
     critic = make_critic(critic_folder, {}, policy.mesh)
-    in_turns = learner_config(folder, rollout={"placement": "colocated"})
+    colocated = learner_config(folder, rollout={"placement": "colocated"})
     found = {}
     for name, answers in CASES.items():
         record = Recorder(policy, critic, list(answers))
-        sync = WeightSync(in_turns, policy, policy.mesh, record, [policy, critic])
+        sync = WeightSync(colocated, policy, policy.mesh, record, [policy, critic])
         record.note(sync.push(1))
         sync.take_back()
         record.note("train")
@@ -131,7 +131,7 @@ class Servers:
 def times_of_a_late_rank(folder):
     """When this rank's memory was away, and when rank 0 woke the servers; one clock for both."""
     policy = make_policy(folder, {"tp": 2})
-    in_turns = learner_config(folder, rollout={"placement": "colocated"})
+    colocated = learner_config(folder, rollout={"placement": "colocated"})
     offload, away, servers = policy.offload, [], Servers()
 
     def late(**parts):
@@ -141,7 +141,7 @@ def times_of_a_late_rank(folder):
 
     policy.offload = late
     with controller(policy.mesh, PushingTo(servers, colocated=True)) as handle:
-        sync = WeightSync(in_turns, policy, policy.mesh, handle, [policy])
+        sync = WeightSync(colocated, policy, policy.mesh, handle, [policy])
         assert sync.push(1)
     return away, servers.wakings
 
@@ -235,16 +235,16 @@ def test_a_run_learns_the_same_in_turns(tmp_path, name):
         rows[placement] = lines(run_dir / "metrics.jsonl")
         files = (run_dir / "checkpoints" / "final").glob("*.safetensors")
         weights[placement] = {n: t for path in files for n, t in load_file(path).items()}
-    for in_turns, apart in zip(rows["colocated"], rows["disaggregated"], strict=True):
+    for colocated, apart in zip(rows["colocated"], rows["disaggregated"], strict=True):
         moved = {"time/offload", "time/onload"}
-        assert in_turns.keys() - apart.keys() == moved
-        assert all(in_turns[key] > 0 for key in moved)
-        phases = sum(in_turns[f"time/{p}"] for p in ("generate", "score", "update", "sync"))
-        assert phases < in_turns["time/total"]
+        assert colocated.keys() - apart.keys() == moved
+        assert all(colocated[key] > 0 for key in moved)
+        phases = sum(colocated[f"time/{p}"] for p in ("generate", "score", "update", "sync"))
+        assert phases < colocated["time/total"]
         times = ("time/", "throughput/", "overlap/", "eval/")  # evaluations are not seeded
         for key in apart:
             if not key.startswith(times):
-                assert in_turns[key] == apart[key], key
+                assert colocated[key] == apart[key], key
     ours, theirs = weights.values()
     assert ours.keys() == theirs.keys()
     assert all(ours[key].equal(theirs[key]) for key in ours)

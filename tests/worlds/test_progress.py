@@ -29,26 +29,26 @@ def one_rank_stays_away(who, layout):
     mesh = initialize(ParallelConfig(**layout, timeout_minutes=LIMIT.total_seconds() / 60))
     [gloo] = {dist.group.WORLD._get_backend(torch.device("cpu"))}
     assert gloo.options._timeout == LIMIT
-    assert mesh.whereabouts.timeout_minutes == 3
+    assert mesh.progress.timeout_minutes == 3
     store = dist.distributed_c10d._get_default_store()
     told = [f"told/{rank}" for rank in range(3) if rank != who]
     mesh.any_rank(False)
-    mesh.whereabouts.enter("update of step 3")
+    mesh.progress.enter("update of step 3")
     if mesh.rank == who:
         started = time.time()
-        mesh.whereabouts.enter("eval of step 3")
+        mesh.progress.enter("eval of step 3")
         store.set("away", "")
         store.wait(told, LIMIT)
         return time.time() - started
-    mesh.whereabouts.enter("sync of step 3")
+    mesh.progress.enter("sync of step 3")
     store.wait(["away"], LIMIT)
     # From here on, that the world is made however long it takes.
     dist.distributed_c10d._set_pg_timeout(TIMEOUT)
-    mesh.whereabouts.timeout_minutes = TIMEOUT.total_seconds() / 60
+    mesh.progress.timeout_minutes = TIMEOUT.total_seconds() / 60
     with (
         mock.patch.object(time, "sleep", lambda _: wait_for_the_other(mesh, who)),
         pytest.raises(PeerError) as caught,
-        mesh.whereabouts.told(),
+        mesh.progress.told(),
     ):
         dist.all_reduce(torch.zeros(1))
     store.set(f"told/{mesh.rank}", "")
@@ -58,7 +58,7 @@ def one_rank_stays_away(who, layout):
 def wait_for_the_other(mesh, who):
     """The grace that a rank gives the others, to the event that it is for."""
     waiting = [f"waits/{rank}" for rank in range(3) if rank != who]
-    mesh.whereabouts._board.wait(waiting, LIMIT)
+    mesh.progress._board.wait(waiting, LIMIT)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def the_store_is_lost():
     store = dist.distributed_c10d._get_default_store()
     lost = mock.Mock()
     lost.set.side_effect = dist.DistNetworkError("connection closed")
-    mesh.whereabouts._board = lost
-    with pytest.raises(PeerError) as caught, mesh.whereabouts.told():
+    mesh.progress._board = lost
+    with pytest.raises(PeerError) as caught, mesh.progress.told():
         store.wait(["what nobody sets"], TIMEOUT)
     return str(caught.value)
 
@@ -124,11 +124,11 @@ def test_a_lost_store_is_another_ranks_end():
 
 def another_error():
     mesh = initialize(ParallelConfig(tp=2))
-    with pytest.raises(RuntimeError, match="shape"), mesh.whereabouts.told():
+    with pytest.raises(RuntimeError, match="shape"), mesh.progress.told():
         torch.zeros(2) + torch.zeros(3).view(2)
-    with pytest.raises(RuntimeError, match="mine"), mesh.whereabouts.told():
+    with pytest.raises(RuntimeError, match="mine"), mesh.progress.told():
         raise RuntimeError("mine")
-    with pytest.raises(UserError, match="mine"), mesh.whereabouts.told():
+    with pytest.raises(UserError, match="mine"), mesh.progress.told():
         raise UserError("mine")
 
 

@@ -27,8 +27,8 @@ def impatient(monkeypatch):
 
 
 @contextlib.contextmanager
-def in_turns(servers):
-    with fleet_of(servers, in_turns=True) as fleet:
+def colocated(servers):
+    with fleet_of(servers, colocated=True) as fleet:
         up(fleet)
         assert fleet.sleep() == []
         yield fleet
@@ -53,7 +53,7 @@ def asked(fleet, servers):
 
 
 def test_all_sleep_and_wake():
-    with running(2) as servers, in_turns(servers) as fleet:
+    with running(2) as servers, colocated(servers) as fleet:
         for version in (1, 2):
             assert [server.asleep for server in servers] == [WHOLE] * 2
             hand_over(fleet, version)
@@ -67,7 +67,7 @@ def test_all_sleep_and_wake():
 
 
 def test_one_that_does_not_sleep_is_told_and_joins_again():
-    with running(2) as servers, in_turns(servers) as fleet:
+    with running(2) as servers, colocated(servers) as fleet:
         hand_over(fleet, 1)
         servers[1].kill()
         assert fleet.sleep() == [servers[1].url]
@@ -90,7 +90,7 @@ def test_one_that_does_not_sleep_is_told_and_joins_again():
 
 def test_one_that_dies_asleep_is_found_at_the_next_waking(monkeypatch):
     monkeypatch.setattr(fleet_module, "_WATCH_S", 600.0)  # nobody looks
-    with running(2) as servers, in_turns(servers) as fleet:
+    with running(2) as servers, colocated(servers) as fleet:
         servers[0].kill()
         hand_over(fleet, 1)
         assert servers[1].version == 1 and fleet.num_live == 1
@@ -101,7 +101,7 @@ def test_one_that_dies_asleep_is_found_at_the_next_waking(monkeypatch):
 
 
 def test_one_that_is_lost_in_the_handover_keeps_nobody_awake():
-    with running(3) as servers, in_turns(servers) as fleet:
+    with running(3) as servers, colocated(servers) as fleet:
         servers[1].fail_next = "/wake_up"
         with pytest.raises(ServerError, match="told to fail"):
             fleet.wake_up("weights")
@@ -116,7 +116,7 @@ def test_one_that_is_lost_in_the_handover_keeps_nobody_awake():
 
 
 def test_a_server_that_is_well_and_does_not_sleep_is_an_error():
-    with running(2) as servers, in_turns(servers) as fleet:
+    with running(2) as servers, colocated(servers) as fleet:
         hand_over(fleet, 1)
         servers[0].fail_next = "/sleep"
         with pytest.raises(ServerError, match=r"/sleep.* failed with HTTP 500: told to fail"):
@@ -125,7 +125,7 @@ def test_a_server_that_is_well_and_does_not_sleep_is_an_error():
 
 
 def test_a_server_that_hangs_does_not_sleep():
-    with running(2) as servers, in_turns(servers) as fleet:
+    with running(2) as servers, colocated(servers) as fleet:
         hand_over(fleet, 1)
         servers[0].silent = True
         wait_for(lambda: fleet.silent() == [servers[0].url])
