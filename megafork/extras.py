@@ -8,16 +8,20 @@ from importlib import metadata
 _NAME, _EXTRA = re.compile(r"[\w.-]+"), re.compile(r"extra == ['\"]([\w-]+)['\"]")
 
 
-def extra_with(module: str) -> str | None:
-    """Return the extra that brings an importable module, or None if none does.
+def missing(module: str) -> str | None:
+    """Say that a module is not installed and which extra brings it, or None if no extra does.
 
     A module has its distribution's name, or the beginning of it (megatron: megatron-core).
     """
-    for requirement in metadata.requires("megafork") or []:
+    try:
+        requirements = metadata.requires("megafork") or []
+    except metadata.PackageNotFoundError:  # a checkout that nobody installed
+        return None
+    for requirement in requirements:
         name, extra = _NAME.match(requirement), _EXTRA.search(requirement)
         if name is None or extra is None:
             continue
         distribution = name[0].replace("-", "_").lower()
         if distribution == module or distribution.startswith(f"{module}_"):
-            return extra[1]
+            return f"{module}, which is not installed: pip install 'megafork[{extra[1]}]'"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from typing import Self
 
 import megafork
 from megafork.errors import UserError
+from megafork.extras import missing
 from megafork.parallel.addresses import LOOPBACK, loopback_interface
 from megafork.parallel.ports import free_port
 from megafork.rollout.client import RolloutClient
@@ -112,10 +114,12 @@ class VllmServer:
         """Start the server and wait until it answers. A server is started once.
 
         Raises UserError, with the cause and the log's path and nothing left running, when the
-        folder is no model, the port is taken, the server exits, startup_timeout_s is over, or
-        `stop` was called meanwhile.
+        folder is no model, vLLM is not installed, the port is taken, the server exits,
+        startup_timeout_s is over, or `stop` was called meanwhile.
         """
         _check_model_folder(self.model_path)
+        if self.python == sys.executable and importlib.util.find_spec("vllm") is None:
+            raise UserError(f"a rollout server needs {missing('vllm') or 'vllm, which is not installed'}")
         self.port = _check_port(self.host, self.port) if self.port else free_port(self.host)
         try:
             asyncio.run(self._wait_until_ready(self._launch()))

@@ -28,6 +28,7 @@ FLOORS = [
         "rank_logs",
         "printable",
         "exits",
+        "extras",
         "rendezvous",
         "plugins",
         "extras",
