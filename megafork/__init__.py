@@ -48,7 +48,15 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    try:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    except ModuleNotFoundError as error:
+        from megafork.extras import missing
+
+        package = missing(error.name)
+        if package is None:
+            raise
+        raise ModuleNotFoundError(f"megafork.{name} needs {package}", name=error.name) from error
 
 
 def __dir__() -> list[str]:

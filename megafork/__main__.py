@@ -15,7 +15,7 @@ def main() -> None:
 
         command_line()
     except ModuleNotFoundError as error:
-        package = missing((error.name or "").partition(".")[0])
+        package = missing(error.name)
         if package is None:
             raise
         print(f"error: this command needs {package}", file=sys.stderr, flush=True)

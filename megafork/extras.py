@@ -8,11 +8,12 @@ from importlib import metadata
 _NAME, _EXTRA = re.compile(r"[\w.-]+"), re.compile(r"extra == ['\"]([\w-]+)['\"]")
 
 
-def missing(module: str) -> str | None:
+def missing(module: str | None) -> str | None:
     """Say that a module is not installed and which extra brings it, or None if no extra does.
 
-    A module has its distribution's name, or the beginning of it (megatron: megatron-core).
+    A package has its distribution's name, or the beginning of it (megatron: megatron-core).
     """
+    package = (module or "").partition(".")[0]
     try:
         requirements = metadata.requires("megafork") or []
     except metadata.PackageNotFoundError:  # a checkout that nobody installed
@@ -22,6 +23,6 @@ def missing(module: str) -> str | None:
         if name is None or extra is None:
             continue
         distribution = name[0].replace("-", "_").lower()
-        if distribution == module or distribution.startswith(f"{module}_"):
-            return f"{module}, which is not installed: pip install 'megafork[{extra[1]}]'"
+        if distribution == package or distribution.startswith(f"{package}_"):
+            return f"{package}, which is not installed: pip install 'megafork[{extra[1]}]'"
     return None

@@ -28,7 +28,6 @@ FLOORS = [
         "rank_logs",
         "printable",
         "exits",
-        "extras",
         "rendezvous",
         "plugins",
         "extras",
