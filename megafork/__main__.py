@@ -1,4 +1,4 @@
-"""`megafork ...` and `python -m megafork ...`: the command line, where its packages are installed."""
+"""`megafork ...` and `python -m megafork ...`: the command line."""
 
 from __future__ import annotations
 

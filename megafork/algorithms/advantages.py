@@ -12,7 +12,7 @@ _EPSILON = 1e-6
 
 
 def group_advantages(rewards_B: Tensor, group_B: Tensor, *, normalize: bool = True) -> Tensor:
-    """Reward minus its group's mean, divided by the group's standard deviation if `normalize`.
+    """Return the reward minus its group's mean, over the group's deviation if `normalize`.
 
     rewards_B: float [B]; group_B: int64 [B], any ids. The deviation is the sample one (n - 1), as
     in GRPO's reference implementations. Returns float32 [B]. A group of one response gets 0.

@@ -51,7 +51,7 @@ def forking_mask(
 
 @dataclass(frozen=True)
 class Selection:
-    """Counts are of the population: the loss tokens, or all response tokens."""
+    """The selected tokens of a scope. Counts are of the loss tokens, or of all response tokens."""
 
     mask_T: Tensor
     """bool: forking_mask, contained in the loss mask"""
@@ -155,7 +155,7 @@ class _Segments:
     groups: Sequence[dist.ProcessGroup]
 
     def count(self, mask_T: Tensor) -> Tensor:
-        """int64 [S]"""
+        """Return each set's number of masked tokens, int64 [S]."""
         counts = torch.bincount(self.ids_T[mask_T], minlength=self.num)
         for group in self.groups:
             dist.all_reduce(counts, group=group)
@@ -164,7 +164,7 @@ class _Segments:
     def thresholds(
         self, values_T: Tensor, mask_T: Tensor, rho: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(threshold, kept, wanted, total), each [S]; one segment needs no look at the ids."""
+        """Return (threshold, kept, wanted, total), each [S]; one set needs no look at the ids."""
         found = top_fraction_threshold(
             values_T,
             mask_T,
@@ -183,7 +183,7 @@ class _Segments:
 
 
 def warn_of_ties(kept_fraction: float, wanted_fraction: float, rho: float) -> str | None:
-    """A message when ties move the kept fraction by more than a tenth of rho; else None.
+    """Return a message when ties move the kept fraction by more than a tenth of rho, else None.
 
     A collapsed policy has many entropies of 0; when they reach the threshold all are kept.
     """
@@ -197,7 +197,7 @@ def warn_of_ties(kept_fraction: float, wanted_fraction: float, rho: float) -> st
 
 
 def random_scores(key_T2: Tensor, *, seed: int, step: int) -> Tensor:
-    """float32 in [0, 1), a function of (seed, step, key) alone."""
+    """Return scores in [0, 1), float32 [T], a function of (seed, step, key) alone."""
     hashed_T = hash64(*_salted(key_T2, seed=seed, step=step))
     return ((hashed_T >> 40) & 0xFFFFFF).float() / float(1 << 24)
 

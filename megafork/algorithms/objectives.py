@@ -40,7 +40,7 @@ of a sequence that has such a row; all loss tokens, those without an advantage t
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What an objective sees: the N rows that it asked for of one micro-batch on one rank."""
+    """The N rows that an objective asked for, of one micro-batch on one rank."""
 
     logprobs_N: Tensor
     """float32, of the policy that is trained; differentiable"""
@@ -80,7 +80,7 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossOutputs:
-    """What an objective returns of its N rows."""
+    """The terms and metrics that an objective returns for its N rows."""
 
     terms_N: Tensor
     """float32, differentiable in logprobs_N: each row's loss, to be minimised. The core takes those

@@ -119,7 +119,9 @@ class VllmServer:
         """
         _check_model_folder(self.model_path)
         if self.python == sys.executable and importlib.util.find_spec("vllm") is None:
-            raise UserError(f"a rollout server needs {missing('vllm') or 'vllm, which is not installed'}")
+            raise UserError(
+                f"a rollout server needs {missing('vllm') or 'vllm, which is not installed'}"
+            )
         self.port = _check_port(self.host, self.port) if self.port else free_port(self.host)
         try:
             asyncio.run(self._wait_until_ready(self._launch()))

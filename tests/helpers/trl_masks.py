@@ -1,9 +1,9 @@
-"""One optimizer step of TRL's trainer and of ours for it: `python -m tests.helpers.trl_masks FOLDER`.
+"""One optimizer step of TRL's trainer and of ours for it, under torchrun with TRL on the path.
 
-It runs under torchrun, with TRL on the path. FOLDER/model is a model. The optimizer batch
-is always the same 16 responses, split over the ranks and over 1, 2 and 4 micro-batches. Rank 0
-writes FOLDER/steps.pt: {(trainer's name, number of micro-batches): (mask, gradients)}, a bool
-[16, tokens] and the float32 gradient of every parameter as the optimizer gets it.
+`-m tests.helpers.trl_masks FOLDER` takes the model in FOLDER/model. The optimizer batch is always
+the same 16 responses, split over the ranks and over 1, 2 and 4 micro-batches. Rank 0 writes
+FOLDER/steps.pt: {(trainer's name, number of micro-batches): (mask, gradients)}, a bool [16, tokens]
+and the float32 gradient of every parameter as the optimizer gets it.
 """
 
 from __future__ import annotations
