@@ -7,7 +7,8 @@ verl hands a policy loss (`register_policy_loss`) one micro-batch, without its e
 mask is taken where all of them are, in the trainer: tokens outside it get advantage 0, which
 leaves the loss's denominator as it is. Any `policy_loss.loss_mode` of verl's that multiplies a
 token's term by its advantage can follow. With several mini-batches to a batch
-(actor.ppo_mini_batch_size below data.train_batch_size) they share one threshold.
+(actor.ppo_mini_batch_size below data.train_batch_size) they share one threshold. verl has to score
+the batch itself: algorithm.rollout_correction.bypass_mode leaves no entropies.
 """
 
 import transfer_queue

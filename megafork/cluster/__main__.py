@@ -52,7 +52,7 @@ def run(
     startup_s: Annotated[float, typer.Option(help="seconds for all guards to come")] = 60.0,
     lost_after_s: Annotated[float, typer.Option(help="of silence: the machine is lost")] = 30.0,
 ) -> None:
-    """Launch and watch this machine, $SLURMD_NODENAME or its host name, which --train or --serve names.
+    """Launch and watch this machine, $SLURMD_NODENAME or its host name; --train or --serve has it.
 
     Exits with 0 when the run is complete, 75 when it was asked to stop and has saved, 69 when a
     machine was lost, and otherwise with the status of what failed first, which is told last. The

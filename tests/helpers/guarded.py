@@ -27,4 +27,4 @@ if __name__ == "__main__":
     plan = Plan(*names, int(port), key, Path(logs), float(startup_s), LOST_AFTER_S)
     node = os.environ["SLURMD_NODENAME"]
     launcher = NodeLauncher(plan, node, [Work("the-work", command)])
-    sys.exit(asyncio.run(launch_and_tell(plan, guard)))
+    sys.exit(asyncio.run(launch_and_tell(plan, launcher)))
