@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from megafork.config import RolloutConfig, ServerConfig, TrainConfig
@@ -279,15 +279,14 @@ def build_server(
     rollout: ServerConfig,
     device: str,
     log_path: Path,
-    *,
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    api_key: str | None = None,
-    environment: dict[str, str] | None = None,
+    **own: Any,
 ) -> VllmServer:
-    """A server of one's own, not yet started."""
+    """Return a server of one's own, not yet started.
+
+    own: what the settings do not say of it: VllmServer's host, port, api_key and environment.
+    """
     return VllmServer(
-        served.path,
+        Path(served.path),
         dtype=served.dtype,
         max_model_len=served.max_model_len,
         max_num_seqs=rollout.max_num_seqs,
@@ -296,15 +295,12 @@ def build_server(
         tensor_parallel=rollout.tensor_parallel,
         python=rollout.python or sys.executable,
         startup_timeout_s=rollout.startup_timeout_s,
-        host=host,
-        port=port,
-        api_key=api_key,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_gib=rollout.cpu_kv_cache_gib,
         cpu_threads=cpu_threads(rollout.cpu_threads, rollout.servers),
         two_temperatures=served.two_temperatures,
         sleeps=served.sleeps,
-        environment=environment,
+        **own,
     )
 
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -42,6 +43,7 @@ _CPU_ENVIRONMENT = {
 }
 
 
+@dataclass(eq=False)
 class VllmServer:
     """One vLLM server behind an API key, and nothing left of it after `stop()`.
 
@@ -55,48 +57,30 @@ class VllmServer:
     `RolloutClient.sleep` gives a GPU's memory up.
     """
 
-    def __init__(
-        self,
-        model_path: str | Path,
-        *,
-        dtype: str,
-        max_model_len: int,
-        max_num_seqs: int,
-        log_path: Path,
-        device: str = "cpu",
-        tensor_parallel: int = 1,
-        python: str = sys.executable,
-        startup_timeout_s: float = 600.0,
-        host: str = LOOPBACK,
-        port: int | None = None,
-        api_key: str | None = None,
-        gpu_memory_utilization: float = 0.6,
-        kv_cache_gib: int = 1,
-        cpu_threads: int = 1,
-        seed: int = 0,
-        two_temperatures: bool = False,
-        sleeps: bool = False,
-        environment: dict[str, str] | None = None,
-    ) -> None:
-        self.model_path = Path(model_path).absolute()
-        self.dtype = dtype
-        self.max_model_len = max_model_len
-        self.max_num_seqs = max_num_seqs
-        self.log_path = Path(log_path).absolute()
-        self.device = device
-        self.tensor_parallel = tensor_parallel
-        self.python = python
-        self.startup_timeout_s = startup_timeout_s
-        self.host = host
-        self.port = port
-        self.gpu_memory_utilization = gpu_memory_utilization
-        self.kv_cache_gib = kv_cache_gib
-        self.cpu_threads = cpu_threads
-        self.seed = seed
-        self.two_temperatures = two_temperatures
-        self.sleeps = sleeps
-        self.environment = environment or {}
-        self.api_key = api_key or secrets.token_urlsafe(32)
+    model_path: Path
+    _: KW_ONLY
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    log_path: Path
+    device: str = "cpu"
+    tensor_parallel: int = 1
+    python: str = sys.executable
+    startup_timeout_s: float = 600.0
+    host: str = LOOPBACK
+    port: int | None = None
+    api_key: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    gpu_memory_utilization: float = 0.6
+    kv_cache_gib: int = 1
+    cpu_threads: int = 1
+    seed: int = 0
+    two_temperatures: bool = False
+    sleeps: bool = False
+    environment: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.model_path = Path(self.model_path).absolute()
+        self.log_path = Path(self.log_path).absolute()
         self._lock = threading.Lock()
         self._state = "new"  # -> "started" -> "stopped"
         self.process_group: int | None = None  # of the supervisor, the server and its workers

@@ -31,7 +31,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from megafork.data.sample import Sample
-from megafork.parallel import bfloat16_products
+from megafork.ops import bfloat16_products
 from megafork.rollout.sampling import (
     ABORT_PATH,
     CONNECT_PATH,
