@@ -71,7 +71,7 @@ class PromptConfig(Section):
         return template
 
     def check(self, *, needs_answers: bool) -> None:
-        """Raises UserError."""
+        """Raise UserError for settings that contradict each other or lack needed answers."""
         if needs_answers and not self.answer_key:
             raise UserError("data.answer_key is empty, but the verifier needs answers: name it")
         if self.enable_thinking is not None and not self.chat_template:

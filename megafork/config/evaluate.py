@@ -46,7 +46,7 @@ class GenerateConfig(Section):
     rollout: GenerationConfig = GenerationConfig()
 
     def check(self) -> None:
-        """Raises UserError."""
+        """Raise UserError for settings that contradict each other."""
         self.data.check(needs_answers=False)
 
 
@@ -66,7 +66,7 @@ class EvaluateConfig(GenerateConfig):
     metrics: MetricsConfig = MetricsConfig()
 
     def check(self) -> None:
-        """Raises UserError."""
+        """Raise UserError for settings that contradict each other."""
         self.data.check(needs_answers=True)
         self.reward.check()
         if self.reward.overlong_buffer_tokens is not None:

@@ -1,4 +1,5 @@
-"""What all tables of settings share: types of numbers, and being frozen and closed."""
+"""The base of all tables of settings, which are frozen and closed, and the types of their
+numbers."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from megafork.config.section import Fraction, Positive, PositiveFloat, Section
 
 
 class ServerConfig(Section):
-    """What a server needs to know, and what bounds a response."""
+    """The settings of a server, and the bounds of a response."""
 
     max_response_tokens: Positive = Field(20480, description="longer responses are cut")
     temperature: PositiveFloat = Field(1.0, description="sampling temperature")
@@ -49,6 +49,6 @@ class ServerConfig(Section):
 
     @property
     def urls(self) -> list[str]:
-        """Of the servers that run already; empty: servers are to be started."""
+        """The addresses of the servers that run already; empty: servers are to be started."""
         given = [self.url] if isinstance(self.url, str) else self.url or []
         return [url.rstrip("/") for url in given]

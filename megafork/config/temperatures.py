@@ -33,7 +33,7 @@ class TemperaturesConfig(EvaluateConfig):
     sweep: SweepConfig = SweepConfig()
 
     def check(self) -> None:
-        """Raises UserError."""
+        """Raise UserError for settings that contradict each other."""
         super().check()
         rollout = self.rollout
         for key, value, neutral in (
