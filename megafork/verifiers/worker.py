@@ -64,7 +64,8 @@ def _loaded(
     memory_mib: int,
     verifiers: list[Verifier],
 ) -> dict[str, Any]:
-    """What to say of it; the functions go to `verifiers`, all or none."""
+    """Load the verifiers into `verifiers`, all or none, and return the message that says so or why
+    not."""
     try:
         verifiers += [load_verifier(name, places) for name in names]
     except BaseException as error:
