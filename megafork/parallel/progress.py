@@ -1,4 +1,4 @@
-"""The whereabouts of ranks: when a collective fails, those that did not come to it are named."""
+"""The progress of ranks: when a collective fails, those that did not come to it are named."""
 
 from __future__ import annotations
 
