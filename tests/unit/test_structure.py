@@ -24,6 +24,7 @@ FLOORS = [
         "bfloat16_products",
         "parsing",
         "lock",
+        "child_process",
         "launch",
         "rank_logs",
         "printable",
