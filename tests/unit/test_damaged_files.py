@@ -21,7 +21,7 @@ from megafork.config import DataConfig, ScoreConfig, TrainConfig
 from megafork.config.file import load_config
 from megafork.data.prompts import read_rows
 from megafork.errors import UserError
-from megafork.evaluation.samples import SampleFile
+from megafork.evaluation.sample_file import SampleFile
 from megafork.report.files import read_run
 from megafork.report.page import write_report
 from megafork.rollout.journal import Journal

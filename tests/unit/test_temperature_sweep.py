@@ -11,7 +11,7 @@ from megafork.analysis.temperatures import Evaluation, pairs_of, table
 from megafork.config.file import load_config
 from megafork.config.temperatures import TemperaturesConfig
 from megafork.errors import UserError
-from megafork.evaluation.metrics import Scored
+from megafork.evaluation.estimates import Scored
 from megafork.rollout.sampling import TwoTemperatures
 
 NEEDED = ["model.path=m", "reward.verifier=megafork.rewards.countdown:verify"]
