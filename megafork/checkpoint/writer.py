@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import pickle
 import queue
-import signal
 import stat
 import sys
 import tempfile
@@ -28,8 +26,8 @@ from torch import Tensor
 
 from megafork.checkpoint.files import checksum, write_and_sync
 from megafork.parallel.unpickling import SafeUnpickler
+from megafork.system.child_process import die_with_parent
 
-_PR_SET_PDEATHSIG = 1
 _CHECKSUMS = "checksums"
 
 
@@ -108,10 +106,8 @@ def _write(
     megatron-core 0.16 forks once more for each file, and waits for ever for one that was killed.
     A process that outlived its trainer could write into the folder of the resumed run.
     """
+    die_with_parent(trainer)
     if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != trainer:  # ended before the line above
-            os._exit(1)
         _let_go_of_connections()
     written: queue.Queue = queue.Queue()
     begun: queue.Queue = queue.Queue()

@@ -43,6 +43,7 @@ _PARTS = (
     Part("transformers", "transformers", ("transformers",), "tokenizers", _CPU, required=True),
     Part("safetensors", "safetensors", ("safetensors",), "weights", _CPU, required=True),
     Part("aiohttp", "aiohttp", ("aiohttp",), "rollouts", _CPU, required=True),
+    Part("scipy", "scipy", ("scipy",), "intervals of evaluations", _CPU, required=True),
     Part("tensorboard", "tensorboard", ("tensorboard",), "run.tensorboard=true", _CPU),
     Part("matplotlib", "matplotlib", ("matplotlib",), "curves.png, report.html", _CPU),
     Part("jinja2", "jinja2", ("jinja2",), "report.html", _CPU),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ import psutil
 from megafork.config import ParallelConfig
 from megafork.errors import UserError
 from megafork.system import failure_file
+from megafork.system.child_process import die_with_parent
 from megafork.system.heap import told_of_a_kill
 from megafork.system.lock import STALE_S, held
 from megafork.system.printable import printable
@@ -36,7 +36,6 @@ JOINED = "MEGAFORK_JOINED_OUTPUT"
 _RENDEZVOUS_S = 60 + STALE_S
 """The machines are known to be there: an address that does not answer by now is wrong. The first
 one may have to find out whether the run's lock is stale."""
-_PR_SET_PDEATHSIG = 1
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -258,11 +257,8 @@ def _signal_ranks(number: int) -> None:
 def end_with_launcher() -> None:
     """A rank that `launch_ranks` started ends when its launcher is killed (Linux)."""
     launcher = os.environ.get(_LAUNCHER)
-    if launcher is None or not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(launcher):  # killed before the line above
-        sys.exit(1)
+    if launcher is not None:
+        die_with_parent(int(launcher))
 
 
 def join_output() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -23,9 +22,9 @@ import psutil
 from megafork.cluster.launch import ENDPOINT
 from megafork.cluster.node_messages import BEAT_S, LOST, MAX_LINE, Failure, Plan, pack, receive
 from megafork.system import failure_file
+from megafork.system.child_process import adopt_orphans, die_with_parent
 from megafork.system.signals import INTERRUPTED, STOP_FILE
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _GRACE_S = 10.0
 """For servers to end by themselves when all went well"""
 _KILL_S = 10.0
@@ -91,7 +90,7 @@ class NodeLauncher:
         self._writer: asyncio.StreamWriter | None = None
 
     async def run(self) -> int:
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what loses its parent stays ours
+        adopt_orphans()  # what loses its parent stays ours
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             loop.add_signal_handler(number, self._ask_to_stop)
@@ -220,8 +219,6 @@ class NodeLauncher:
 
 
 def _as_child(guard: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != guard:  # killed before the line above
-        os._exit(1)
+    die_with_parent(guard)
     # A launcher sends it to all at once; what can act on it sets a handler, the rest goes on.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
