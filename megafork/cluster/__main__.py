@@ -118,7 +118,7 @@ def _servers(
 
 
 async def guard_and_tell(plan: Plan, guard: Guard) -> int:
-    """The guard's work, and on the first machine the head's; returns the run's exit status."""
+    """Do the guard's work, and on the first machine the head's; return the run's exit status."""
     if guard.node != plan.head:
         return await guard.run()
     own = asyncio.create_task(guard.run())
@@ -136,7 +136,7 @@ async def guard_and_tell(plan: Plan, guard: Guard) -> int:
 
 
 def _leave(path: Path, text: str) -> None:
-    """Our own exit status and output tell it, too: a full disk is no other cause."""
+    """Write the text; if that fails, warn alone, since our exit status and output tell it too."""
     try:
         path.write_text(text + "\n")
     except OSError as error:
