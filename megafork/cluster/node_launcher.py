@@ -38,14 +38,14 @@ class Work:
     name: str
     command: Sequence[str]
     log: Path | None = None
-    """Takes its output; None: ours"""
+    """The file that takes its output; None: ours takes it"""
     restarts: int = 0
     """How often it is started again when it ends"""
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen | None = None
 
     def start(self, folder: Path, environment: dict[str, str]) -> None:
-        """folder: of this machine's own, for its last words."""
+        """Start the process. folder: this machine's own, for the process's last words."""
         self.words = folder / f"{self.name}.words"
         self.words.unlink(missing_ok=True)
         told = {"PYTHONUNBUFFERED": "1", failure_file.VARIABLE: str(self.words)}
@@ -74,7 +74,7 @@ class Work:
 
 
 class NodeLauncher:
-    """One machine's. `run` returns the exit status of the whole run."""
+    """The guard of one machine. `run` returns the exit status of the whole run."""
 
     def __init__(
         self, plan: Plan, node: str, works: list[Work], refused: Failure | None = None
@@ -148,7 +148,7 @@ class NodeLauncher:
                 self._end = int(message["end"])
 
     def _look_after(self, writer: asyncio.StreamWriter) -> bool:
-        """Whether the machine's work has ended, which is then told."""
+        """Restart what may be; return whether the machine's work has ended, and tell the head."""
         if self._not_started is not None:
             writer.write(pack(ended=asdict(self._not_started)))
             return True
@@ -192,7 +192,7 @@ class NodeLauncher:
             (self.plan.logs / f"guard-{self.node}.log").write_text(told + "\n")
 
     async def _part(self) -> None:
-        """Servers have a moment to end by themselves."""
+        """Ask the processes that still run to end, and give them a moment for it."""
         for work in self.works:
             if work.process is not None and not work.has_ended():
                 work.process.terminate()
@@ -201,7 +201,7 @@ class NodeLauncher:
             await asyncio.sleep(0.1)
 
     async def _kill_all(self) -> None:
-        """SIGKILL to all that came of our processes, until nothing is left."""
+        """Send SIGKILL to all that came of our processes, until nothing is left."""
         deadline = time.monotonic() + _KILL_S
         while time.monotonic() < deadline:
             left = psutil.Process().children(recursive=True)

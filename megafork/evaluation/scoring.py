@@ -66,7 +66,7 @@ def score_file(config: ScoreConfig, input_path: Path, output_path: Path) -> None
 def _score(
     groups: list[Group], scorer: Scorer, mesh: Mesh
 ) -> list[tuple[list[float], list[float]]]:
-    """(logprobs, entropies) of each group's one response, on rank 0; empty elsewhere."""
+    """Return (logprobs, entropies) of each group's one response on rank 0, elsewhere []."""
     table = token_table(groups)
     scores = scorer.score(table)
     mine = None
@@ -90,8 +90,10 @@ def _score(
 def read_responses(
     lines: TextIO, path: Path, config: ScoreConfig, vocab_size: int
 ) -> Iterator[tuple[dict, Group]]:
-    """Each object with its response, as the only sample of a group. Raises UserError for a line
-    that cannot be scored."""
+    """Yield each object with its response, as the only sample of a group.
+
+    Raises UserError for a line that cannot be scored.
+    """
     tokenizer: Tokenizer | None = None
     for number, line in _numbered(lines, path):
         where = f"{path}, line {number}"
@@ -126,7 +128,7 @@ def read_responses(
 
 
 def _numbered(lines: TextIO, path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers."""
+    """Yield the lines that are not blank, with their numbers."""
     try:
         for number, line in enumerate(lines, 1):
             if line.strip():

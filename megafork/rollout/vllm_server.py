@@ -45,7 +45,7 @@ _CPU_ENVIRONMENT = {
 
 @dataclass(eq=False)
 class VllmServer:
-    """One vLLM server behind an API key, and nothing left of it after `stop()`.
+    """A vLLM server behind an API key; nothing of it is left after `stop()`.
 
     model_path: a local Hugging Face folder; no tokenizer is needed, only token ids travel.
     device: "cpu" or "cuda". On the CPU kv_cache_gib sizes the cache and cpu_threads is the number
@@ -247,7 +247,7 @@ class VllmServer:
 
 
 def _check_model_folder(folder: Path) -> None:
-    """The mistakes that vLLM reports after half a minute and in other words."""
+    """Raise UserError for mistakes that vLLM reports after half a minute and in other words."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"no model at {folder}: {path} does not exist; give a Hugging Face folder")
@@ -260,7 +260,7 @@ def _check_model_folder(folder: Path) -> None:
 
 
 def _kill_group(process_group: int, patience_s: float = 3.0) -> None:
-    """SIGKILL to whatever is left, until nothing is: its memory, on a GPU too, is then free."""
+    """Send SIGKILL until nothing is left: the group's memory, on a GPU too, is then free."""
     deadline = time.monotonic() + patience_s
     with contextlib.suppress(ProcessLookupError):
         while time.monotonic() < deadline:
@@ -282,7 +282,7 @@ def _check_port(host: str, port: int) -> int:
 
 
 def _last_error(log_path: Path, num_lines: int = 12) -> str:
-    """The line of the log that names the root cause, then the log's end."""
+    """Return the line of the log that names the root cause, then the log's end."""
     lines = log_path.read_text(errors="replace").splitlines()
     # vLLM prefixes "(EngineCore pid=1) ERROR 11-23 05:59:24 [core.py:7] "; warnings are no cause.
     bare = [re.sub(r"^\(\w+ pid=\d+\) (ERROR [^]]*\] )?", "", line) for line in lines]
@@ -292,14 +292,14 @@ def _last_error(log_path: Path, num_lines: int = 12) -> str:
 
 
 def log_paths(log: Path, num_servers: int) -> list[Path]:
-    """`log` of one server; of several with their numbers."""
+    """Return each server's log: `log` for one, `log` with their numbers for several."""
     if num_servers == 1:
         return [log]
     return [log.with_name(f"{log.stem}-{i}{log.suffix}") for i in range(num_servers)]
 
 
 def cpu_threads(asked: int | None, num_servers: int) -> int:
-    """Threads of each of a machine's servers on its CPU: `asked`, the user's, or their share."""
+    """Return how many CPU threads each server takes: `asked`, OMP_NUM_THREADS, or its share."""
     of_user = os.environ.get("OMP_NUM_THREADS", "").partition(",")[
         0
     ]  # a list counts for nested ones

@@ -253,7 +253,10 @@ def test_a_stranger_changes_nothing(machines):
 
 def test_long_words_are_cut(machines):
     """To the first line, which the head takes and a job's last line holds."""
-    words = "from megafork.system import failure_file; failure_file.leave('why ' * 20_000 + '\\nmore', status=2)"
+    words = (
+        "from megafork.system import failure_file; "
+        "failure_file.leave('why ' * 20_000 + '\\nmore', status=2)"
+    )
     machines.start(TRAIN[0], "sleep", "600")
     machines.start(TRAIN[1], sys.executable, "-c", f"{words}; raise SystemExit(2)")
     machines.start(SERVER, "sleep", "600")
