@@ -216,7 +216,7 @@ def problems_of(file: SampleFile, samples: int) -> list[list[estimates.Scored]]:
 
 
 def measure(problems: Sequence[Sequence[estimates.Scored]]) -> Results:
-    """All metrics of one benchmark; each with value, low, high and standard_error."""
+    """Return all metrics of one benchmark; each with value, low, high and standard_error."""
     samples = len(problems[0])
     avg = estimates.avg_at_k(problems).as_dict()
     avg["sampling_error"] = estimates.sampling_error(

@@ -89,7 +89,7 @@ class Input:
         )
 
     def settings(self) -> Settings:
-        """All that samples depend on but the prompts, flat; for SampleFile."""
+        """Return all that samples depend on but the prompts, flat; for SampleFile."""
         dumped = self.config.model_dump(mode="json")
         flat = {
             f"{section}.{key}": value
@@ -168,7 +168,7 @@ def generate_file(config: GenerateConfig, data: str, output: Path) -> None:
 
 
 def row_of(prompt: Prompt, number: int, sample: Sample, tokenizer: Tokenizer) -> dict:
-    """One response as it is written; `megafork score` reads it."""
+    """Return a response as it is written; `megafork score` reads it."""
     return {
         "id": prompt.id,
         "sample": number,

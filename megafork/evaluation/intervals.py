@@ -70,7 +70,7 @@ def share_intervals(values: Array) -> tuple[Array, Array]:
 
 
 def covers(values: Array, truth: float) -> Array:
-    """Whether the interval of each row of `values` [repetitions, problems] holds `truth`."""
+    """Return whether the interval of each row of `values` [repetitions, problems] holds `truth`."""
     from scipy.special import betainc
 
     trials = _trials(values)
