@@ -54,7 +54,7 @@ def board_of_the_world() -> Board:
     """Return a board beside the store's file where the world has one, else in the store itself."""
     if STORE in os.environ:
         return FileBoard(Path(os.environ[STORE]).parent)
-    return dist.PrefixStore("megafork/whereabouts", dist.distributed_c10d._get_default_store())
+    return dist.PrefixStore("megafork/progress", dist.distributed_c10d._get_default_store())
 
 
 class Progress:

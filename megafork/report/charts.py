@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from megafork.report.catalogue import CHARTS, Chart
-from megafork.report.files import Row, RunFiles
 from megafork.report.palette import CURVES
+from megafork.report.run_files import Row, RunFiles
 
 Points = tuple[list[int], list[float]]
 """Steps and values; NaN is a gap."""

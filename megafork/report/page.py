@@ -13,8 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megafork.report import palette
 from megafork.report.charts import drawings, histogram
-from megafork.report.files import Row, RunFiles, read_run
-from megafork.report.tokens import sampled_steps, visible
+from megafork.report.run_files import Row, RunFiles, read_run
+from megafork.report.shaded_tokens import sampled_steps, visible
 from megafork.system.disk import naming, refuse_links
 
 

@@ -221,7 +221,7 @@ def _victims(kind: str, run: LiveRun) -> list[psutil.Process]:
 
 
 def _is_in(phase: str, run: LiveRun, after_step: int) -> bool:
-    """What rank 0 has written down of its whereabouts, read from outside."""
+    """What rank 0 has written down of its progress, read from outside."""
     with contextlib.suppress(psutil.Error, OSError, ValueError):
         [rank] = _victims("rank 0", run)
         board = FileBoard(Path(variable(rank, STORE) or "").parent)

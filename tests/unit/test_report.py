@@ -10,7 +10,7 @@ import pytest
 from megafork.errors import UserError
 from megafork.report import palette
 from megafork.report.page import duration, write_report
-from megafork.report.tokens import sampled_steps, visible
+from megafork.report.shaded_tokens import sampled_steps, visible
 from tests.helpers.commands import megafork
 from tests.helpers.pages import (
     Element,

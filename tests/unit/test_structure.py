@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "megafork"
@@ -101,6 +102,12 @@ def test_rooms_import_those_before_them():
     ]
     assert upwards == []
     assert {name.split(".")[0] or "__init__" for name in TREES} == set(ROOMS)
+
+
+def test_a_module_name_occurs_once():
+    """A folder's name apart: weights/ and model/weights.py are told apart by the dot."""
+    names = Counter(path.stem for path in PACKAGE.rglob("*.py") if not path.stem.startswith("__"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_imports_make_no_circle():
