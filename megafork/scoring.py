@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,9 +23,16 @@ from megafork.parsing import parse_json
 from megafork.sample import Group, Sample
 from megafork.types import token_table
 
+Batch = Sequence[tuple[dict, Group]]
+"""(input object, its response)"""
+Scores = Sequence[tuple[list[float], list[float]]]
+"""(logprobs, entropies) of each response"""
+Write = Callable[[Batch, Scores], None]
+
 
 def score_file(config: ScoreConfig, input_path: Path, output_path: Path) -> None:
-    """Write every input object with "logprobs" and "entropies" added, in input order.
+    """Write every input object with "logprobs" and "entropies" added, in input order: as jsonl, or
+    as parquet where the output's name ends in .parquet.
 
     Collective; rank 0 reads and writes. The output appears under its name when it is complete.
     Raises UserError naming file and line for an input that cannot be scored.
@@ -41,26 +48,75 @@ def score_file(config: ScoreConfig, input_path: Path, output_path: Path) -> None
     partial = output_path.with_name(output_path.name + ".partial")
     with contextlib.ExitStack() as stack:
         source: Iterator[tuple[dict, Group]] = iter(())
-        sink: TextIO | None = None
+        write: Write | None = None
         if topology.rank == 0:
             lines = stack.enter_context(input_path.open(encoding="utf-8"))
             source = read_responses(lines, input_path, config, scorer.shape.vocab_size)
             stack.callback(partial.unlink, missing_ok=True)
             stack.enter_context(naming(partial))
-            sink = stack.enter_context(partial.open("w", encoding="utf-8"))
+            writing = stack.enter_context(contextlib.ExitStack())
+            sink = _parquet_sink if output_path.suffix == ".parquet" else _jsonl_sink
+            write = writing.enter_context(sink(partial))
         while True:
             batch = topology.on_rank_zero(lambda: list(islice(source, config.batch_sequences)))
             if not batch:
                 break
             values = _score([group for _, group in batch], scorer, topology)
-            if sink is not None:
-                for (row, _), (logprobs, entropies) in zip(batch, values, strict=True):
-                    scored = row | {"logprobs": logprobs, "entropies": entropies}
-                    sink.write(json.dumps(scored, ensure_ascii=False) + "\n")
-        if sink is not None:
-            sink.close()
+            if write is not None:
+                write(batch, values)
+        if topology.rank == 0:
+            writing.close()
             os.replace(partial, output_path)
     shutdown()
+
+
+@contextlib.contextmanager
+def _jsonl_sink(path: Path) -> Iterator[Write]:
+    with path.open("w", encoding="utf-8") as file:
+
+        def write(batch: Batch, values: Scores) -> None:
+            for (row, _), (logprobs, entropies) in zip(batch, values, strict=True):
+                scored = row | {"logprobs": logprobs, "entropies": entropies}
+                file.write(json.dumps(scored, ensure_ascii=False) + "\n")
+
+        yield write
+
+
+@contextlib.contextmanager
+def _parquet_sink(path: Path) -> Iterator[Write]:
+    """Columns of tokens, and `input`: the JSON of the input object without its token ids."""
+    import pyarrow
+    from pyarrow import parquet
+
+    ids, numbers = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.float32())
+    schema = pyarrow.schema(
+        [
+            ("input", pyarrow.string()),
+            ("prompt_ids", ids),
+            ("response_ids", ids),
+            ("logprobs", numbers),
+            ("entropies", numbers),
+        ]
+    )
+    with parquet.ParquetWriter(path, schema, compression="zstd") as file:
+
+        def write(batch: Batch, values: Scores) -> None:
+            rows = []
+            for (row, group), (logprobs, entropies) in zip(batch, values, strict=True):
+                rest = {k: v for k, v in row.items() if k not in ("prompt_ids", "response_ids")}
+                rows.append(
+                    {
+                        # ASCII, as a lone surrogate has no UTF-8.
+                        "input": json.dumps(rest),
+                        "prompt_ids": group.prompt_ids,
+                        "response_ids": group.samples[0].token_ids,
+                        "logprobs": logprobs,
+                        "entropies": entropies,
+                    }
+                )
+            file.write_table(pyarrow.Table.from_pylist(rows, schema))
+
+        yield write
 
 
 def _score(

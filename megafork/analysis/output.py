@@ -9,12 +9,10 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from megafork.disk import naming
 from megafork.errors import UserError
-from megafork.interruption import ended_by_signals
 from megafork.printable import as_cell
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -31,14 +29,6 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"--output {folder} cannot be made: {error}") from None
     return folder
-
-
-@contextmanager
-def spool_beside(folder: Path) -> Iterator[Path]:
-    """A folder for columns in the output folder, whose disk has to hold both; gone at the end, by
-    a signal too."""
-    with ended_by_signals(), TemporaryDirectory(prefix=".columns-", dir=folder) as name:
-        yield Path(name)
 
 
 def write_table(folder: Path, name: str, rows: Sequence[Row], about: Row) -> list[Path]:

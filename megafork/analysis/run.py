@@ -10,20 +10,26 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from megafork import launch
-from megafork.analysis.columns import Columns, read_scored
-from megafork.analysis.entropy import entropy_statistics, write_entropy
+from megafork.analysis.entropy import entropy_tables, write_entropy
 from megafork.analysis.from_run import generate_settings, score_settings, verifier_settings
 from megafork.analysis.glyphs import Font
-from megafork.analysis.output import make_folder, spool_beside, write_json
-from megafork.analysis.paired_output import write_change, write_overlap
-from megafork.analysis.pairs import Scope, entropy_change, overlap
+from megafork.analysis.output import make_folder, write_json
+from megafork.analysis.pairs import (
+    Scope,
+    entropy_change,
+    overlap,
+    write_change,
+    write_overlap,
+)
+from megafork.analysis.scored import Scored, read_scored
 from megafork.analysis.tokens import rank_tokens, write_tokens
 from megafork.analysis.training import training_table, write_training
 from megafork.config import ScoreConfig, TrainConfig
@@ -41,7 +47,7 @@ INITIAL, FINAL = "initial", "final"
 
 @dataclass(frozen=True)
 class RunAnalysis:
-    """What is asked for."""
+    """The options of `megafork analyze run`."""
 
     run: Path
     output: Path
@@ -69,7 +75,7 @@ class RunAnalysis:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the run has, checked."""
+    """The parts of the run that are analyzed, checked."""
 
     initial: Path
     final: Path
@@ -77,9 +83,9 @@ class _Plan:
     """(step, folder), sharded"""
     steps: list[int]
     table: list[dict[str, Any]]
-    """training_table's"""
+    """of training_table"""
     prompts: str
-    """what is generated from: data.eval, or data.train"""
+    """data to generate from: data.eval, or data.train"""
     generate_settings: list[str]
     score_settings: list[str]
     eval_settings: list[str]
@@ -100,28 +106,40 @@ def analyze_run(asked: RunAnalysis) -> None:
     plan = _plan(asked)
     folder = make_folder(asked.output)
     responses = _responses(asked, plan)
-    with spool_beside(folder) as spool:
-        columns = {
-            label: read_scored(
-                scored, spool / label, encode=plan.tokenizer.encode, vocab_size=plan.vocab_size
-            )
-            for label, scored in _scored(plan, responses, folder, spool)
-        }
-        _write_all(asked, plan, columns)
-    base = columns[INITIAL]
-    write_json(
-        folder / "analysis.json",
-        {
-            "run": str(asked.run),
-            "initial": str(plan.initial),
-            "responses": _sources(asked.run, plan) or [str(responses)],
-            "num_responses": base.num_rows,
-            "num_tokens": base.num_tokens,
-            "score_settings": plan.score_settings,
-            "rho": plan.rho,
-            "scope": asked.scope,
-        },
-    )
+    # The tables come last: all that may fail for long is before them.
+    base = _read(_score(plan.initial, responses, INITIAL, folder, plan), plan)
+    overlaps = []
+    for step, checkpoint in plan.checkpoints:
+        label = f"step_{step:06d}"
+        with _converted(checkpoint, folder) as model:
+            scored = read_scored(_score(model, responses, label, folder, plan))
+        overlaps.append((label, overlap(base, scored, plan.rho, asked.scope)))
+    final = _read(_score(plan.final, responses, FINAL, folder, plan), plan)
+    last = f"step_{plan.last_step:06d}"
+    overlaps.append((last, overlap(base, final, plan.rho, asked.scope)))
+    write_overlap(overlaps, INITIAL, plan.rho, asked.scope, folder)
+    for label, scored in ((INITIAL, base), (FINAL, final)):
+        tables = entropy_tables(scored)
+        write_entropy(tables, label, folder, f"entropy_{label}")
+        limits = (asked.min_count, asked.min_responses)
+        ranked = rank_tokens(scored, plan.vocab_size, plan.tokenizer.name, *limits)
+        words = {"num_words": asked.num_words, "font": asked.font}
+        write_tokens(ranked, label, folder, f"tokens_{label}", **words)
+    write_change(*entropy_change(base, final), INITIAL, FINAL, folder)
+    write_training(plan.table, asked.run.resolve().name, folder)
+    if asked.temperatures:
+        _sweep(plan, tables.p80, folder / "temperatures")
+    about = {
+        "run": str(asked.run),
+        "initial": str(plan.initial),
+        "responses": _sources(asked.run, plan) or [str(responses)],
+        "num_responses": len(base.length_B),
+        "num_tokens": base.num_tokens,
+        "score_settings": plan.score_settings,
+        "rho": plan.rho,
+        "scope": asked.scope,
+    }
+    write_json(folder / "analysis.json", about)
 
 
 def _plan(asked: RunAnalysis) -> _Plan:
@@ -183,7 +201,7 @@ def _plan(asked: RunAnalysis) -> _Plan:
 
 
 def _steps(run: Path, last_steps: int) -> list[int]:
-    """Whose responses are taken."""
+    """The last steps that have responses."""
     found = journalled_steps(run / "rollouts")[-last_steps:]
     if not found:
         raise UserError(f"{run / 'rollouts'} holds no responses: name a file of some (--responses)")
@@ -195,7 +213,7 @@ def _sources(run: Path, plan: _Plan) -> list[str]:
 
 
 def _checkpoints(run: Path, last_step: int) -> list[tuple[int, Path]]:
-    """Those kept before the last step, whose weights are the final folder's."""
+    """(step, folder) of each kept before the last step, whose weights are the final folder's."""
     names = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in (run / "checkpoints").iterdir()]
     steps = sorted((int(match[1]), path) for match, path in names if match)
     return [(step, path) for step, path in steps if 0 < step < last_step]
@@ -245,63 +263,37 @@ def write_rollouts(folder: Path, steps: Sequence[int], output: Path) -> None:
     partial.replace(output)
 
 
-def _scored(plan: _Plan, responses: Path, folder: Path, spool: Path) -> Iterator[tuple[str, Path]]:
-    """(label, file of scores), as each is scored: the initial model, the checkpoints, the final."""
-
-    def score(model: Path, label: str) -> tuple[str, Path]:
-        output = folder / f"scored_{label}.jsonl"
-        _megafork(
-            *("score", "--model", model, "--input", responses, "--output", output),
-            *plan.score_settings,
-        )
-        return label, output
-
-    yield score(plan.initial, INITIAL)
-    for step, path in plan.checkpoints:
-        # One at a time: a folder of weights is the largest thing here.
-        with tempfile.TemporaryDirectory(dir=spool) as name:
-            model = Path(name) / "hf"
-            _megafork("convert", "megatron-to-hf", "--hf", model, "--megatron", path)
-            yield score(model, f"step_{step:06d}")
-    yield score(plan.final, FINAL)
+def _score(model: Path, responses: Path, label: str, folder: Path, plan: _Plan) -> Path:
+    """The file of scores, written."""
+    output = folder / f"scored_{label}.parquet"
+    _megafork(
+        *("score", "--model", model, "--input", responses, "--output", output),
+        *plan.score_settings,
+    )
+    return output
 
 
-def _write_all(asked: RunAnalysis, plan: _Plan, columns: dict[str, Columns]) -> None:
-    folder, base = asked.output, columns[INITIAL]
-    statistics = {label: entropy_statistics(columns[label]) for label in (INITIAL, FINAL)}
-    for label, found in statistics.items():
-        write_entropy(found, label, folder, f"entropy_{label}")
-        ranked = rank_tokens(
-            columns[label],
-            plan.vocab_size,
-            plan.tokenizer.name,
-            asked.min_count,
-            asked.min_responses,
-        )
-        write_tokens(
-            ranked,
-            label,
-            folder,
-            f"tokens_{label}",
-            num_words=asked.num_words,
-            font=asked.font,
-        )
-    overlaps = [
-        (f"step_{plan.last_step:06d}" if label == FINAL else label, one)
-        for label, other in columns.items()
-        if label != INITIAL
-        for one in [overlap(base, other, plan.rho, asked.scope)]
-    ]
-    write_overlap(overlaps, INITIAL, plan.rho, asked.scope, folder)
-    write_change(entropy_change(base, columns[FINAL]), INITIAL, FINAL, folder)
-    write_training(plan.table, asked.run.resolve().name, folder)
-    if asked.temperatures:
-        _megafork(
-            *("analyze", "temperatures", "--model", plan.final, "--data", plan.prompts),
-            *("--output", folder / "temperatures"),
-            f"sweep.threshold={statistics[FINAL].percentiles[80]:.6g}",
-            *plan.eval_settings,
-        )
+def _read(path: Path, plan: _Plan) -> Scored:
+    """With ids, for the analysis of tokens."""
+    return read_scored(path, vocab_size=plan.vocab_size)
+
+
+@contextmanager
+def _converted(checkpoint: Path, folder: Path) -> Iterator[Path]:
+    """A sharded checkpoint as an HF folder, which is gone at the end, by a signal too: a folder of
+    weights is the largest thing here."""
+    with ended_by_signals(), TemporaryDirectory(prefix=".converted-", dir=folder) as name:
+        model = Path(name) / "hf"
+        _megafork("convert", "megatron-to-hf", "--hf", model, "--megatron", checkpoint)
+        yield model
+
+
+def _sweep(plan: _Plan, threshold: float, output: Path) -> None:
+    _megafork(
+        *("analyze", "temperatures", "--model", plan.final, "--data", plan.prompts),
+        *("--output", output, f"sweep.threshold={threshold:.6g}"),
+        *plan.eval_settings,
+    )
 
 
 def _megafork(*arguments: object) -> None:

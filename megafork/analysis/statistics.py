@@ -1,5 +1,6 @@
-"""Means of tokens in cells (token ids, bins of entropy), with standard errors over responses.
+"""Exact order statistics, and means of tokens in cells with standard errors over responses.
 
+A cell is a token id or a bin of entropy.
 Tokens of one response are not independent, responses nearly are (those to one prompt are not
 quite). So the error is the cluster-robust one: with S_r the sum and n_r the count of response r in
 a cell, m the mean and R the responses that have a token there,
@@ -11,9 +12,26 @@ With one token in each response it is the usual s / sqrt(n). Two responses at le
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy
 
 Array = numpy.ndarray
+
+
+def order_statistics(values: Array, ranks: Sequence[int]) -> Array:
+    """float32: for each rank r of 0 .. n - 1 the value that r others precede in ascending order."""
+    return numpy.partition(values, sorted(set(ranks)))[ranks]
+
+
+def quantiles(values: Array, fractions: Sequence[float]) -> Array:
+    """float64: numpy.quantile's default (linear between two order statistics), in float64."""
+    at = (len(values) - 1) * numpy.asarray(fractions, numpy.float64)
+    lower = numpy.floor(at).astype(numpy.int64)
+    upper = numpy.minimum(lower + 1, len(values) - 1)
+    found = order_statistics(values, [*lower, *upper]).astype(numpy.float64)
+    low, high = found[: len(at)], found[len(at) :]
+    return low + (high - low) * (at - lower)
 
 
 class ClusteredMeans:
