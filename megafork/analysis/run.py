@@ -121,10 +121,11 @@ def analyze_run(asked: RunAnalysis) -> None:
     for label, scored in ((INITIAL, base), (FINAL, final)):
         tables = entropy_tables(scored)
         write_entropy(tables, label, folder, f"entropy_{label}")
-        limits = (asked.min_count, asked.min_responses)
-        ranked = rank_tokens(scored, plan.vocab_size, plan.tokenizer.name, *limits)
-        words = {"num_words": asked.num_words, "font": asked.font}
-        write_tokens(ranked, label, folder, f"tokens_{label}", **words)
+        ranked = rank_tokens(
+            scored, plan.vocab_size, plan.tokenizer.name, asked.min_count, asked.min_responses
+        )
+        name = f"tokens_{label}"
+        write_tokens(ranked, label, folder, name, num_words=asked.num_words, font=asked.font)
     write_change(*entropy_change(base, final), INITIAL, FINAL, folder)
     write_training(plan.table, asked.run.resolve().name, folder)
     if asked.temperatures:

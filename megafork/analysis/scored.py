@@ -193,7 +193,7 @@ def _entropies(row: _Row, where: str) -> numpy.ndarray:
     wrong = ~numpy.isfinite(entropy_T) | (entropy_T < -_ROUNDING)
     if wrong.any():
         at = int(wrong.argmax())
-        raise UserError(f"{where}: entropies[{at}] is {row.entropies[at]}, which is no entropy")
+        raise UserError(f"{where}: entropies[{at}] is {row.entropies[at]!s}, which is no entropy")
     return entropy_T
 
 

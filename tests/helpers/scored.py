@@ -1,4 +1,4 @@
-"""Files of scored responses, and their columns."""
+"""Files of scored responses, as rows and as read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy
 
-from megafork.analysis.columns import Columns, read_scored
+from megafork.analysis.scored import Scored, read_scored
 
 VOCAB = 40
 
@@ -51,9 +51,9 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def columns_of(folder: Path, name: str, rows: list[dict], block_tokens: int = 100) -> Columns:
+def scored_of(folder: Path, name: str, rows: list[dict], block_tokens: int = 100) -> Scored:
     path = write(folder / f"{name}.jsonl", rows)
-    return read_scored(path, folder / name, vocab_size=VOCAB, block_tokens=block_tokens)
+    return read_scored(path, vocab_size=VOCAB, block_tokens=block_tokens)
 
 
 def entropies_of(rows: list[dict]) -> numpy.ndarray:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from pyarrow import parquet
 
 from megafork.analysis.from_run import score_settings
 from megafork.analysis.glyphs import Font
@@ -18,6 +22,7 @@ from megafork.checkpoint.convert import hf_to_megatron
 from megafork.config import ScoreConfig, TrainConfig
 from megafork.config.file import load_config, save_config
 from megafork.errors import UserError
+from megafork.interruption import ended_by_signals
 from megafork.rollout.journal import Journal
 from megafork.sample import Group, Sample
 from tests.helpers.commands import QUICKSTART, lines, megafork
@@ -125,8 +130,12 @@ def test_one_command_for_a_run(tmp_path):
     responses = lines(out / "responses.jsonl")
     assert [row["id"] for row in responses] == list(range(10))
     for name in ("initial", "step_000001", "final"):
-        scored = lines(out / f"scored_{name}.jsonl")
+        scored = parquet.read_table(out / f"scored_{name}.parquet").to_pylist()
         assert [row["response_ids"] for row in scored] == [r["response_ids"] for r in responses]
+        for row, response in zip(scored, responses, strict=True):
+            ids = {key: row[key] for key in ("prompt_ids", "response_ids")}
+            assert json.loads(row["input"]) | ids == response
+            assert len(row["logprobs"]) == len(row["entropies"]) == len(row["response_ids"])
     summary = json.loads((out / "analysis.json").read_text())
     assert summary["num_tokens"] == sum(len(row["response_ids"]) for row in responses) == 125
     unchanged, final = json.loads((out / "overlap.json").read_text())["rows"]
@@ -168,10 +177,11 @@ def test_held_out_responses_and_two_temperatures(tmp_path):
     )
     done = megafork("analyze", "run", run, "--output", out, *options)
     assert done.returncode == 0, done.stderr
-    responses = lines(out / "scored_final.jsonl")
-    assert [row["prompt"] for row in responses] == [r["prompt"] for r in rows for _ in range(2)]
-    for row in responses:  # sampled by the model that scores them
-        assert row["logprobs"] == pytest.approx(row["rollout_logprobs"], abs=1e-4)
+    responses = parquet.read_table(out / "scored_final.parquet").to_pylist()
+    inputs = [json.loads(row["input"]) for row in responses]
+    assert [row["prompt"] for row in inputs] == [r["prompt"] for r in rows for _ in range(2)]
+    for row, asked_for in zip(responses, inputs, strict=True):  # sampled by what scores them
+        assert row["logprobs"] == pytest.approx(asked_for["rollout_logprobs"], abs=1e-4)
     sweep = json.loads((out / "temperatures" / "temperatures.json").read_text())
     [p80] = [
         row["entropy_nats"]
@@ -270,6 +280,19 @@ def test_rollouts_as_responses(tmp_path):
     assert [row["accuracy"] for row in rows] == [0.0, 1.0] * 2
     assert {row["step"] for row in rows} == {7}
     assert [row["finish_reason"] for row in rows] == ["stop", "length"] * 2
+
+
+def test_a_signal_leaves_no_converted_checkpoint(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(SystemExit, match="75"),
+        ended_by_signals(),
+        tempfile.TemporaryDirectory(dir=tmp_path) as folder,
+    ):
+        (Path(folder) / "weights").write_bytes(b"much")
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_rollouts_of_aborted_groups_alone(tmp_path):
