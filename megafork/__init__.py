@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from megafork.algorithms.advantages import group_advantages
     from megafork.algorithms.forking import forking_mask
     from megafork.algorithms.gae import gae
-    from megafork.algorithms.losses import clipped_policy_loss
+    from megafork.algorithms.surrogates import clipped_policy_loss
     from megafork.config import TrainConfig
     from megafork.ops.top_fraction import top_fraction_threshold
     from megafork.ops.vocab_parallel import linear_logprob_and_entropy, logprob_and_entropy
@@ -34,7 +34,7 @@ __all__ = [
 ]
 _MODULES = {
     "TrainConfig": "megafork.config",
-    "clipped_policy_loss": "megafork.algorithms.losses",
+    "clipped_policy_loss": "megafork.algorithms.surrogates",
     "forking_mask": "megafork.algorithms.forking",
     "gae": "megafork.algorithms.gae",
     "group_advantages": "megafork.algorithms.advantages",
@@ -48,7 +48,15 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    try:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    except ModuleNotFoundError as error:
+        from megafork.system.extras import missing
+
+        package = missing(error.name)
+        if package is None:
+            raise
+        raise ModuleNotFoundError(f"megafork.{name} needs {package}", name=error.name) from error
 
 
 def __dir__() -> list[str]:

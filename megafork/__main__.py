@@ -1,30 +1,24 @@
-"""`megafork ...` and `python -m megafork ...`: the command line, where its packages are there."""
+"""`megafork ...` and `python -m megafork ...`: the command line."""
 
 from __future__ import annotations
 
 import sys
 
 from megafork.errors import USER_ERROR
-from megafork.extras import extra_with
+from megafork.system.extras import missing
 
 
 def main() -> None:
-    """Run the command line. Says which extra has a package of megafork's that is missing."""
+    """Run the command line; where a package is missing, name it and the extra that brings it."""
     try:
         from megafork.cli import main as command_line
 
         command_line()
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        extra = extra_with(missing)
-        if extra is None:
+        package = missing(error.name)
+        if package is None:
             raise
-        print(
-            f"error: this command needs {missing}, which is not installed: "
-            f"pip install 'megafork[{extra}]'",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: this command needs {package}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
 
 

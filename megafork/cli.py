@@ -18,8 +18,8 @@ from typing import Annotated
 
 import typer
 
-from megafork import exits, launch
 from megafork.analysis.commands import analyze
+from megafork.cluster import exits, launch
 from megafork.config import (
     EvaluateConfig,
     GenerateConfig,
@@ -28,10 +28,10 @@ from megafork.config import (
     Section,
     TrainConfig,
 )
-from megafork.config.file import known_keys, load_config
-from megafork.config.temperatures import TemperaturesConfig
+from megafork.config.load import known_keys, load_config
+from megafork.config.rollouts import TemperaturesConfig
 from megafork.errors import UserError
-from megafork.planning.command import plan
+from megafork.plan.command import plan
 
 app = typer.Typer(
     name="megafork",
@@ -91,7 +91,7 @@ def train(
         raise UserError("give a config file, or --resume with a run's folder")
     resolved = load_config(TrainConfig, config, settings)
     if dry_run:
-        from megafork.planning.dry_run import rehearse_run
+        from megafork.plan.dry_run import rehearse_run
 
         if node is None and serve_nodes is None and not _has_gpu():
             node = "this"
@@ -113,7 +113,7 @@ def train(
 
     check_start(resolved, resume=resume is not None)
     if launch.starts_on_this_machine() and not _has_gpu():
-        from megafork.planning.machine import check_machine
+        from megafork.plan.machine import check_machine
 
         check_machine(resolved)
 
@@ -145,7 +145,7 @@ def score(
     check_score(resolved, input, output)
 
     def work() -> None:
-        from megafork.scoring import score_file
+        from megafork.evaluation.scoring import score_file
 
         score_file(resolved, input, output)
 
@@ -316,7 +316,7 @@ def doctor(
     ] = sys.executable,
 ) -> None:
     """What is installed, which backends are active, what is missing and how to mend it."""
-    from megafork.doctor import report as report_on
+    from megafork.cluster.doctor import report as report_on
 
     raise typer.Exit(report_on(python))
 

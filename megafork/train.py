@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from megafork.config import TrainConfig
-from megafork.config.file import settings_of
+from megafork.config.load import settings_of
 from megafork.controller.handle import Batch, Controller
 from megafork.errors import Interrupted
-from megafork.interruption import Interruption
-from megafork.parallel.topology import initialize, shutdown
+from megafork.parallel.mesh import initialize, shutdown
+from megafork.system.signals import Interruption
 from megafork.trainer.checkpoints import Checkpoints
 from megafork.trainer.clock import Clock
 from megafork.trainer.critic import Critic
@@ -32,24 +32,24 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
     ended it early.
     """
     with Interruption() as interruption, contextlib.ExitStack() as stack:
-        topology = initialize(config.parallel, seed=config.training.seed)
-        topology.require_equal("settings", dict(settings_of(config)))
+        mesh = initialize(config.parallel, seed=config.training.seed)
+        mesh.require_equal("settings", dict(settings_of(config)))
         run_dir = open_run_dir(config, resume=resume)
-        topology.on_rank_zero(lambda: stack.enter_context(run_dir))
-        controller = stack.enter_context(Controller.connect(config, topology))
-        stack.enter_context(topology.whereabouts.told())
+        mesh.on_rank_zero(lambda: stack.enter_context(run_dir))
+        controller = stack.enter_context(Controller.connect(config, mesh))
+        stack.enter_context(mesh.progress.told())
         if config.rollout.placement == "colocated":
-            topology.whereabouts.enter("the start of the rollout servers")
+            mesh.progress.enter("the start of the rollout servers")
             controller.wait_for_servers()
-        topology.whereabouts.enter("the loading of the model")
-        policy = Policy(config, topology)
-        critic = Critic(config, topology) if config.algorithm.advantages == "gae" else None
+        mesh.progress.enter("the loading of the model")
+        policy = Policy(config, mesh)
+        critic = Critic(config, mesh) if config.algorithm.uses_critic else None
         learners = [policy] if critic is None else [policy, critic]
-        checkpoints = Checkpoints(config, topology, policy, critic)
+        checkpoints = Checkpoints(config, mesh, policy, critic)
         state = checkpoints.load_newest() if resume else None
         interruption.defer(controller.tell_signal)
         controller.begin(checkpoints.step, state)
-        weights = WeightSync(config, policy, topology, controller, learners)
+        weights = WeightSync(config, policy, mesh, controller, learners)
         stack.callback(weights.close)
         weights.push(version=checkpoints.step + 1)
         for batch in batches(controller, weights, after=checkpoints.step):
@@ -58,7 +58,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> None:
             weights.push(version=batch.step + 1)
         checkpoints.save_if_unsaved()
         final = checkpoints.export() if controller.has_finished else None
-        topology.whereabouts.enter("the report")
+        mesh.progress.enter("the report")
         controller.goodbye(None if final is None else str(final))
         if final is None:
             raise Interrupted(_stopped(config, controller, checkpoints.step))
@@ -69,7 +69,7 @@ def batches(controller: Controller, weights: WeightSync, *, after: int) -> Itera
     """Yield the batch of each step after `after`, until the run ends."""
     step = after + 1
     while controller.is_going_on:
-        weights.topology.whereabouts.enter(f"generate of step {step}")
+        weights.mesh.progress.enter(f"generate of step {step}")
         batch, again, groups = controller.batch(step)
         if again:  # the servers were lost with the weights that they had
             weights.push(version=step)
@@ -91,8 +91,8 @@ def train_step(
     weights: WeightSync,
 ) -> dict[str, float]:
     """Train on a rollout batch, as in the box of arXiv 2506.01939. Returns its metrics so far."""
-    topology, step = policy.topology, batch.step
-    clock = Clock(lambda phase: topology.whereabouts.enter(f"{phase} of step {step}"))
+    mesh, step = policy.mesh, batch.step
+    clock = Clock(lambda phase: mesh.progress.enter(f"{phase} of step {step}"))
     lr = policy.learning_rate
     with clock.measure("exchange"):
         minibatches = minibatches_of(config, batch, policy, controller)

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megafork.frames import PREFIX_BYTES, Prefix, encode
+from megafork.data.sample import Group, Sample
+from megafork.data.token_table import known_table
 from megafork.rollout.collector import RolloutBatch
+from megafork.rollout.frames import PREFIX_BYTES, Prefix, encode
 from megafork.rollout.journal import Journal, read_step
 from megafork.rollout.sampling import decode_samples, encode_samples
-from megafork.sample import Group, Sample
 from megafork.trainer.rows import columns_of
-from megafork.types import known_table
 
 GROUP_SIZE = 16
 STEP_TOKENS = 8192 * 20480

@@ -24,11 +24,11 @@ import numpy as np
 
 from megafork.config import RolloutConfig
 from megafork.data.prompts import Prompt, PromptStream
-from megafork.frames import encode
+from megafork.data.sample import Sample
 from megafork.rollout.collector import Collector, RolloutBatch
+from megafork.rollout.frames import encode
 from megafork.rollout.sampling import Sampling, decode_samples, encode_samples
 from megafork.rollout.step_journals import StepJournals
-from megafork.sample import Sample
 
 GROUP_SIZE = 16
 GIB = 1 << 30

@@ -30,14 +30,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from benchmarks.measuring import Job, in_a_fork, memory, on_ranks, peak_from_here
 
 from megafork.config import ParallelConfig, TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
+from megafork.data.sample import Group, Sample
+from megafork.data.token_table import TokenTable, token_table
 from megafork.model.shape import ModelShape
-from megafork.parallel.topology import Topology, initialize
-from megafork.planning.memory import training_memory
-from megafork.planning.rehearsal import MicroBatch
-from megafork.sample import Group, Sample
+from megafork.parallel.mesh import Mesh, initialize
+from megafork.plan.memory import training_memory
+from megafork.plan.rehearsal import MicroBatch
 from megafork.trainer.policy import Policy
-from megafork.types import TokenTable, token_table
 
 MIB = 1 << 20
 PROMPT, LENGTH = 17, 257  # one token of each sequence is not fed
@@ -133,15 +133,15 @@ def measured(folder: Path, tiny: Path, config: TrainConfig) -> list[float]:
 
 def _job(tiny: Path, config: TrainConfig) -> Job:
     _small_memory()
-    topology = initialize(config.parallel)
+    mesh = initialize(config.parallel)
 
     even = config.parallel.model_copy(update={"pipeline_layers": None})
 
     def warm_up() -> None:
-        _steps(config.model_copy(update={"parallel": even}), topology, tiny)
+        _steps(config.model_copy(update={"parallel": even}), mesh, tiny)
 
     def work() -> list[float]:
-        return _steps(config, topology, Path(config.model.path))
+        return _steps(config, mesh, Path(config.model.path))
 
     return Job(work, warm_up=warm_up)
 
@@ -156,11 +156,11 @@ def _small_memory() -> None:
         mkl.mkl_serv_disable_fast_mm()
 
 
-def _steps(config: TrainConfig, topology: Topology, folder: Path) -> list[float]:
+def _steps(config: TrainConfig, mesh: Mesh, folder: Path) -> list[float]:
     gc.collect()
     before = peak_from_here()
     model = config.model.model_copy(update={"path": str(folder)})
-    policy = Policy(config.model_copy(update={"model": model}), topology)
+    policy = Policy(config.model_copy(update={"model": model}), mesh)
     full = num_micro_batches(config), LENGTH
     # The first step, of short sequences, makes the optimizer's moments.
     for number, length in ((1, SHORT), full):
@@ -169,7 +169,7 @@ def _steps(config: TrainConfig, topology: Topology, folder: Path) -> list[float]
         scores = policy.score(table)
         [mask], _ = policy.select([table], [scores], step=1)
         policy.update(table, scores, mask)
-    peaks: list[float] = [0.0] * topology.world_size
+    peaks: list[float] = [0.0] * mesh.world_size
     dist.all_gather_object(peaks, memory("VmHWM") - before)
     return peaks
 

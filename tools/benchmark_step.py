@@ -25,12 +25,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from megafork.config import (
     ForkingConfig,
 )
+from megafork.data.sample import Group, Sample
+from megafork.data.token_table import TokenTable, token_table
 from megafork.ops.vocab_parallel import linear_logprob_and_entropy
+from megafork.parallel.mesh import initialize
 from megafork.parallel.ports import free_port
-from megafork.parallel.topology import initialize
-from megafork.sample import Group, Sample
 from megafork.trainer.policy import Policy
-from megafork.types import TokenTable, token_table
 from tools.benchmarks.configs import learner_config
 
 RHOS = (1.0, 0.5, 0.2, 0.1)

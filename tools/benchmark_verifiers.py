@@ -19,7 +19,7 @@ from collections.abc import Callable
 import psutil
 
 from megafork.config import RewardConfig
-from megafork.rewards.verifier import Judge
+from megafork.verifiers.verifier import Judge
 
 GROUP = 8
 Pair = tuple[str, str]

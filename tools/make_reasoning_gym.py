@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from megafork.rewards.reasoning_gym import task_verifier
+from megafork.verifiers.reasoning_gym import task_verifier
 
 ASK = "\n\nGive the final answer between <answer> and </answer>, and nothing else between them."
 

@@ -16,15 +16,15 @@ from pathlib import Path
 
 from megafork.algorithms.advantages import group_advantages
 from megafork.config import TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
+from megafork.data.token_table import TokenTable, token_table
+from megafork.parallel.mesh import Mesh, initialize
 from megafork.parallel.ports import free_port
-from megafork.parallel.topology import Topology, initialize
 from megafork.rollout.journal import read_step
 from megafork.trainer.policy import Policy
-from megafork.types import TokenTable, token_table
 
 
-def join_alone(config: TrainConfig) -> Topology:
+def join_alone(config: TrainConfig) -> Mesh:
     """A world of this process alone."""
     os.environ |= {
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 from megafork.config import TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.errors import UserError
 from megafork.logging.metrics import read_rows
 

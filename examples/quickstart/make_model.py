@@ -22,7 +22,7 @@ from make_data import HERE, Puzzle, all_puzzles, prompt_of, solutions
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from megafork.rewards.countdown import verify
+from megafork.verifiers.countdown import verify
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<unk>"]
 CHARACTERS = "0123456789+-*=;>:. "

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megafork.data.token_table import hash64
 from megafork.ops.top_fraction import largest_keys, top_fraction_threshold, top_k
-from megafork.types import hash64
 
 if TYPE_CHECKING:
     from megafork.config import ForkingConfig
@@ -51,7 +51,7 @@ def forking_mask(
 
 @dataclass(frozen=True)
 class Selection:
-    """Counts are of the population: the loss tokens, or all response tokens."""
+    """The selected tokens of a scope. Counts are of the loss tokens, or of all response tokens."""
 
     mask_T: Tensor
     """bool: forking_mask, contained in the loss mask"""
@@ -84,6 +84,7 @@ def select_tokens(
     boundary_eps: float = 0.0,
     sequence_T: Tensor | None = None,
     num_sequences: int = 1,
+    scores_T: Tensor | None = None,
 ) -> Selection:
     """Select among the response tokens of one threshold scope; call it once for each scope.
 
@@ -95,13 +96,14 @@ def select_tokens(
     missing, by another hash of (seed, step, key). (Equal on paper, as of a prefix that responses
     share, they may differ in the last bit: num_boundary counts those.)
     sequence_T: int64, which of num_sequences sequences a token is of, for scope = "sequence".
+    scores_T: float32 without NaN, a plug-in's: its top rho is taken in place of the entropies'.
     """
     if config.scope == "sequence":
         assert sequence_T is not None, "scope = sequence asks which sequence a token is of"
         scope = _Segments(sequence_T, num_sequences, groups)
     else:
         scope = _Segments(torch.zeros_like(loss_mask_T, dtype=torch.int64), 1, groups)
-    values_T = entropy_T
+    values_T = entropy_T if scores_T is None else scores_T
     if config.select == "random":
         values_T = random_scores(key_T2, seed=seed, step=step)
     among_T = torch.ones_like(loss_mask_T) if config.population == "response" else loss_mask_T
@@ -117,7 +119,7 @@ def select_tokens(
         num_top_S = k_S
     near_S = scope.count(among_T & ((values_T - threshold_T).abs() <= boundary_eps))
     kept, wanted, num_total = (int(num_S.sum()) for num_S in (num_top_S, k_S, num_total_S))
-    by_entropy = config.select in ("top", "bottom")
+    by_entropy = config.by_entropy
     return Selection(
         mask_T=loss_mask_T & _selected(config.select, top_T),
         rho=rho,
@@ -153,7 +155,7 @@ class _Segments:
     groups: Sequence[dist.ProcessGroup]
 
     def count(self, mask_T: Tensor) -> Tensor:
-        """int64 [S]"""
+        """Return each set's number of masked tokens, int64 [S]."""
         counts = torch.bincount(self.ids_T[mask_T], minlength=self.num)
         for group in self.groups:
             dist.all_reduce(counts, group=group)
@@ -162,7 +164,7 @@ class _Segments:
     def thresholds(
         self, values_T: Tensor, mask_T: Tensor, rho: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(threshold, kept, wanted, total), each [S]; one segment needs no look at the ids."""
+        """Return (threshold, kept, wanted, total), each [S]; one set needs no look at the ids."""
         found = top_fraction_threshold(
             values_T,
             mask_T,
@@ -181,7 +183,7 @@ class _Segments:
 
 
 def warn_of_ties(kept_fraction: float, wanted_fraction: float, rho: float) -> str | None:
-    """A message when ties move the kept fraction by more than a tenth of rho; else None.
+    """Return a message when ties move the kept fraction by more than a tenth of rho, else None.
 
     A collapsed policy has many entropies of 0; when they reach the threshold all are kept.
     """
@@ -195,7 +197,7 @@ def warn_of_ties(kept_fraction: float, wanted_fraction: float, rho: float) -> st
 
 
 def random_scores(key_T2: Tensor, *, seed: int, step: int) -> Tensor:
-    """float32 in [0, 1), a function of (seed, step, key) alone."""
+    """Return scores in [0, 1), float32 [T], a function of (seed, step, key) alone."""
     hashed_T = hash64(*_salted(key_T2, seed=seed, step=step))
     return ((hashed_T >> 40) & 0xFFFFFF).float() / float(1 << 24)
 

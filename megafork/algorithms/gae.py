@@ -26,7 +26,7 @@ def gae(
     gamma: float,
     gae_lambda: float,
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, returns), float32 [R] (arXiv 1506.02438, equation 16).
+    """Return (advantages, returns), float32 [R] (arXiv 1506.02438, equation 16).
 
     A_t = delta_t + gamma lambda A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t; the return that
     values are fitted to is A_t + V_t. In float64. values_R: of the states; rewards_B: of whole
@@ -54,7 +54,7 @@ def gae(
 def masked_mean_and_variance(
     values: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None
 ) -> tuple[float, float]:
-    """Of the masked values, in float64; the sample variance (n - 1), 0 of fewer than two.
+    """Return the masked values' mean and sample variance (n - 1; 0 of fewer than two), in float64.
 
     group: whose ranks have one part of the values each, on its device.
     """
@@ -72,7 +72,10 @@ def masked_mean_and_variance(
 
 
 def whitened(advantages_R: Tensor, mean: float, variance: float) -> Tensor:
-    """Shifted and scaled so that these, of the loss tokens, become 0 and 1. float32 [R]."""
+    """Return the advantages at mean 0 and variance 1 over the loss tokens, float32 [R].
+
+    mean, variance: those of the loss tokens before.
+    """
     return ((advantages_R.double() - mean) / (variance + _EPSILON) ** 0.5).float()
 
 
@@ -84,7 +87,7 @@ def value_loss(
     clip: float | None,
     denominator: int,
 ) -> tuple[Tensor, Tensor]:
-    """(1/denominator sum of the rows' losses, bool [N]: where the clip decides).
+    """Return (1/denominator times the sum of the rows' losses, where the clip decides, bool [N]).
 
     A row's loss is 0.5 (V - return)^2, or the same of V clipped to old value +- `clip` where that
     is larger (PPO's value clipping); None: no clipping. `denominator` is the whole optimizer
@@ -107,7 +110,7 @@ def explained_variance(
     loss_mask_R: Tensor,
     group: dist.ProcessGroup | None = None,
 ) -> float:
-    """1 - Var(return - value) / Var(return) over the loss tokens; NaN where returns are equal."""
+    """Return 1 - Var(return - value) / Var(return) over the loss tokens; NaN for equal returns."""
     _, of_returns = masked_mean_and_variance(returns_R, loss_mask_R, group)
     _, of_errors = masked_mean_and_variance(returns_R - values_R, loss_mask_R, group)
     return 1.0 - of_errors / of_returns if of_returns else torch.nan

@@ -40,7 +40,7 @@ def importance_weights(
     num_sequences: int,
     cp_group: dist.ProcessGroup | None = None,
 ) -> ImportanceWeights:
-    """The weight of each token; equal policies give exactly 1.
+    """Return the weight of each token; equal policies give exactly 1.
 
     Log-probabilities are float32 [T]; loss_mask_T: bool; sequence_T: int64, which of num_sequences
     sequences a token is of. At level "sequence" all tokens of a response share the product of
@@ -68,7 +68,7 @@ def sums_of_sequences(
     num_sequences: int,
     cp_group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """float64 [num_sequences]: the sum of each sequence's values over the ranks that share it.
+    """Return each sequence's sum of values over the ranks that share it, float64 [num_sequences].
 
     No gradient goes through it.
     """

@@ -31,14 +31,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megafork.algorithms.losses import LossRows, k3_divergence, token_ratio
+from megafork.algorithms.losses import LossRows
+from megafork.algorithms.surrogates import k3_divergence, token_ratio
 
 if TYPE_CHECKING:
     from megafork.config import EntropyBonusConfig, KLConfig
 
 
 def kl_loss(logprobs_N: Tensor, rows: LossRows, config: KLConfig, *, denominator: int) -> Tensor:
-    """coefficient / denominator times the weighted sum of the estimates.
+    """Return coefficient / denominator times the weighted sum of the estimates.
 
     logprobs_N: float32, of the rows of `rows`; differentiable where rows.kl_weight_N is not 0, a
     connected zero without such a row. denominator: as in `losses.policy_loss`.
@@ -54,7 +55,7 @@ def kl_loss(logprobs_N: Tensor, rows: LossRows, config: KLConfig, *, denominator
 
 
 def kl_estimate(log_ratio_T: Tensor, estimator: str) -> Tensor:
-    """Of KL(pi || ref) from log pi - log ref; the gradients are the module's."""
+    """Return the estimate of KL(pi || ref) from log pi - log ref, with the module's gradients."""
     if estimator == "k3":
         return k3_divergence(-log_ratio_T, torch.zeros_like(log_ratio_T))
     k2_T = log_ratio_T.square() / 2
@@ -64,9 +65,10 @@ def kl_estimate(log_ratio_T: Tensor, estimator: str) -> Tensor:
 def entropy_loss(
     entropy_N: Tensor, rows: LossRows, config: EntropyBonusConfig, *, denominator: int
 ) -> Tensor:
-    """-coefficient / denominator times the weighted sum of the entropies (nats, differentiable).
+    """Return -coefficient / denominator times the weighted sum of the entropies (nats).
 
-    The entropies are those that tokens are selected by: at forking.entropy_temperature.
+    Differentiable in entropy_N. The entropies are those that tokens are selected by: at
+    forking.entropy_temperature.
     """
     terms_N = torch.where(rows.entropy_weight_N > 0, entropy_N, 0.0) * rows.entropy_weight_N
     return -config.coefficient * terms_N.sum() / denominator

@@ -88,7 +88,7 @@ def tokens(
     from megafork.analysis.scored import read_scored
     from megafork.analysis.tokens import rank_tokens, write_tokens
     from megafork.config import ScoreConfig
-    from megafork.config.file import load_config
+    from megafork.config.load import load_config
     from megafork.data.tokenizer import load_tokenizer
     from megafork.model.shape import ModelShape
 
@@ -164,8 +164,8 @@ def temperatures(
 ) -> None:
     """Accuracy over the temperature of forking tokens, and over that of the others."""
     from megafork.analysis.temperatures import sweep_temperatures
-    from megafork.config.file import load_config
-    from megafork.config.temperatures import TemperaturesConfig
+    from megafork.config.load import load_config
+    from megafork.config.rollouts import TemperaturesConfig
 
     settings = [f"model.path={json.dumps(str(model))}", *(overrides or [])]
     sweep_temperatures(load_config(TemperaturesConfig, None, settings), data, output)

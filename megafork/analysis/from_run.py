@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megafork.config import GenerateConfig, ScoreConfig, Section, TrainConfig
-from megafork.config.rollout import RewardConfig
+from megafork.config.rollouts import RewardConfig
 
 _OF_TRAINING = {"overlong_buffer_tokens", "overlong_penalty"}
 _URL = "rollout.url="

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megafork.disk import naming
 from megafork.errors import UserError
-from megafork.printable import as_cell
+from megafork.system.disk import naming
+from megafork.system.printable import as_cell
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 """Okabe and Ito's colours, which colour-blind readers tell apart."""

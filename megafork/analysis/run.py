@@ -17,7 +17,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from megafork import launch
 from megafork.analysis.entropy import entropy_tables, write_entropy
 from megafork.analysis.from_run import generate_settings, score_settings, verifier_settings
 from megafork.analysis.glyphs import Font
@@ -32,14 +31,15 @@ from megafork.analysis.pairs import (
 from megafork.analysis.scored import Scored, read_scored
 from megafork.analysis.tokens import rank_tokens, write_tokens
 from megafork.analysis.training import training_table, write_training
+from megafork.cluster import launch
 from megafork.config import ScoreConfig, TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
-from megafork.disk import naming
 from megafork.errors import USER_ERROR, PeerError, UserError
-from megafork.interruption import ended_by_signals
 from megafork.model.hf_model import check_folder
 from megafork.rollout.journal import journalled_steps, journals_of, read_step
+from megafork.system.disk import naming
+from megafork.system.signals import ended_by_signals
 
 ROLLOUTS, GENERATE = "rollouts", "generate"
 INITIAL, FINAL = "initial", "final"
@@ -266,7 +266,7 @@ def write_rollouts(folder: Path, steps: Sequence[int], output: Path) -> None:
 
 def _score(model: Path, responses: Path, label: str, folder: Path, plan: _Plan) -> Path:
     """The file of scores, written."""
-    output = folder / f"scored_{label}.parquet"
+    output = folder / f"scored_{label}.jsonl"
     _megafork(
         *("score", "--model", model, "--input", responses, "--output", output),
         *plan.score_settings,

@@ -17,7 +17,7 @@ import msgspec
 import numpy
 
 from megafork.errors import UserError
-from megafork.parsing import parse_json
+from megafork.system.parsing import parse_json
 
 BLOCK_TOKENS = 1 << 20
 _BATCH_ROWS = 256

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megafork.analysis.output import BLUE, GREY, ORANGE, Row, figure, make_folder, write_table
-from megafork.config.temperatures import TemperaturesConfig
+from megafork.config.rollouts import TemperaturesConfig
 from megafork.evaluation import metrics
 from megafork.evaluation.benchmark import problems_of, run_judged
 from megafork.evaluation.generation import Input, Job, check_input, digest
 from megafork.evaluation.samples import SampleFile, Settings
-from megafork.rewards.names import check_verifiers
 from megafork.rollout.sampling import TwoTemperatures
+from megafork.verifiers.names import check_verifiers
 
 Problems = Sequence[Sequence[metrics.Scored]]
 

@@ -20,15 +20,15 @@ from megafork.checkpoint.files import files_of, rename_synced, torch_save_raises
 from megafork.checkpoint.hf import HF, copy_side_files
 from megafork.checkpoint.hf_stream import StreamingSafetensors, TensorInfo
 from megafork.checkpoint.layout import Block, blocks, extra_states, key_of
-from megafork.checkpoint.progress import progress
+from megafork.checkpoint.progress_bar import progress
 from megafork.checkpoint.torch_dist import TorchDistReader, TorchDistWriter
 from megafork.config import ModelConfig, ParallelConfig
-from megafork.disk import sync
 from megafork.errors import UserError
 from megafork.model.hf_config import read_json
 from megafork.model.hf_mapping import whole_model_rules
 from megafork.model.hf_model import HfModel, check_folder
 from megafork.model.shape import ModelShape, padded_vocab_size
+from megafork.system.disk import sync
 
 _COPIES = "copies.json"
 """Of hf/: tensors that the HF folder held twice, as Qwen3-0.6B holds its tied head."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megafork.disk import naming, sync
+from megafork.system.disk import naming, sync
 
 _BLOCK = 1 << 24
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megafork.data.tokenizer import SENTENCEPIECE_FILE
-from megafork.disk import naming
 from megafork.model.hf_folder import INDEX
+from megafork.system.disk import naming
 
 HF = "hf"
 """Of a megatron folder: the HF folder's config, generation config and tokenizer."""

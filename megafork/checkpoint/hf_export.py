@@ -7,15 +7,15 @@ from pathlib import Path
 
 from megafork.checkpoint.files import files_of, rename_synced
 from megafork.checkpoint.hf import SafetensorsWriter, copy_side_files, write_index
-from megafork.disk import sync
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
+from megafork.system.disk import sync
 
 
 def export_hf(
     policy: Scorer,
-    topology: Topology,
+    mesh: Mesh,
     source: Path,
     target: Path,
     tokenizer: str | Path | None = None,
@@ -45,9 +45,9 @@ def export_hf(
         rename_synced(partial, target)
 
     try:
-        topology.on_rank_zero(begin)
-        parts = topology.all_gather_object(_write_own(policy, topology, partial))
-        topology.on_rank_zero(end)
+        mesh.on_rank_zero(begin)
+        parts = mesh.all_gather_object(_write_own(policy, mesh, partial))
+        mesh.on_rank_zero(end)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
@@ -57,15 +57,15 @@ def export_hf(
 
 
 def _write_own(
-    policy: Scorer, topology: Topology, partial: Path
+    policy: Scorer, mesh: Mesh, partial: Path
 ) -> tuple[dict[str, str], int, OSError | None]:
     """({tensor: file}, bytes, what went wrong) of this rank.
 
     It takes part in collecting the weights to their end, whatever went wrong.
     """
-    writer = SafetensorsWriter(partial, prefix=f"model-stage{topology.pp_rank:02d}")
+    writer = SafetensorsWriter(partial, prefix=f"model-stage{mesh.pp_rank:02d}")
     problem: OSError | None = None
-    if topology.is_first_replica:
+    if mesh.is_first_replica:
         for name, tensor in policy.export_shards():
             try:
                 if problem is None:

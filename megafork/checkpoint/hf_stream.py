@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from megafork.checkpoint.hf import write_index
-from megafork.disk import naming
 from megafork.model.hf_folder import SAFETENSORS_DTYPES
+from megafork.system.disk import naming
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 

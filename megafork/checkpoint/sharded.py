@@ -28,7 +28,7 @@ from megafork.checkpoint.files import torch_save_raises_os_error
 from megafork.checkpoint.writer import renew_results, without_copies
 from megafork.errors import UserError
 from megafork.model.weights import Stage
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
 from megafork.parallel.unpickling import guarded_checkpoint
 
 # It warns of an "old incomplete / corrupted checkpoint" where our own files are there before it.
@@ -47,15 +47,15 @@ class Saved(Protocol):
 def contents(
     stages: Sequence[Stage],
     optimizer: MegatronOptimizer | None,
-    topology: Topology,
+    mesh: Mesh,
     critic: Saved | None = None,
     *,
     loading: bool = False,
 ) -> dict[str, Any]:
     """The policy's state and, under names that begin with "critic.", the critic's."""
-    sharded = state_dict(stages, optimizer, topology, loading=loading)
+    sharded = state_dict(stages, optimizer, mesh, loading=loading)
     if critic is not None:
-        own = state_dict(critic.stages, critic.optimizer, topology, loading=loading)
+        own = state_dict(critic.stages, critic.optimizer, mesh, loading=loading)
         add_prefix_for_sharding(own, "critic.")
         sharded["critic"] = own
     return sharded
@@ -64,7 +64,7 @@ def contents(
 def state_dict(
     stages: Sequence[Stage],
     optimizer: MegatronOptimizer | None,
-    topology: Topology,
+    mesh: Mesh,
     *,
     loading: bool = False,
 ) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def state_dict(
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
-        "dp_cp_group": topology.groups.dp_cp,
+        "dp_cp_group": mesh.groups.dp_cp,
     }
     sharded: dict[str, Any] = {
         f"model{index}": stage.gpt.sharded_state_dict(metadata=metadata)
@@ -88,7 +88,7 @@ def state_dict(
     return sharded
 
 
-def save(folder: Path, contents: dict[str, Any], topology: Topology) -> AsyncRequest:
+def save(folder: Path, contents: dict[str, Any], mesh: Mesh) -> AsyncRequest:
     """Begin to write; the request, which writes and then finishes, is the caller's to run.
 
     Replicas share the writing of what they hold alike. Raises OSError on rank 0, which writes what
@@ -96,7 +96,7 @@ def save(folder: Path, contents: dict[str, Any], topology: Topology) -> AsyncReq
     """
     strategy = FullyParallelSaveStrategyWrapper(
         dist_checkpointing.serialization.get_default_save_sharded_strategy(),
-        topology.groups.dp_cp,
+        mesh.groups.dp_cp,
     )
     options: dict[str, Any] = {"sharded_strategy": strategy, "async_sharded_save": True}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
@@ -113,7 +113,7 @@ def load(
     folder: Path,
     stages: Sequence[Stage],
     optimizer: MegatronOptimizer | None,
-    topology: Topology,
+    mesh: Mesh,
     critic: Saved | None = None,
 ) -> None:
     """Fill weights and optimizer state from `folder`, whatever layout wrote it. Collective.
@@ -122,9 +122,9 @@ def load(
     """
     strategy = FullyParallelLoadStrategyWrapper(
         dist_checkpointing.serialization.get_default_load_sharded_strategy(str(folder)),
-        topology.groups.dp_cp,
+        mesh.groups.dp_cp,
     )
-    wanted = contents(stages, optimizer, topology, critic, loading=True)
+    wanted = contents(stages, optimizer, mesh, critic, loading=True)
     try:
         with guarded_checkpoint():
             loaded = dist_checkpointing.load(wanted, str(folder), sharded_strategy=strategy)

@@ -29,11 +29,11 @@ from megafork.checkpoint.files import checksum, files_of, rename_synced, write_a
 from megafork.checkpoint.hf import HF, copy_side_files
 from megafork.checkpoint.writer import Writer, take_checksums
 from megafork.config import CheckpointConfig
-from megafork.disk import sync
 from megafork.errors import PeerError, UserError
 from megafork.model.weights import Stage
-from megafork.parallel.topology import Topology
-from megafork.parsing import parse_json
+from megafork.parallel.mesh import Mesh
+from megafork.system.disk import sync
+from megafork.system.parsing import parse_json
 
 MANIFEST, STATE, GENERATORS = "manifest.json", "state.json", "generators.pt"
 _NAME = re.compile(r"step_(\d{6,})")
@@ -59,13 +59,13 @@ class CheckpointStore:
     def __init__(
         self,
         folder: Path,
-        topology: Topology,
+        mesh: Mesh,
         config: CheckpointConfig,
         *,
         model: Path | None = None,
         tokenizer: str | None = None,
     ) -> None:
-        self.folder, self.topology, self.config = folder, topology, config
+        self.folder, self.mesh, self.config = folder, mesh, config
         self.model, self.tokenizer = model, tokenizer
         self._pending: _Pending | None = None
         self._damaged: set[Path] = set()
@@ -87,11 +87,11 @@ class CheckpointStore:
         self.finish()
         partial = self._partial(step)
         try:
-            self.topology.on_rank_zero(lambda: self._begin(partial))
-            contents = sharded.contents(stages, optimizer, self.topology, critic)
-            request = sharded.save(partial, contents, self.topology)
-            states = self.topology.all_gather_object((self._coordinates, _generators()))
-            self.topology.on_rank_zero(
+            self.mesh.on_rank_zero(lambda: self._begin(partial))
+            contents = sharded.contents(stages, optimizer, self.mesh, critic)
+            request = sharded.save(partial, contents, self.mesh)
+            states = self.mesh.all_gather_object((self._coordinates, _generators()))
+            self.mesh.on_rank_zero(
                 lambda: write_and_sync(partial / GENERATORS, _as_bytes(dict(states)))
             )
         except OSError as error:
@@ -113,12 +113,12 @@ class CheckpointStore:
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is whole; damaged ones are named on rank 0's stderr."""
-        for path in self.topology.on_rank_zero(self._named)[::-1]:
+        for path in self.mesh.on_rank_zero(self._named)[::-1]:
             problem = self._problem(path)
             if problem is None:
                 return path
             self._damaged.add(path)
-            if self.topology.rank == 0:
+            if self.mesh.rank == 0:
                 print(f"warning: {path} is damaged ({problem}): passed over", file=sys.stderr)
         return None
 
@@ -133,13 +133,13 @@ class CheckpointStore:
 
         Raises UserError for a critic that the checkpoint does not hold.
         """
-        state = self.topology.on_rank_zero(lambda: parse_json((path / STATE).read_text()))
+        state = self.mesh.on_rank_zero(lambda: parse_json((path / STATE).read_text()))
         if critic is not None and "critic" not in state:
             raise UserError(
                 f"{path} holds no critic: algorithm.advantages=gae begins with a new run (its "
                 "model.path may be the HF folder of this one's last policy)"
             )
-        sharded.load(path, stages, optimizer, self.topology, critic)
+        sharded.load(path, stages, optimizer, self.mesh, critic)
         states = torch.load(path / GENERATORS, weights_only=True)
         if self._coordinates in states:  # else another layout wrote it, and the run's seed decides
             _restore_generators(states[self._coordinates])
@@ -156,7 +156,7 @@ class CheckpointStore:
     @property
     def _coordinates(self) -> str:
         """Of this rank in its layout."""
-        at = self.topology
+        at = self.mesh
         return (
             f"tp {at.tp_rank}/{at.tp_size} pp {at.pp_rank}/{at.pp_size} "
             f"cp {at.cp_rank}/{at.cp_size} dp {at.dp_rank}/{at.dp_size}"
@@ -178,11 +178,11 @@ class CheckpointStore:
         try:
             for finalize in pending.writer.finalize:
                 finalize()  # the first raises on every rank when one could not write
-            self.topology.on_rank_zero(lambda: write_and_sync(partial / STATE, pending.state))
-            self.topology.on_rank_zero(lambda: self._give_name(step))
+            self.mesh.on_rank_zero(lambda: write_and_sync(partial / STATE, pending.state))
+            self.mesh.on_rank_zero(lambda: self._give_name(step))
         except CheckpointException as error:
-            statuses = self.topology.all_gather_object(pending.writer.exit_status)
-            if self.topology.rank != 0:
+            statuses = self.mesh.all_gather_object(pending.writer.exit_status)
+            if self.mesh.rank != 0:
                 raise PeerError("the checkpoint could not be written") from None
             causes = {
                 f"rank {rank}'s writer ended with status {statuses[rank]}"
@@ -212,7 +212,7 @@ class CheckpointStore:
         self._remove_old(final)
 
     def _failed(self, step: int, error: Exception) -> UserError:
-        if self.topology.rank == 0:
+        if self.mesh.rank == 0:
             shutil.rmtree(self._partial(step), ignore_errors=True)
         whole = [path for path in self._named() if path not in self._damaged]
         last = f"{whole[-1]} is untouched" if whole else "there is none before it"
@@ -233,12 +233,12 @@ class CheckpointStore:
     def _checksums(self, folder: Path, names: Sequence[str]) -> dict[str, tuple[int, int] | str]:
         """{file: (size, CRC-32), or why it cannot be read}; every rank reads its share."""
         own: dict[str, tuple[int, int] | str] = {}
-        for name in names[self.topology.rank :: self.topology.world_size]:
+        for name in names[self.mesh.rank :: self.mesh.world_size]:
             try:
                 own[name] = checksum(folder / name)
             except OSError as error:
                 own[name] = error.strerror or str(error)
-        parts = self.topology.all_gather_object(own)
+        parts = self.mesh.all_gather_object(own)
         return {name: found for part in parts for name, found in part.items()}
 
     def _problem(self, path: Path) -> str | None:
@@ -251,7 +251,7 @@ class CheckpointStore:
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 return f"no readable {MANIFEST}: {error}"
 
-        expected = self.topology.on_rank_zero(read)
+        expected = self.mesh.on_rank_zero(read)
         if isinstance(expected, str):
             return expected
         found = self._checksums(path, list(expected))

@@ -24,18 +24,18 @@ from megafork.checkpoint.convert import (
     model_blocks,
     read_block,
 )
-from megafork.checkpoint.progress import progress
+from megafork.checkpoint.progress_bar import progress
 from megafork.checkpoint.torch_dist import TorchDistReader
 from megafork.config import ScoreConfig
+from megafork.data.sample import Group, Sample
+from megafork.data.token_table import TokenTable, token_table
 from megafork.errors import UserError
 from megafork.model.gpt import head_input, head_weight
 from megafork.model.hf_folder import same_bits
 from megafork.model.hf_model import open_model
 from megafork.model.scorer import Scorer
 from megafork.model.shape import ModelShape, padded_vocab_size
-from megafork.parallel.topology import Topology, initialize, shutdown
-from megafork.sample import Group, Sample
-from megafork.types import TokenTable, token_table
+from megafork.parallel.mesh import Mesh, initialize, shutdown
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest difference of two logits over the largest logit: what rounding makes of other kernels in
@@ -61,18 +61,18 @@ def verify(config: ScoreConfig, megatron: Path, *, logits: bool) -> bool:
             expected = _transformers_logits(config, table)
     # Rank 0 comes when it has compared, which of a large model takes longer than a start may.
     patience = {"startup_timeout_s": 60 * config.parallel.timeout_minutes}
-    topology = initialize(config.parallel.model_copy(update=patience))
-    difference, expected = topology.broadcast_object((difference, expected))
+    mesh = initialize(config.parallel.model_copy(update=patience))
+    difference, expected = mesh.broadcast_object((difference, expected))
     same = "weights: every tensor has the same bits"
     lines = [(difference is None, f"weights: {difference}" if difference else same)]
     if expected is not None:
-        ours = _megatron_logits(config, megatron, topology, table)
+        ours = _megatron_logits(config, megatron, mesh, table)
         lines.append(compare_logits(ours, expected, config.model.dtype))
     elif logits and not compare:
         lines.append((True, "logits: not compared, for transformers is not installed"))
     else:
         lines.append((True, "logits: not compared"))
-    if topology.rank == 0:
+    if mesh.rank == 0:
         for held, line in lines:
             print(line if held else f"FAILED {line}", flush=True)
     shutdown()
@@ -160,21 +160,19 @@ def _transformers_logits(config: ScoreConfig, table: TokenTable) -> Tensor:
     return torch.cat(parts)
 
 
-def _megatron_logits(
-    config: ScoreConfig, megatron: Path, topology: Topology, table: TokenTable
-) -> Tensor:
+def _megatron_logits(config: ScoreConfig, megatron: Path, mesh: Mesh, table: TokenTable) -> Tensor:
     """[rows of the table, padded V] in float32, on every rank; NaN where none was computed."""
     scorer = Scorer(
-        config.model, config.parallel, topology, micro_batch_tokens=config.micro_batch_tokens
+        config.model, config.parallel, mesh, micro_batch_tokens=config.micro_batch_tokens
     )
     with torch.no_grad():
         for stage in scorer.stages:
             for parameter in stage.gpt.parameters():
                 parameter.fill_(torch.nan)  # what the checkpoint does not replace will be seen
-    sharded.load(megatron, scorer.stages, None, topology)
+    sharded.load(megatron, scorer.stages, None, mesh)
     found: list[tuple[Tensor, Tensor]] = []
     packs_left = iter(scorer.packs(table))  # collective: every rank asks
-    if topology.is_last_stage:
+    if mesh.is_last_stage:
         gpt = scorer.stages[-1].gpt
 
         def keep(_: Any, inputs: Any, hidden_1TH: Tensor) -> None:
@@ -186,7 +184,7 @@ def _megatron_logits(
     scorer.score(table)
     padded = padded_vocab_size(scorer.shape, config.model, config.parallel)
     logits = torch.full((table.num_rows, padded), torch.nan)
-    for tp_rank, parts in topology.all_gather_object((topology.tp_rank, found)):
+    for tp_rank, parts in mesh.all_gather_object((mesh.tp_rank, found)):
         for rows, values in parts:
             start = tp_rank * values.shape[1]
             logits[rows, start : start + values.shape[1]] = values

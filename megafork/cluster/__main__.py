@@ -13,13 +13,13 @@ from typing import Annotated
 
 import typer
 
-from megafork.cluster.guard import Guard, Work
-from megafork.cluster.head import End, Head
-from megafork.cluster.plan import Failure, Plan
+from megafork.cluster.coordinator import Coordinator, End
+from megafork.cluster.launch import Machines
+from megafork.cluster.node_launcher import NodeLauncher, Work
+from megafork.cluster.node_messages import Failure, Plan
 from megafork.config import TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.errors import USER_ERROR, UserError
-from megafork.launch import Machines
 from megafork.rollout.placement import visible_gpus
 
 _SERVER_RESTARTS = 3
@@ -52,7 +52,7 @@ def run(
     startup_s: Annotated[float, typer.Option(help="seconds for all guards to come")] = 60.0,
     lost_after_s: Annotated[float, typer.Option(help="of silence: the machine is lost")] = 30.0,
 ) -> None:
-    """Guard this machine, $SLURMD_NODENAME or its host name, which --train or --serve names.
+    """Launch and watch this machine, $SLURMD_NODENAME or its host name; --train or --serve has it.
 
     Exits with 0 when the run is complete, 75 when it was asked to stop and has saved, 69 when a
     machine was lost, and otherwise with the status of what failed first, which is told last. The
@@ -90,7 +90,7 @@ def run(
                 environment=machines.environment(),
             )
         ]
-    raise typer.Exit(asyncio.run(guard_and_tell(plan, Guard(plan, node, works, refused))))
+    raise typer.Exit(asyncio.run(launch_and_tell(plan, NodeLauncher(plan, node, works, refused))))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -117,12 +117,12 @@ def _servers(
     return works
 
 
-async def guard_and_tell(plan: Plan, guard: Guard) -> int:
+async def launch_and_tell(plan: Plan, launcher: NodeLauncher) -> int:
     """The guard's work, and on the first machine the head's; returns the run's exit status."""
-    if guard.node != plan.head:
-        return await guard.run()
-    own = asyncio.create_task(guard.run())
-    end: End = await Head(plan).run()
+    if launcher.node != plan.head:
+        return await launcher.run()
+    own = asyncio.create_task(launcher.run())
+    end: End = await Coordinator(plan).run()
     if not (await asyncio.wait([own], timeout=_PATIENCE_S))[0]:
         own.cancel()  # it never reached the head
     if end.cause:

@@ -10,24 +10,45 @@ from typing import Literal
 
 from pydantic import Field
 
-from megafork.config.algorithm import (
+from megafork.config.learning import (
+    ADVANTAGES,
     CLIPS,
     LARGEST_OF_SEQUENCES,
+    OBJECTIVES,
+    SELECTIONS,
     SMALLEST_OF_TOKENS,
     AlgorithmConfig,
+    CheckpointConfig,
+    CriticConfig,
+    EntropyBonusConfig,
     ForkingConfig,
+    KLConfig,
+    LoggingConfig,
     MismatchConfig,
+    ModelConfig,
+    ParallelConfig,
+    Positive,
+    PositiveFloat,
+    RunConfig,
+    Section,
+    TokenizerConfig,
+    TrainingConfig,
 )
-from megafork.config.critic import CriticConfig
-from megafork.config.data import BenchmarkConfig, DataConfig, PromptConfig
-from megafork.config.evaluate import EvaluateConfig, GenerateConfig, GenerationConfig
-from megafork.config.model import ModelConfig, ParallelConfig, TokenizerConfig
-from megafork.config.reference import EntropyBonusConfig, KLConfig
-from megafork.config.rollout import EvalConfig, RewardConfig, RolloutConfig, SyncConfig
-from megafork.config.section import Positive, PositiveFloat, Section
-from megafork.config.server import ServerConfig
-from megafork.config.training import CheckpointConfig, RunConfig, TrainingConfig
+from megafork.config.rollouts import (
+    BenchmarkConfig,
+    DataConfig,
+    EvalConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    GenerationConfig,
+    PromptConfig,
+    RewardConfig,
+    RolloutConfig,
+    ServerConfig,
+    SyncConfig,
+)
 from megafork.errors import UserError
+from megafork.system.plugins import find_plugin
 
 __all__ = [
     "AlgorithmConfig",
@@ -42,6 +63,7 @@ __all__ = [
     "GenerateConfig",
     "GenerationConfig",
     "KLConfig",
+    "LoggingConfig",
     "MismatchConfig",
     "ModelConfig",
     "ParallelConfig",
@@ -79,6 +101,7 @@ class TrainConfig(Section):
     sync: SyncConfig = SyncConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     def check(self) -> None:
         """Cross-field rules that need no file of the model's. Raises UserError."""
@@ -90,6 +113,7 @@ class TrainConfig(Section):
                 f"rollout.prompts_per_step={prompts}: use one of {_divisors(prompts)}"
             )
         self.reward.check()
+        self._check_names()
         self._check_selection()
         self._check_unused()
         self._check_objective()
@@ -105,6 +129,24 @@ class TrainConfig(Section):
                 f"sequence of data.max_prompt_tokens + rollout.max_response_tokens = {longest} "
                 f"tokens on parallel.cp={self.parallel.cp} ranks: raise it to at least "
                 f"{on_one_rank}"
+            )
+
+    def _check_names(self) -> None:
+        """What plug-ins may stand for: a known name, or MODULE:FUNCTION, which is loaded later."""
+        find_plugin("algorithm.objective", self.algorithm.objective, OBJECTIVES)
+        find_plugin("algorithm.advantages", self.algorithm.advantages, ADVANTAGES)
+        find_plugin("forking.select", self.forking.select, SELECTIONS)
+        for setting, names in (
+            ("algorithm.credit", self.algorithm.credit),
+            ("logging.writers", self.logging.writers),
+            ("data.reader", [] if self.data.reader is None else [self.data.reader]),
+        ):
+            for name in names:
+                find_plugin(setting, name, {})
+        if self.algorithm.advantages not in ADVANTAGES and not self.algorithm.normalize_advantage:
+            raise UserError(
+                "algorithm.normalize_advantage=false has no meaning for algorithm.advantages="
+                f"{self.algorithm.advantages}, which normalizes by itself or not: leave it unset"
             )
 
     def _check_selection(self) -> None:
@@ -157,7 +199,7 @@ class TrainConfig(Section):
             (
                 "critic",
                 self.critic,
-                self.algorithm.advantages == "gae",
+                self.algorithm.uses_critic,
                 "algorithm.advantages=gae",
                 (),
             ),
@@ -270,6 +312,8 @@ class TrainConfig(Section):
                 f"algorithm.clip_low={algorithm.clip_low:g} bounds the ratio from below, which "
                 "algorithm.objective=cispo does not: leave clip_low unset (1, no bound)"
             )
+        if objective not in CLIPS:
+            return
         for name, default in zip(("clip_low", "clip_high"), CLIPS[objective], strict=True):
             value = getattr(algorithm, name)
             if objective == "gspo" and value > LARGEST_OF_SEQUENCES:
@@ -287,10 +331,10 @@ class TrainConfig(Section):
 
     def _check_reference(self) -> None:
         every, select = self.forking.compare_every, self.forking.select
-        if every and select in ("random", "all"):
+        if every and not self.forking.by_entropy:
             raise UserError(
                 f"forking.compare_every={every} compares selections by two policies' entropies, "
-                f"but forking.select={select} looks at none: set it to 0 or select=top"
+                f"but forking.select={select} does not select by them: set it to 0 or select=top"
             )
 
     def _check_critic(self) -> None:

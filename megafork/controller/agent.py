@@ -19,10 +19,10 @@ from megafork.config import RewardConfig, TrainConfig
 from megafork.controller.child import answer_rank, read_order, run_until_the_rank_ends
 from megafork.controller.ranks import settings_digest
 from megafork.errors import UserError
-from megafork.rewards.verifier import Judge
 from megafork.rollout.engine import LocalServers, served_policy, start_here
 from megafork.rollout.messages import Header, Link, connect
 from megafork.rollout.vllm_server import log_paths
+from megafork.verifiers.verifier import Judge
 from megafork.weights.reach import is_local
 
 

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn, Self
 
-from megafork.interruption import SIGNALS
+from megafork.system.signals import SIGNALS
 
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
 _START += "from {module} import main; main()"

@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from megafork import last_words
 from megafork.config import TrainConfig
 from megafork.controller.child import Child
 from megafork.controller.ranks import settings_digest
+from megafork.data.sample import Group, Sample
+from megafork.data.token_table import TokenTable, table_of
 from megafork.errors import USER_ERROR, Interrupted, PeerError, UserError
-from megafork.frames import Damaged
 from megafork.parallel.addresses import own_address
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
+from megafork.rollout.frames import Damaged
 from megafork.rollout.messages import Arrays, Connection, Header, Pieces, Silent
-from megafork.sample import Group, Sample
-from megafork.types import TokenTable, table_of
+from megafork.system import failure_file
 
 _CONTROLLER, _AGENT = "megafork.controller.process", "megafork.controller.agent"
 _COLUMN_BYTES = 1 << 32
@@ -51,7 +51,7 @@ class Controller:
 
     def __init__(
         self,
-        topology: Topology,
+        mesh: Mesh,
         connection: Connection,
         process: Child | None = None,
         agent: Child | None = None,
@@ -59,7 +59,7 @@ class Controller:
     ) -> None:
         """process: the controller, of rank 0, which started it. agent: of a node's first rank, with
         the seconds in which it has to be up."""
-        self.topology = topology
+        self.mesh = mesh
         self.connection = connection
         self._process, self._agent = process, agent
         self._startup_timeout_s = startup_timeout_s
@@ -74,27 +74,27 @@ class Controller:
 
     @classmethod
     @contextlib.contextmanager
-    def connect(cls, config: TrainConfig, topology: Topology) -> Iterator[Controller]:
+    def connect(cls, config: TrainConfig, mesh: Mesh) -> Iterator[Controller]:
         """Start the controller and each node's agent, and connect this rank. Collective."""
-        rank, here = topology.rank, int(os.environ.get("LOCAL_RANK", "0"))
+        rank, here = mesh.rank, int(os.environ.get("LOCAL_RANK", "0"))
         with contextlib.ExitStack() as stack:
             process: Child | None = None
             agent: Child | None = None
             settings = config.model_dump(mode="json")
-            key = topology.on_rank_zero(lambda: secrets.token_urlsafe(32))
+            key = mesh.on_rank_zero(lambda: secrets.token_urlsafe(32))
             num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
             order = {"config": settings, "key": key, "num_nodes": num_nodes}
 
             def start() -> tuple[str, int]:
                 nonlocal process
-                told = order | {"world_size": topology.world_size}
+                told = order | {"world_size": mesh.world_size}
                 process = stack.enter_context(Child(_CONTROLLER, told))
                 answer = process.answer(config.parallel.startup_timeout_s)
                 if answer is None:
                     raise UserError(f"the controller did not start: {process.end()}")
                 return tuple(answer["address"])
 
-            address = topology.on_rank_zero(start)
+            address = mesh.on_rank_zero(start)
 
             def join() -> Connection:
                 nonlocal agent
@@ -103,10 +103,8 @@ class Controller:
                         "address": address,
                         "node": int(os.environ.get("GROUP_RANK", "0")),
                         "host": own_address(),
-                        "device": topology.device.type,
-                        "num_trainers": int(
-                            os.environ.get("LOCAL_WORLD_SIZE", topology.world_size)
-                        ),
+                        "device": mesh.device.type,
+                        "num_trainers": int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size)),
                     }
                     agent = stack.enter_context(Child(_AGENT, told))
                 hello = {"role": "rank", "rank": rank, "settings": settings_digest(config)}
@@ -122,9 +120,9 @@ class Controller:
                     ) from error
 
             connection: list[Connection] = []
-            topology.on_every_rank(lambda: connection.append(join()))
+            mesh.on_every_rank(lambda: connection.append(join()))
             timeout_s = config.parallel.startup_timeout_s
-            yield cls(topology, connection[0], process, agent, timeout_s)
+            yield cls(mesh, connection[0], process, agent, timeout_s)
 
     def ask(
         self,
@@ -144,7 +142,7 @@ class Controller:
         except (OSError, Damaged) as error:
             raise self._lost(error) from error
         if answer["kind"] == "error":
-            if answer.get("peer") or self.topology.rank != 0:
+            if answer.get("peer") or self.mesh.rank != 0:
                 raise PeerError(answer["text"])
             raise UserError(answer["text"])
         return answer, found
@@ -173,7 +171,7 @@ class Controller:
             f"the controller (process {pid}) {told}. What it generated is in the journal: go on "
             "with megafork train --resume"
         )
-        last_words.leave(message, status=USER_ERROR)
+        failure_file.leave(message, status=USER_ERROR)
         return UserError(message)
 
     @property

@@ -20,22 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from megafork.config import TrainConfig
+from megafork.controller.batch_source import Generation, Inputs
 from megafork.controller.child import answer_rank, read_order, run_until_the_rank_ends
-from megafork.controller.generation import Generation, Inputs
 from megafork.controller.ranks import Answer, Question, Ranks, settings_digest
 from megafork.controller.run_log import RunLog
 from megafork.controller.steps import Steps
 from megafork.controller.stop import Stop, Stopped
 from megafork.data.prompts import lines_of
-from megafork.interruption import SIGNALS, STOP_FILE
 from megafork.parallel.addresses import own_address
-from megafork.rewards.verifier import Judge
 from megafork.rollout.agents import Agents
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.engine import api_key_of
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.judging import Judging
 from megafork.rollout.messages import Arrays, Header, Link, serve
+from megafork.system.signals import SIGNALS, STOP_FILE
+from megafork.verifiers.verifier import Judge
 
 _MOST_BYTES = 64 << 20
 """Of a rank's question: the uids of a batch's samples"""
@@ -209,7 +209,7 @@ class RolloutController:
             max_num_seqs=rollout.max_num_seqs,
             max_restarts=rollout.max_restarts,
             given_up=self.agents.given_up,
-            in_turns=rollout.placement == "colocated",
+            colocated=rollout.placement == "colocated",
         )
         await self.agents.servers("wait")
         await fleet.wait_until_up(

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megafork.config import TrainConfig
+from megafork.data.sample import Group
 from megafork.data.tokenizer import Tokenizer
 from megafork.logging.figure import draw_curves
 from megafork.logging.metrics import MetricsLog, read_rows
+from megafork.logging.writers import Writers
 from megafork.rollout.journal import SUFFIX, Journal
 from megafork.rollout.tally import Tally, tell_regularly
-from megafork.sample import Group
 
 SKIPPED = "skipped"
 """Folder of a run: groups of mini-batches without an update"""
@@ -35,6 +36,13 @@ class RunLog:
             tensorboard=config.run.tensorboard,
             steps_done=steps_done,
         )
+        self.writers = Writers(
+            config.logging.writers,
+            self.run_dir,
+            config.model_dump(mode="json"),
+            steps_done=steps_done,
+            note=self.note,
+        )
         self._told_failures: set[str] = set()
         self._forget_skipped_after(steps_done)
 
@@ -45,6 +53,7 @@ class RunLog:
                 path.unlink()
 
     def close(self) -> None:
+        self.writers.close()
         self.metrics.close()
 
     def note(self, text: str) -> None:
@@ -52,6 +61,7 @@ class RunLog:
 
     def row(self, step: int, row: Mapping[str, float]) -> None:
         self.metrics.write(step, dict(row))
+        self.writers.write(step, row)
 
     def has_row(self, step: int) -> bool:
         return any(row["step"] == step for row in read_rows(self.run_dir / "metrics.jsonl"))

@@ -20,18 +20,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from megafork.config import TrainConfig
-from megafork.controller.generation import Generation, probe_message
+from megafork.controller.batch_source import Generation, probe_message
 from megafork.controller.pushes import Pushes, PushFailed
 from megafork.controller.ranks import Answer, Question
 from megafork.controller.run_log import SKIPPED, RunLog
 from megafork.controller.stop import Stop, Stopped
+from megafork.data.sample import known_columns
 from megafork.errors import UserError
 from megafork.rollout.agents import Agents
 from megafork.rollout.batch_metrics import lag_metrics, overlap_metrics, rollout_metrics
 from megafork.rollout.collector import RolloutBatch
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.messages import Header, Pieces
-from megafork.sample import known_columns
 
 T = TypeVar("T")
 _AGAIN: Answer = ({"kind": "again"}, {})

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megafork.data.token_table import TokenTable
 from megafork.errors import UserError
 from megafork.parallel.zigzag import Zigzag
-from megafork.types import TokenTable
 
 
 def plan_micro_batches(

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megafork.config import PromptConfig
-from megafork.config.data import PLACEHOLDER, DataConfig
-from megafork.data.tables import Number, look_up, read_table
+from megafork.config.rollouts import PLACEHOLDER, DataConfig
+from megafork.data.tables import Number, look_up, read_table, read_with
 from megafork.data.tokenizer import Tokenizer, Turns
 from megafork.errors import UserError
 
@@ -54,7 +54,8 @@ def read_rows(path: str | Path, data: PromptConfig, id_key: str = "") -> list[Ro
     keys = [key for key in (id_key, data.prompt_key, data.answer_key) if key]
     rows: list[Row] = []
     first: dict[str, str] = {}
-    for where, raw in read_table(path, keys):
+    table = read_table(path, keys) if data.reader is None else read_with(data.reader, path)
+    for where, raw in table:
         id_ = _read_id(raw, id_key, where) if id_key else str(len(rows) + 1)
         if id_ in first:
             raise UserError(

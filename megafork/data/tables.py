@@ -10,7 +10,8 @@ from typing import Any
 import numpy
 
 from megafork.errors import UserError
-from megafork.parsing import parse_json
+from megafork.system.parsing import parse_json
+from megafork.system.plugins import load_plugin
 
 HUB = "hf:"
 _BATCH_ROWS = 1024
@@ -43,6 +44,33 @@ def read_table(path: str | Path, columns: Sequence[str]) -> Table:
     if path.suffix == ".parquet":
         return _from_parquet(path, columns)
     return _from_jsonl(path)
+
+
+def read_with(reader: str, path: str | Path) -> Table:
+    """Yield the rows that the plug-in `data.reader=reader` gives of a file, in its order.
+
+    Raises UserError for a reader that cannot be loaded or fails, with the number of the row.
+    """
+    number = 0
+    try:
+        for number, row in enumerate(load_plugin("data.reader", reader, {})(str(path)), 1):
+            yield f"{path}, row {number}", _with_number_texts(row)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"data.reader={reader!r} failed on {path} after {number} rows "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _with_number_texts(value: Any) -> Any:
+    """Return the value with `Number` for every float in it."""
+    if isinstance(value, dict):
+        return {name: _with_number_texts(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_number_texts(inner) for inner in value]
+    return _text_of_float(value) if isinstance(value, float | numpy.floating) else value
 
 
 def stem_of(path: str | Path) -> str:
@@ -170,10 +198,14 @@ def _with_text(value: Any, type_: Any) -> Any:
         return Number(format(value, "f"))
     if not types.is_floating(type_):
         return value
-    exact = type_.to_pandas_dtype()(value)
-    if not numpy.isfinite(exact):
+    return _text_of_float(type_.to_pandas_dtype()(value))
+
+
+def _text_of_float(value: Any) -> Number:
+    """Return the shortest decimal that a number of its type is read from."""
+    if not numpy.isfinite(value):
         return Number({"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)])
-    return Number(numpy.format_float_positional(exact, trim="0"))
+    return Number(numpy.format_float_positional(value, trim="0"))
 
 
 def _present(columns: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megafork.config.data import DataConfig
+from megafork.config.rollouts import DataConfig
 from megafork.data.prompts import Row
 from megafork.errors import UserError
-from megafork.parsing import parse_json
+from megafork.system.parsing import parse_json
 
 Identity = dict[str, Any]
 """What a checkpoint keeps of the data: JSON can hold it."""

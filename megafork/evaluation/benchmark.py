@@ -18,6 +18,7 @@ from rich.table import Table
 
 from megafork.config import EvaluateConfig
 from megafork.data.prompts import Prompt
+from megafork.data.sample import Sample
 from megafork.data.tables import stem_of
 from megafork.errors import UserError
 from megafork.evaluation import metrics
@@ -40,10 +41,9 @@ from megafork.evaluation.samples import (
     write_json,
 )
 from megafork.evaluation.votes import vote
-from megafork.parsing import parse_json
-from megafork.rewards.names import check_verifiers
-from megafork.rewards.verifier import Judge
-from megafork.sample import Sample
+from megafork.system.parsing import parse_json
+from megafork.verifiers.names import check_verifiers
+from megafork.verifiers.verifier import Judge
 
 _INTERVAL = "95%, for new problems of the kind: docs/evaluation.md; of lengths Student's t"
 _ROWS_AT_ONCE = 1024

@@ -18,20 +18,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megafork.config import EvaluateConfig, GenerateConfig, GenerationConfig
 from megafork.data.prompts import Prompt, lines_of, read_prompts, read_rows
+from megafork.data.sample import Sample
 from megafork.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from megafork.errors import Interrupted, UserError
 from megafork.evaluation.samples import PROMPTS, SampleFile, Settings
 from megafork.evaluation.source import ModelSource, find_model
-from megafork.interruption import Interruption
 from megafork.model.shape import ModelShape
-from megafork.rewards.names import check_answers
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.ends import check_ends, stop_token_ids
 from megafork.rollout.engine import Served, api_key_of, check_server, start_here
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.vllm_server import log_paths
-from megafork.sample import Sample
+from megafork.system.signals import Interruption
+from megafork.verifiers.names import check_answers
 
 Rows = list[dict[str, Any]]
 MakeRows = Callable[[Prompt, list[Sample]], Awaitable[Rows]]

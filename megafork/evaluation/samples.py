@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from megafork.disk import cut_torn_line, naming, sync
 from megafork.errors import UserError
-from megafork.parsing import parse_json
+from megafork.system.disk import cut_torn_line, naming, sync
+from megafork.system.parsing import parse_json
 
 Settings = dict[str, Any]
 SETTINGS = ".settings.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from megafork.config import TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.errors import UserError
 from megafork.logging.metrics import read_rows
 from megafork.model.hf_config import read_json

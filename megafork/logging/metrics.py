@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megafork.disk import naming
 from megafork.errors import UserError
-from megafork.parsing import parse_json
-from megafork.printable import printable
+from megafork.system.disk import naming
+from megafork.system.parsing import parse_json
+from megafork.system.printable import printable
 
 if TYPE_CHECKING:
     from megafork.logging.tensorboard_events import TensorBoardEvents

@@ -27,7 +27,7 @@ from megafork.config import ModelConfig, ParallelConfig
 from megafork.model.layers import PackedAttention, RMSNorm
 from megafork.model.shape import ModelShape, padded_vocab_size
 from megafork.parallel import backend
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
 
 Head = Literal["vocabulary", "value"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -68,14 +68,14 @@ def build_chunks(
     shape: ModelShape,
     model: ModelConfig,
     parallel: ParallelConfig,
-    topology: Topology,
+    mesh: Mesh,
     head: Head = "vocabulary",
 ) -> list[GPTModel]:
     """This rank's pipeline stages (vpp of them), on its device, parameters not yet loaded."""
     config = transformer_config(shape, model, parallel)
     refuse_unsafe_sends(config)
     return [
-        _build_stage(index, config, shape, model, parallel, topology, head)
+        _build_stage(index, config, shape, model, parallel, mesh, head)
         for index in range(parallel.vpp)
     ]
 
@@ -86,10 +86,10 @@ def _build_stage(
     shape: ModelShape,
     model: ModelConfig,
     parallel: ParallelConfig,
-    topology: Topology,
+    mesh: Mesh,
     head: Head,
 ) -> GPTModel:
-    stage = chunk * topology.pp_size + topology.pp_rank
+    stage = chunk * mesh.pp_size + mesh.pp_rank
     is_last = stage == parallel.num_stages - 1
     num_layers = len(shape.stage_layers(parallel)[stage])
     vocab_size, tied = padded_vocab_size(shape, model, parallel), shape.tied_embeddings
@@ -111,7 +111,7 @@ def _build_stage(
         rotary_base=shape.rope_theta,
         rope_scaling=shape.rope_factor is not None,
         rope_scaling_factor=shape.rope_factor or 1.0,
-        pg_collection=topology.groups,
+        pg_collection=mesh.groups,
         vp_stage=chunk if parallel.vpp > 1 else None,
     )
     if is_last and head == "value":
@@ -124,7 +124,7 @@ def _build_stage(
         gpt.output_layer.__class__ = HiddenStatesHead
         if model.float32_head:
             gpt.output_layer.float()
-    return gpt.to(topology.device)
+    return gpt.to(mesh.device)
 
 
 def head_weight(gpt: GPTModel) -> Tensor:

@@ -17,18 +17,18 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megafork import host_memory
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.data.packing import Pack, build_pack, fed_lengths, plan_micro_batches
+from megafork.data.token_table import TokenTable
 from megafork.errors import UserError
 from megafork.model.gpt import Head
 from megafork.model.hf_model import open_model
 from megafork.model.weights import build_stages, load_weights, mark_tensor_parallel
 from megafork.ops import kernels
 from megafork.parallel import backend
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
 from megafork.parallel.zigzag import Zigzag
-from megafork.types import TokenTable
+from megafork.system import heap
 
 
 class PackedModel:
@@ -41,7 +41,7 @@ class PackedModel:
         self,
         model: ModelConfig,
         parallel: ParallelConfig,
-        topology: Topology,
+        mesh: Mesh,
         *,
         micro_batch_tokens: int,
         head: Head = "vocabulary",
@@ -49,8 +49,8 @@ class PackedModel:
         folder = open_model(model.path, value_head=head == "value")
         self.shape = folder.shape
         self.shape.check(model, parallel)
-        self.topology = topology
-        topology.require_equal(
+        self.mesh = mesh
+        mesh.require_equal(
             "models",
             vars(self.shape)
             | model.model_dump(exclude={"path"})
@@ -60,18 +60,18 @@ class PackedModel:
                 "torch": torch.__version__,
                 "megatron-core": megatron.core.__version__,
                 "TransformerEngine": backend.has_transformer_engine(),
-                "the Triton head": kernels.usable(torch.empty(0, device=topology.device)),
+                "the Triton head": kernels.usable(torch.empty(0, device=mesh.device)),
             },
         )
         self.micro_batch_tokens = micro_batch_tokens
         self.part = Zigzag(
-            topology.cp_rank, topology.cp_size, parallel.tp if parallel.sequence_parallel else 1
+            mesh.cp_rank, mesh.cp_size, parallel.tp if parallel.sequence_parallel else 1
         )
         # The interleaved schedule goes through the micro-batches in rounds of pp.
-        self.count_multiple = topology.pp_size if parallel.vpp > 1 else 1
-        self.stages = build_stages(self.shape, model, parallel, topology, head)
+        self.count_multiple = mesh.pp_size if parallel.vpp > 1 else 1
+        self.stages = build_stages(self.shape, model, parallel, mesh, head)
         mark_tensor_parallel(self.stages)
-        load_weights(self.stages, folder.weights, topology)
+        load_weights(self.stages, folder.weights, mesh)
         self.modules: list[torch.nn.Module] = [stage.gpt for stage in self.stages]
         """What the schedule runs: the stages, or what a subclass wraps them in."""
 
@@ -79,8 +79,8 @@ class PackedModel:
         """This rank's part of its micro-batches of the table, whose rows it holds. Collective."""
         self._check(table)
         return [
-            build_pack(table, samples, part=self.part, device=self.topology.device)
-            for samples in self._plan(table)[self.topology.dp_rank]
+            build_pack(table, samples, part=self.part, device=self.mesh.device)
+            for samples in self._plan(table)[self.mesh.dp_rank]
         ]
 
     def replicas(self, table: TokenTable) -> Tensor:
@@ -94,9 +94,9 @@ class PackedModel:
         """Samples by data-parallel rank and micro-batch."""
         return plan_micro_batches(
             [self.part.padded(length) for length in fed_lengths(table)],
-            dp_size=self.topology.dp_size,
+            dp_size=self.mesh.dp_size,
             token_budget=self.micro_batch_tokens,
-            cp_size=self.topology.cp_size,
+            cp_size=self.mesh.cp_size,
             count_multiple=self.count_multiple,
         )
 
@@ -104,7 +104,7 @@ class PackedModel:
         """Raises UserError on all ranks or none. Collective."""
         vocab, positions = self.shape.vocab_size, self.shape.max_positions
         tokens = torch.cat([table.prompt_ids_P, table.token_R, torch.zeros(1, dtype=torch.int64)])
-        span = torch.stack([-tokens.min(), tokens.max()]).to(self.topology.device)
+        span = torch.stack([-tokens.min(), tokens.max()]).to(self.mesh.device)
         dist.all_reduce(span, op=dist.ReduceOp.MAX)
         smallest, largest = -int(span[0]), int(span[1])
         if not 0 <= smallest <= largest < vocab:
@@ -133,7 +133,7 @@ class PackedModel:
         """
 
         def forward_step(packs_left: Iterator[Pack], model: torch.nn.Module) -> Any:
-            host_memory.return_free_heap()  # of the micro-batch before
+            heap.return_free_heap()  # of the micro-batch before
             pack = next(packs_left)
             params = PackedSeqParams(
                 qkv_format="thd",

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megafork.data.packing import Pack
+from megafork.data.token_table import TokenTable
 from megafork.model.gpt import head_input, head_weight
 from megafork.model.scorer import Scorer
 from megafork.ops.vocab_parallel import logprob_and_entropy
 from megafork.parallel import backend
-from megafork.types import TokenTable
 
 _ROWS = 256
 """of the head's product at a time"""
@@ -43,7 +43,7 @@ def _logprobs(scorer: Scorer, table: TokenTable) -> Tensor:
             logprobs, _ = logprob_and_entropy(
                 F.linear(rows, weight_VH),
                 targets,
-                tp_group=scorer.topology.groups.tp,
+                tp_group=scorer.mesh.groups.tp,
                 temperature=scorer.temperature,
                 vocab_size=scorer.shape.vocab_size,
             )
@@ -56,7 +56,7 @@ def _logprobs(scorer: Scorer, table: TokenTable) -> Tensor:
         module.eval()
     with torch.no_grad():
         outputs = scorer.run_hidden(packs, collect, forward_only=True)
-    if not scorer.topology.is_last_stage:
+    if not scorer.mesh.is_last_stage:
         return torch.zeros(0)
     return torch.cat([output["logprobs"] for output in outputs])
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.data.packing import Pack
+from megafork.data.token_table import TokenTable
 from megafork.model.gpt import head_input, head_weight
 from megafork.model.packed import PackedModel
 from megafork.model.weights import export_weights
 from megafork.ops.vocab_parallel import linear_logprob_and_entropy
-from megafork.parallel.topology import Topology
-from megafork.types import TokenTable
+from megafork.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Scorer(PackedModel):
         self,
         model: ModelConfig,
         parallel: ParallelConfig,
-        topology: Topology,
+        mesh: Mesh,
         *,
         micro_batch_tokens: int,
         temperature: float = 1.0,
         entropy_temperature: float | None = None,
     ) -> None:
-        super().__init__(model, parallel, topology, micro_batch_tokens=micro_batch_tokens)
+        super().__init__(model, parallel, mesh, micro_batch_tokens=micro_batch_tokens)
         self.temperature = temperature
         self.entropy_temperature = entropy_temperature
 
@@ -72,7 +72,7 @@ class Scorer(PackedModel):
 
         with torch.no_grad():
             outputs = self.run_packs(packs, collect, forward_only=True)
-        if not self.topology.is_last_stage:
+        if not self.mesh.is_last_stage:
             nothing = torch.zeros(0)
             return Scores(packs, nothing.long(), nothing, nothing)
         return Scores(
@@ -86,7 +86,7 @@ class Scorer(PackedModel):
         """The rows as `score` has them, without its forward pass."""
         packs = self.packs(table)
         rows_N = torch.zeros(0, dtype=torch.int64)
-        if self.topology.is_last_stage:
+        if self.mesh.is_last_stage:
             rows_N = torch.cat([pack.rows_N for pack in packs])
         engines_N = table.rollout_logprob_R[rows_N]
         return Scores(
@@ -107,7 +107,7 @@ class Scorer(PackedModel):
 
         All in the model's dtype, a float32 head too: it is what the server generates with.
         """
-        return export_weights(self.stages, self.topology, lambda p: p.detach().to(self.dtype))
+        return export_weights(self.stages, self.mesh, lambda p: p.detach().to(self.dtype))
 
     def shard_manifest(self) -> list[tuple[str, tuple[int, ...]]]:
         """Names and shapes that export_shards will give, in its order, without communication."""
@@ -137,7 +137,7 @@ class Scorer(PackedModel):
                 head_input(gpt, hidden_1TH, pack.slots_N),
                 head_weight(gpt),
                 pack.targets_N,
-                tp_group=self.topology.groups.tp,
+                tp_group=self.mesh.groups.tp,
                 temperature=self.temperature,
                 entropy_temperature=self.entropy_temperature,
                 vocab_size=self.shape.vocab_size,

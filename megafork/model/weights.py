@@ -17,7 +17,7 @@ from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.hf_mapping import Rule, rules
 from megafork.model.shape import ModelShape, padded_vocab_size
 from megafork.parallel import backend
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ def build_stages(
     shape: ModelShape,
     model: ModelConfig,
     parallel: ParallelConfig,
-    topology: Topology,
+    mesh: Mesh,
     head: Head = "vocabulary",
 ) -> list[Stage]:
     """This rank's pipeline stages, on its device, parameters not yet loaded."""
     layers, last = shape.stage_layers(parallel), parallel.num_stages - 1
     stages = []
-    for chunk, gpt in enumerate(build_chunks(shape, model, parallel, topology, head)):
-        index = chunk * topology.pp_size + topology.pp_rank
+    for chunk, gpt in enumerate(build_chunks(shape, model, parallel, mesh, head)):
+        index = chunk * mesh.pp_size + mesh.pp_rank
         table = rules(
             shape,
             layers=layers[index],
@@ -73,14 +73,14 @@ def mark_tensor_parallel(stages: Sequence[Stage]) -> None:
 
 
 @torch.no_grad()
-def load_weights(stages: Sequence[Stage], folder: SafetensorsFolder, topology: Topology) -> None:
+def load_weights(stages: Sequence[Stage], folder: SafetensorsFolder, mesh: Mesh) -> None:
     """Fill every parameter of this rank from its slices. Raises UserError for a wrong shape."""
-    for parameter, shard in read_weights(stages, folder, topology):
+    for parameter, shard in read_weights(stages, folder, mesh):
         parameter.copy_(shard)
 
 
 def read_weights(
-    stages: Sequence[Stage], folder: SafetensorsFolder, topology: Topology
+    stages: Sequence[Stage], folder: SafetensorsFolder, mesh: Mesh
 ) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
     """Every parameter of this rank with its slice of the folder, in the folder's dtype.
 
@@ -95,13 +95,13 @@ def read_weights(
             folder.check_shape(name, expected)
         yield (
             parameter,
-            rule.sharding.read(folder.slice, rule.hf, topology.tp_rank, topology.tp_size),
+            rule.sharding.read(folder.slice, rule.hf, mesh.tp_rank, mesh.tp_size),
         )
 
 
 def export_weights(
     stages: Sequence[Stage],
-    topology: Topology,
+    mesh: Mesh,
     value_of: Callable[[Tensor], Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
     """This rank's tensors by HF name, on tp rank 0, which holds one of them at a time.
@@ -113,9 +113,9 @@ def export_weights(
     for rule, parameter in _parameters(stages):
         if not rule.exported:
             continue
-        parts = rule.sharding.parts(value_of(parameter), topology.tp_size)
+        parts = rule.sharding.parts(value_of(parameter), mesh.tp_size)
         for name, shape, part in zip(rule.hf, rule.hf_shapes, parts, strict=True):
-            whole = _gather(part, rule.sharding.dim, topology)
+            whole = _gather(part, rule.sharding.dim, mesh)
             if whole is not None:
                 yield name, whole[: shape[0]]  # without the vocabulary's padding
 
@@ -125,13 +125,13 @@ def _parameters(stages: Sequence[Stage]) -> Iterator[tuple[Rule, torch.nn.Parame
         yield from stage.parameters()
 
 
-def _gather(part: Tensor, dim: int | None, topology: Topology) -> Tensor | None:
+def _gather(part: Tensor, dim: int | None, mesh: Mesh) -> Tensor | None:
     """The whole tensor on tp rank 0."""
-    size, group = topology.tp_size, topology.groups.tp
+    size, group = mesh.tp_size, mesh.groups.tp
     if dim is None or size == 1:
-        return part if topology.tp_rank == 0 else None
+        return part if mesh.tp_rank == 0 else None
     target = dist.get_global_rank(group, 0)
-    if topology.tp_rank:
+    if mesh.tp_rank:
         dist.gather(part.contiguous(), None, dst=target, group=group)
         return None
     # Rows arrive in their place; columns need one more copy.

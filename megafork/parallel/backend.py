@@ -23,8 +23,7 @@ def prepare() -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device
-    from megafork import bfloat16_products
-    from megafork.parallel import cpu_patch
+    from megafork.parallel import bfloat16_products, cpu_patch
 
     cpu_patch.apply()
     bfloat16_products.replace_where_slow()

@@ -11,11 +11,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from megafork.disk import naming, refuse_links
 from megafork.report import palette
 from megafork.report.charts import drawings, histogram
 from megafork.report.files import Row, RunFiles, read_run
 from megafork.report.tokens import sampled_steps, visible
+from megafork.system.disk import naming, refuse_links
 
 
 @dataclass(frozen=True)

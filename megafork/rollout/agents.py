@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megafork.errors import UserError
-from megafork.rewards.verifier import Judge, Verdict
 from megafork.rollout.messages import Header, Link
+from megafork.verifiers.verifier import Judge, Verdict
 
 
 class NodeLost(Exception):

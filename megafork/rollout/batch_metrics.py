@@ -6,8 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from megafork.data.sample import Group, version_runs
 from megafork.rollout.collector import RolloutBatch
-from megafork.sample import Group, version_runs
 
 _FAILURES = {
     "timeout": "reward/timeouts",

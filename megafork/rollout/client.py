@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import aiohttp
 
+from megafork.data.sample import Sample
 from megafork.errors import UserError
 from megafork.rollout.sampling import (
     ABORT_PATH,
@@ -24,7 +25,6 @@ from megafork.rollout.sampling import (
     decode_samples,
     version_number,
 )
-from megafork.sample import Sample
 
 T = TypeVar("T")
 _ATTEMPTS = 5  # the first one included; waits of 0.5, 1, 2 and 4 s in between

@@ -20,6 +20,7 @@ import numpy as np
 
 from megafork.config import RolloutConfig
 from megafork.data.prompts import Prompt, PromptStream
+from megafork.data.sample import Group, version_runs
 from megafork.errors import UserError
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.judging import Judging
@@ -27,7 +28,6 @@ from megafork.rollout.messages import Pieces
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.step_journals import StepJournals
 from megafork.rollout.tally import Tally
-from megafork.sample import Group, version_runs
 
 T = TypeVar("T")
 _DISK = ThreadPoolExecutor(1, thread_name_prefix="journal")

@@ -35,7 +35,7 @@ class Fleet(Router):
     watch the servers, and the end of the fleet's `async with` ends it.
 
     max_restarts: pushes in a row that may fail for a server; then it is left out for good.
-    given_up: the cause, by its URL, of each server that nobody starts again. in_turns: with the
+    given_up: the cause, by its URL, of each server that nobody starts again. colocated: with the
     trainer, on the same devices. Then a server that was lost is back when `look_again` finds it.
     """
 
@@ -46,11 +46,11 @@ class Fleet(Router):
         max_num_seqs: int,
         max_restarts: int = 0,
         given_up: Callable[[], Awaitable[dict[str, str]]] = _nobody_given_up,
-        in_turns: bool = False,
+        colocated: bool = False,
     ) -> None:
         super().__init__(clients, max_num_seqs)
         self._max_restarts, self._given_up = max_restarts, given_up
-        self._watched = ("live",) if in_turns else ("live", "away")
+        self._watched = ("live",) if colocated else ("live", "away")
         self._members: list[tuple[Server, int]] = []
         """Of the last push, with their num_losses then"""
         self._version: int | None = None
@@ -132,8 +132,10 @@ class Fleet(Router):
     async def wait_for_one(self, timeout_s: float) -> None:
         """Wait, when all were lost, until one answers again. Raises UserError when none does."""
         deadline = time.monotonic() + timeout_s
-        while not self._in_state("live", "back"):
+        while True:
             lost = await self._given_up()
+            if self._in_state("live", "back"):  # or it was found back during that question
+                return
             awaited = [s for s in self._in_state("away") if s.client.url not in lost]
             if time.monotonic() > deadline or not awaited:
                 causes = list(lost.values()) or [server.cause for server in self._servers]

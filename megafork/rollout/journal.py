@@ -1,9 +1,9 @@
 """The finished groups of a step, on disk before they are used: a resumed step replays them.
 
-A file is a sequence of frames (frames.py), one for a group: in the header all but its tokens, then
-int32 prompt ids, int32 token ids and float32 log-probabilities of all its samples in turn. Files of
-former versions are still read: one of each data-parallel replica (`step_000001-replica1.journal`),
-and those of JSON lines (`.jsonl`).
+A file is a sequence of frames (rollout/frames.py), one for a group: in the header all but its
+tokens, then int32 prompt ids, int32 token ids and float32 log-probabilities of all its samples in
+turn. Files of former versions are still read: one of each data-parallel replica
+(`step_000001-replica1.journal`), and those of JSON lines (`.jsonl`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any, BinaryIO, Self
 import msgspec
 import numpy as np
 
-from megafork.disk import naming, sync
+from megafork.data.sample import Group, Sample
 from megafork.errors import UserError
-from megafork.frames import MAGIC, PREFIX_BYTES, Damaged, Prefix, encode
-from megafork.parsing import parse_json
-from megafork.sample import Group, Sample
+from megafork.rollout.frames import MAGIC, PREFIX_BYTES, Damaged, Prefix, encode
+from megafork.system.disk import naming, sync
+from megafork.system.parsing import parse_json
 
 _log = logging.getLogger(__name__)
 SUFFIX, FORMER_SUFFIX = ".journal", ".jsonl"

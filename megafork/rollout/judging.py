@@ -14,11 +14,11 @@ from typing import Protocol
 import numpy as np
 
 from megafork.data.prompts import Prompt
+from megafork.data.sample import Sample
 from megafork.data.tokenizer import Tokenizer
-from megafork.rewards.overlong import overlong_punishment
-from megafork.rewards.verifier import Judge, Verdict
 from megafork.rollout.agents import NodeLost
-from megafork.sample import Sample
+from megafork.verifiers.overlong import overlong_punishment
+from megafork.verifiers.verifier import Judge, Verdict
 
 
 class Verifiers(Protocol):

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from megafork.frames import PREFIX_BYTES, Damaged, Prefix, encode
+from megafork.rollout.frames import PREFIX_BYTES, Damaged, Prefix, encode
 
 _log = logging.getLogger(__name__)
 Header = dict[str, Any]

@@ -10,10 +10,10 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megafork.data.sample import UNANSWERED, Sample
 from megafork.rollout.assignment import Assignment, Request
 from megafork.rollout.client import RolloutClient, ServerError, ServerLost, ServerSlow
 from megafork.rollout.sampling import Sampling
-from megafork.sample import UNANSWERED, Sample
 
 
 @dataclass(eq=False)

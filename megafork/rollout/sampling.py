@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megafork.sample import Sample
+from megafork.data.sample import Sample
 
 # Routes that the server answers itself.
 GENERATE_PATH = "/megafork/generate"  # token ids in, `encode_samples` out

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megafork.data.sample import Group
 from megafork.errors import UserError
 from megafork.rollout.journal import (
     Damage,
@@ -14,7 +15,6 @@ from megafork.rollout.journal import (
     journalled_steps,
     read_step,
 )
-from megafork.sample import Group
 
 _log = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -24,9 +25,10 @@ from megafork.parallel.addresses import LOOPBACK, loopback_interface
 from megafork.parallel.ports import free_port
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.supervisor import FOLDER, GRACE_S
+from megafork.system.extras import missing
 
 _PLUGINS = "megafork.vllm_plugin.routes"
-_TWO_TEMPERATURES = "megafork.vllm_plugin.temperatures:TwoTemperatureProcessor"
+_TWO_TEMPERATURES = "megafork.vllm_plugin.two_temperatures:TwoTemperatureProcessor"
 _UNIPROC = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 # torchrun's variables would make vLLM's workers join the trainer's rendezvous.
@@ -112,10 +114,14 @@ class VllmServer:
         """Start the server and wait until it answers. A server is started once.
 
         Raises UserError, with the cause and the log's path and nothing left running, when the
-        folder is no model, the port is taken, the server exits, startup_timeout_s is over, or
-        `stop` was called meanwhile.
+        folder is no model, vLLM is not installed, the port is taken, the server exits,
+        startup_timeout_s is over, or `stop` was called meanwhile.
         """
         _check_model_folder(self.model_path)
+        if self.python == sys.executable and importlib.util.find_spec("vllm") is None:
+            raise UserError(
+                f"a rollout server needs {missing('vllm') or 'vllm, which is not installed'}"
+            )
         self.port = _check_port(self.host, self.port) if self.port else free_port(self.host)
         try:
             asyncio.run(self._wait_until_ready(self._launch()))
@@ -226,7 +232,7 @@ class VllmServer:
             options["gpu-memory-utilization"] = self.gpu_memory_utilization
             if self.sleeps:
                 flags.append("enable-sleep-mode")
-        command = [self.python, "-m", "megafork.vllm_plugin.cli", str(self.model_path)]
+        command = [self.python, "-m", "megafork.vllm_plugin.serve", str(self.model_path)]
         for name, value in options.items():
             command += [f"--{name}", str(value)]
         return [*command, *(f"--{flag}" for flag in flags)]

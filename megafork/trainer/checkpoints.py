@@ -9,7 +9,7 @@ from megafork.checkpoint.hf_export import export_hf
 from megafork.checkpoint.store import CheckpointStore
 from megafork.config import TrainConfig
 from megafork.controller.handle import Batch, Controller
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
 from megafork.trainer.critic import Critic
 from megafork.trainer.policy import Policy
 
@@ -18,13 +18,13 @@ class Checkpoints:
     """Collective: every rank makes one and calls its methods together."""
 
     def __init__(
-        self, config: TrainConfig, topology: Topology, policy: Policy, critic: Critic | None
+        self, config: TrainConfig, mesh: Mesh, policy: Policy, critic: Critic | None
     ) -> None:
-        self.config, self.topology = config, topology
+        self.config, self.mesh = config, mesh
         self.policy, self.critic = policy, critic
         self.store = CheckpointStore(
             Path(config.run.dir) / "checkpoints",
-            topology,
+            mesh,
             config.checkpoint,
             model=Path(config.model.path),
             tokenizer=config.tokenizer.path,
@@ -40,7 +40,7 @@ class Checkpoints:
         path = self.store.newest()
         if path is None:
             return None
-        if self.topology.rank == 0:
+        if self.mesh.rank == 0:
             print(f"resuming from {path}", flush=True)
         state = self.store.load(path, self.policy.stages, self.policy.optimizer, self.critic)
         self.policy.restore(state["policy"])
@@ -55,7 +55,7 @@ class Checkpoints:
         row: the step's metrics, which are written later.
         """
         self.step = batch.step
-        if self.topology.rank == 0:
+        if self.mesh.rank == 0:
             self._state = {
                 "step": batch.step,
                 "policy": self.policy.state(),
@@ -76,11 +76,11 @@ class Checkpoints:
         """Save what was learnt since the last checkpoint, and wait until it is on disk."""
         if self._saved_step != self.step:
             self._save()
-        self.topology.whereabouts.enter("the checkpoint")
+        self.mesh.progress.enter("the checkpoint")
         self.store.finish()
 
     def _save(self) -> None:
-        self.topology.whereabouts.enter(f"checkpoint of step {self.step}")
+        self.mesh.progress.enter(f"checkpoint of step {self.step}")
         self.store.save(
             self.step, self.policy.stages, self.policy.optimizer, self._state, self.critic
         )
@@ -88,8 +88,8 @@ class Checkpoints:
 
     def export(self) -> Path:
         """Write the last policy as an HF folder. Returns the folder."""
-        self.topology.whereabouts.enter("the export of the last policy")
+        self.mesh.progress.enter("the export of the last policy")
         config, target = self.config, self.store.folder / "final"
         source = Path(config.model.path)
-        export_hf(self.policy, self.topology, source, target, config.tokenizer.path)
+        export_hf(self.policy, self.mesh, source, target, config.tokenizer.path)
         return target

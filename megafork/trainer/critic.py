@@ -23,11 +23,11 @@ from megafork.config import (
     TrainConfig,
 )
 from megafork.data.packing import Pack
+from megafork.data.token_table import TokenTable
 from megafork.model.gpt import ValueHead, head_input
 from megafork.model.scorer import Scores
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
 from megafork.trainer.learner import Judged, Learner
-from megafork.types import TokenTable
 
 _SUMS = ("loss", "clipped", "rows")
 _ESTIMATED = ("value/mean", "value/explained_variance", "advantage/mean", "advantage/std")
@@ -38,12 +38,12 @@ _OWN_SETTINGS = {"lr", "warmup_steps", "weight_decay", "grad_clip"}
 class Critic(Learner):
     """The policy's stack with a value head, in the policy's layout and with its packs."""
 
-    def __init__(self, config: TrainConfig, topology: Topology) -> None:
+    def __init__(self, config: TrainConfig, mesh: Mesh) -> None:
         """Collective."""
         super().__init__(
             critic_model(config.model, config.critic),
             config.parallel,
-            topology,
+            mesh,
             micro_batch_tokens=config.training.micro_batch_tokens,
             head="value",
         )
@@ -66,28 +66,30 @@ class Critic(Learner):
 
         with torch.no_grad():
             outputs = self.run_hidden(packs, collect, forward_only=True)
-        if not self.topology.is_last_stage:
+        if not self.mesh.is_last_stage:
             return torch.zeros(0)
         values_R = torch.zeros(table.num_rows)
         for pack, output in zip(packs, outputs, strict=True):
             values_R[pack.rows_N] = output["values"]
-        values_R = values_R.to(self.topology.device)
-        tp, cp = self.topology.groups.tp, self.topology.groups.cp
+        values_R = values_R.to(self.mesh.device)
+        tp, cp = self.mesh.groups.tp, self.mesh.groups.cp
         dist.broadcast(values_R, src=dist.get_global_rank(tp, 0), group=tp)
         dist.all_reduce(values_R, group=cp)  # each rank has the slots of its own
         return values_R.cpu()
 
-    def judged_update(self, table: TokenTable, scores: Scores, mask_N: Tensor) -> Judged:
-        """The first half of an update on the mini-batch, as of `Policy`.
+    def judged_update(
+        self, table: TokenTable, scores: Scores, mask_N: Tensor, *, step: int = 1
+    ) -> Judged:
+        """Make the first half of an update on the mini-batch, as `Policy` does.
 
         Metrics: the loss over all ranks, rows in it, rows that value clipping decides.
         """
         reports = self.accumulate_gradients(table, scores, mask_N)
         num_tokens = table.num_loss_tokens
-        if not self.topology.is_last_stage:
+        if not self.mesh.is_last_stage:
             return self.judge({}, num_tokens=num_tokens)
         sums = torch.stack([report["sums"] for report in reports]).sum(0)
-        dist.all_reduce(sums, group=self.topology.groups.dp_cp)
+        dist.all_reduce(sums, group=self.mesh.groups.dp_cp)
         return self.judge(dict(zip(_SUMS, sums.tolist(), strict=True)), num_tokens=num_tokens)
 
     def accumulate_gradients(
@@ -100,7 +102,7 @@ class Critic(Learner):
         """
         packs, denominator = scores.packs, 1
         rows_of: dict[int, tuple[Tensor, Tensor]] = {}
-        if self.topology.is_last_stage:
+        if self.mesh.is_last_stage:
             packs, rows_of, denominator = self._chosen(table, scores, mask_N)
         self.clear_gradients()
 
@@ -132,8 +134,8 @@ class Critic(Learner):
         chosen_N, denominator = table.loss_mask_R[scores.rows_N], table.num_loss_tokens
         if self.config.tokens == "forking":
             chosen_N = mask_N
-            count = mask_N.sum().to(self.topology.device)
-            dist.all_reduce(count, group=self.topology.groups.dp_cp)
+            count = mask_N.sum().to(self.mesh.device)
+            dist.all_reduce(count, group=self.mesh.groups.dp_cp)
             denominator = int(count)
         packs: list[Pack] = []
         rows_of: dict[int, tuple[Tensor, Tensor]] = {}
@@ -142,8 +144,8 @@ class Critic(Learner):
         for pack, chosen, old, returns in zip(
             scores.packs, *(column.split(sizes) for column in columns), strict=True
         ):
-            packs.append(pack.keep(chosen.to(self.topology.device)))
-            own = [column[chosen].to(self.topology.device) for column in (old, returns)]
+            packs.append(pack.keep(chosen.to(self.mesh.device)))
+            own = [column[chosen].to(self.mesh.device) for column in (old, returns)]
             rows_of[id(packs[-1])] = own[0], own[1]
         return packs, rows_of, max(denominator, 1)
 
@@ -173,7 +175,7 @@ def estimate_advantages(
     is over all of them is reduced, in float64. Earlier stages need neither. The metrics are of the
     loss tokens, before whitening; NaN where no mini-batch could be scored.
     """
-    topology = critic.topology
+    mesh = critic.mesh
     metrics = dict.fromkeys(_ESTIMATED, math.nan) | {"critic/lr": critic.learning_rate}
     done = Estimated(list(tables), list(scored), metrics)
     found: dict[int, tuple[Scores, Tensor]] = {}
@@ -181,13 +183,13 @@ def estimate_advantages(
         if isinstance(scores, str):
             continue
         values_R = critic.values(table)
-        if topology.any_rank(not values_R.isfinite().all()):
+        if mesh.any_rank(not values_R.isfinite().all()):
             done.scores[index] = "a value of the critic is not finite"
         else:
             found[index] = scores, values_R
             # Before the last stage these stay, empty.
             done.scores[index] = replace(scores, old_values_N=values_R, returns_N=values_R)
-    if found and topology.is_last_stage:
+    if found and mesh.is_last_stage:
         _estimate(critic, found, done)
     return done
 
@@ -208,7 +210,7 @@ def _estimate(critic: Critic, found: dict[int, tuple[Scores, Tensor]], done: Est
         own = values_R[rows_N], returns_R[rows_N]
         columns.append((*own, advantages[index][rows_N], table.loss_mask_R[rows_N]))
         done.scores[index] = replace(scores, old_values_N=own[0], returns_N=own[1])
-    device, group = critic.topology.device, critic.topology.groups.dp_cp
+    device, group = critic.mesh.device, critic.mesh.groups.dp_cp
     values_N, returns_N, advantages_N, mask_N = (
         torch.cat(parts).to(device) for parts in zip(*columns, strict=True)
     )

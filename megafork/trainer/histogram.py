@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
 from megafork.trainer.outcome import Optimized
 
 _BINS_PER_DECADE = 20
@@ -24,7 +24,7 @@ EDGES = (
 and without its upper one; the last takes what lies above too."""
 
 
-def entropy_histogram(done: Optimized, topology: Topology) -> dict[str, Any] | None:
+def entropy_histogram(done: Optimized, mesh: Mesh) -> dict[str, Any] | None:
     """Of the step's loss tokens, on every rank, all ranks together: how many have an entropy in
     each bin, and how many of these are selected.
 
@@ -35,15 +35,15 @@ def entropy_histogram(done: Optimized, topology: Topology) -> dict[str, Any] | N
     if not done.tables or not all(s.has_entropies for s in done.scores):
         return None
     histogram = None
-    if topology.is_last_stage:
+    if mesh.is_last_stage:
         inner = torch.tensor(EDGES[1:-1])
         counts = torch.zeros(2, len(EDGES) - 1, dtype=torch.int64)
         for table, scores, mask_N in zip(done.tables, done.scores, done.masks, strict=True):
             bin_N = torch.bucketize(scores.entropy_N, inner, right=True)
             for row, chosen_N in enumerate((table.loss_mask_R[scores.rows_N], mask_N)):
                 counts[row] += torch.bincount(bin_N[chosen_N], minlength=len(EDGES) - 1)
-        counts = counts.to(topology.device)
-        dist.all_reduce(counts, group=topology.groups.dp_cp)
+        counts = counts.to(mesh.device)
+        dist.all_reduce(counts, group=mesh.groups.dp_cp)
         tokens, selected = counts.tolist()
         histogram = {"edges": list(EDGES), "tokens": tokens, "selected": selected}
-    return topology.broadcast_object(histogram, src=topology.last_stage_rank)
+    return mesh.broadcast_object(histogram, src=mesh.last_stage_rank)

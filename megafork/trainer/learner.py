@@ -19,7 +19,6 @@ from megafork.config import TrainingConfig
 from megafork.model.packed import PackedModel
 from megafork.parallel import backend
 from megafork.parallel.host_memory import HostMemory, storages
-from megafork.trainer.guard import UpdateGuard, UpdateRefused
 from megafork.trainer.optimizer import (
     build_optimizer,
     gradient_buffers,
@@ -28,6 +27,7 @@ from megafork.trainer.optimizer import (
     set_hyperparameters,
     wrap_data_parallel,
 )
+from megafork.trainer.update_guard import UpdateGuard, UpdateRefused
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Learner(PackedModel):
         self.name = name
         self.num_updates = 0
         self.guard = UpdateGuard(training)
-        self.ddp = wrap_data_parallel([stage.gpt for stage in self.stages], self.topology)
+        self.ddp = wrap_data_parallel([stage.gpt for stage in self.stages], self.mesh)
         self.modules = list(self.ddp)
         self._optimizer = build_optimizer(self.ddp, training)
-        self._weights_home = HostMemory(self.topology.device)
-        self._optimizer_home = HostMemory(self.topology.device)
+        self._weights_home = HostMemory(self.mesh.device)
+        self._optimizer_home = HostMemory(self.mesh.device)
         self._released: list[tuple[torch.UntypedStorage, int]] = []
         self.has_weights = self.has_optimizer = True
         """Whether they are on the device"""
@@ -72,7 +72,7 @@ class Learner(PackedModel):
         Gradients are dropped: an update begins by clearing them. Until `onload` no verb may be
         used; with the weights left in place they may be scored with and exported.
         """
-        device = self.topology.device
+        device = self.mesh.device
         of_weights = storages((tensor for s in self.stages for tensor in _tensors(s.gpt)), device)
         if self.has_optimizer:
             self._optimizer.zero_grad()
@@ -129,8 +129,8 @@ class Learner(PackedModel):
         norm = float(self.optimizer.get_grad_norm())
         # One rank judges: another might see the norm with another last bit.
         total = sum(metrics.get(name, math.nan) for name in loss)
-        fault, total, norm = self.topology.broadcast_object(
-            (self.guard.fault(total, norm), total, norm), src=self.topology.last_stage_rank
+        fault, total, norm = self.mesh.broadcast_object(
+            (self.guard.fault(total, norm), total, norm), src=self.mesh.last_stage_rank
         )
         if fault is not None:
             raise UpdateRefused(f"{self.name}: {fault}" if self.name else fault)

@@ -27,12 +27,10 @@ from megatron.core.transformer.module import Float16Module
 
 from megafork.config import TrainingConfig
 from megafork.parallel import backend
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
 
 
-def wrap_data_parallel(
-    stages: Sequence[GPTModel], topology: Topology
-) -> list[DistributedDataParallel]:
+def wrap_data_parallel(stages: Sequence[GPTModel], mesh: Mesh) -> list[DistributedDataParallel]:
     """Each stage in megatron's DDP: contiguous float32 gradient buffers, sharded optimizer."""
     overlap = backend.has_cuda()
     config = DistributedDataParallelConfig(
@@ -47,14 +45,14 @@ def wrap_data_parallel(
             shared,
             config,
             _BFloat16Module(gpt) if shared.bf16 else gpt,
-            pg_collection=topology.groups,
+            pg_collection=mesh.groups,
         )
         for gpt in stages
     ]
     if overlap:
         no_sync = [ddp.no_sync for ddp in wrapped]
         shared.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    shared.finalize_model_grads_func = partial(_finalize, groups=topology.groups)
+    shared.finalize_model_grads_func = partial(_finalize, groups=mesh.groups)
     return wrapped
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from megafork.algorithms.forking import Selection
+from megafork.data.token_table import TokenTable
 from megafork.model.scorer import Scores
-from megafork.types import TokenTable
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,23 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from megafork.cluster.launch import tells, under_torchrun
 from megafork.config import ScoreConfig, TrainConfig
+from megafork.config.learning import ADVANTAGES, OBJECTIVES, SELECTIONS
 from megafork.data.prompts import read_both
 from megafork.data.tokenizer import check_tokenizer
 from megafork.data.unchanged import check_unchanged, identity
-from megafork.disk import refuse_links
 from megafork.errors import UserError
-from megafork.launch import tells, under_torchrun
-from megafork.lock import refuse_held
+from megafork.logging.writers import load_writers
 from megafork.model.hf_config import read_json
 from megafork.model.shape import ModelShape
-from megafork.rewards.names import check_answers, check_verifiers
 from megafork.rollout.ends import check_ends
 from megafork.rollout.engine import check_server
+from megafork.system.disk import refuse_links
+from megafork.system.lock import refuse_held
+from megafork.system.plugins import load_plugin
 from megafork.trainer.run_dir import refuse_other_run
+from megafork.verifiers.names import check_answers, check_verifiers
 
 _TRUNCATING = {"top_k": (None, 0, -1), "top_p": (None, 1, 1.0), "min_p": (None, 0, 0.0)}
 
@@ -48,7 +51,7 @@ def check_train(config: TrainConfig, *, resume: bool = False) -> None:
     shape.check(config.model, config.parallel)
     if config.kl.reference is not None:
         shape.check_same_build(config.kl.reference, setting="kl.reference")
-    if config.algorithm.advantages == "gae":
+    if config.algorithm.uses_critic:
         check_critic(config, shape)
     check_length(config, shape)
     end = check_tokenizer(config, shape.vocab_size, chat_template=config.data.chat_template)
@@ -58,10 +61,27 @@ def check_train(config: TrainConfig, *, resume: bool = False) -> None:
     if resume:
         check_unchanged(Path(config.run.dir), config.data, identity(config.data, *rows))
     check_verifiers(config.reward.verifiers)
+    check_plugins(config)
     check_server(config.rollout)
     check_ends(config, shape, end, tell=tells())
     if tells():
         _tell_ignored_sampling(Path(config.model.path))
+
+
+def check_plugins(config: TrainConfig) -> None:
+    """Raise UserError for a plug-in of the training that cannot be loaded.
+
+    Built-in ones are not loaded: they take torch to import.
+    """
+    algorithm, select = config.algorithm, config.forking.select
+    named = [("algorithm.objective", algorithm.objective, OBJECTIVES)]
+    named += [("algorithm.advantages", algorithm.advantages, ADVANTAGES)]
+    named += [("forking.select", select, SELECTIONS)]
+    named += [("algorithm.credit", name, {}) for name in algorithm.credit]
+    for setting, name, built_ins in named:
+        if name not in built_ins:
+            load_plugin(setting, name, built_ins)
+    load_writers(config.logging.writers)
 
 
 def check_folders(config: TrainConfig, *, may_lack_weights: bool = False) -> list[str]:
@@ -73,7 +93,7 @@ def check_folders(config: TrainConfig, *, may_lack_weights: bool = False) -> lis
     folders = [("model.path", config.model.path, False)]
     if config.kl.reference is not None:
         folders.append(("kl.reference", config.kl.reference, False))
-    if config.algorithm.advantages == "gae" and config.critic.path is not None:
+    if config.algorithm.uses_critic and config.critic.path is not None:
         folders.append(("critic.path", config.critic.path, True))
     from megafork.model.hf_model import check_folder, has_weights
 

@@ -16,14 +16,14 @@ import torch
 
 from megafork.config import TrainConfig
 from megafork.controller.handle import Controller, probed
+from megafork.data.sample import Group
 from megafork.model.scorer import Scorer
 from megafork.parallel.addresses import LOOPBACK, on_several_nodes
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
 from megafork.rollout.engine import host_of
 from megafork.rollout.messages import Header
-from megafork.sample import Group
 from megafork.trainer.learner import Learner
-from megafork.weights import agreement
+from megafork.weights import mismatch_check
 from megafork.weights.local import LocalSender
 from megafork.weights.reach import address_for, is_local
 from megafork.weights.transports import (
@@ -50,7 +50,7 @@ class WeightSync:
         self,
         config: TrainConfig,
         policy: Scorer,
-        topology: Topology,
+        mesh: Mesh,
         controller: Controller,
         learners: Sequence[Learner] = (),
     ) -> None:
@@ -58,7 +58,7 @@ class WeightSync:
 
         Raises UserError where sync.transport=local has no way to the servers.
         """
-        self.config, self.policy, self.topology = config, policy, topology
+        self.config, self.policy, self.mesh = config, policy, mesh
         self.controller, self.learners = controller, learners
         self.colocated = config.rollout.placement == "colocated"
         self.local = is_local(config.sync, self.colocated)
@@ -70,7 +70,7 @@ class WeightSync:
         self._failure: TransferError | None = None
         """Why this rank's sender has no workers"""
         manifest = [(name, shape, policy.dtype) for name, shape in policy.shard_manifest()]
-        self.own_buckets = plan_buckets(topology.pp_rank, manifest, config.sync.bucket_mib << 20)
+        self.own_buckets = plan_buckets(mesh.pp_rank, manifest, config.sync.bucket_mib << 20)
 
     def push(self, version: int) -> bool:
         """Give the servers the policy's weights as `version`. Returns False where the run ends.
@@ -78,7 +78,7 @@ class WeightSync:
         Raises UserError or PeerError, as `Controller`, when they do not take them, and where they
         do not compute what the policy does.
         """
-        self.topology.whereabouts.enter(f"sync of step {version - 1}")
+        self.mesh.progress.enter(f"sync of step {version - 1}")
         left = False
         while True:
             self._make_room(weights=left)
@@ -109,8 +109,8 @@ class WeightSync:
     def compare(self, groups: Sequence[Group]) -> None:
         """Refuse to train where the servers sampled by other probabilities than the policy's."""
         if groups:
-            found = agreement.measure(list(groups), self.policy, self.topology)
-            agreement.require(found, self.config.sync, self.config.model.dtype)
+            found = mismatch_check.measure(list(groups), self.policy, self.mesh)
+            mismatch_check.require(found, self.config.sync, self.config.model.dtype)
 
     def take_seconds(self) -> dict[str, float]:
         """Return the seconds of each phase since the last call."""
@@ -145,7 +145,7 @@ class WeightSync:
         offer: dict[str, Any] | None = None
         connecting: threading.Thread | None = None
         failures: list[TransferError] = []
-        if self.topology.is_sender:
+        if self.mesh.is_sender:
             self.sender = self._make_sender(num_workers)
             offer = {"address": self.sender.address, "buckets": self.own_buckets}
             # A daemon: when the servers refuse, nobody waits for workers that never join.
@@ -161,7 +161,7 @@ class WeightSync:
         return answer
 
     def _make_sender(self, num_workers: int) -> Sender:
-        stage, device = self.topology.pp_rank, self.topology.device
+        stage, device = self.mesh.pp_rank, self.mesh.device
         if self.local:
             return LocalSender(stage, self.own_buckets, num_workers, device, self.timeout_s)
         # NCCL does not connect two ranks on one GPU; gloo goes through the host's memory.
@@ -194,7 +194,7 @@ class WeightSync:
 
     def _send_shards(self) -> None:
         """All tp ranks of a stage run the export together; only its sender is given tensors."""
-        if not self.topology.is_first_replica:
+        if not self.mesh.is_first_replica:
             return
         shards = self.policy.export_shards()
         try:

@@ -32,8 +32,8 @@ class Reference:
         model = open_model(folder, setting="kl.reference")
         self._pairs: list[tuple[torch.nn.Parameter, Tensor]] = []
         """a parameter, and on the host what is not in it now: the reference's or the policy's"""
-        pinned = policy.topology.device.type == "cuda"
-        for parameter, shard in read_weights(policy.stages, model.weights, policy.topology):
+        pinned = policy.mesh.device.type == "cuda"
+        for parameter, shard in read_weights(policy.stages, model.weights, policy.mesh):
             host = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=pinned)
             self._pairs.append((parameter, host.copy_(shard)))
 

@@ -13,13 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megafork.algorithms.advantages import group_advantages
-from megafork.config import TrainConfig
+from megafork.algorithms.advantages import check_advantages, group_advantages
+from megafork.config import AlgorithmConfig, TrainConfig
+from megafork.config.learning import ADVANTAGES
 from megafork.controller.handle import Batch, Controller
+from megafork.data.token_table import TokenTable
 from megafork.errors import UserError
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
+from megafork.system.plugins import load_plugin
 from megafork.trainer.policy import Policy
-from megafork.types import TokenTable
 
 _TOKEN_BYTES = 8
 _RUN_BYTES = 8
@@ -54,14 +56,27 @@ def minibatches_of(
             f"{config.rollout.max_response_tokens} and algorithm.overlong_filtering left nothing "
             "to train on: raise the one or turn off the other"
         )
-    source = controller if policy.topology.is_replica_leader else None
-    table = fetch_rows(known, replica_B, batch.step, source, policy.topology)
-    if config.algorithm.advantages != "gae":
-        advantages_B = group_advantages(
-            table.reward_B, table.group_B, normalize=config.algorithm.normalize_advantage
-        )
-        table = table.with_columns(advantage_R=advantages_B[table.sample_R])
+    source = controller if policy.mesh.is_replica_leader else None
+    table = fetch_rows(known, replica_B, batch.step, source, policy.mesh)
+    if not config.algorithm.uses_critic:
+        table = with_advantages(table, config.algorithm)
     return [table.take(picked) for picked in samples]
+
+
+def with_advantages(table: TokenTable, algorithm: AlgorithmConfig) -> TokenTable:
+    """Return the table with the advantages of the rows that are here, from all samples' rewards.
+
+    Raises UserError for what a plug-in of `algorithm.advantages` returns in their place.
+    """
+    if algorithm.advantages == "group":
+        advantages_B = group_advantages(
+            table.reward_B, table.group_B, normalize=algorithm.normalize_advantage
+        )
+        return table.with_columns(advantage_R=advantages_B[table.sample_R])
+    function = load_plugin("algorithm.advantages", algorithm.advantages, ADVANTAGES)
+    advantage_R = function(table.reward_B, table.group_B, table)
+    checked_R = check_advantages(algorithm.advantages, advantage_R, table.num_rows)
+    return table.with_columns(advantage_R=checked_R)
 
 
 def fetch_rows(
@@ -69,7 +84,7 @@ def fetch_rows(
     replica_B: Tensor,
     step: int,
     source: Controller | None,
-    topology: Topology,
+    mesh: Mesh,
 ) -> TokenTable:
     """Return the table with this replica's rows, those of the samples with replica_B == dp_rank.
 
@@ -78,7 +93,7 @@ def fetch_rows(
     of each replica's first rank. A response is in the loss mask as a whole or not at
     all. Raises UserError, on every rank, where one does not get its rows.
     """
-    wanted_B = replica_B == topology.dp_rank
+    wanted_B = replica_B == mesh.dp_rank
     lengths_B = table.response_lengths_B[wanted_B]
     num_rows = int(lengths_B.sum())
     columns: dict[str, Tensor] = {}
@@ -87,11 +102,11 @@ def fetch_rows(
         if source is not None:
             columns.update(_asked(source, step, table.uid_B[wanted_B], num_rows))
 
-    topology.on_every_rank(ask)
+    mesh.on_every_rank(ask)
     for name, dtype in _COLUMNS.items():
         if source is None:
             columns[name] = torch.empty(num_rows, dtype=dtype)
-        sent = _inside_replica(columns[name].to(topology.device), topology)
+        sent = _inside_replica(columns[name].to(mesh.device), mesh)
         columns[name] = sent.to(getattr(table, name))
     in_loss_B = (table.num_loss_tokens_B > 0)[wanted_B]
     return table.with_rows(
@@ -126,11 +141,11 @@ def _asked(source: Controller, step: int, uid_B: Tensor, num_rows: int) -> dict[
     return columns
 
 
-def _inside_replica(column: Tensor, topology: Topology) -> Tensor:
+def _inside_replica(column: Tensor, mesh: Mesh) -> Tensor:
     """Return the first rank's column on all tp * pp * cp ranks of its replica."""
-    groups = topology.groups
-    if topology.cp_size > 1 and topology.tp_rank == topology.pp_rank == 0:
+    groups = mesh.groups
+    if mesh.cp_size > 1 and mesh.tp_rank == mesh.pp_rank == 0:
         dist.broadcast(column, src=dist.get_global_rank(groups.cp, 0), group=groups.cp)
-    if topology.tp_size * topology.pp_size > 1:
+    if mesh.tp_size * mesh.pp_size > 1:
         dist.broadcast(column, src=dist.get_global_rank(groups.mp, 0), group=groups.mp)
     return column

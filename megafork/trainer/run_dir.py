@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megafork.config import TrainConfig
-from megafork.config.file import save_config
-from megafork.disk import naming
+from megafork.config.load import save_config
 from megafork.errors import UserError
-from megafork.lock import held
 from megafork.logging.metrics import APPENDED
+from megafork.system.disk import naming
+from megafork.system.lock import held
 
 _OF_A_RUN = ("rollouts/step_*", "skipped/step_*", "checkpoints/step_*", "checkpoints/final")
 _WHEN_WRITTEN = ("metrics.jsonl", "eval.jsonl", *APPENDED)

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafork.config import ForkingConfig
+from megafork.data.token_table import TokenTable, hash64
 from megafork.ops.top_fraction import top_fraction_threshold
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
 from megafork.trainer.outcome import Optimized
-from megafork.types import TokenTable, hash64
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def is_sampled(step: int, *, every: int, last: int) -> bool:
 
 
 def sampled_responses(
-    done: Optimized, count: int, forking: ForkingConfig, topology: Topology, *, step: int
+    done: Optimized, count: int, forking: ForkingConfig, mesh: Mesh, *, step: int
 ) -> list[dict[str, Any]]:
     """`count` responses on every rank, all ranks together; one all-reduce of their tokens.
 
@@ -51,13 +51,13 @@ def sampled_responses(
     """
     picked = pick_responses(done.tables, count, step=step)
     responses = None
-    if picked and topology.is_last_stage:
-        values = _gathered(done, picked, topology)
+    if picked and mesh.is_last_stage:
+        values = _gathered(done, picked, mesh)
         responses = [
             _response(done, one, forking, tokens, step)
             for one, tokens in zip(picked, values, strict=True)
         ]
-    return topology.broadcast_object(responses, src=topology.last_stage_rank) or []
+    return mesh.broadcast_object(responses, src=mesh.last_stage_rank) or []
 
 
 def pick_responses(tables: Sequence[TokenTable], count: int, *, step: int) -> list[_Picked]:
@@ -106,7 +106,7 @@ class _Tokens:
     advantage_R: Tensor
 
 
-def _gathered(done: Optimized, picked: Sequence[_Picked], topology: Topology) -> list[_Tokens]:
+def _gathered(done: Optimized, picked: Sequence[_Picked], mesh: Mesh) -> list[_Tokens]:
     """Every token is on one rank of dp_cp and zero on the others, so the sum has its bits."""
     own = []
     for one in picked:
@@ -125,8 +125,8 @@ def _gathered(done: Optimized, picked: Sequence[_Picked], topology: Topology) ->
             ]
         )
         own.append(columns)
-    summed = torch.cat(own, 1).to(topology.device)
-    dist.all_reduce(summed, group=topology.groups.dp_cp)
+    summed = torch.cat(own, 1).to(mesh.device)
+    dist.all_reduce(summed, group=mesh.groups.dp_cp)
     return [_Tokens(*part) for part in summed.cpu().split([len(c[0]) for c in own], 1)]
 
 

@@ -6,25 +6,25 @@ from dataclasses import replace
 
 import torch
 
+from megafork.data.token_table import TokenTable
 from megafork.model.scorer import Scores
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
 from megafork.trainer.policy import Policy
-from megafork.types import TokenTable
 
 
-def _data_fault(table: TokenTable, topology: Topology) -> str | None:
+def _data_fault(table: TokenTable, mesh: Mesh) -> str | None:
     """Return why a mini-batch cannot be trained on, before it is scored; the same on all ranks."""
     bad_B = ~table.reward_B.isfinite()
     if bad_B.any():
         uid, reward = int(table.uid_B[bad_B][0]), float(table.reward_B[bad_B][0])
         return f"a reward of response {uid} is {reward}"
     bad_R = ~table.rollout_logprob_R.isfinite()
-    if not topology.any_rank(bool(bad_R.any())):
+    if not mesh.any_rank(bool(bad_R.any())):
         return None
     found = zip(
         table.sample_R[bad_R].tolist(), table.rollout_logprob_R[bad_R].tolist(), strict=True
     )
-    everywhere = [one for one in topology.all_gather_object(next(found, None)) if one is not None]
+    everywhere = [one for one in mesh.all_gather_object(next(found, None)) if one is not None]
     sample, logprob = min(everywhere, key=lambda one: one[0])
     return f"a rollout_logprob of response {int(table.uid_B[sample])} is {logprob}"
 
@@ -34,17 +34,17 @@ def score_first(policy: Policy, table: TokenTable) -> Scores | str:
     entropies = policy.needs_entropies and policy.forking.entropy_of == "old"
     if entropies or not policy.ratio_to_engine:
         return score(policy, table)
-    return _data_fault(table, policy.topology) or policy.unscored(table)
+    return _data_fault(table, policy.mesh) or policy.unscored(table)
 
 
 def score(policy: Policy, table: TokenTable, whose: str = "policy") -> Scores | str:
     """The scores, or what is wrong; the same on all ranks."""
-    fault = _data_fault(table, policy.topology)
+    fault = _data_fault(table, policy.mesh)
     if fault is not None:
         return fault
     scores = policy.score(table)
     finite = scores.old_logprobs_N.isfinite().all() and scores.entropy_N.isfinite().all()
-    if policy.topology.any_rank(not finite):
+    if policy.mesh.any_rank(not finite):
         return f"a log-probability or an entropy of the {whose} is not finite"
     return scores
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from megafork.data.token_table import TokenTable
 from megafork.model.scorer import Scores
 from megafork.trainer.clock import Clock
 from megafork.trainer.critic import Critic, estimate_advantages
@@ -14,7 +15,6 @@ from megafork.trainer.outcome import Optimized, Skipped
 from megafork.trainer.policy import Policy
 from megafork.trainer.scores import score, score_again, score_first
 from megafork.trainer.update import update_both
-from megafork.types import TokenTable
 
 
 def optimize(
@@ -42,7 +42,7 @@ def optimize(
     done = Optimized(num_empty=num_all - len(minibatches))
     with clock.measure("score"):
         scored = [score_first(policy, table) for table in minibatches]
-    if policy.reference is not None and (policy.kl.coefficient or _compares(policy, step)):
+    if policy.reference is not None and (policy.needs_reference or _compares(policy, step)):
         with clock.measure("reference"), policy.reference.in_place():
             scored = [score_again(policy, *pair) for pair in zip(minibatches, scored, strict=True)]
     if critic is not None:

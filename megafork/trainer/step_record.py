@@ -26,19 +26,19 @@ def step_record(
     its groups' prompt indices; is_exhausted: they were the last that the config allows; notes, for
     a person.
     """
-    topology, step = policy.topology, batch.step
+    mesh, step = policy.mesh, batch.step
     responses: list[dict[str, Any]] = []
-    report = token_report(done, config.forking, topology)
-    histogram = entropy_histogram(done, topology)
+    report = token_report(done, config.forking, mesh)
+    histogram = entropy_histogram(done, mesh)
     if is_sampled(step, every=config.run.samples_every, last=config.training.steps):
-        responses = sampled_responses(done, config.run.samples, config.forking, topology, step=step)
+        responses = sampled_responses(done, config.run.samples, config.forking, mesh, step=step)
     metrics = _metrics(config, batch, done, policy, critic)
     warning = warn_of_ties(
         metrics["forking/kept_fraction"],
         metrics["forking/wanted_fraction"],
         metrics["forking/rho"],
     )
-    if topology.rank != 0:
+    if mesh.rank != 0:
         return {"metrics": {}}
     return {
         "metrics": metrics,
@@ -62,9 +62,9 @@ def _metrics(
     config: TrainConfig, batch: Batch, done: Optimized, policy: Policy, critic: Critic | None
 ) -> dict[str, float]:
     """Return the step's numbers but for those of its rollout, on every rank."""
-    topology = policy.topology
+    mesh = policy.mesh
     metrics: dict[str, float] = {}
-    if topology.is_last_stage:
+    if mesh.is_last_stage:
         metrics = telemetry.token_metrics(
             done.tables,
             done.scores,
@@ -72,12 +72,12 @@ def _metrics(
             done.selections,
             policy_version=batch.trained_by,
             large_difference=config.mismatch.large_difference,
-            topology=topology,
+            mesh=mesh,
         ) | telemetry.update_metrics(done.updates, policy.terms)
-        metrics |= telemetry.reference_metrics(done, config.kl.tokens, topology)
+        metrics |= telemetry.reference_metrics(done, config.kl.tokens, mesh)
         if critic is not None:
             metrics |= telemetry.critic_metrics(done.values, done.critic_updates)
-    metrics = topology.broadcast_object(metrics, src=topology.last_stage_rank)
+    metrics = mesh.broadcast_object(metrics, src=mesh.last_stage_rank)
     return metrics | {
         "tokens": batch.table.num_tokens,
         "policy_version": batch.step + 1,

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafork.algorithms.forking import Selection
-from megafork.algorithms.losses import k3_divergence
+from megafork.algorithms.surrogates import k3_divergence
+from megafork.data.token_table import TokenTable
 from megafork.model.scorer import Scores
 from megafork.ops.top_fraction import top_fraction_threshold
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
 from megafork.trainer.outcome import Optimized
-from megafork.types import TokenTable
 
 _PERCENTILES = {"entropy/p50": 0.5, "entropy/p80": 0.2, "entropy/p95": 0.05}
 _MEANS = (
@@ -28,11 +28,6 @@ _MEANS = (
     "mismatch/large_fraction",
     "lag/kl",
 )
-_CLIPS = {
-    "clip_low": "ratio/clip_low_fraction",
-    "clip_high": "ratio/clip_high_fraction",
-    "clip_dual": "ratio/clip_dual_fraction",
-}
 _COUNTS = {
     "head_rows": "update/head_rows",
     "truncated": "mismatch/truncated_tokens",
@@ -56,7 +51,7 @@ def token_metrics(
     *,
     policy_version: int,
     large_difference: float,
-    topology: Topology,
+    mesh: Mesh,
 ) -> dict[str, float]:
     """Entropy, selection and mismatch of a rollout batch. Last stage only, all its ranks together.
 
@@ -95,17 +90,17 @@ def token_metrics(
         (difference > large_difference, fresh),
         (k3_divergence(old_logprobs, rollout_logprobs), known & ~fresh),
     )
-    metrics = dict(zip(_MEANS, _means(pairs, topology), strict=True))
-    metrics[_LARGEST] = _largest(difference[fresh], topology)
+    metrics = dict(zip(_MEANS, _means(pairs, mesh), strict=True))
+    metrics[_LARGEST] = _largest(difference[fresh], mesh)
     if has_entropies:
-        metrics |= _percentiles(entropy, in_loss, topology)
+        metrics |= _percentiles(entropy, in_loss, mesh)
     else:
         metrics |= dict.fromkeys(_PERCENTILES, math.nan)
     return metrics | _selection_metrics(selections)
 
 
-def _percentiles(entropy: Tensor, in_loss: Tensor, topology: Topology) -> dict[str, float]:
-    device, groups = topology.device, (topology.groups.dp_cp,)
+def _percentiles(entropy: Tensor, in_loss: Tensor, mesh: Mesh) -> dict[str, float]:
+    device, groups = mesh.device, (mesh.groups.dp_cp,)
     values, mask = entropy.to(device), in_loss.to(device)
     return {
         name: float(top_fraction_threshold(values, mask, fraction, groups=groups).threshold)
@@ -113,7 +108,7 @@ def _percentiles(entropy: Tensor, in_loss: Tensor, topology: Topology) -> dict[s
     }
 
 
-def reference_metrics(done: Optimized, kl_tokens: str, topology: Topology) -> dict[str, float]:
+def reference_metrics(done: Optimized, kl_tokens: str, mesh: Mesh) -> dict[str, float]:
     """What the reference policy says of a rollout batch; nothing where it has not scored it.
 
     kl/reference: mean k3 estimate of KL(pi_old || ref), whatever kl.estimator is, over the tokens
@@ -133,7 +128,7 @@ def reference_metrics(done: Optimized, kl_tokens: str, topology: Topology) -> di
         pairs["kl/reference"] = (k3_divergence(theirs, ours), reach)
     if done.reference_masks:
         pairs["forking/overlap_initial"] = (torch.cat(done.reference_masks), torch.cat(done.masks))
-    return dict(zip(pairs, _means(list(pairs.values()), topology), strict=True)) if pairs else {}
+    return dict(zip(pairs, _means(list(pairs.values()), mesh), strict=True)) if pairs else {}
 
 
 def _known(scores: Sequence[Scores]) -> Tensor:
@@ -141,21 +136,21 @@ def _known(scores: Sequence[Scores]) -> Tensor:
     return torch.cat([torch.full((len(s.rows_N),), s.has_logprobs) for s in scores])
 
 
-def _means(pairs: Sequence[tuple[Tensor, Tensor]], topology: Topology) -> list[float]:
+def _means(pairs: Sequence[tuple[Tensor, Tensor]], mesh: Mesh) -> list[float]:
     """Of each (values, mask) over all ranks; a mean of nothing is NaN, which is written as null."""
     sums = [
         torch.stack([torch.where(mask, values, 0.0).double().sum(), mask.double().sum()])
         for values, mask in pairs
     ]
-    totals = torch.stack(sums).to(topology.device)
-    dist.all_reduce(totals, group=topology.groups.dp_cp)
+    totals = torch.stack(sums).to(mesh.device)
+    dist.all_reduce(totals, group=mesh.groups.dp_cp)
     return [value / count if count else math.nan for value, count in totals.tolist()]
 
 
-def _largest(values: Tensor, topology: Topology) -> float:
+def _largest(values: Tensor, mesh: Mesh) -> float:
     """Of absolute values over all ranks, some of which may have none."""
-    largest = torch.cat([values, values.new_tensor([-1.0])]).max().to(topology.device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=topology.groups.dp_cp)
+    largest = torch.cat([values, values.new_tensor([-1.0])]).max().to(mesh.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.groups.dp_cp)
     return float(largest) if largest >= 0 else math.nan
 
 
@@ -176,18 +171,20 @@ def update_metrics(
 ) -> dict[str, float]:
     """Means over the step's optimizer updates; NaN where none was made.
 
-    ratio/clip_*_fraction are of the rows that have a gradient: selected tokens with an advantage
-    that the mismatch correction does not mask. update/head_rows counts all rows that the head ran
-    on, mismatch/*_tokens the selected tokens with an advantage that the correction changed.
+    The objective's metrics (ratio/clip_*_fraction) are means over the rows that have a gradient:
+    selected tokens with an advantage that the mismatch correction does not mask. update/head_rows
+    counts all rows that the head ran on, mismatch/*_tokens the selected tokens with an advantage
+    that the correction changed.
     terms: of the loss beside the policy's, "kl" and "entropy_bonus".
     """
     count = len(updates) or math.nan
-    total = {name: sum(u[name] for u in updates) for name in (*_CLIPS, *_COUNTS)}
+    of_objective = [name for name in updates[0] if "/" in name] if updates else []
+    total = {name: sum(u[name] for u in updates) for name in (*of_objective, *_COUNTS)}
     gradient_rows = sum(u["gradient_rows"] for u in updates)
     return {
         "loss/policy": sum(u["loss"] for u in updates) / count,
         **{f"loss/{name}": sum(u[name] for u in updates) / count for name in terms},
-        **{metric: total[name] / max(gradient_rows, 1.0) for name, metric in _CLIPS.items()},
+        **{name: total[name] / max(gradient_rows, 1.0) for name in of_objective},
         **{metric: total[name] for name, metric in _COUNTS.items()},
         "ratio/first_update_max_offset": updates[0]["max_ratio_offset"] if updates else math.nan,
         "grad_norm": sum(u["grad_norm"] for u in updates) / count,

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megafork.config import ForkingConfig
+from megafork.data.token_table import TokenTable
 from megafork.model.scorer import Scores
-from megafork.parallel.topology import Topology
+from megafork.parallel.mesh import Mesh
 from megafork.trainer.outcome import Optimized
-from megafork.types import TokenTable
 
 _UNIT = float(1 << 32)
 """Entropies are added up as integers of 2^-32 nats: in any order, on any ranks, the same sum. Up to
@@ -38,9 +38,7 @@ class TokenCounts:
     """float64, nats: the mean over the loss mask"""
 
 
-def token_report(
-    done: Optimized, config: ForkingConfig, topology: Topology
-) -> dict[str, Any] | None:
+def token_report(done: Optimized, config: ForkingConfig, mesh: Mesh) -> dict[str, Any] | None:
     """The step's lists (`most_forking`) on every rank, all ranks together.
 
     None where nothing is asked for, every mini-batch was skipped before it was scored, or no
@@ -49,23 +47,23 @@ def token_report(
     if not config.report_tokens or not all(s.has_entropies for s in done.scores) or not done.tables:
         return None
     report = None
-    if topology.is_last_stage:
+    if mesh.is_last_stage:
         report = most_forking(
-            count_tokens(done.tables, done.scores, done.masks, topology),
+            count_tokens(done.tables, done.scores, done.masks, mesh),
             num_listed=config.report_tokens,
             min_count=config.report_min_count,
         )
-    return topology.broadcast_object(report, src=topology.last_stage_rank)
+    return mesh.broadcast_object(report, src=mesh.last_stage_rank)
 
 
 def count_tokens(
     tables: Sequence[TokenTable],
     scores: Sequence[Scores],
     masks: Sequence[Tensor],
-    topology: Topology,
+    mesh: Mesh,
 ) -> TokenCounts:
     """Last stage only, all its ranks together; one all-reduce of 3 V integers, V the largest id."""
-    device, group = topology.device, topology.groups.dp_cp
+    device, group = mesh.device, mesh.groups.dp_cp
     ids = [t.token_R[s.rows_N] for t, s in zip(tables, scores, strict=True)]
     size = torch.tensor(1 + max((int(part.max()) for part in ids if len(part)), default=0))
     size = size.to(device)

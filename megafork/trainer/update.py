@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from megafork.trainer.critic import Critic
-from megafork.trainer.guard import UpdateRefused
 from megafork.trainer.outcome import Optimized
 from megafork.trainer.policy import Policy
+from megafork.trainer.update_guard import UpdateRefused
 
 
 def update_both(
@@ -19,7 +19,7 @@ def update_both(
         learners.append((critic, done.critic_updates))
     parts = done.tables[index], done.scores[index], done.masks[index]
     try:
-        judged = [learner.judged_update(*parts) for learner, _ in learners]
+        judged = [learner.judged_update(*parts, step=step) for learner, _ in learners]
     except UpdateRefused as refusal:
         return str(refusal)
     for (learner, updates), update in zip(learners, judged, strict=True):

@@ -30,7 +30,8 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
-from megafork import bfloat16_products
+from megafork.data.sample import Sample
+from megafork.parallel import bfloat16_products
 from megafork.rollout.sampling import (
     ABORT_PATH,
     CONNECT_PATH,
@@ -40,7 +41,6 @@ from megafork.rollout.sampling import (
     encode_samples,
     version_number,
 )
-from megafork.sample import Sample
 from megafork.vllm_plugin.bodies import ENGINE_PATHS, check_tokens, parsed_body
 from megafork.vllm_plugin.pulse import Pulse
 from megafork.vllm_plugin.receiver import WeightReceiver, checkpoint_shapes, listed

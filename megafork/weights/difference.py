@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megafork.algorithms.losses import k3_divergence
+from megafork.algorithms.surrogates import k3_divergence
 
 MARGIN = 6.0
 """Standard errors by which an estimate has to pass its bound"""

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megafork.rendezvous import file_store, listening_store, private_folder
+from megafork.system.rendezvous import file_store, listening_store, private_folder
 
 Group = Any  # a ProcessGroupGloo or ProcessGroupNCCL: backends are no dist.ProcessGroup
 Bucket = dict[str, Any]

@@ -16,14 +16,14 @@ import time
 import psutil
 import pytest
 
-from megafork.cluster.plan import LOST
+from megafork.cluster.launch import ENDPOINT
+from megafork.cluster.launch import Machines as Launched
+from megafork.cluster.node_messages import LOST
 from megafork.config import ParallelConfig
 from megafork.errors import Interrupted, UserError
-from megafork.interruption import INTERRUPTED, STOP_FILE, Interruption
-from megafork.launch import ENDPOINT
-from megafork.launch import Machines as Launched
+from megafork.parallel.mesh import initialize
 from megafork.parallel.ports import free_port
-from megafork.parallel.topology import initialize
+from megafork.system.signals import INTERRUPTED, STOP_FILE, Interruption
 from tests.helpers.commands import QUICKSTART, ROOT, environment, left_over
 from tests.helpers.guarded import LOST_AFTER_S
 from tools.benchmarks.ranks import run_ranks

@@ -7,10 +7,10 @@ import contextlib
 from megafork.controller.handle import Controller
 from megafork.controller.pushes import Pushes
 from megafork.controller.ranks import Ranks
+from megafork.data.sample import Group, Sample
 from megafork.errors import UserError
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.messages import Connection, serve
-from megafork.sample import Group, Sample
 from tests.helpers.background import BackgroundLoop
 
 KEY = "the run's key"
@@ -24,7 +24,7 @@ class OneServer(RolloutClient):
 
 
 @contextlib.contextmanager
-def controller(topology, answer, rows=None, loop=None):
+def controller(mesh, answer, rows=None, loop=None):
     """The ranks' end of a controller that lives on rank 0 and answers so; collective.
 
     loop: that it runs on, if not one of its own.
@@ -33,18 +33,18 @@ def controller(topology, answer, rows=None, loop=None):
 
         def start():
             running = loop or stack.enter_context(BackgroundLoop())
-            ranks = Ranks(topology.world_size, 60.0, answer, rows, lambda name: None)
+            ranks = Ranks(mesh.world_size, 60.0, answer, rows, lambda name: None)
 
             async def talk(hello, link):
                 await ranks.talk(hello["rank"], link)
 
             return running.submit(serve("127.0.0.1", KEY, talk, 1 << 20)).result()
 
-        address = topology.on_rank_zero(start)
-        hello = {"role": "rank", "rank": topology.rank}
+        address = mesh.on_rank_zero(start)
+        hello = {"role": "rank", "rank": mesh.rank}
         connection = stack.enter_context(Connection(address, KEY, hello, silence_s=60.0))
-        yield Controller(topology, connection)
-        topology.any_rank(False)  # rank 0 is there as long as others ask
+        yield Controller(mesh, connection)
+        mesh.any_rank(False)  # rank 0 is there as long as others ask
 
 
 class PushingTo:

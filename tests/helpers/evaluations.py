@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from tests.helpers.commands import QUICKSTART
 
 MODEL = QUICKSTART / "model"

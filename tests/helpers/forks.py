@@ -131,7 +131,7 @@ def _fork_the_ranks(shown: tuple[str, ...]) -> None:
     """In this process torchelastic's agent forks what it would start."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    from megafork.rendezvous import STORE
+    from megafork.system.rendezvous import STORE
 
     def popen(
         args: tuple[str, ...],

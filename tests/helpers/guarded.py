@@ -10,21 +10,21 @@ import os
 import sys
 from pathlib import Path
 
-from megafork.cluster import guard as guard_module
-from megafork.cluster import head
-from megafork.cluster.__main__ import guard_and_tell
-from megafork.cluster.guard import Guard, Work
-from megafork.cluster.plan import Plan
+from megafork.cluster import coordinator
+from megafork.cluster import node_launcher as launcher_module
+from megafork.cluster.__main__ import launch_and_tell
+from megafork.cluster.node_launcher import NodeLauncher, Work
+from megafork.cluster.node_messages import Plan
 
 LOST_AFTER_S = 6.0
 
 if __name__ == "__main__":
-    head._SETTLE_S = 0.2  # what follows a cause changes nothing here
-    guard_module._NOTE_S = 0.5  # nobody reads the log of a guard that is cut off
+    coordinator._SETTLE_S = 0.2  # what follows a cause changes nothing here
+    launcher_module._NOTE_S = 0.5  # nobody reads the log of a guard that is cut off
     train, serve, logs, port, startup_s, *command = sys.argv[1:]
     names = [tuple(filter(None, text.split(","))) for text in (train, serve)]
     key = os.environ["MEGAFORK_API_KEY"].encode()
     plan = Plan(*names, int(port), key, Path(logs), float(startup_s), LOST_AFTER_S)
     node = os.environ["SLURMD_NODENAME"]
-    guard = Guard(plan, node, [Work("the-work", command)])
-    sys.exit(asyncio.run(guard_and_tell(plan, guard)))
+    launcher = NodeLauncher(plan, node, [Work("the-work", command)])
+    sys.exit(asyncio.run(launch_and_tell(plan, launcher)))

@@ -8,7 +8,7 @@ import torch
 
 from megafork.config import ParallelConfig
 from megafork.ops.vocab_parallel import linear_logprob_and_entropy
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from tools.benchmarks.ranks import run_ranks
 
 QWEN3_VOCAB = 151_936
@@ -91,13 +91,13 @@ def check_no_tokens_give_connected_zeros():
 
 def sharded(x, w, targets, vocab, with_main_grad):
     world = int(os.environ["WORLD_SIZE"])
-    topology = initialize(ParallelConfig(tp=world))
+    mesh = initialize(ParallelConfig(tp=world))
     hidden = x.clone().requires_grad_()
-    shard = torch.nn.Parameter(w.chunk(world)[topology.tp_rank].clone())
+    shard = torch.nn.Parameter(w.chunk(world)[mesh.tp_rank].clone())
     if with_main_grad:
         shard.main_grad = torch.zeros(shard.shape)
     logprobs, entropy = linear_logprob_and_entropy(
-        hidden, shard, targets, tp_group=topology.groups.tp, vocab_size=vocab, chunk_tokens=9
+        hidden, shard, targets, tp_group=mesh.groups.tp, vocab_size=vocab, chunk_tokens=9
     )
     a, b = upstream(len(targets))
     (logprobs * a + entropy * b).sum().backward()

@@ -14,6 +14,7 @@ def rows_of(advantages, mask, *, old=None, sequence=None, num_tokens=None):
     sequence = torch.zeros(n, dtype=torch.int64) if sequence is None else torch.tensor(sequence)
     return LossRows(
         old_logprobs_N=torch.zeros(n) if old is None else old,
+        rollout_logprobs_N=torch.zeros(n),
         advantages_N=torch.as_tensor(advantages),
         weight_N=torch.ones(n),
         sequence_N=sequence,

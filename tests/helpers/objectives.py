@@ -31,6 +31,9 @@ CLIPS = {
     "gspo": {"clip_low": 0.04, "clip_high": 0.06},
     "cispo": {"clip_low": 0.25, "clip_high": 0.3},
 }
+CLIPPED = {f"clip_{bound}": f"ratio/clip_{bound}_fraction" for bound in ("low", "high", "dual")}
+"""What an update's metrics call the rows that a bound of the clip decides"""
+
 DENOMINATORS = ("tokens", "sequence_tokens", "max_response_tokens")
 CORRECTIONS = (
     {},
@@ -217,7 +220,7 @@ def every_case(folder, layout, settings, rollout_logprobs, expected, mutate=None
         "rows": scores.rows_N,
         "mask": mask,
         "packs": len(scores.packs),
-        "place": (policy.topology.dp_rank, policy.topology.cp_rank),
+        "place": (policy.mesh.dp_rank, policy.mesh.cp_rank),
         "cases": found,
     }
 
@@ -241,12 +244,12 @@ def assert_cases(folder, ref, layout, settings, mutate=None, only=EVERY_CASE):
             assert abs(metrics["grad_norm"] / terms["norm"] - 1) <= bound, case
             if "loss" in metrics:
                 assert abs(metrics["loss"] - terms["loss"]) <= TOLERANCE, case
-                for name in ("head_rows", *_COUNTS):
-                    assert metrics[name] == terms[name], f"{case}: {name}"
+                for name, metric in _COUNTS.items():
+                    assert metrics[metric] == terms[name], f"{case}: {name}"
         assert set(errors) == set(terms["gradients"])
         worst = max(errors, key=errors.get)
         assert errors[worst] <= bound, f"{case}, {worst}: {errors[worst]:.2e}"
     return ranks
 
 
-_COUNTS = ("clip_low", "clip_high", "clip_dual", "truncated", "masked")
+_COUNTS = CLIPPED | {name: name for name in ("head_rows", "truncated", "masked")}

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification, Qwen3Config
 
 from megafork.config import CriticConfig
+from megafork.data.token_table import token_table
 from megafork.trainer.critic import Critic, estimate_advantages
-from megafork.types import token_table
 from tests.helpers import reference
 from tests.helpers.step import RHO, make_policy, perturbation, score_all, whole_gradients
 from tools.benchmarks.configs import learner_config
@@ -57,7 +57,7 @@ def make_ppo_table(seed=5):
     return token_table(groups, overlong_filtering=True)
 
 
-def make_critic(path, layout, topology, *, dtype="float32", whiten=True, critic=None, **training):
+def make_critic(path, layout, mesh, *, dtype="float32", whiten=True, critic=None, **training):
     config = learner_config(
         path,
         parallel=layout,
@@ -66,7 +66,7 @@ def make_critic(path, layout, topology, *, dtype="float32", whiten=True, critic=
         algorithm={"normalize_advantage": whiten},
         critic={"warmup_steps": 0, "grad_clip": 1e9} | (critic or {}),
     )
-    return Critic(config, topology)
+    return Critic(config, mesh)
 
 
 def shift(rows):
@@ -76,7 +76,7 @@ def shift(rows):
 
 def one_ppo_step(folder, critic_folder, layout, settings, critic_settings):
     policy = make_policy(folder, layout, grad_clip=1e9, **settings)
-    critic = make_critic(critic_folder, layout, policy.topology, critic=critic_settings, **settings)
+    critic = make_critic(critic_folder, layout, policy.mesh, critic=critic_settings, **settings)
     table = make_ppo_table()
     values = critic.values(table)
     done = estimate_advantages(critic, [table], [policy.score(table)])

@@ -12,7 +12,7 @@ import torch
 
 from megafork.data.prompts import Prompt
 from megafork.model.scorer import Scorer
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from megafork.rollout.sampling import Sampling
 from megafork.trainer.push import WeightSync
 from megafork.weights.transports import (
@@ -115,20 +115,18 @@ PROMPTS = [Prompt(i, "", "", g.prompt_ids) for i, g in enumerate(reference.make_
 def make_sync(fleet, folder, layout, loop=None, **options):
     """(the weight sync of a float32 model, what answers it on rank 0). fleet, loop: of rank 0."""
     config = learner_config(folder, parallel=layout | {"timeout_minutes": 1.0}, **options)
-    topology = initialize(config.parallel)
-    scorer = Scorer(
-        config.model, config.parallel, topology, micro_batch_tokens=256, temperature=0.8
-    )
+    mesh = initialize(config.parallel)
+    scorer = Scorer(config.model, config.parallel, mesh, micro_batch_tokens=256, temperature=0.8)
     pushing = PushingTo(fleet, timeout_s=config.sync.timeout_s)
-    with controller(topology, pushing, loop=loop) as handle:
-        sync = WeightSync(config, scorer, topology, handle)
+    with controller(mesh, pushing, loop=loop) as handle:
+        sync = WeightSync(config, scorer, mesh, handle)
         yield sync, pushing
         sync.close()
 
 
 def kill_in_the_middle(sync, process_group):
     """Have rank 0's sender of the next transfer group kill a server before its first bucket."""
-    make, rank = sync._make_sender, sync.topology.rank
+    make, rank = sync._make_sender, sync.mesh.rank
 
     def make_killer(num_workers):
         sender = make(num_workers)

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from megafork.sample import Group, Sample
+from megafork.data.sample import Group, Sample
 from tests.helpers import reference
 
 VOCAB = 251  # not a multiple of anything: megatron pads it

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from aiohttp import web
 
+from megafork.data.sample import Sample
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.sampling import (
     ABORT_PATH,
@@ -22,7 +23,6 @@ from megafork.rollout.sampling import (
     UPDATE_PATH,
     encode_samples,
 )
-from megafork.sample import Sample
 
 KEY = "key"
 

@@ -15,10 +15,10 @@ from megafork.algorithms.advantages import group_advantages
 from megafork.config import (
     ParallelConfig,
 )
+from megafork.data.token_table import token_table
 from megafork.model.weights import export_weights
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from megafork.trainer.policy import Policy
-from megafork.types import token_table
 from tests.helpers import reference
 from tools.benchmarks.configs import learner_config
 from tools.benchmarks.ranks import run_ranks
@@ -76,7 +76,7 @@ def one_step(folder, layout, settings, mutate=None):
     [mask], selection = policy.select([table], [scores], step=1)
     empty_packs = (
         sum(not part.any() for part in mask.split([len(p.rows_N) for p in scores.packs]))
-        if policy.topology.is_last_stage
+        if policy.mesh.is_last_stage
         else 0
     )
     old = scores.old_logprobs_N + perturbation(scores.rows_N)
@@ -93,7 +93,7 @@ def one_step(folder, layout, settings, mutate=None):
         "selection": selection,
         "gradients": gradients,
         "metrics": metrics,
-        "scored": scores.old_logprobs_N[of_head] if policy.topology.is_last_stage else None,
+        "scored": scores.old_logprobs_N[of_head] if policy.mesh.is_last_stage else None,
         "trained": torch.cat(trained) if trained else torch.zeros(0),
         "empty_packs": empty_packs,
     }
@@ -113,11 +113,11 @@ def see_logprobs():
 
 def whole_gradients(policy):
     """By HF name. The distributed optimizer leaves each replica its shard: put them together."""
-    group = policy.topology.groups.dp_cp
+    group = policy.mesh.groups.dp_cp
     for bucket in (b for ddp in policy.ddp for buffer in ddp.buffers for b in buffer.buckets):
         shards = list(bucket.grad_data.chunk(group.size()))
         torch.distributed.all_gather(shards, shards[group.rank()].clone(), group=group)
-    exported = export_weights(policy.stages, policy.topology, lambda p: p.main_grad)
+    exported = export_weights(policy.stages, policy.mesh, lambda p: p.main_grad)
     return {name: value.clone() for name, value in exported}
 
 

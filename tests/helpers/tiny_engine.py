@@ -31,6 +31,7 @@ from aiohttp import web
 from multidict import MultiMapping
 from torch import Tensor
 
+from megafork.data.sample import Sample
 from megafork.rollout.sampling import (
     ABORT_PATH,
     CONNECT_PATH,
@@ -40,7 +41,6 @@ from megafork.rollout.sampling import (
     encode_samples,
     version_number,
 )
-from megafork.sample import Sample
 from megafork.vllm_plugin.bodies import OWN_PATHS, check_tokens, parsed_body
 from megafork.vllm_plugin.receiver import WeightReceiver, checkpoint_shapes
 from tests.helpers.commands import HOLD, HOLD_START
@@ -497,5 +497,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    assert sys.argv[1:3] == ["-m", "megafork.vllm_plugin.cli"], sys.argv
+    assert sys.argv[1:3] == ["-m", "megafork.vllm_plugin.serve"], sys.argv
     main(sys.argv[3:])

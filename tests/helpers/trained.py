@@ -7,7 +7,7 @@ from megatron.core import dist_checkpointing
 
 from megafork.checkpoint.store import CheckpointStore
 from megafork.config import CheckpointConfig, ParallelConfig
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from tests.helpers import reference
 from tests.helpers.step import make_policy, make_table
 
@@ -44,7 +44,7 @@ def update(policy, count):
 
 
 def store_of(policy, folder, *, model=None, **config):
-    return CheckpointStore(folder, policy.topology, CheckpointConfig(**config), model=model)
+    return CheckpointStore(folder, policy.mesh, CheckpointConfig(**config), model=model)
 
 
 def save(policy, store, step, state=None):

@@ -1,8 +1,9 @@
-"""The masks of TRL's trainer and of ours for it: `python -m tests.helpers.trl_masks FOLDER STEPS`.
+"""One optimizer step of TRL's trainer and of ours for it, under torchrun with TRL on the path.
 
-With TRL on the path, alone or under torchrun. FOLDER has a model; the optimizer batch is always the
-same 16 responses, split over the ranks and over STEPS micro-batches. Rank 0 writes
-FOLDER/masks.pt: {trainer's name: bool [16, tokens]}, and the entropies and loss mask of all.
+`-m tests.helpers.trl_masks FOLDER` takes the model in FOLDER/model. The optimizer batch is always
+the same 16 responses, split over the ranks and over 1, 2 and 4 micro-batches. Rank 0 writes
+FOLDER/steps.pt: {(trainer's name, number of micro-batches): (mask, gradients)}, a bool [16, tokens]
+and the float32 gradient of every parameter as the optimizer gets it.
 """
 
 from __future__ import annotations
@@ -15,33 +16,33 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from datasets.table import InMemoryTable
-from transformers import AutoTokenizer
+from torch import Tensor
+from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from examples.own_trainer.trl_trainer import ForkingGRPOTrainer
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART
-
-RESPONSES, PROMPT, LONGEST, RHO = 16, 5, 12, 0.2
-
-
-def whole_batch() -> dict[str, torch.Tensor]:
-    draw = torch.Generator().manual_seed(4)
-    lengths = torch.randint(2, LONGEST + 1, (RESPONSES,), generator=draw)
-    return {
-        "index": torch.arange(RESPONSES),
-        "prompt_ids": torch.randint(2, 60, (RESPONSES, PROMPT), generator=draw),
-        "prompt_mask": torch.ones(RESPONSES, PROMPT, dtype=torch.int64),
-        "completion_ids": torch.randint(2, 60, (RESPONSES, LONGEST), generator=draw),
-        "completion_mask": (torch.arange(LONGEST) < lengths[:, None]).long(),
-        "advantages": torch.randn(RESPONSES, generator=draw),
-    }
+from tests.helpers.own_trainer import LONGEST, MICRO_BATCHES, RESPONSES, RHO, whole_batch
 
 
-def masks_of(kind: type[GRPOTrainer], folder: Path, steps: int) -> torch.Tensor:
-    """The mask of each response in one optimizer step, over all ranks, by the trainer's own way."""
-    prompts = Dataset(InMemoryTable.from_pydict({"prompt": ["a"] * 64}), fingerprint="prompts")
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the last optimizer step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **others):
+        names = (name.removeprefix("module.") for name, _ in model.named_parameters())
+        self.found = {
+            name: parameter.grad.clone()
+            for name, parameter in zip(names, model.parameters(), strict=True)
+        }
+
+
+def optimizer_step(
+    kind: type[GRPOTrainer], folder: Path, num_micro_batches: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The masks that one optimizer step of `train()` used, over all ranks, and its gradients."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    gradients = Gradients()
     trainer = kind(
         model=reference.load_model(folder / "model"),
         reward_funcs=lambda **_: [0.0],
@@ -50,55 +51,56 @@ def masks_of(kind: type[GRPOTrainer], folder: Path, steps: int) -> torch.Tensor:
             use_cpu=True,
             bf16=False,
             report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
             gradient_checkpointing=False,
             max_completion_length=LONGEST,
-            per_device_train_batch_size=RESPONSES // steps // ranks,
-            gradient_accumulation_steps=steps,
+            max_grad_norm=0,
+            max_steps=1,
+            per_device_train_batch_size=RESPONSES // num_micro_batches // ranks,
+            gradient_accumulation_steps=num_micro_batches,
             num_generations=2,
             top_entropy_quantile=RHO,
         ),
-        train_dataset=prompts,
+        train_dataset=Dataset(
+            InMemoryTable.from_pydict({"prompt": ["a"] * 64}), fingerprint="prompts"
+        ),
         processing_class=AutoTokenizer.from_pretrained(QUICKSTART / "model"),
+        callbacks=[gradients],
     )
-    share = RESPONSES // ranks
-    own = slice(trainer.accelerator.process_index * share, None)
-    batch = {name: column[own][:share] for name, column in whole_batch().items()}
-    trainer._generate_and_score_completions = lambda _: batch
-    trainer.model.train()
-    found = torch.zeros(RESPONSES, LONGEST, dtype=torch.int64)
-    for _ in range(steps):
-        inputs = trainer._prepare_inputs({})
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-        with torch.no_grad():
-            _, entropies, _ = trainer._get_per_token_logps_and_entropies(
-                trainer.model, ids, attention, LONGEST, compute_entropy=True
-            )
-        mask = trainer.get_high_entropy_mask(entropies, inputs["completion_mask"], 1 - RHO)
-        found[inputs["index"]] = mask.long()
-        trainer._step += 1
+    rank, batch = trainer.accelerator.process_index, whole_batch()
+    num_tokens = batch["completion_mask"].sum()
+    own = {name: column.chunk(ranks)[rank] for name, column in batch.items()}
+    trainer._generate_and_score_completions = lambda _: own | {"num_items_in_batch": num_tokens}
+    masks = torch.zeros(RESPONSES, LONGEST, dtype=torch.int64)
+    inner, choose = trainer._compute_loss, trainer.get_high_entropy_mask
+
+    def compute_loss(model, inputs):
+        trainer.rows = inputs["index"]
+        return inner(model, inputs)
+
+    def keep_mask(entropies, mask, threshold):
+        chosen = choose(entropies, mask, threshold)
+        masks[trainer.rows] = chosen.long()
+        return chosen
+
+    trainer._compute_loss, trainer.get_high_entropy_mask = compute_loss, keep_mask
+    trainer.train()
     if dist.is_initialized():
-        dist.all_reduce(found)
-    return found.bool()
+        dist.all_reduce(masks)
+    return masks.bool(), gradients.found
 
 
-def exact_mask(folder: Path) -> torch.Tensor:
-    """The top RHO of all loss tokens' entropies, sorted in one process."""
-    batch, model = whole_batch(), reference.load_model(folder / "model")
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    with torch.no_grad():
-        logits = model(ids).logits[:, PROMPT - 1 : -1].double()
-    entropies = torch.distributions.Categorical(logits=logits).entropy()
-    loss_mask = batch["completion_mask"].bool()
-    return loss_mask & (entropies >= reference.top_threshold(entropies[loss_mask], RHO))
-
-
-def main(folder: Path, steps: int) -> None:
+def main(folder: Path) -> None:
     kinds = {"TRL": GRPOTrainer, "megafork": ForkingGRPOTrainer}
-    masks = {name: masks_of(kind, folder, steps) for name, kind in kinds.items()}
+    steps = {
+        (name, num): optimizer_step(kind, folder, num)
+        for name, kind in kinds.items()
+        for num in MICRO_BATCHES
+    }
     if not dist.is_initialized() or dist.get_rank() == 0:
-        torch.save(masks | {"exact": exact_mask(folder)}, folder / "masks.pt")
+        torch.save(steps, folder / "steps.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))

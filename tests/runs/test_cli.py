@@ -13,7 +13,7 @@ import pytest
 import torch
 
 # Imported before the forks, so that no command pays for them again.
-import megafork.scoring
+import megafork.evaluation.scoring
 import megafork.train
 from tests.helpers.commands import (
     QUICKSTART,

@@ -10,11 +10,11 @@ import psutil
 import pytest
 
 from megafork.config import TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.controller import handle
 from megafork.controller.handle import Controller
 from megafork.errors import UserError
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from megafork.rollout.messages import Connection
 from tests.helpers.commands import left_over, megafork, tiny_run
 from tests.helpers.live_runs import middle_of
@@ -70,8 +70,8 @@ def test_a_lost_agent_takes_its_servers_along_and_the_cause_is_told(tmp_path):
 
 
 def begun_without_an_agent(config):
-    topology = initialize(config.parallel)
-    with Controller.connect(config, topology) as controller, pytest.raises(UserError) as caught:
+    mesh = initialize(config.parallel)
+    with Controller.connect(config, mesh) as controller, pytest.raises(UserError) as caught:
         controller.begin(0, None)
     return str(caught.value)
 

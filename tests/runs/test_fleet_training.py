@@ -12,7 +12,7 @@ from megafork.rollout.client import RolloutClient
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.journal import Journal
 from megafork.rollout.vllm_server import VllmServer
-from megafork.weights import agreement
+from megafork.weights import mismatch_check
 from tests.helpers import reference
 from tests.helpers.blocking import Blocking, BlockingFleet
 from tests.helpers.commands import (
@@ -143,19 +143,19 @@ def push_while_one_dies(places, process_group, folder):
         make_sync(fleet.wrapped, folder, {"pp": 2}, loop=fleet) as (sync, pushing),
     ):
         fleet.wait_until_up(30.0, "KEY")
-        topology = sync.topology
+        mesh = sync.mesh
         sync.push(1)
-        groups = topology.on_rank_zero(lambda: generated(fleet))
-        of_both = agreement.measure(groups, sync.policy, topology)
+        groups = mesh.on_rank_zero(lambda: generated(fleet))
+        of_both = mismatch_check.measure(groups, sync.policy, mesh)
         pushing.pushes._members = []  # the next push makes new senders
         kill_in_the_middle(sync, process_group)
         with pytest.raises(UserError) as caught:
             sync.push(2)
-        assert topology.on_rank_zero(fleet.mark_lost) == 1
+        assert mesh.on_rank_zero(fleet.mark_lost) == 1
         sync.push(2)
-        groups = topology.on_rank_zero(lambda: generated(fleet))
-        of_one = agreement.measure(groups, sync.policy, topology)
-        num_live = topology.on_rank_zero(lambda: fleet.num_live)
+        groups = mesh.on_rank_zero(lambda: generated(fleet))
+        of_one = mismatch_check.measure(groups, sync.policy, mesh)
+        num_live = mesh.on_rank_zero(lambda: fleet.num_live)
     return caught.type, of_both, of_one, num_live
 
 

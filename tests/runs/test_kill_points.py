@@ -19,10 +19,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megafork.interruption import INTERRUPTED
 from megafork.logging.metrics import read_rows
-from megafork.parallel.whereabouts import FileBoard
-from megafork.rendezvous import STORE
+from megafork.parallel.progress import FileBoard
+from megafork.system.rendezvous import STORE
+from megafork.system.signals import INTERRUPTED
 from tests.helpers.commands import left_over, tiny_run
 from tests.helpers.forks import variable
 from tests.helpers.live_runs import LiveRun
@@ -102,7 +102,7 @@ PROGRAMS = {
     "agent": "from megafork.controller.agent",
     "supervisor": "megafork.rollout.supervisor",
     "server": "tests.helpers.tiny_engine",
-    "verifier": "from megafork.rewards.worker",
+    "verifier": "from megafork.verifiers.worker",
 }
 RANKS_END_WITHIN_S = 120.0
 """Of parallel.timeout_minutes, and 30 s for one that is stopped and hears no SIGTERM"""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from megafork.config import TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.errors import UserError
 from megafork.rollout.journal import Journal
 from tests.helpers.commands import QUICKSTART, left_over, tiny_run

@@ -1,9 +1,8 @@
-"""examples/own_trainer: a loop of plain torch, and TRL's trainer with our mask."""
+"""TRL's trainer with our mask (examples/own_trainer) against a sort and a gradient in float64."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 
@@ -12,46 +11,57 @@ import torch
 
 from tests.helpers import reference
 from tests.helpers.commands import ROOT
+from tests.helpers.own_trainer import MICRO_BATCHES, exact_step
 from tests.helpers.trl import INSTALLED
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+FLOAT32 = 2e-5
+"""TRL works in float32: its gradients are this close to those in float64, of the largest entry."""
 
 
-def python(*arguments, path=()):
-    paths = [*map(str, path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+def optimizer_steps(folder, ranks):
+    """What tests/helpers/trl_masks.py writes, from a process on each rank with TRL on the path."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    paths = [str(INSTALLED), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", *map(str, arguments)],
+        [sys.executable, "-W", "ignore", *launch, "-m", "tests.helpers.trl_masks", str(folder)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return torch.load(folder / "steps.pt")
 
 
-@pytest.mark.parametrize("launch", [[], [*TORCHRUN, "2"]], ids=["alone", "two ranks"])
-def test_the_plain_loop_learns(launch):
-    told = python(*launch, ROOT / "examples" / "own_trainer" / "plain_loop.py")
-    rewards = [float(reward) for reward in re.findall(r"reward (\d\.\d+)", told)]
-    assert len(rewards) == 6 and rewards[-1] > 0.5 > rewards[0], told
+def difference(gradients, exact):
+    """The largest difference of an entry, over the largest entry of all."""
+    differences = [(gradients[name] - exact[name]).abs().max() for name in exact]
+    return float(max(differences) / max(gradient.abs().max() for gradient in exact.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (INSTALLED / "trl").is_dir(),
     reason="TRL is not in .venv/trl: run tools/setup_cpu.sh --test",
 )
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_trls_trainer_takes_the_mask_of_the_whole_optimizer_batch(ranks, steps, tmp_path):
+def test_trls_trainer_with_the_mask_of_the_whole_optimizer_batch(tmp_path, capsys):
     reference.save_model(tmp_path / "model", tied=True, seed=3)
-    launch = [*TORCHRUN, ranks] if ranks > 1 else []
-    python(*launch, "-m", "tests.helpers.trl_masks", tmp_path, steps, path=[INSTALLED])
-    masks = torch.load(tmp_path / "masks.pt")
-    differ = {name: int((masks[name] ^ masks["exact"]).sum()) for name in ("TRL", "megafork")}
-    print(
-        f"{ranks} ranks, {steps} micro-batches: tokens that differ from the exact top 20%", differ
-    )
-    assert differ["megafork"] == 0
-    if steps > 1:
-        assert differ["TRL"] > 0
+    exact_mask, exact_gradients = exact_step(tmp_path)
+    table = ["ranks  micro-batches  tokens differ: megafork  TRL   gradient differs: megafork  TRL"]
+    for ranks in (1, 2):
+        steps = optimizer_steps(tmp_path, ranks)
+        for num in MICRO_BATCHES:
+            wrong, off = {}, {}
+            for name in ("megafork", "TRL"):
+                mask, gradients = steps[name, num]
+                wrong[name] = int((mask ^ exact_mask).sum())
+                off[name] = difference(gradients, exact_gradients)
+            table.append(
+                f"{ranks:5}  {num:13}  {wrong['megafork']:23}  {wrong['TRL']:3}"
+                f"   {off['megafork']:26.0e}  {off['TRL']:.0e}"
+            )
+            assert wrong["megafork"] == 0 and off["megafork"] < FLOAT32, table
+            if num > 1:  # what is shown can fail: TRL's own mask does
+                assert wrong["TRL"] > 0 and off["TRL"] > 100 * FLOAT32, table
+    with capsys.disabled():
+        print("", f"of {int(exact_mask.sum())} tokens with a gradient", *table, sep="\n")

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from megafork.interruption import INTERRUPTED
 from megafork.rollout.journal import Journal
+from megafork.system.signals import INTERRUPTED
 from tests.helpers.commands import (
     QUICKSTART,
     left_over,

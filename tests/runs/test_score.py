@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-import megafork.scoring
+import megafork.evaluation.scoring
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART, lines, megafork
 

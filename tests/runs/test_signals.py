@@ -15,7 +15,7 @@ import time
 import pytest
 
 from megafork.errors import Interrupted
-from megafork.interruption import INTERRUPTED, Interruption
+from megafork.system.signals import INTERRUPTED, Interruption
 from tests.helpers.commands import left_over, tiny_run
 from tests.helpers.live_runs import LiveRun
 

@@ -9,7 +9,7 @@ import statistics
 import pytest
 import torch
 
-from megafork.rewards.countdown import verify
+from megafork.verifiers.countdown import verify
 from tests.helpers.commands import QUICKSTART, left_over, megafork
 from tests.helpers.reference import load_model, response_logits
 
@@ -35,7 +35,7 @@ def test_the_command_sweeps_judges_and_takes_what_is_there(tmp_path):
             *("analyze", "temperatures", "--model", QUICKSTART / "model", "--data", data),
             *("--output", output, "data.prompt_key=prompt", "data.max_prompt_tokens=24"),
             *("rollout.max_response_tokens=24", "rollout.samples=3", "rollout.dtype=float32"),
-            *("reward.verifier=megafork.rewards.countdown:verify", *overrides),
+            *("reward.verifier=megafork.verifiers.countdown:verify", *overrides),
             mark=tmp_path,
         )
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from megafork.config import TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.rollout.journal import Journal
 from tests.helpers.commands import (
     QUICKSTART,

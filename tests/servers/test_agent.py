@@ -13,16 +13,16 @@ import psutil
 import pytest
 
 from megafork.config import TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.controller.child import Child
 from megafork.data.prompts import Prompt
+from megafork.data.sample import Sample
 from megafork.data.tokenizer import load_tokenizer
 from megafork.errors import UserError
-from megafork.rewards.verifier import Judge
 from megafork.rollout.agents import Agents
 from megafork.rollout.judging import Judging
 from megafork.rollout.messages import serve
-from megafork.sample import Sample
+from megafork.verifiers.verifier import Judge
 from tests.helpers.background import BackgroundLoop
 from tests.helpers.commands import QUICKSTART
 from tests.helpers.rollout_servers import wait_for

@@ -10,9 +10,9 @@ import pytest
 
 from megafork.config import DataConfig, RewardConfig, RolloutConfig
 from megafork.data.prompts import PromptStream, read_prompts
+from megafork.data.token_table import token_table
 from megafork.data.tokenizer import HfTokenizer
 from megafork.errors import UserError
-from megafork.rewards.verifier import Judge
 from megafork.rollout.batch_metrics import rollout_metrics
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.collector import Collector
@@ -20,7 +20,7 @@ from megafork.rollout.journal import Journal, read_step
 from megafork.rollout.judging import Judging
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.step_journals import StepJournals
-from megafork.types import token_table
+from megafork.verifiers.verifier import Judge
 from tests.helpers.background import BackgroundLoop
 from tests.helpers.blocking import Blocking
 from tests.helpers.commands import QUICKSTART

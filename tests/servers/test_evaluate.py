@@ -17,13 +17,13 @@ from megafork.evaluation.generation import Job, check_input, digest, generate_fi
 from megafork.evaluation.samples import SampleFile
 from megafork.evaluation.source import find_model
 from megafork.model.hf_folder import SafetensorsFolder
-from megafork.rewards.countdown import verify
+from megafork.verifiers.countdown import verify
 from tests.helpers.commands import QUICKSTART, executed_megafork, left_over, lines, megafork
 from tests.helpers.evaluations import MODEL, SETTINGS, config
 from tests.helpers.shared_servers import ON_QUICKSTART, quickstart_server
 
 LOGPROB_TOL = 1e-4  # float32 kernels of vLLM against ours
-COUNTDOWN = "reward.verifier=megafork.rewards.countdown:verify"
+COUNTDOWN = "reward.verifier=megafork.verifiers.countdown:verify"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 import time
@@ -292,6 +293,27 @@ def test_no_server_is_left():
         assert not fleet.health()
         with pytest.raises(UserError, match="no rollout server came back"):
             fleet.wait_for_one(0.5)
+
+
+def test_a_server_that_comes_back_during_the_question_who_was_given_up():
+    """The agents are asked over the network, and the watch goes on meanwhile."""
+    again = []
+
+    async def given_up():
+        if not again:
+            again.append(SmallServer(servers[0].port))
+            again[0].start()
+        while fleet.silent():
+            await asyncio.sleep(0.01)
+        return {}
+
+    with running(1) as servers, fleet_of(servers, given_up=given_up) as fleet:
+        up(fleet)
+        servers[0].kill()
+        wait_for(fleet.silent)
+        fleet.wait_for_one(10.0)
+        assert fleet.silent() == []
+        again[0].kill()
 
 
 def test_an_error_of_the_request_is_not_the_servers():

@@ -12,17 +12,17 @@ import pytest
 
 from megafork.config import DataConfig, RewardConfig, RolloutConfig
 from megafork.data.prompts import PromptStream, read_prompts
+from megafork.data.sample import Group, Sample
+from megafork.data.token_table import token_table
 from megafork.data.tokenizer import HfTokenizer
 from megafork.errors import UserError
-from megafork.rewards.verifier import Judge
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.collector import Collector
 from megafork.rollout.journal import Journal, journal_path, read_step
 from megafork.rollout.judging import Judging
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.step_journals import StepJournals
-from megafork.sample import Group, Sample
-from megafork.types import token_table
+from megafork.verifiers.verifier import Judge
 from tests.helpers.background import BackgroundLoop
 from tests.helpers.commands import QUICKSTART, megafork, tiny_run
 from tests.helpers.replays import TOLERANCE, comparable, journalled, replayed_in_one_go

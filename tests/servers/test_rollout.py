@@ -19,12 +19,12 @@ import pytest
 import requests
 import torch
 
+from megafork.data.sample import Sample
 from megafork.rollout.client import RolloutClient, ServerError
 from megafork.rollout.sampling import (
     Sampling,
     TwoTemperatures,
 )
-from megafork.sample import Sample
 from megafork.weights.transports import plan_buckets
 from tests.helpers.blocking import Blocking
 from tests.helpers.commands import members

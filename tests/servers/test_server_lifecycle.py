@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megafork.data.sample import Sample
 from megafork.errors import UserError
 from megafork.parallel.ports import free_port
 from megafork.rollout import client as client_module
@@ -28,7 +29,6 @@ from megafork.rollout.sampling import (
 )
 from megafork.rollout.supervisor import FOLDER, GRACE_S
 from megafork.rollout.vllm_server import VllmServer
-from megafork.sample import Sample
 from tests.helpers.blocking import Blocking
 from tests.helpers.commands import ROOT, gone_within, members, tiny_engine
 from tests.helpers.reference import save_model
@@ -173,7 +173,7 @@ def test_the_supervisor_kills_what_ignores_term(how, tmp_path, monkeypatch):
 def test_the_engines_own_world_listens_on_loopback_alone():
     """As torch makes it for a server with several workers."""
     program = (
-        "import megafork.vllm_plugin.cli, psutil, sys, torch.distributed as dist\n"
+        "import megafork.vllm_plugin.serve, psutil, sys, torch.distributed as dist\n"
         "address = 'tcp://127.0.0.1:' + sys.argv[1]\n"
         "dist.init_process_group('gloo', init_method=address, rank=0, world_size=1)\n"
         "sockets = psutil.Process().net_connections('inet')\n"

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megafork.data.sample import Sample
 from megafork.rollout.client import RolloutClient, ServerError
 from megafork.rollout.sampling import TWO_TEMPERATURES, Sampling, TwoTemperatures
-from megafork.sample import Sample
 from tests.helpers.reference import load_model, response_logits
 from tests.helpers.shared_servers import ON_QUICKSTART, quickstart_server
 
@@ -56,7 +56,7 @@ def entropy(p: np.ndarray) -> float:
 
 
 def scaled(logits: list[list[float]], settings: list[TwoTemperatures]) -> np.ndarray:
-    from megafork.vllm_plugin.temperatures import scale_by_entropy
+    from megafork.vllm_plugin.two_temperatures import scale_by_entropy
 
     rows = torch.tensor(logits)
     before = rows.clone()
@@ -98,7 +98,7 @@ def test_impossible_tokens_stay_impossible_and_certain_ones_certain():
 
 
 def test_logits_far_from_zero_lose_no_digits():
-    from megafork.vllm_plugin.temperatures import scale_by_entropy
+    from megafork.vllm_plugin.two_temperatures import scale_by_entropy
 
     logits = [-300.0 + 0.37 * i for i in range(8)]
     settings = TwoTemperatures(10.0, 1.0, 0.7)
@@ -108,7 +108,7 @@ def test_logits_far_from_zero_lose_no_digits():
 
 
 def test_a_temperature_of_one_changes_no_bit():
-    from megafork.vllm_plugin.temperatures import scale_by_entropy
+    from megafork.vllm_plugin.two_temperatures import scale_by_entropy
 
     logits = torch.randn(64, 300) * torch.linspace(0, 20, 64)[:, None]
     ones = torch.ones(64)
@@ -160,7 +160,7 @@ def test_settings_follow_their_requests_through_the_batch():
     """V1: requests come into free rows, go, slide down into gaps and swap."""
     from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-    from megafork.vllm_plugin.temperatures import TwoTemperatureProcessor
+    from megafork.vllm_plugin.two_temperatures import TwoTemperatureProcessor
 
     rng, generator = random.Random(1), torch.Generator().manual_seed(1)
     processor = TwoTemperatureProcessor(Limits(), CPU, False)
@@ -207,7 +207,7 @@ def test_settings_follow_their_slots():
         LogitsProcRequestState,
     )
 
-    from megafork.vllm_plugin.temperatures import TwoTemperatureProcessor
+    from megafork.vllm_plugin.two_temperatures import TwoTemperatureProcessor
 
     rng, generator = random.Random(2), torch.Generator().manual_seed(2)
     processor = TwoTemperatureProcessor(None, LogitsProcRequestState(CPU, 8, 12, *[None] * 4))

@@ -16,7 +16,7 @@ import pytest
 
 from megafork.config import RewardConfig
 from megafork.errors import UserError
-from megafork.rewards.verifier import Judge, Verdict
+from megafork.verifiers.verifier import Judge, Verdict
 from tests.helpers.background import BackgroundLoop
 from tests.helpers.commands import MARK, ROOT, environment, gone_within, left_over, processes_of
 from tests.helpers.rollout_servers import wait_for
@@ -223,7 +223,7 @@ def test_closing_does_not_wait_for_a_hung_verifier(tmp_path):
 KILLED = """
 import asyncio, sys
 from megafork.config import RewardConfig
-from megafork.rewards.verifier import Judge
+from megafork.verifiers.verifier import Judge
 async def main():
     judge = Judge(RewardConfig(verifier="tests.helpers.verifiers:hangs", workers=2, timeout_s=600))
     await asyncio.gather(*(judge(sys.argv[1], "r", "a") for _ in range(2)))

@@ -11,11 +11,11 @@ import torch
 from megafork.config import ModelConfig, ParallelConfig, SyncConfig
 from megafork.errors import PeerError, UserError
 from megafork.model.scorer import Scorer
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.vllm_server import VllmServer
-from megafork.weights import agreement
+from megafork.weights import mismatch_check
 from tests.helpers import reference
 from tests.helpers.blocking import Blocking
 from tests.helpers.commands import tiny_engine
@@ -36,11 +36,11 @@ def server(request, tmp_path_factory, tmp_path):
 def push_twice(url, api_key, folder, layout, version):
     client = OneServer(url, api_key)
     with make_sync(client, folder, layout, sync={"bucket_mib": 1}) as (sync, _):
-        scorer, topology = sync.policy, sync.topology
+        scorer, mesh = sync.policy, sync.mesh
 
         def measure():
-            groups = topology.on_rank_zero(lambda: asyncio.run(probe(client, PROMPTS, SAMPLING)))
-            return agreement.measure(groups, scorer, topology)
+            groups = mesh.on_rank_zero(lambda: asyncio.run(probe(client, PROMPTS, SAMPLING)))
+            return mismatch_check.measure(groups, scorer, mesh)
 
         before = measure()
         sync.push(version)
@@ -77,9 +77,9 @@ def test_log_probabilities_agree_after_every_push(server, layout):
         assert (
             min(before.difference.absolute, stale.difference.absolute) > 1e-2
         )  # the check can fail
-        agreement.require(first, SyncConfig(), "float32")
+        mismatch_check.require(first, SyncConfig(), "float32")
         with pytest.raises(UserError, match="trainer and rollout server disagree"):
-            agreement.require(stale, SyncConfig(), "float32")
+            mismatch_check.require(stale, SyncConfig(), "float32")
     assert Blocking(running.client()).weight_version() == version + 1
 
 
@@ -109,14 +109,14 @@ def test_a_push_that_fails_is_told_by_rank_zero_and_hangs_nobody(tmp_path):
 def push_to_a_server_that_dies(dying, process_group, other, folder, layout):
     """Its errors, and the agreement with another server after a push to that one."""
     with make_sync(OneServer(*dying), folder, layout) as (sync, pushing):
-        topology = sync.topology
+        mesh = sync.mesh
         kill_in_the_middle(sync, process_group)
         with pytest.raises(UserError) as caught:
             sync.push(5)
         client = pushing.pushes.fleet = OneServer(*other)
         sync.push(6)
-        groups = topology.on_rank_zero(lambda: asyncio.run(probe(client, PROMPTS, SAMPLING)))
-        found = agreement.measure(groups, sync.policy, topology)
+        groups = mesh.on_rank_zero(lambda: asyncio.run(probe(client, PROMPTS, SAMPLING)))
+        found = mismatch_check.measure(groups, sync.policy, mesh)
     return caught.type, str(caught.value), found.max_difference
 
 
@@ -149,15 +149,15 @@ def test_a_server_that_dies_of_a_push_and_another_that_takes_it(tmp_path):
 def probe_at(url, api_key, folder, samplings):
     """The agreement of a bfloat16 trainer at a temperature of 1 with each way to sample."""
     parallel = ParallelConfig(tp=2)
-    topology = initialize(parallel)
+    mesh = initialize(parallel)
     model = ModelConfig(path=str(folder), dtype="bfloat16")
-    scorer = Scorer(model, parallel, topology, micro_batch_tokens=512)
+    scorer = Scorer(model, parallel, mesh, micro_batch_tokens=512)
     found = []
     for sampling in samplings:
-        groups = topology.on_rank_zero(
+        groups = mesh.on_rank_zero(
             lambda s=sampling: asyncio.run(probe(RolloutClient(url, api_key), LONG, s))
         )
-        found.append(agreement.measure(groups, scorer, topology))
+        found.append(mismatch_check.measure(groups, scorer, mesh))
     return found
 
 
@@ -178,8 +178,8 @@ def test_in_bfloat16_a_server_that_samples_otherwise_is_found(tmp_path):
         found, _ = run_ranks(2, probe_at, *arguments)
     found = dict(zip(WAYS, found, strict=True))
     print(found)
-    agreement.require(found.pop("as the trainer"), SyncConfig(), "bfloat16")
+    mismatch_check.require(found.pop("as the trainer"), SyncConfig(), "bfloat16")
     complaints = {"temperature of 0.95": "sync.max_slope", "top_p of 0.95": "sync.max_bias"}
     for way, other in found.items():
         with pytest.raises(UserError, match=complaints[way]):
-            agreement.require(other, SyncConfig(), "bfloat16")
+            mismatch_check.require(other, SyncConfig(), "bfloat16")

@@ -15,7 +15,7 @@ from megafork.analysis.commands import analyze
 from megafork.analysis.glyphs import Font, token_label
 from megafork.analysis.tokens import rank_tokens, write_tokens
 from megafork.errors import UserError
-from megafork.printable import as_cell
+from megafork.system.printable import as_cell
 from tests.helpers.commands import QUICKSTART
 from tests.helpers.scored import entropies_of, make_rows, rescored, scored_of, write
 

@@ -10,9 +10,9 @@ import pytest
 from megafork.answers.places import PLACES, Search, find_answer, gold_answer
 from megafork.config import RewardConfig
 from megafork.errors import UserError
-from megafork.rewards.exact import verify as exact
-from megafork.rewards.maths import verify
-from megafork.rewards.verifier import Judge
+from megafork.verifiers.exact import verify as exact
+from megafork.verifiers.maths import verify
+from megafork.verifiers.verifier import Judge
 
 DAPO = "We compute.\n\nAnswer: $34$"
 GSM8K = "She has 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\nShe makes 9 * 2 = $<<9*2=18>>18.\n#### 18"

@@ -1,10 +1,11 @@
-"""What `from megafork import ...` gives: the names, what they load, and the plain functions."""
+"""The names of `from megafork import ...`, what they load, and the plain functions."""
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ import torch.distributed as dist
 
 import megafork
 from megafork import clipped_policy_loss, forking_mask, group_advantages
+from megafork.errors import UserError
+from megafork.rollout.vllm_server import VllmServer
+from megafork.system.extras import missing
 from tests.helpers.commands import ROOT
 from tests.helpers.reference import top_threshold
 from tools.benchmarks.ranks import run_ranks
@@ -48,6 +52,35 @@ def test_train_can_be_called_whatever_was_imported_first(first):
     program = f"{first}\nfrom megafork import train\ntrain(None)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1].startswith("AttributeError: 'NoneType' object"), done.stderr
+
+
+METADATA = ["numpy", 'megatron-core>=0.16; extra == "train"', "vllm>=0.33; extra == 'vllm'"]
+
+
+@pytest.mark.parametrize(
+    "module, extra", [("megatron.core.utils", "train"), ("vllm", "vllm"), ("mega", None)]
+)
+def test_a_missing_package_is_told_with_its_extra(module, extra, monkeypatch):
+    monkeypatch.setattr(metadata, "requires", lambda name: METADATA)
+    package = module.partition(".")[0]
+    told = extra and f"{package}, which is not installed: pip install 'megafork[{extra}]'"
+    assert missing(module) == told
+
+
+def test_a_server_without_vllm_says_which_extra_brings_it(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
+    monkeypatch.setattr(metadata, "requires", lambda name: METADATA)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    server = VllmServer(
+        tmp_path,
+        dtype="float32",
+        max_model_len=8,
+        max_num_seqs=1,
+        log_path=tmp_path / "log",
+        device="cpu",
+    )
+    with pytest.raises(UserError, match=r"a rollout server needs vllm, .*'megafork\[vllm\]'"):
+        server.start()
 
 
 def batch(dtype=torch.float32):

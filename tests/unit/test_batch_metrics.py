@@ -6,9 +6,9 @@ import math
 
 import pytest
 
+from megafork.data.sample import Group, Sample
 from megafork.rollout.batch_metrics import lag_metrics, overlap_metrics, rollout_metrics
 from megafork.rollout.collector import RolloutBatch
-from megafork.sample import Group, Sample
 
 
 def sample(num_tokens: int, **more) -> Sample:

@@ -17,7 +17,7 @@ from megafork.data.prompts import Prompt, lines_of, read_prompts, read_rows
 from megafork.data.tables import stem_of
 from megafork.data.tokenizer import HfTokenizer
 from megafork.errors import UserError
-from megafork.rewards.names import check_answers
+from megafork.verifiers.names import check_answers
 from tests.helpers.commands import QUICKSTART
 
 ROWS = [

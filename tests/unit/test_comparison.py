@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from megafork.config import TrainConfig
-from megafork.config.file import load_config, save_config
+from megafork.config.load import load_config, save_config
 from megafork.errors import UserError
 from tests.helpers.commands import ROOT
 

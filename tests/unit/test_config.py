@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megafork.config import EvaluateConfig, TrainConfig
-from megafork.config.file import known_keys, load_config, save_config, settings_of
+from megafork.config.load import known_keys, load_config, save_config, settings_of
 from megafork.errors import UserError
 from tests.helpers.commands import QUICKSTART, REQUIRED
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megafork.errors import UserError
-from megafork.rewards.countdown import verify
+from megafork.verifiers.countdown import verify
 
 PROMPT, ANSWER = "6 2 4>48:", "48"
 # A verdict takes microseconds; a parser that backtracks or evaluates needs minutes or never ends.

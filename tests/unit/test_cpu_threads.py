@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from megafork.config.server import ServerConfig
+from megafork.config.rollouts import ServerConfig
 from megafork.rollout.engine import Served, build_server
 from tests.helpers.commands import QUICKSTART
 

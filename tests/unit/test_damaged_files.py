@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 
 from megafork.analysis.scored import read_scored
 from megafork.config import DataConfig, ScoreConfig, TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.data.prompts import read_rows
+from megafork.data.sample import Group, Sample
 from megafork.errors import UserError
 from megafork.evaluation.samples import SampleFile
+from megafork.evaluation.scoring import read_responses
 from megafork.report.files import read_run
 from megafork.report.page import write_report
 from megafork.rollout.journal import Journal
-from megafork.sample import Group, Sample
-from megafork.scoring import read_responses
 from tests.helpers.commands import QUICKSTART
 from tests.helpers.damage import damaged, torn
 from tests.helpers.pages import make_run

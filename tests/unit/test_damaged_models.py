@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megafork.config import TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.data.tokenizer import check_tokenizer, load_tokenizer
 from megafork.errors import UserError
 from megafork.model.hf_model import check_folder

@@ -13,8 +13,8 @@ import torch
 
 from megafork.config import SyncConfig
 from megafork.errors import UserError
-from megafork.weights.agreement import BOUNDS, Agreement, require
 from megafork.weights.difference import MARGIN, Difference, describe, sums_by_response
+from megafork.weights.mismatch_check import BOUNDS, Agreement, require
 
 VOCAB = 64
 LIMITS = BOUNDS["bfloat16"]

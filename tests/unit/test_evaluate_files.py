@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megafork.config import EvaluateConfig, GenerateConfig, TrainConfig
-from megafork.config.file import load_config, save_config
+from megafork.config.load import load_config, save_config
 from megafork.errors import UserError
 from megafork.evaluation.benchmark import evaluate
 from megafork.evaluation.generation import check_input, digest, generate_file

@@ -14,8 +14,8 @@ from megafork.algorithms.gae import (
     value_loss,
     whitened,
 )
-from megafork.sample import Group, Sample
-from megafork.types import token_table
+from megafork.data.sample import Group, Sample
+from megafork.data.token_table import token_table
 from tests.helpers import reference
 from tests.helpers.ppo import by_definition
 

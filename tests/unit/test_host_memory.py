@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 import pytest
 
-from megafork.host_memory import return_free_heap
+from megafork.system.heap import return_free_heap
 
 MIB = 1 << 20
 

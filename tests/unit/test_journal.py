@@ -12,9 +12,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megafork.data.sample import Group, Sample
 from megafork.errors import UserError
 from megafork.rollout.journal import Journal, journalled_steps, json_lines, read_step
-from megafork.sample import Group, Sample
 
 
 def group(prompt_index: int) -> Group:

@@ -126,10 +126,12 @@ def test_rows_that_the_terms_need(kl, bonus, needed):
         rows,
         torch.zeros(6),
         torch.tensor([False, True, True, False, False, False]),
-        AlgorithmConfig(denominator="sequence_tokens"),
-        MismatchConfig(),
-        KLConfig(**kl),
-        EntropyBonusConfig(**bonus),
+        losses.LossSettings(
+            AlgorithmConfig(denominator="sequence_tokens"),
+            MismatchConfig(),
+            KLConfig(**kl),
+            EntropyBonusConfig(**bonus),
+        ),
         device=torch.device("cpu"),
         ref_logprobs_N=torch.zeros(6),
     )

@@ -12,9 +12,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from megafork import lock
 from megafork.errors import UserError
-from megafork.lock import HELD, NAME, Holder, held, refuse_held
+from megafork.system import lock
+from megafork.system.lock import HELD, NAME, Holder, held, refuse_held
 
 FORK = multiprocessing.get_context("fork")
 FRESH, OLD = 0.0, 1000.0

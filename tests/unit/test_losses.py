@@ -11,21 +11,35 @@ import pytest
 import torch
 
 from megafork.algorithms import losses
-from megafork.algorithms.losses import clip_counts, k3_divergence, policy_loss
+from megafork.algorithms.losses import policy_loss
 from megafork.algorithms.mismatch import importance_weights
+from megafork.algorithms.objectives import load_objective
 from megafork.algorithms.regularizers import kl_estimate
+from megafork.algorithms.surrogates import k3_divergence
 from megafork.config import AlgorithmConfig, MismatchConfig
 from tests.helpers.loss_rows import rows_of
 
 PPO = AlgorithmConfig()
 
 
+CLIPPED = [f"ratio/clip_{bound}_fraction" for bound in ("low", "high", "dual")]
+
+
+def loss_of(logprobs, rows, algorithm, **counts):
+    objective, _ = load_objective(algorithm.objective)
+    return policy_loss(logprobs, rows, algorithm, objective, **counts)
+
+
 def loss_and_gradient(ratio, rows, algorithm, denominator=10):
     """Of log-probabilities whose ratio to rows.old_logprobs_N is `ratio`."""
     logprobs = (rows.old_logprobs_N + torch.tensor(ratio).log()).requires_grad_()
-    loss, seen = policy_loss(logprobs, rows, algorithm, denominator=denominator, num_sequences=2)
-    loss.backward()
-    return loss.item(), logprobs.grad.tolist(), seen
+    found = loss_of(logprobs, rows, algorithm, denominator=denominator, num_sequences=2)
+    found.loss.backward()
+    return found.loss.item(), logprobs.grad.tolist(), found
+
+
+def clip_counts(found):
+    return [found.metrics[name].item() for name in CLIPPED]
 
 
 def close(values):
@@ -40,35 +54,35 @@ def test_ppo_by_hand():
     """Five tokens: inside the range, clipped above, clipped below, not clipped (the minimum takes
     the worse side), not selected; 10 tokens in the denominator."""
     rows = rows_of(ADVANTAGE, SELECTED)
-    loss, gradient, ratio = loss_and_gradient(RATIO, rows, PPO)
+    loss, gradient, found = loss_and_gradient(RATIO, rows, PPO)
     # 1.1 * 1 + 1.28 * 2 + 0.8 * -1 + 0.5 * 1 = 3.36
     assert loss == close(-0.336)
     # -A r / 10 where the unclipped side is the minimum, else 0
     assert gradient == close([-0.11, 0.0, 0.0, -0.05, 0.0])
-    assert clip_counts(ratio, rows.advantages_N, rows.gradient_N, PPO).tolist() == [1, 1, 0]
+    assert clip_counts(found) == [1, 1, 0]
 
 
 def test_dual_clip_by_hand():
     """A negative advantage at ratio 5: bounded by 3; a positive one is not touched."""
     config = AlgorithmConfig(clip_dual=3.0)
     rows = rows_of([-2.0, -2.0, 1.0], [True, True, True])
-    loss, gradient, ratio = loss_and_gradient([5.0, 2.0, 0.5], rows, config)
+    loss, gradient, found = loss_and_gradient([5.0, 2.0, 0.5], rows, config)
     # max(-10, -6) = -6; max(-4, -6) = -4; 0.5
     assert loss == close(-(-6 - 4 + 0.5) / 10)
     assert gradient == close([0.0, 0.4, -0.05])
-    assert clip_counts(ratio, rows.advantages_N, rows.gradient_N, config).tolist() == [0, 0, 1]
+    assert clip_counts(found) == [0, 0, 1]
 
 
 def test_cispo_by_hand():
     """Clipped tokens keep their gradient: the clipped ratio times A, whatever the sign of A."""
     config = AlgorithmConfig(objective="cispo", clip_low=1.0, clip_high=0.28)
     rows = rows_of(ADVANTAGE, SELECTED, old=torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0]))
-    loss, gradient, ratio = loss_and_gradient(RATIO, rows, config)
+    loss, gradient, found = loss_and_gradient(RATIO, rows, config)
     factors = [1.1 * 1, 1.28 * 2, 0.5 * -1, 0.5 * 1]
     logprobs = [math.log(r) - old for r, old in zip(RATIO, (1, 2, 3, 4), strict=False)]
     assert loss == close(-sum(f * x for f, x in zip(factors, logprobs, strict=True)) / 10)
     assert gradient == close([-f / 10 for f in factors] + [0.0])
-    assert clip_counts(ratio, rows.advantages_N, rows.gradient_N, config).tolist() == [0, 1, 0]
+    assert clip_counts(found) == [0, 1, 0]
 
 
 def test_gspo_by_hand():
@@ -78,9 +92,9 @@ def test_gspo_by_hand():
     rows = rows_of(
         [1.0, 1.0, -1.0, -1.0, -1.0], [True, True, True, False, True], sequence=[0, 0, 1, 1, 1]
     )
-    loss, gradient, ratio = loss_and_gradient([2.0, 0.5, 1.1, 1.1, 1.0], rows, config)
+    loss, gradient, found = loss_and_gradient([2.0, 0.5, 1.1, 1.1, 1.0], rows, config)
     s = 1.21 ** (1 / 3)
-    assert ratio.tolist() == close([1.0, 1.0, s, s, s])
+    assert found.ratio_N.tolist() == close([1.0, 1.0, s, s, s])
     assert loss == close(-(2 * 1.0 - 2 * s) / 10)
     assert gradient == close([-0.1, -0.1, s / 10, 0.0, s / 10])
 
@@ -88,10 +102,10 @@ def test_gspo_by_hand():
 def test_gspo_clips_whole_sequences():
     config = AlgorithmConfig(objective="gspo", clip_low=3e-4, clip_high=4e-4)
     rows = rows_of([1.0, 1.0, 1.0], [True, True, True], sequence=[0, 0, 1])
-    loss, gradient, ratio = loss_and_gradient([1.002, 1.0, 1.0002], rows, config)
+    loss, gradient, found = loss_and_gradient([1.002, 1.0, 1.0002], rows, config)
     assert gradient == close([0.0, 0.0, -0.10002])
     assert loss == close(-(2 * 1.0004 + 1.0002) / 10)
-    assert clip_counts(ratio, rows.advantages_N, rows.gradient_N, config).tolist() == [0, 2, 0]
+    assert clip_counts(found) == [0, 2, 0]
 
 
 @pytest.mark.parametrize("objective", ["ppo", "gspo", "cispo"])
@@ -101,9 +115,9 @@ def test_losses_of_micro_batches_add_up(objective):
     logprobs, old, advantages = torch.randn(3, 40)
     rows = rows_of(advantages, torch.rand(40) < 0.3, old=old, sequence=[0] * 13 + [1] * 27)
     groups = {"denominator": 40, "num_sequences": 2}
-    whole, _ = policy_loss(logprobs, rows, config, **groups)
+    whole = loss_of(logprobs, rows, config, **groups).loss
     parts = [
-        policy_loss(part, some, config, **groups)[0]
+        loss_of(part, some, config, **groups).loss
         for part, some in zip(logprobs.split([13, 0, 27]), rows.split([13, 0, 27]), strict=True)
     ]
     assert sum(parts).item() == pytest.approx(whole.item(), abs=1e-6)
@@ -119,7 +133,7 @@ def test_without_a_selected_token_the_loss_is_a_connected_zero(objective):
 def test_an_unselected_token_cannot_spoil_the_gradient():
     logprobs = torch.tensor([0.0, 200.0, -torch.inf], requires_grad=True)
     rows = rows_of([1.0] * 3, [True, False, False], old=torch.tensor([0.0, 0.0, -torch.inf]))
-    loss, _ = policy_loss(logprobs, rows, PPO, denominator=2, num_sequences=1)
+    loss = loss_of(logprobs, rows, PPO, denominator=2, num_sequences=1).loss
     loss.backward()
     assert logprobs.grad.tolist() == [-0.5, 0.0, 0.0]
 
@@ -142,13 +156,11 @@ def test_a_ratio_that_overflows_is_clipped_like_any_other(algorithm, advantage, 
     neighbour keeps its own."""
     rows = rows_of([advantage, 1.0], [True, True], sequence=[0, 1])
     logprobs = torch.tensor([log_ratio, 0.0], requires_grad=True)
-    loss, ratio = policy_loss(
-        logprobs, rows, AlgorithmConfig(**algorithm), denominator=1, num_sequences=2
-    )
-    loss.backward()
-    assert loss.item() == close(value - 1.0)
+    found = loss_of(logprobs, rows, AlgorithmConfig(**algorithm), denominator=1, num_sequences=2)
+    found.loss.backward()
+    assert found.loss.item() == close(value - 1.0)
     assert logprobs.grad.tolist() == [0.0, -1.0]
-    assert ratio[0] == torch.tensor(log_ratio, dtype=torch.float64).exp().float()
+    assert found.ratio_N[0] == torch.tensor(log_ratio, dtype=torch.float64).exp().float()
 
 
 @pytest.mark.parametrize("objective", ["ppo", "gspo"])
@@ -157,7 +169,7 @@ def test_an_overflow_that_no_clip_bounds_is_no_number(objective):
     rows = rows_of([-1.0], [True])
     logprobs = torch.tensor([200.0], requires_grad=True)
     config = AlgorithmConfig(objective=objective)
-    loss, _ = policy_loss(logprobs, rows, config, denominator=1, num_sequences=1)
+    loss = loss_of(logprobs, rows, config, denominator=1, num_sequences=1).loss
     loss.backward()
     assert loss.item() == math.inf
     assert not logprobs.grad.isfinite().any()
@@ -174,9 +186,9 @@ def test_cispos_weight_is_bounded_where_the_ratio_overflows():
 def loss_and_gradient_at(logprobs, advantages, config):
     logprobs = logprobs.clone().requires_grad_()
     rows = rows_of(advantages, [True] * len(advantages))
-    loss, ratio = policy_loss(logprobs, rows, config, denominator=1, num_sequences=1)
-    loss.backward()
-    return loss.item(), logprobs.grad.tolist(), ratio
+    found = loss_of(logprobs, rows, config, denominator=1, num_sequences=1)
+    found.loss.backward()
+    return found.loss.item(), logprobs.grad.tolist(), found
 
 
 def test_a_weight_multiplies_the_surrogate():
@@ -194,8 +206,8 @@ def test_rows_that_an_objective_needs():
     sequence = torch.tensor([0, 0, 0, 1, 1])
 
     def needed(objective):
-        config = AlgorithmConfig(objective=objective)
-        return losses.needed_rows(gradient, in_loss, sequence, config, 2).tolist()
+        needs = load_objective(objective)[1]
+        return losses.needed_rows(gradient, in_loss, sequence, needs, 2).tolist()
 
     assert needed("ppo") == needed("cispo") == gradient.tolist()
     assert needed("gspo") == [True, True, False, False, False]

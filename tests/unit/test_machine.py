@@ -7,13 +7,13 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from megafork import host_memory
 from megafork.cli import app
 from megafork.config import TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.errors import UserError
-from megafork.planning import machine
-from megafork.planning.nodes import GIB
+from megafork.plan import machine
+from megafork.plan.nodes import GIB
+from megafork.system import heap
 from tests.helpers.commands import ROOT
 
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -104,9 +104,9 @@ def test_parts_follow_the_settings(tmp_path):
 def test_a_container_s_limit_counts(tmp_path, monkeypatch, limit, total):
     (tmp_path / "memory.max").write_text(limit)
     (tmp_path / "memory.current").write_text(f"{GIB}\n")
-    without = host_memory.available()
-    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
-    found, free = host_memory.available()
+    without = heap.available()
+    monkeypatch.setattr(heap, "_CGROUP", tmp_path)
+    found, free = heap.available()
     assert found == (total or without[0])
     assert total is None or free <= 3 * GIB
 
@@ -119,6 +119,6 @@ def test_a_dry_run_looks_at_this_machine(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert "# memory\nweights, gradients, optimizer " in done.output
     assert "this machine" in done.output and "# time" not in done.output
-    monkeypatch.setattr("megafork.planning.dry_run.available", lambda: (GIB, GIB))
+    monkeypatch.setattr("megafork.plan.dry_run.available", lambda: (GIB, GIB))
     done = CliRunner().invoke(app, arguments)
     assert str(done.exception).startswith("the plan does not fit: the run needs ")

@@ -11,7 +11,7 @@ import pytest
 from megafork.answers.comparison import are_equal
 from megafork.answers.places import last_boxed
 from megafork.errors import UserError
-from megafork.rewards.maths import verify
+from megafork.verifiers.maths import verify
 from tests.helpers.commands import ROOT
 
 AIME = """
@@ -144,7 +144,7 @@ def test_signs_that_nobody_sees_are_not_overlooked(sign):
 def test_no_answer_is_evaluated_by_a_library():
     """Neither sympy, whose reader runs what it reads, nor torch is in a worker."""
     code = (
-        "import sys; from megafork.rewards.maths import verify;"
+        "import sys; from megafork.verifiers.maths import verify;"
         "assert verify('', r'\\boxed{\\sqrt8}', r'2\\sqrt2') == 1.0;"
         "assert not {'sympy', 'torch', 'math_verify'} & set(sys.modules)"
     )

@@ -13,7 +13,7 @@ from fractions import Fraction
 import pytest
 
 from megafork.answers.comparison import canonical_answer
-from megafork.rewards.maths import verify
+from megafork.verifiers.maths import verify
 
 SEED = int(os.environ.get("MATHS_SEED") or secrets.randbelow(10**9))
 PAIRS = 60

@@ -12,7 +12,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from megafork.frames import MAGIC, PREFIX_BYTES, Damaged, encode
+from megafork.rollout.frames import MAGIC, PREFIX_BYTES, Damaged, encode
 from megafork.rollout.messages import Connection, connect, serve
 from tests.helpers.background import BackgroundLoop
 

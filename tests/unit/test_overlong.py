@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megafork.config import RewardConfig, TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.errors import UserError
-from megafork.rewards.overlong import overlong_punishment
+from megafork.verifiers.overlong import overlong_punishment
 from tests.helpers.commands import REQUIRED
 
 

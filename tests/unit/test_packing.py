@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megafork.data.packing import build_pack, fed_lengths, plan_micro_batches
+from megafork.data.sample import Group, Sample
+from megafork.data.token_table import token_table
 from megafork.errors import UserError
 from megafork.parallel.zigzag import Zigzag
-from megafork.sample import Group, Sample
-from megafork.types import token_table
 from tests.helpers import reference
 
 CPU = torch.device("cpu")

@@ -11,22 +11,22 @@ from typer.testing import CliRunner
 
 from megafork.cli import app
 from megafork.config import ModelConfig, ParallelConfig, TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.errors import UserError
 from megafork.model.hf_mapping import rules
-from megafork.planning.memory import (
+from megafork.plan.memory import (
     GIB,
     peak_in_flight,
     plan_memory,
     training_memory,
     worst_micro_batch,
 )
-from megafork.planning.nodes import NODES
-from megafork.planning.rehearsal import ChunkMemory, MicroBatch, rehearse, rehearse_shallow
-from megafork.planning.report import overrides
-from megafork.planning.search import changed, search
-from megafork.planning.serving import server_memory
-from megafork.planning.shapes import SHAPES
+from megafork.plan.nodes import NODES
+from megafork.plan.rehearsal import ChunkMemory, MicroBatch, rehearse, rehearse_shallow
+from megafork.plan.report import overrides
+from megafork.plan.search import changed, search
+from megafork.plan.serving import server_memory
+from megafork.plan.shapes import SHAPES
 from tests.helpers.commands import QUICKSTART, megafork
 
 SMALL = replace(

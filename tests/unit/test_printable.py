@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from megafork import last_words
 from megafork.analysis.output import write_table
-from megafork.disk import naming, refuse_links
 from megafork.errors import UserError
 from megafork.logging.metrics import MetricsLog
-from megafork.printable import as_cell, printable
+from megafork.system import failure_file
+from megafork.system.disk import naming, refuse_links
+from megafork.system.printable import as_cell, printable
 
 HOSTILE = {
     "\x1b[2J": r"\x1b[2J",
@@ -54,9 +54,9 @@ def test_nothing_else_comes_through(text):
 
 def test_notes_and_last_words_are_printable(tmp_path, monkeypatch):
     path = tmp_path / "words"
-    monkeypatch.setenv(last_words.VARIABLE, str(path))
-    last_words.leave("a \x1b[2J verifier", status=1)
-    assert last_words.read(path).message == r"a \x1b[2J verifier"
+    monkeypatch.setenv(failure_file.VARIABLE, str(path))
+    failure_file.leave("a \x1b[2J verifier", status=1)
+    assert failure_file.read(path).message == r"a \x1b[2J verifier"
     with MetricsLog(tmp_path, 1, tensorboard=False) as log:
         log._console = Console(force_terminal=True, width=80)
         with log._console.capture() as shown:

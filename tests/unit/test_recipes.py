@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from megafork.cli import app
 from megafork.config import ParallelConfig, TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.errors import UserError
 from megafork.model.shape import ModelShape
-from megafork.planning.dry_run import place
-from megafork.planning.nodes import NODES
-from megafork.planning.roofline import step_time
-from megafork.planning.shapes import SHAPES
+from megafork.plan.dry_run import place
+from megafork.plan.nodes import NODES
+from megafork.plan.roofline import step_time
+from megafork.plan.shapes import SHAPES
 from tests.helpers.commands import QUICKSTART, ROOT, left_over, megafork
 
 EXAMPLES = ROOT / "examples"

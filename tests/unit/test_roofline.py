@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from megafork.config import ModelConfig, ParallelConfig, TrainConfig
 from megafork.errors import UserError
 from megafork.model.shape import ModelShape
-from megafork.planning.decoding import Iteration, decode
-from megafork.planning.nodes import NODES, node_type
-from megafork.planning.passes import update_kind
-from megafork.planning.rehearsal import MicroBatch, rehearse
-from megafork.planning.roofline import head_share, step_time
-from megafork.planning.work import (
+from megafork.plan.decoding import Iteration, decode
+from megafork.plan.nodes import NODES, node_type
+from megafork.plan.passes import update_kind
+from megafork.plan.rehearsal import MicroBatch, rehearse
+from megafork.plan.roofline import head_share, step_time
+from megafork.plan.work import (
     Lengths,
     attention_flops,
     head_flops,

@@ -13,9 +13,9 @@ import pytest
 from megafork.controller.ranks import Question
 from megafork.controller.steps import Steps
 from megafork.controller.stop import Stop
+from megafork.data.sample import Group, Sample
 from megafork.errors import UserError
 from megafork.rollout.collector import RolloutBatch
-from megafork.sample import Group, Sample
 from tools.benchmarks.configs import learner_config
 
 GROUP = Group(0, [1, 2], 1, [Sample(0, [3, 4], [-0.5, -0.25], False, 1.0, 1.0)])

@@ -8,13 +8,13 @@ import statistics
 import pytest
 
 from megafork.analysis.temperatures import Evaluation, pairs_of, table
-from megafork.config.file import load_config
-from megafork.config.temperatures import TemperaturesConfig
+from megafork.config.load import load_config
+from megafork.config.rollouts import TemperaturesConfig
 from megafork.errors import UserError
 from megafork.evaluation.metrics import Scored
 from megafork.rollout.sampling import TwoTemperatures
 
-NEEDED = ["model.path=m", "reward.verifier=megafork.rewards.countdown:verify"]
+NEEDED = ["model.path=m", "reward.verifier=megafork.verifiers.countdown:verify"]
 
 
 def scored(*accuracies: float, length: int = 10, truncated: bool = False) -> list[Scored]:

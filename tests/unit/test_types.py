@@ -6,8 +6,8 @@ import random
 
 import torch
 
-from megafork.sample import Group, Sample
-from megafork.types import hash64, token_table
+from megafork.data.sample import Group, Sample
+from megafork.data.token_table import hash64, token_table
 from tests.helpers import reference
 
 
@@ -96,7 +96,7 @@ def test_a_group_has_signal_by_accuracy_not_by_reward():
 def test_hash64_is_splitmix64():
     """First outputs of the published generator seeded with 0 and 1 (splitmix64 of x is the
     generator's next value from state x)."""
-    from megafork.types import _splitmix
+    from megafork.data.token_table import _splitmix
 
     expected = [0xE220A8397B1DCDAF, 0x910A2DEC89025CC1]
     got = [int(v) & (2**64 - 1) for v in _splitmix(torch.tensor([0, 1]))]

@@ -17,9 +17,9 @@ import torch
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
 
+from megafork.data.sample import Group, Sample
 from megafork.errors import PeerError
 from megafork.parallel.unpickling import SafeUnpickler, guard_collectives, guarded_checkpoint
-from megafork.sample import Group, Sample
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
@@ -140,8 +140,8 @@ def unpickled(value):
         "torch.distributed.checkpoint.filesystem.pickle",
         "torch.distributed.checkpoint.filesystem.FileSystemReader",
         "torch.distributed.checkpoint.metadata.os",
-        "megafork.rewards.pool.WorkerPool",
-        "megafork.launch.launch_ranks",
+        "megafork.verifiers.pool.WorkerPool",
+        "megafork.cluster.launch.launch_ranks",
         "megafork.errors.__builtins__",
         "megafork.__main__.main",
         "antigravity.fly",

@@ -11,10 +11,10 @@ from reasoning_gym.dataset import ProceduralDataset
 
 from megafork.config import RewardConfig
 from megafork.errors import UserError
-from megafork.rewards.exact import verify as exact
-from megafork.rewards.names import load_verifier
-from megafork.rewards.reasoning_gym import TASKS, tagged_answer, task_verifier
-from megafork.rewards.verifier import Judge
+from megafork.verifiers.exact import verify as exact
+from megafork.verifiers.names import load_verifier
+from megafork.verifiers.reasoning_gym import TASKS, tagged_answer, task_verifier
+from megafork.verifiers.verifier import Judge
 from tests.helpers.hostile import hostile_texts
 
 DEADLINE = 1.0
@@ -85,7 +85,7 @@ def test_exact(response, answer, right):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("math", r"'math' is no verifier: did you mean maths\?"),
+        ("math", r"'math' is unknown: did you mean maths\?"),
         ("Countdow", r"did you mean countdown\?"),
         ("zzzzz", r"There are maths, countdown, exact, reasoning-gym:TASK, and any function"),
         ("nowhere:f", r"'nowhere:f' cannot be imported: No module named 'nowhere'"),

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megafork.config import ModelConfig, ParallelConfig
+from megafork.data.token_table import token_table
 from megafork.model.scorer import Scorer
-from megafork.parallel.topology import initialize
-from megafork.types import token_table
+from megafork.parallel.mesh import initialize
 from tests.helpers import reference
 from tools.benchmarks.ranks import run_ranks
 
@@ -21,9 +21,9 @@ CHANGED = 0.05
 def entropies(folder, layout):
     """float32 [rows of the table] on the last stage"""
     parallel = ParallelConfig(**layout)
-    topology = initialize(parallel)
+    mesh = initialize(parallel)
     model = ModelConfig(path=str(folder), dtype="bfloat16")
-    scorer = Scorer(model, parallel, topology, micro_batch_tokens=4096)
+    scorer = Scorer(model, parallel, mesh, micro_batch_tokens=4096)
     table = token_table(reference.make_groups(64, 4, longest=60))
     scores = scorer.score(table)
     found = torch.zeros(table.num_rows)

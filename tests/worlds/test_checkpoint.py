@@ -185,7 +185,7 @@ def draw():
 
 def save_generators(folder, target):
     policy = make_trained(folder, {"dp": 2})
-    seed(7 + policy.topology.rank)
+    seed(7 + policy.mesh.rank)
     draw()
     store = store_of(policy, target)
     save(policy, store, 1)

@@ -155,7 +155,7 @@ def save_with_a_killed_writer(folder, target, victim):
     store = store_of(policy, target)
     save_marked(policy, store, 1)
     exact = filesystem_async._write_item
-    if policy.topology.rank == victim:
+    if policy.mesh.rank == victim:
         filesystem_async._write_item = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     told = outcome_of(lambda: save_marked(policy, store, 2))
     left = names(target)

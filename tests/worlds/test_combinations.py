@@ -82,7 +82,7 @@ def batch(policy, with_critic, spoilt):
     table = make_ppo_table(seed=15)
     scores = policy.score(table)
     own = torch.zeros(table.num_rows)
-    if policy.topology.is_last_stage and policy.topology.tp_rank == 0:
+    if policy.mesh.is_last_stage and policy.mesh.tp_rank == 0:
         own[scores.rows_N] = scores.old_logprobs_N
     torch.distributed.all_reduce(own)
     engines = own + 0.3 * torch.sin(torch.arange(table.num_rows).float() * 1.3)
@@ -98,7 +98,7 @@ def batch(policy, with_critic, spoilt):
 
 
 def exported(model):
-    return {n: w.clone() for n, w in export_weights(model.stages, model.topology, torch.clone)}
+    return {n: w.clone() for n, w in export_weights(model.stages, model.mesh, torch.clone)}
 
 
 def three_minibatches(folders, layout, combination, settings):
@@ -110,13 +110,11 @@ def three_minibatches(folders, layout, combination, settings):
     critic = None
     if of_critic is not None:
         own = {"lr": 4e-3, "weight_decay": 0.0} | of_critic
-        critic = make_critic(
-            folders[1], layout, policy.topology, adam_eps=1e-2, critic=own, **settings
-        )
+        critic = make_critic(folders[1], layout, policy.mesh, adam_eps=1e-2, critic=own, **settings)
     minibatches = batch(policy, critic is not None, spoilt)
     done = optimize(policy, minibatches, step=2, clock=Clock(), critic=critic)
     metrics = {}
-    if policy.topology.is_last_stage:
+    if policy.mesh.is_last_stage:
         metrics = telemetry.token_metrics(
             done.tables,
             done.scores,
@@ -124,13 +122,13 @@ def three_minibatches(folders, layout, combination, settings):
             done.selections,
             policy_version=1,
             large_difference=0.1,
-            topology=policy.topology,
+            mesh=policy.mesh,
         )
         metrics |= telemetry.update_metrics(done.updates, policy.terms)
-        metrics |= telemetry.reference_metrics(done, policy.kl.tokens, policy.topology)
+        metrics |= telemetry.reference_metrics(done, policy.kl.tokens, policy.mesh)
         if critic is not None:
             metrics |= telemetry.critic_metrics(done.values, done.critic_updates)
-    report = token_report(done, policy.forking, policy.topology)
+    report = token_report(done, policy.forking, policy.mesh)
     weights = exported(policy)
     if critic is not None:
         weights |= {f"critic.{name}": weight for name, weight in exported(critic).items()}

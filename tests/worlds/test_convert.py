@@ -25,7 +25,7 @@ from megafork.config import CheckpointConfig, ModelConfig, ParallelConfig
 from megafork.errors import UserError
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.scorer import Scorer
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from tests.helpers import reference
 from tests.helpers.commands import ROOT, environment, megafork
 from tests.helpers.conversion import (
@@ -77,19 +77,19 @@ def test_there_and_back_is_bitwise(tmp_path, architecture, tied, dtype):
 def load_compare_and_save(folder, converted, layout, target):
     """Names of parameters that megatron-core's own reader fills otherwise than the HF folder."""
     parallel = ParallelConfig(**layout)
-    topology = initialize(parallel)
+    mesh = initialize(parallel)
     # Padded to another vocabulary size than a checkpoint that was converted.
     model = ModelConfig(path=str(folder), dtype="bfloat16", vocab_divisible_by=4)
-    gpt = Scorer(model, parallel, topology, micro_batch_tokens=64).stages[0].gpt
+    gpt = Scorer(model, parallel, mesh, micro_batch_tokens=64).stages[0].gpt
     expected = {name: p.detach().clone() for name, p in gpt.named_parameters()}
     with torch.no_grad():
         for parameter in gpt.parameters():
             parameter.fill_(torch.nan)
-    metadata = {"dp_cp_group": topology.groups.dp_cp}
+    metadata = {"dp_cp_group": mesh.groups.dp_cp}
     loaded = dist_checkpointing.load(gpt.sharded_state_dict(metadata=metadata), str(converted))
     gpt.load_state_dict(loaded)
     differ = [n for n, p in gpt.named_parameters() if not torch.equal(p, expected[n])]
-    if topology.rank == 0:
+    if mesh.rank == 0:
         Path(target).mkdir()
     torch.distributed.barrier()
     dist_checkpointing.save(gpt.sharded_state_dict(metadata=metadata), str(target))
@@ -123,10 +123,10 @@ def train_save_and_export(folder, layout, checkpoints, exported):
     scores = policy.score(table)
     [mask], _ = policy.select([table], [scores], step=1)
     policy.update(table, scores, mask)
-    store = CheckpointStore(checkpoints, policy.topology, CheckpointConfig(), model=folder)
+    store = CheckpointStore(checkpoints, policy.mesh, CheckpointConfig(), model=folder)
     store.save(1, policy.stages, policy.optimizer, {})
     store.finish()
-    export_hf(policy, policy.topology, folder, exported)
+    export_hf(policy, policy.mesh, folder, exported)
 
 
 def test_a_run_s_checkpoint_becomes_an_hf_folder(tmp_path):

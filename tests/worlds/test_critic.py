@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from megafork.config import ParallelConfig, TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.errors import UserError
 from megafork.model.scorer import Scores
 from megafork.model.shape import ModelShape
 from megafork.model.weights import export_weights
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from megafork.trainer.clock import Clock
 from megafork.trainer.critic import estimate_advantages
 from megafork.trainer.outcome import Optimized
@@ -145,12 +145,12 @@ def several_minibatches(folders, layout, settings, of_critic):
     smooth = {"lr": 4e-3, "adam_eps": 1e-2, "weight_decay": 0.0, "grad_clip": 1e9}
     policy = make_policy(policy_folder, layout, **settings, **smooth)
     critic = make_critic(
-        critic_folder, layout, policy.topology, adam_eps=1e-2, **settings,
+        critic_folder, layout, policy.mesh, adam_eps=1e-2, **settings,
         critic={"lr": 4e-3, "weight_decay": 0.0, "clip_value": 0.02} | of_critic,
     )  # fmt: skip
     minibatches = make_ppo_table(seed=15).minibatches(2, seed=0)
     done = optimize(policy, minibatches, step=1, clock=Clock(), critic=critic)
-    weights = {n: w.clone() for n, w in export_weights(critic.stages, critic.topology, torch.clone)}
+    weights = {n: w.clone() for n, w in export_weights(critic.stages, critic.mesh, torch.clone)}
     learnt = policy.num_updates, critic.num_updates
     return done.updates, done.critic_updates, done.values, weights, learnt
 
@@ -194,7 +194,7 @@ def a_first_step(path, layout, dtype):
     table = make_ppo_table()
     values = critic.values(table)
     rows = torch.cat([pack.rows_N for pack in critic.packs(table)])
-    if not critic.topology.is_last_stage:
+    if not critic.mesh.is_last_stage:
         rows = rows[:0]
     scores = Scores(critic.packs(table), rows, rows.float(), rows.float())
     done = estimate_advantages(critic, [table], [scores])
@@ -242,18 +242,18 @@ def test_a_new_value_head_is_zero_and_learns(folders_of, layout, tied, dtype):
 def a_refused_update(folders, layout, spoilt):
     """Weights of both before and after a mini-batch that one of them must refuse, and why."""
     policy = make_policy(folders[0], layout, lr=1e-2)
-    critic = make_critic(folders[1], layout, policy.topology, critic={"lr": 1e-2})
+    critic = make_critic(folders[1], layout, policy.mesh, critic={"lr": 1e-2})
     done = estimate_advantages(critic, [make_ppo_table()], [policy.score(make_ppo_table())])
     [table], [scores] = done.tables, done.scores
     [mask], _ = policy.select([table], [scores], step=1)
-    if policy.topology.rank == policy.topology.last_stage_rank:
+    if policy.mesh.rank == policy.mesh.last_stage_rank:
         bad = getattr(scores, spoilt).clone()
         bad[mask] = torch.nan
         scores = replace(scores, **{spoilt: bad})
 
     def weights():
         return [
-            {n: w.clone() for n, w in export_weights(m.stages, m.topology, torch.clone)}
+            {n: w.clone() for n, w in export_weights(m.stages, m.mesh, torch.clone)}
             for m in (policy, critic)
         ]
 
@@ -285,13 +285,13 @@ def test_both_update_or_neither(folders_of, layout, spoilt, whose):
 def with_a_bad_critic(folders, layout):
     """NaN in the critic's embedding of a token that one mini-batch alone has."""
     policy = make_policy(folders[0], layout)
-    critic = make_critic(folders[1], layout, policy.topology)
+    critic = make_critic(folders[1], layout, policy.mesh)
     minibatches = make_ppo_table(seed=15).minibatches(2, seed=0)
     tokens = [set(m.token_R.tolist()) | set(m.prompt_ids_P.tolist()) for m in minibatches]
     token = min(tokens[1] - tokens[0] - tokens[2])
     for stage in critic.stages:
         for rule, parameter in stage.parameters():
-            local = token - policy.topology.tp_rank * len(parameter)
+            local = token - policy.mesh.tp_rank * len(parameter)
             if "embedding" in rule.megatron and 0 <= local < len(parameter):
                 parameter.data[local] = torch.nan
     done = optimize(policy, minibatches, step=1, clock=Clock(), critic=critic)

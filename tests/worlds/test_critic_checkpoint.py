@@ -38,7 +38,7 @@ def folders(tmp_path_factory):
 
 def both(folders, layout):
     policy = make_policy(folders[0], layout, lr=1e-3)
-    return policy, make_critic(folders[1], layout, policy.topology, critic={"lr": 1e-3})
+    return policy, make_critic(folders[1], layout, policy.mesh, critic={"lr": 1e-3})
 
 
 def learn(policy, critic):
@@ -54,7 +54,7 @@ def losses(done):
 
 
 def weights(critic):
-    return {n: w.clone() for n, w in export_weights(critic.stages, critic.topology, torch.clone)}
+    return {n: w.clone() for n, w in export_weights(critic.stages, critic.mesh, torch.clone)}
 
 
 def save(store, policy, critic, step):
@@ -64,7 +64,7 @@ def save(store, policy, critic, step):
 
 
 def store_at(folder, policy):
-    return CheckpointStore(folder, policy.topology, CheckpointConfig())
+    return CheckpointStore(folder, policy.mesh, CheckpointConfig())
 
 
 def learn_and_save(folders, layout, target):

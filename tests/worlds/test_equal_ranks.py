@@ -9,10 +9,10 @@ import os
 import pytest
 
 from megafork.config import ModelConfig, ParallelConfig, TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from megafork.train import train
 from tests.helpers import reference
 from tests.helpers.commands import REQUIRED
@@ -27,12 +27,12 @@ def folder(tmp_path_factory):
 def build(folder, layout, change):
     """The message, on a rank of a world whose rank 1 has `change` in place."""
     parallel = ParallelConfig(**layout)
-    topology = initialize(parallel)
+    mesh = initialize(parallel)
     settings = {"micro_batch_tokens": 64}
-    if topology.rank == 1:
+    if mesh.rank == 1:
         folder, settings = change(folder, settings)
     with pytest.raises(UserError) as caught:
-        Scorer(ModelConfig(path=str(folder)), parallel, topology, **settings)
+        Scorer(ModelConfig(path=str(folder)), parallel, mesh, **settings)
     return str(caught.value)
 
 
@@ -91,12 +91,12 @@ def test_a_run_with_other_settings_on_one_rank_does_not_begin(tmp_path, monkeypa
 
 
 def equal_or_not():
-    topology = initialize(ParallelConfig())
-    topology.require_equal("what is here", {"a": 1, "b": [1.5, "x"]})
+    mesh = initialize(ParallelConfig())
+    mesh.require_equal("what is here", {"a": 1, "b": [1.5, "x"]})
     messages = []
-    for values in ({"a": topology.rank // 2}, {"a": 1} | ({"b": 2} if topology.rank == 2 else {})):
+    for values in ({"a": mesh.rank // 2}, {"a": 1} | ({"b": 2} if mesh.rank == 2 else {})):
         with pytest.raises(UserError) as caught:
-            topology.require_equal("what is here", values)
+            mesh.require_equal("what is here", values)
         messages.append(str(caught.value))
     assert os.environ["WORLD_SIZE"] == "3"
     return messages

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from megafork.config import ModelConfig, ParallelConfig
+from megafork.data.token_table import token_table
 from megafork.model.scorer import Scorer
-from megafork.parallel.topology import initialize
-from megafork.types import token_table
+from megafork.parallel.mesh import initialize
 from tests.helpers import folders, reference
 from tests.helpers.commands import QUICKSTART, megafork, small_run
 from tests.helpers.folders import Null, change, configure
@@ -158,12 +158,12 @@ ACCEPTED = [
 
 def scores(paths, groups):
     """Log-probabilities of every response token, for each folder, on one rank."""
-    topology = initialize(ParallelConfig())
+    mesh = initialize(ParallelConfig())
     table = token_table(groups)
     found = []
     for path in paths:
         model = ModelConfig(path=str(path), dtype="float32")
-        scorer = Scorer(model, ParallelConfig(), topology, micro_batch_tokens=256)
+        scorer = Scorer(model, ParallelConfig(), mesh, micro_batch_tokens=256)
         scored = scorer.score(table)
         logprobs = torch.empty(table.num_rows)
         logprobs[scored.rows_N] = scored.old_logprobs_N

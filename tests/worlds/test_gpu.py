@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from megafork.config import ModelConfig, ParallelConfig
+from megafork.data.token_table import token_table
 from megafork.model.scorer import Scorer
 from megafork.ops.top_fraction import top_fraction_threshold
 from megafork.ops.vocab_parallel import linear_logprob_and_entropy, logprob_and_entropy
-from megafork.parallel.topology import initialize, shutdown
-from megafork.types import token_table
+from megafork.parallel.mesh import initialize, shutdown
 from tests.helpers import linear_head as linear
 from tests.helpers import reference, triton_head
 

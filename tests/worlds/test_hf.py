@@ -18,17 +18,17 @@ from megafork.model.hf_folder import SafetensorsFolder
 from megafork.model.scorer import Scorer
 from megafork.model.shape import ModelShape
 from megafork.model.weights import load_weights
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from tests.helpers import reference
 from tools.benchmarks.ranks import run_ranks
 
 
 def load_and_export(folder, layout, dtype, target):
     parallel = ParallelConfig(**layout)
-    topology = initialize(parallel)
+    mesh = initialize(parallel)
     model = ModelConfig(path=str(folder), dtype=dtype)
-    scorer = Scorer(model, parallel, topology, micro_batch_tokens=64)
-    export_hf(scorer, topology, Path(folder), Path(target))
+    scorer = Scorer(model, parallel, mesh, micro_batch_tokens=64)
+    export_hf(scorer, mesh, Path(folder), Path(target))
 
 
 def read_all(folder):
@@ -39,12 +39,12 @@ def read_all(folder):
 def export_without_room(folder, layout, target, rank):
     """On one rank alone the disk is full."""
     parallel = ParallelConfig(**layout)
-    topology = initialize(parallel)
-    scorer = Scorer(ModelConfig(path=str(folder)), parallel, topology, micro_batch_tokens=64)
-    if topology.rank == rank:
+    mesh = initialize(parallel)
+    scorer = Scorer(ModelConfig(path=str(folder)), parallel, mesh, micro_batch_tokens=64)
+    if mesh.rank == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
     try:
-        export_hf(scorer, topology, Path(folder), Path(target))
+        export_hf(scorer, mesh, Path(folder), Path(target))
     except UserError as error:
         return type(error).__name__, str(error)
     return None
@@ -251,11 +251,11 @@ class CountingFolder(SafetensorsFolder):
 
 def elements_read(folder, layout):
     parallel = ParallelConfig(**layout)
-    topology = initialize(parallel)
+    mesh = initialize(parallel)
     model = ModelConfig(path=str(folder), dtype="float32")
-    scorer = Scorer(model, parallel, topology, micro_batch_tokens=64)
+    scorer = Scorer(model, parallel, mesh, micro_batch_tokens=64)
     counting = CountingFolder(folder)
-    load_weights(scorer.stages, counting, topology)
+    load_weights(scorer.stages, counting, mesh)
     held = sum(p.numel() for stage in scorer.stages for p in stage.gpt.parameters())
     return counting.elements, held
 

@@ -17,7 +17,7 @@ from megafork.config import ModelConfig, ParallelConfig
 from megafork.errors import UserError
 from megafork.evaluation.source import find_model
 from megafork.model.scorer import Scorer
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from tests.helpers.commands import QUICKSTART
 from tests.helpers.conversion import to_hf, to_megatron
 from tools.benchmarks.ranks import run_ranks
@@ -80,11 +80,11 @@ def test_a_damaged_index_is_named(tmp_path, checkpoint, content):
 
 
 def resumed(checkpoint):
-    topology = initialize(ParallelConfig(tp=2))
+    mesh = initialize(ParallelConfig(tp=2))
     model = ModelConfig(path=str(QUICKSTART / "model"))
-    scorer = Scorer(model, ParallelConfig(tp=2), topology, micro_batch_tokens=64)
+    scorer = Scorer(model, ParallelConfig(tp=2), mesh, micro_batch_tokens=64)
     try:
-        sharded.load(checkpoint, scorer.stages, None, topology)
+        sharded.load(checkpoint, scorer.stages, None, mesh)
     except UserError as error:
         return str(error)
     return "loaded"
@@ -129,22 +129,22 @@ def test_a_good_one_is_resumed(checkpoint):
 
 
 def one_rank_is_hostile(made):
-    topology = initialize(ParallelConfig(tp=2))
-    evil = Calls(made / str(topology.rank))
+    mesh = initialize(ParallelConfig(tp=2))
+    evil = Calls(made / str(mesh.rank))
     values = [None, None]
     for collective in (
-        lambda: topology.all_gather_object(evil if topology.rank else 1),
-        lambda: topology.broadcast_object(evil, src=1),
+        lambda: mesh.all_gather_object(evil if mesh.rank else 1),
+        lambda: mesh.broadcast_object(evil, src=1),
         lambda: dist.broadcast_object_list([evil], src=1),
-        lambda: dist.all_gather_object(values, evil if topology.rank else 1),
-        lambda: dist.scatter_object_list([None], [1, evil] if topology.rank else None, src=1),
-        lambda: dist.gather_object(evil, values if topology.rank == 0 else None, dst=0),
+        lambda: dist.all_gather_object(values, evil if mesh.rank else 1),
+        lambda: dist.scatter_object_list([None], [1, evil] if mesh.rank else None, src=1),
+        lambda: dist.gather_object(evil, values if mesh.rank == 0 else None, dst=0),
     ):
         try:
             collective()
         except pickle.UnpicklingError as error:
             assert "mkdir, which nothing of ours writes" in str(error)
-        topology.any_rank(False)
+        mesh.any_rank(False)
     return sorted(path.name for path in made.iterdir())
 
 

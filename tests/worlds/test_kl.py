@@ -18,7 +18,7 @@ from megafork.config import (
 )
 from tests.helpers import reference, trl
 from tests.helpers.layouts import default_run
-from tests.helpers.objectives import CLIPS, Reference, loss_terms
+from tests.helpers.objectives import CLIPPED, CLIPS, Reference, loss_terms
 from tests.helpers.reference import near
 from tests.helpers.step import (
     MAX_RESPONSE_TOKENS,
@@ -61,7 +61,7 @@ CASES = [
     (GSPO, {}, kl("k1", ratio=True), {}),
     (PPO, {}, kl("k2", "forking", ratio=True), {}),
 ]
-COUNTS = ("clip_low", "clip_high", "truncated", "masked", "gradient_rows", "head_rows")
+COUNTS = CLIPPED | {name: name for name in ("truncated", "masked", "gradient_rows", "head_rows")}
 
 
 def differentiable(model, table, temperature):
@@ -185,11 +185,11 @@ def assert_cases(folder, ref_folder, expected, layout, settings, cases=CASES, mu
                     assert metrics[name] == pytest.approx(
                         wanted["metrics"][name], rel=TOLERANCE, abs=1e-6
                     ), f"{case}: {name}"
-            for name in COUNTS:
-                if name in metrics and name in wanted["counts"]:
-                    assert metrics[name] == wanted["counts"][name], f"{case}: {name}"
+            for name, metric in COUNTS.items():
+                if metric in metrics and name in wanted["counts"]:
+                    assert metrics[metric] == wanted["counts"][name], f"{case}: {name}"
             if "gradient_rows" in metrics:
-                clipped = metrics["clip_low"] + metrics["clip_high"] + metrics["clip_dual"]
+                clipped = sum(metrics[name] for name in CLIPPED.values())
                 assert wanted["at_least"] <= metrics["gradient_rows"]
                 assert metrics["gradient_rows"] <= wanted["at_least"] + clipped
         assert set(gradients) == set(wanted["gradients"])

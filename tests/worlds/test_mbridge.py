@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.model.scorer import Scorer
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from tests.helpers import reference
 from tests.helpers.conversion import LAYOUTS, assert_same, read_all
 from tools.benchmarks.ranks import run_ranks

@@ -13,6 +13,7 @@ from megafork.config import (
     ModelConfig,
     ParallelConfig,
 )
+from megafork.data.token_table import token_table
 from megafork.model.gpt import (
     head_input,
     head_weight,
@@ -21,9 +22,8 @@ from megafork.model.gpt import (
 )
 from megafork.model.shape import ModelShape
 from megafork.model.weights import export_weights
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from megafork.trainer.policy import Policy
-from megafork.types import token_table
 from tests.helpers import reference
 from tools.benchmarks.configs import learner_config
 from tools.benchmarks.ranks import run_ranks
@@ -81,7 +81,7 @@ def logits_and_gradients(folder, layout, model):
         rows = pack.rows_N.float()
         return (logprobs * rows.cos() + entropy * rows.sin()).sum(), {}
 
-    if policy.topology.is_last_stage:
+    if policy.mesh.is_last_stage:
         packs_left = iter(packs)
         inner.register_forward_pre_hook(lambda *_: setattr(keep_logits, "pack", next(packs_left)))
         inner.register_forward_hook(keep_logits)
@@ -89,7 +89,7 @@ def logits_and_gradients(folder, layout, model):
         ddp.train()
         ddp.zero_grad_buffer()
     policy.run_packs(packs, loss_of, forward_only=False)
-    gradients = dict(export_weights(policy.stages, policy.topology, lambda p: p.main_grad))
+    gradients = dict(export_weights(policy.stages, policy.mesh, lambda p: p.main_grad))
     return logits, {name: value.clone() for name, value in gradients.items()}
 
 

@@ -35,8 +35,8 @@ def take_the_threshold_over_tp_too():
 def divide_by_the_micro_batch():
     exact = losses.policy_loss
 
-    def loss(logprobs, rows, algorithm, *, denominator, **groups):
-        return exact(logprobs, rows, algorithm, denominator=max(1, len(logprobs)), **groups)
+    def loss(logprobs, *args, denominator, **groups):
+        return exact(logprobs, *args, denominator=max(1, len(logprobs)), **groups)
 
     losses.policy_loss = loss
 

@@ -99,7 +99,7 @@ def test_training_goes_on_as_if_nothing_had_been_put_away(tmp_path, name):
 def bytes_held(folder, critic_folder, layout, dtype):
     foreign = set(live_storages())
     policy = make_policy(folder, layout, dtype=dtype, **LEARNING)
-    critic = make_critic(critic_folder, layout, policy.topology, dtype=dtype, **LEARNING)
+    critic = make_critic(critic_folder, layout, policy.mesh, dtype=dtype, **LEARNING)
     update(policy, False)
     table = make_ppo_table()
     scores = policy.score(table)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megafork.config import ParallelConfig, TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.errors import UserError
 from megafork.trainer.clock import Clock
 from megafork.trainer.step import optimize
@@ -47,7 +47,7 @@ def one_update(folder, layout, forking):
     table = engines_table(folder)
     done = optimize(policy, [table], step=1, clock=Clock())
     metrics = {}
-    if policy.topology.is_last_stage:
+    if policy.mesh.is_last_stage:
         metrics = token_metrics(
             done.tables,
             done.scores,
@@ -55,9 +55,9 @@ def one_update(folder, layout, forking):
             done.selections,
             policy_version=int(table.policy_version_R.max()),
             large_difference=0.1,
-            topology=policy.topology,
+            mesh=policy.mesh,
         )
-    report = token_report(done, policy.forking, policy.topology)
+    report = token_report(done, policy.forking, policy.mesh)
     return len(calls), whole_gradients(policy), done.updates[0], metrics, report
 
 

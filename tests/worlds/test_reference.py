@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from megafork.config import ParallelConfig, TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
+from megafork.data.sample import Group, Sample
+from megafork.data.token_table import token_table
 from megafork.errors import UserError
 from megafork.model.shape import ModelShape
-from megafork.sample import Group, Sample
 from megafork.trainer.clock import Clock
 from megafork.trainer.outcome import Optimized
 from megafork.trainer.step import optimize
 from megafork.trainer.telemetry import reference_metrics, update_metrics
-from megafork.types import token_table
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART, left_over, lines, megafork, tiny_run
 from tests.helpers.layouts import depth_for
@@ -130,9 +130,9 @@ def first_step(folder, layout):
         clock = Clock()
         done = optimize(policy, make_table().minibatches(3, seed=0), step=step, clock=clock)
         metrics = {}
-        if policy.topology.is_last_stage:
+        if policy.mesh.is_last_stage:
             metrics = update_metrics(done.updates, policy.terms)
-            metrics |= reference_metrics(done, policy.kl.tokens, policy.topology)
+            metrics |= reference_metrics(done, policy.kl.tokens, policy.mesh)
         equal = all(
             torch.equal(s.reference.old_logprobs_N, s.old_logprobs_N)
             and torch.equal(s.reference.entropy_N, s.entropy_N)
@@ -169,7 +169,7 @@ def test_a_reference_that_is_the_policy_says_so(model_of, layout):
 def without_terms(folder):
     policy = make_policy(folder, {}, kl={"reference": str(folder / "nowhere")})
     done = optimize(policy, [make_table()], step=1, clock=(clock := Clock()))
-    found = reference_metrics(done, "all", policy.topology)
+    found = reference_metrics(done, "all", policy.mesh)
     return policy.reference, found, set(clock.seconds), update_metrics(done.updates, policy.terms)
 
 
@@ -267,7 +267,7 @@ def score_by_hand(own, other, in_loss, rho, scope):
         masks, _ = policy.select([table], [scores], step=1)
         theirs, _ = policy.select([table], [by_reference], step=1)
         done = Optimized([table], [scores], masks, theirs)
-        return reference_metrics(done, "forking", policy.topology)["forking/overlap_initial"]
+        return reference_metrics(done, "forking", policy.mesh)["forking/overlap_initial"]
 
     return function
 
@@ -300,9 +300,9 @@ def overlap_at(folder, ref_folder, layout, forking):
         forking=forking | {"compare_every": 3},
     )  # fmt: skip
     done = optimize(policy, make_table(seed=15).minibatches(2, seed=0), step=3, clock=Clock())
-    if not policy.topology.is_last_stage:
+    if not policy.mesh.is_last_stage:
         return None
-    metrics = reference_metrics(done, "forking", policy.topology)
+    metrics = reference_metrics(done, "forking", policy.mesh)
     parts = zip(done.tables, done.scores, done.masks, done.reference_masks, strict=True)
     return metrics, [
         (t.key_R[s.rows_N], s.old_logprobs_N, s.reference.old_logprobs_N, s.entropy_N,
@@ -356,7 +356,9 @@ def test_a_reference_of_another_shape_is_refused(tmp_path):
 @pytest.mark.parametrize("select", ["random", "all"])
 def test_a_selection_without_entropies_is_not_compared(select):
     overrides = ["forking.compare_every=5", f"forking.select={select}"]
-    with pytest.raises(UserError, match=rf"select={select} looks at none: set it to 0 or select"):
+    with pytest.raises(
+        UserError, match=rf"select={select} does not select by them: set it to 0 or select"
+    ):
         load_config(TrainConfig, QUICKSTART / "config.toml", overrides)
 
 

@@ -49,7 +49,7 @@ def load_and_save(folder, layout, source, target, dtype):
 def load_back(folder, layout, sources, dtype, held):
     """Of each source: the names of this rank's tensors that are not the bits it once `held`."""
     policy = make_trained(folder, layout, updates=1, dtype=dtype)
-    expected = held[policy.topology.rank]
+    expected = held[policy.mesh.rank]
     differ = {}
     for source in sources:
         for tensor in own_tensors(policy).values():

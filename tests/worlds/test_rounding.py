@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megafork.config import ModelConfig, ParallelConfig
+from megafork.data.token_table import token_table
 from megafork.model.rounding import rounded_and_exact
 from megafork.model.scorer import Scorer
-from megafork.parallel.topology import initialize
-from megafork.types import token_table
+from megafork.parallel.mesh import initialize
 from tests.helpers import reference
 from tools.benchmarks.ranks import run_ranks
 
@@ -25,9 +25,9 @@ def passes(folder, layout):
     """(rows, rounded, exact) of this rank, whether its values before and after are the same bits,
     and the dtypes of its parameters after it."""
     parallel = ParallelConfig(**layout)
-    topology = initialize(parallel)
+    mesh = initialize(parallel)
     model = ModelConfig(path=str(folder), dtype="bfloat16")
-    scorer = Scorer(model, parallel, topology, micro_batch_tokens=64, temperature=0.8)
+    scorer = Scorer(model, parallel, mesh, micro_batch_tokens=64, temperature=0.8)
     table = token_table(reference.make_groups(3, 3))
     before = scorer.score(table)
     rounded, exact = rounded_and_exact(scorer, table)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megafork.config import ParallelConfig
+from megafork.data.sample import Group, Sample
+from megafork.data.token_table import known_table, token_table
 from megafork.rollout.collector import RolloutBatch
-from megafork.sample import Group, Sample
 from megafork.trainer.rows import fetch_rows
-from megafork.types import known_table, token_table
 from tests.helpers import reference
 from tests.helpers.controllers import controller
 from tests.helpers.step import make_policy, make_table, whole_gradients
@@ -74,7 +74,7 @@ def columns(table):
 
 
 @contextlib.contextmanager
-def served(topology):
+def served(mesh):
     """The controller that has the batch; None on ranks that do not ask."""
     batch = RolloutBatch(groups=make_groups())
 
@@ -82,26 +82,26 @@ def served(topology):
         assert asked["step"] == 7
         return {"kind": "rows"}, batch.rows(arrays["uids"].tolist())
 
-    with controller(topology, None, rows) as handle:
-        yield handle if topology.is_replica_leader else None
+    with controller(mesh, None, rows) as handle:
+        yield handle if mesh.is_replica_leader else None
 
 
 def one_update(folder, layout):
     """With all rows on every rank, and with those that were fetched: rows and what came of them."""
     policy = make_policy(folder, layout, micro_batch_tokens=40)
-    topology, found = policy.topology, []
+    mesh, found = policy.mesh, []
     known = known_table(make_groups(), overlong_filtering=True)
-    with served(topology) as source:
+    with served(mesh) as source:
         for is_fetched in (False, True):
             table = whole()
             if is_fetched:
                 replica_B = policy.replicas(table)
                 replica_B[7] = -1  # wanted by nobody
-                table = fetch_rows(known, replica_B, 7, source, topology)
-                assert table.held_B.equal(replica_B == topology.dp_rank)
+                table = fetch_rows(known, replica_B, 7, source, mesh)
+                assert table.held_B.equal(replica_B == mesh.dp_rank)
                 rows = columns(table)
                 replica_B[7] = policy.replicas(whole())[7]
-                table = fetch_rows(known, replica_B, 7, source, topology)
+                table = fetch_rows(known, replica_B, 7, source, mesh)
             advantage_R = make_table().advantage_R[whole().rows_of(table.held_B.nonzero()[:, 0])]
             table = table.with_columns(advantage_R=advantage_R)
             scores = policy.score(table)

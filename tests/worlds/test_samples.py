@@ -49,12 +49,12 @@ def kept(folder, layout, scope="minibatch", select="top", **algorithm):
         forking={"scope": scope, "select": select},
     )  # fmt: skip
     done = optimize(policy, make_minibatches(), step=STEP, clock=Clock())
-    responses = sampled_responses(done, COUNT, policy.forking, policy.topology, step=STEP)
+    responses = sampled_responses(done, COUNT, policy.forking, policy.mesh, step=STEP)
     own = torch.cat([s.entropy_N for s in done.scores])
     in_loss = torch.cat(
         [t.loss_mask_R[s.rows_N] for t, s in zip(done.tables, done.scores, strict=True)]
     )
-    return responses, entropy_histogram(done, policy.topology), own[in_loss]
+    return responses, entropy_histogram(done, policy.mesh), own[in_loss]
 
 
 @functools.cache
@@ -147,7 +147,7 @@ def histogram_of(folder, values):
         entropies[scores.rows_N == row] = value
     scores = replace(scores, entropy_N=entropies)
     done = Optimized([table], [scores], [torch.zeros(len(entropies), dtype=torch.bool)])
-    return entropy_histogram(done, policy.topology)["tokens"]
+    return entropy_histogram(done, policy.mesh)["tokens"]
 
 
 def test_each_response_has_its_own_threshold_with_scope_sequence(folder, expected):

@@ -11,10 +11,10 @@ import torch
 
 from megafork.algorithms.advantages import group_advantages
 from megafork.config import ParallelConfig, TrainingConfig
+from megafork.data.token_table import token_table
 from megafork.trainer.clock import Clock
-from megafork.trainer.guard import UpdateGuard, UpdateRefused
 from megafork.trainer.step import optimize
-from megafork.types import token_table
+from megafork.trainer.update_guard import UpdateGuard, UpdateRefused
 from tests.helpers import reference
 from tests.helpers.step import make_policy, make_table
 from tests.helpers.trained import adams
@@ -56,7 +56,7 @@ def refused_between_two(folder, layout, value):
     table = make_table()
     scores = policy.score(table)
     [mask], _ = policy.select([table], [scores], step=1)
-    if policy.topology.rank == policy.topology.last_stage_rank:
+    if policy.mesh.rank == policy.mesh.last_stage_rank:
         old = scores.old_logprobs_N.clone()
         old[mask & (table.advantage_R[scores.rows_N] < 0)] = value  # at > 0 they would be clipped
         scores = replace(scores, old_logprobs_N=old)
@@ -227,7 +227,7 @@ def poisoned_embedding(folder, layout, entropy_of):
         for rule, parameter in stage.parameters():
             if "embedding" in rule.megatron:
                 rows = len(parameter)
-                local = token - policy.topology.tp_rank * rows
+                local = token - policy.mesh.tp_rank * rows
                 if 0 <= local < rows:
                     parameter.data[local] = torch.nan
     done = optimize(policy, minibatches, step=1, clock=Clock())

@@ -37,7 +37,7 @@ def measure(folder, layout, version):
     scores = replace(scores, old_logprobs_N=torch.full_like(scores.old_logprobs_N, -2.0))
     return token_metrics(
         [table], [scores], [mask], [selection],
-        policy_version=version, large_difference=0.1, topology=policy.topology,
+        policy_version=version, large_difference=0.1, mesh=policy.mesh,
     )  # fmt: skip
 
 

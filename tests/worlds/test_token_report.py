@@ -33,7 +33,7 @@ def reported(folder, layout, scope):
     forking = {"report_tokens": 5, "report_min_count": 3, "scope": scope}
     policy = make_policy(folder, layout, forking=forking, micro_batch_tokens=40, lr=1e-5)
     done = optimize(policy, make_minibatches(), step=1, clock=Clock())
-    return token_report(done, policy.forking, policy.topology)
+    return token_report(done, policy.forking, policy.mesh)
 
 
 def expected_report(folder):

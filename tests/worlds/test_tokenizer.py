@@ -15,12 +15,12 @@ from transformers import AutoTokenizer
 
 from megafork.checkpoint.hf_export import export_hf
 from megafork.config import ModelConfig, ParallelConfig, ScoreConfig, TrainConfig
-from megafork.config.file import load_config
+from megafork.config.load import load_config
 from megafork.data.tokenizer import check_tokenizer, find_tokenizer, load_tokenizer
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
 from megafork.model.shape import ModelShape
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from megafork.rollout.ends import stop_token_ids
 from megafork.rollout.journal import Journal
 from megafork.trainer.preflight import check_train
@@ -258,7 +258,7 @@ def test_checking_loads_nothing_heavy(files):
     model = QUICKSTART / "model"
     code = (
         "import sys; from megafork.config import ScoreConfig;"
-        "from megafork.config.file import load_config;"
+        "from megafork.config.load import load_config;"
         "from megafork.data.tokenizer import check_tokenizer;"
         "config = load_config(ScoreConfig, None, sys.argv[1:]);"
         f"check_tokenizer(config, vocab_size={PIECES}, chat_template=False);"
@@ -504,10 +504,10 @@ def test_train_refuses_before_anything_starts(files, tmp_path):
 
 def load_and_export(source, target, tokenizer):
     parallel = ParallelConfig(tp=2)
-    topology = initialize(parallel)
+    mesh = initialize(parallel)
     model = ModelConfig(path=str(source), dtype="float32")
-    scorer = Scorer(model, parallel, topology, micro_batch_tokens=64)
-    export_hf(scorer, topology, source, target, tokenizer)
+    scorer = Scorer(model, parallel, mesh, micro_batch_tokens=64)
+    export_hf(scorer, mesh, source, target, tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder with the file", "hf"])

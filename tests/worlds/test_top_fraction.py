@@ -10,7 +10,7 @@ import torch
 from megafork.config import ParallelConfig
 from megafork.ops import top_fraction
 from megafork.ops.top_fraction import largest_keys, top_fraction_threshold, top_k
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from tools.benchmarks.ranks import run_ranks
 
 
@@ -154,9 +154,9 @@ def test_more_tokens_than_int32_can_count(monkeypatch):
 
 def over_ranks(values, mask, segments, split_over):
     """Each rank of a 2 x 2 world holds a quarter, or, with one group, ranks 0 and 1 a half."""
-    topology = initialize(ParallelConfig(tp=2))
-    groups = (topology.groups.dp_cp, topology.groups.tp)[:split_over]
-    part = topology.dp_rank * 2 + topology.tp_rank if split_over == 2 else topology.dp_rank
+    mesh = initialize(ParallelConfig(tp=2))
+    groups = (mesh.groups.dp_cp, mesh.groups.tp)[:split_over]
+    part = mesh.dp_rank * 2 + mesh.tp_rank if split_over == 2 else mesh.dp_rank
     sizes = [len(values) // 2, 0, 3] if split_over == 2 else [len(values) // 3]
     sizes.append(len(values) - sum(sizes))  # uneven, one rank has nothing
     mine = slice(sum(sizes[:part]), sum(sizes[: part + 1]))
@@ -178,12 +178,12 @@ def test_over_ranks_equals_sorting(split_over):
 
 
 def nan_on_rank_one():
-    topology = initialize(ParallelConfig())
+    mesh = initialize(ParallelConfig())
     values = torch.ones(4)
-    if topology.rank == 1:
+    if mesh.rank == 1:
         values[2:] = torch.nan
     with pytest.raises(ValueError, match=r"rank 1: 2"):
-        top_fraction_threshold(values, torch.ones(4).bool(), 0.2, groups=(topology.groups.dp_cp,))
+        top_fraction_threshold(values, torch.ones(4).bool(), 0.2, groups=(mesh.groups.dp_cp,))
     return True
 
 
@@ -193,16 +193,16 @@ def test_every_rank_hears_where_the_nan_is():
 
 def segments_out_of_range(bad):
     """Rank 1 names a segment that there is not: bincount would fail or grow on it alone."""
-    topology = initialize(ParallelConfig())
+    mesh = initialize(ParallelConfig())
     segments = torch.tensor([0, 1, 2, 1])
-    if topology.rank == 1:
+    if mesh.rank == 1:
         segments[3] = bad
     with pytest.raises(ValueError, match=r"segments outside 0\.\.2 \(rank 1: 1\)"):
         top_fraction_threshold(
             torch.ones(4),
             torch.ones(4).bool(),
             0.2,
-            groups=(topology.groups.dp_cp,),
+            groups=(mesh.groups.dp_cp,),
             segments_T=segments,
             num_segments=3,
         )

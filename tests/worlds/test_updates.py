@@ -12,7 +12,7 @@ from megafork.config import ModelConfig, ParallelConfig
 from megafork.errors import UserError
 from megafork.model import scorer
 from megafork.model.shape import ModelShape
-from megafork.parallel.topology import shutdown
+from megafork.parallel.mesh import shutdown
 from megafork.trainer.policy import BOUNDARY_EPS
 from tests.helpers import reference
 from tests.helpers.layouts import default_run, depth_for

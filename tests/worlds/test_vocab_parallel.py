@@ -10,7 +10,7 @@ import torch
 from megafork.config import ParallelConfig
 from megafork.ops.softmax_rows import Rows, Shard
 from megafork.ops.vocab_parallel import logprob_and_entropy
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from tools.benchmarks.ranks import run_ranks
 
 QWEN3_VOCAB = 151_936
@@ -224,13 +224,13 @@ def test_bad_arguments_are_named(arguments, message):
 def sharded(logits_TV, targets_T, vocab, temperature, entropy_temperature):
     """On a rank of a tp group: values, and this shard's gradient."""
     world = int(os.environ["WORLD_SIZE"])
-    topology = initialize(ParallelConfig(tp=world))
-    shard = logits_TV.chunk(world, 1)[topology.tp_rank].clone().requires_grad_()
+    mesh = initialize(ParallelConfig(tp=world))
+    shard = logits_TV.chunk(world, 1)[mesh.tp_rank].clone().requires_grad_()
     before = shard.detach().clone()
     logprobs, entropy = logprob_and_entropy(
         shard,
         targets_T,
-        tp_group=topology.groups.tp,
+        tp_group=mesh.groups.tp,
         temperature=temperature,
         entropy_temperature=entropy_temperature,
         vocab_size=vocab,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megafork.config import ParallelConfig
 from megafork.ops import vocab_parallel
 from megafork.ops.vocab_parallel import linear_logprob_and_entropy
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from tests.helpers.linear_head import case, reference, run
 from tests.helpers.properties import examples
 from tools.benchmarks.ranks import run_ranks
@@ -55,15 +55,15 @@ class Head:
 def over_shards(heads):
     """Of each head on this rank: values, and the gradients of hidden and of this shard."""
     world = int(os.environ["WORLD_SIZE"])
-    topology = initialize(ParallelConfig(tp=world))
+    mesh = initialize(ParallelConfig(tp=world))
     found = []
     for head in heads:
         vocab_parallel._CHUNK_LOGITS = head.chunk_logits(world)
         x, w, targets = head.tensors()
         padding = torch.full((head.padded(world) - head.vocab, HIDDEN), 3.0, dtype=head.dtype)
-        shard = torch.cat([w, padding]).chunk(world)[topology.tp_rank]
+        shard = torch.cat([w, padding]).chunk(world)[mesh.tp_rank]
         options = {
-            "tp_group": topology.groups.tp,
+            "tp_group": mesh.groups.tp,
             "vocab_size": head.vocab,
             "temperature": head.temperature,
         }
@@ -106,16 +106,16 @@ def test_more_rows_than_a_chunk_over_published_vocabularies(tp):
 
 def with_chunks_of(num_rows, chunk_tokens):
     """Values at Qwen3's vocabulary; chunk_tokens None: the chunks that a run has."""
-    topology = initialize(ParallelConfig(tp=2))
+    mesh = initialize(ParallelConfig(tp=2))
     x, w, targets = case(num_rows, PUBLISHED[0], HIDDEN)
-    shard = torch.cat([w, w.new_full((128, HIDDEN), 3.0)]).chunk(2)[topology.tp_rank]
+    shard = torch.cat([w, w.new_full((128, HIDDEN), 3.0)]).chunk(2)[mesh.tp_rank]
     with torch.no_grad():
         return [
             linear_logprob_and_entropy(
                 x,
                 shard,
                 targets,
-                tp_group=topology.groups.tp,
+                tp_group=mesh.groups.tp,
                 vocab_size=PUBLISHED[0],
                 chunk_tokens=rows,
             )

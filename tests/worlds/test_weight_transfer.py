@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from megafork.config import ModelConfig, ParallelConfig
 from megafork.model.scorer import Scorer
-from megafork.parallel.topology import initialize
+from megafork.parallel.mesh import initialize
 from megafork.weights.local import LocalLink, LocalSender
 from megafork.weights.transports import (
     BroadcastLink,
@@ -125,23 +125,23 @@ def _receive_on_gpu(address, plan, answers):
 def push_model(folder, layout, way, bucket_bytes):
     """What two workers, threads of rank 0's, got; bytes that this rank sent; its largest tensor."""
     parallel = ParallelConfig(**layout)
-    topology = initialize(parallel)
+    mesh = initialize(parallel)
     model = ModelConfig(path=str(folder), dtype="float32")
-    scorer = Scorer(model, parallel, topology, micro_batch_tokens=256)
+    scorer = Scorer(model, parallel, mesh, micro_batch_tokens=256)
     manifest = [(name, shape, scorer.dtype) for name, shape in scorer.shard_manifest()]
-    plan = plan_buckets(topology.pp_rank, manifest, bucket_bytes)
-    sender = make_sender(way, topology.pp_rank, plan, 2) if topology.is_sender else None
-    offers = topology.all_gather_object((sender.address, plan) if sender is not None else None)
+    plan = plan_buckets(mesh.pp_rank, manifest, bucket_bytes)
+    sender = make_sender(way, mesh.pp_rank, plan, 2) if mesh.is_sender else None
+    offers = mesh.all_gather_object((sender.address, plan) if sender is not None else None)
     addresses, plans = zip(*(o for o in offers if o is not None), strict=True)
     whole = [bucket for plan in plans for bucket in plan]
     with ThreadPoolExecutor(2) as pool:
         workers = []
-        if topology.rank == 0:
+        if mesh.rank == 0:
             arguments = (way, addresses, whole)
             workers = [pool.submit(receive_all, *arguments, number, 2) for number in range(2)]
         if sender is not None:
             sender.connect()
-        if topology.is_first_replica:
+        if mesh.is_first_replica:
             shards = scorer.export_shards()
             if sender is not None:
                 send_buckets(sender, plan, shards)

@@ -1,0 +1,281 @@
+"""Starts the ranks that a layout needs when a command was started plainly."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Self
+
+import psutil
+
+from megafork.config import ParallelConfig
+from megafork.errors import UserError
+from megafork.system import failure_file
+from megafork.system.heap import told_of_a_kill
+from megafork.system.lock import STALE_S, held
+from megafork.system.printable import printable
+from megafork.system.signals import INTERRUPTED, SIGNALS
+
+_LAUNCHER = "MEGAFORK_LAUNCHER_PID"
+_MACHINES = "MEGAFORK_MACHINES"
+ENDPOINT = "MEGAFORK_ENDPOINT"
+"""host:port of the first machine's rendezvous, which is found when all machines are there"""
+JOINED = "MEGAFORK_JOINED_OUTPUT"
+"""Set for a rank whose errors belong into the file that has its output"""
+_RENDEZVOUS_S = 60 + STALE_S
+"""The machines are known to be there: an address that does not answer by now is wrong. The first
+one may have to find out whether the run's lock is stale."""
+_PR_SET_PDEATHSIG = 1
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The machines that share a run, as megafork.cluster tells each of them."""
+
+    count: int
+    this: int
+    ranks_each: int
+    logs: str
+    """Folder of the ranks' logs"""
+
+    def environment(self) -> dict[str, str]:
+        return {_MACHINES: json.dumps(asdict(self))}
+
+    @classmethod
+    def from_environment(cls) -> Self | None:
+        told = os.environ.get(_MACHINES)
+        return None if told is None else cls(**json.loads(told))
+
+    def log_of(self, rank: int) -> str:
+        return f"{self.logs}/rank-{rank}.log"
+
+
+def under_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def starts_on_this_machine() -> bool:
+    """Whether this process is going to start all ranks of a run, here."""
+    return not under_torchrun() and Machines.from_environment() is None
+
+
+def tells() -> bool:
+    """Whether this process says what every rank finds: the one that starts them, or rank 0 of a
+    world that somebody else started."""
+    if not under_torchrun():
+        return True
+    return _LAUNCHER not in os.environ and os.environ["RANK"] == "0"
+
+
+def launch_ranks(parallel: ParallelConfig, arguments: list[str], run_dir: str = "") -> int:
+    """Run `python -m megafork ARGUMENTS` on parallel.world_size ranks of this machine.
+
+    run_dir: of a training run, which is held for it as long as ranks live.
+
+    Returns the exit status of the rank that failed first by itself, having told why; 0 when none
+    did. What the ranks print goes through, and so do SIGTERM and SIGUSR1 to them; they end with
+    this process.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ[_LAUNCHER] = str(os.getpid())
+    for module in ("multiprocessing.api", "agent.server.api"):  # the ranks tell it themselves
+        logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)
+    machines = Machines.from_environment()
+    passed_on: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        passed_on.append(number)
+        _signal_ranks(number)
+
+    for number in SIGNALS:
+        signal.signal(number, pass_on)
+    folder = tempfile.TemporaryDirectory(prefix="megafork-ranks-")  # of this user alone
+    config = LaunchConfig(
+        max_restarts=0,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # its grace of 30 s is too short for the others
+        **_of_ranks(parallel, machines, folder.name),
+    )
+    with folder, _hold(run_dir, machines), _ends_noted() as times:
+        try:
+            elastic_launch(config, sys.executable)("-m", "megafork", *arguments)
+            return 0
+        except ChildFailedError as error:
+            first = first_end(error.failures, times)
+    if -first.status in passed_on:
+        print("stopped by a signal", file=sys.stderr)
+        return INTERRUPTED
+    if machines is not None:
+        _leave_words_of(first, machines.log_of(first.rank))
+    elif first.words is not None:
+        print(error_of(first.rank, first.words.message), file=sys.stderr)
+    elif first.status != INTERRUPTED:
+        how = _killed(first.status) if first.status < 0 else f"status {first.status}"
+        print(f"error: rank {first.rank} was the first to end, with {how}", file=sys.stderr)
+    return first.status if first.status > 0 else 1
+
+
+@contextlib.contextmanager
+def _ends_noted() -> Iterator[dict[int, float]]:
+    """Yield the times at which children end, by their pids, filled in as they do."""
+    times: dict[int, float] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if child.status() == psutil.STATUS_ZOMBIE:
+                    times.setdefault(child.pid, time.time())
+
+    before = signal.signal(signal.SIGCHLD, note)
+    try:
+        yield times
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@dataclass(frozen=True)
+class End:
+    """How a rank ended that did not end well."""
+
+    rank: int
+    status: int
+    words: failure_file.Words | None
+    time: float
+
+
+def first_end(failures: dict[int, ProcessFailure], times: dict[int, float]) -> End:
+    """Return the earliest failure of a rank's own or death; without one, a consequence of others.
+
+    times: when ranks have ended, by their pids. A rank that torchrun's agent reaped first is not in
+    it; then the second is known in which the agent saw it. When one rank has failed, the agent ends
+    the others by SIGTERM, and by SIGKILL where they hang: such an end is no cause.
+    """
+    seen = {r: times.get(f.pid, f.timestamp + 1.0) for r, f in failures.items()}
+    first_seen = min(seen.values())
+    ends = []
+    for rank, failure in failures.items():
+        words = failure_file.read(failure.error_file)
+        if words is None:
+            ends.append(End(rank, failure.exitcode, None, seen[rank]))
+        else:
+            ends.append(End(rank, words.status, words, words.time))
+
+    def precedence(end: End) -> tuple[int, float]:
+        by_agent = end.status in (-signal.SIGTERM, -signal.SIGKILL) and end.time > first_seen
+        if end.words is None and by_agent:
+            return 3, end.time
+        if end.words is not None and not end.words.own:
+            return 2, end.time
+        return (1 if end.status == INTERRUPTED else 0), end.time
+
+    return min(ends, key=precedence)
+
+
+def error_of(rank: int, message: str) -> str:
+    """The line for a rank's failure."""
+    where = "" if rank == 0 else f" (rank {rank})"
+    return f"error{where}: {printable(message)}"
+
+
+def _hold(run_dir: str, machines: Machines | None) -> contextlib.AbstractContextManager[None]:
+    """By the first machine for all."""
+    if not run_dir or (machines is not None and machines.this != 0):
+        return contextlib.nullcontext()
+    return held(Path(run_dir), "run.dir")
+
+
+def _of_ranks(parallel: ParallelConfig, machines: Machines | None, folder: str) -> dict[str, Any]:
+    """A machine that is lost ends the run, nobody waits for another."""
+    from megafork.cluster.rank_logs import RankLogs
+    from megafork.system.rendezvous import (
+        STORE,
+        launch_options,
+        on_one_machine,
+        on_several_machines,
+    )
+
+    variables: dict[str, str] = {}
+    count, log_of = 1, None
+    if machines is not None:
+        count, log_of = machines.count, machines.log_of
+        variables[JOINED] = "1"
+    if machines is None or count == 1:
+        variables[STORE] = f"{folder}/store"
+        meeting = on_one_machine(variables[STORE])
+    else:
+        endpoint, this = os.environ[ENDPOINT], machines.this
+        meeting = on_several_machines(endpoint, this=this, count=count, timeout_s=_RENDEZVOUS_S)
+    return launch_options(meeting) | {
+        "min_nodes": count,
+        "max_nodes": count,
+        "nproc_per_node": parallel.world_size if machines is None else machines.ranks_each,
+        "logs_specs": RankLogs(folder, log_of, variables),
+        "log_line_prefix_template": None if machines is None else "[rank ${rank}] ",
+    }
+
+
+def _leave_words_of(end: End, log: str) -> None:
+    if end.words is not None:
+        told, own = f"ended with status {end.status}: {end.words.line}", end.words.own
+    elif end.status < 0:
+        told, own = f"was killed by signal {-end.status}", True
+    else:
+        return
+    failure_file.leave(f"rank {end.rank} {told}", status=max(end.status, 1), own=own, log=log)
+
+
+def _killed(status: int) -> str:
+    told = f", {told_of_a_kill()}" if status == -signal.SIGKILL else ""
+    return f"signal {-status}{told}"
+
+
+def _signal_ranks(number: int) -> None:
+    found = False
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "megafork" in child.cmdline():
+                child.send_signal(number)
+                found = True
+    if not found:
+        sys.exit(INTERRUPTED)
+
+
+def end_with_launcher() -> None:
+    """A rank that `launch_ranks` started ends when its launcher is killed (Linux)."""
+    launcher = os.environ.get(_LAUNCHER)
+    if launcher is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(launcher):  # killed before the line above
+        sys.exit(1)
+
+
+def join_output() -> None:
+    """A rank with a log of its own: what it says of errors goes there too."""
+    if JOINED in os.environ:
+        os.dup2(1, 2)
+
+
+def check_world(parallel: ParallelConfig) -> None:
+    """Under torchrun: the world must be a multiple of tp * pp * cp. Raises UserError."""
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size % parallel.model_parallel_size:
+        raise UserError(
+            f"torchrun started {world_size} ranks, no multiple of parallel.tp={parallel.tp} * "
+            f"pp={parallel.pp} * cp={parallel.cp} = {parallel.model_parallel_size}"
+        )

@@ -1,0 +1,153 @@
+"""`megafork plan`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megafork.config import TrainConfig
+from megafork.config.load import load_config
+from megafork.errors import UserError
+from megafork.model.shape import ModelShape
+from megafork.plan.nodes import NodeType, node_type
+from megafork.plan.shapes import named_shape
+from megafork.trainer.preflight import check_length
+
+_UNKNOWN = 'run.dir="unset"', 'data.train="unset"', 'reward.verifier="maths"', "training.steps=1"
+"""What a config needs and a plan without one does not know."""
+
+
+def plan(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="a run's TOML file and section.key=value",
+            metavar="[CONFIG] [SECTION.KEY=VALUE]...",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="qwen3-8b, -14b, -32b, or an HF folder; unset: model.path"),
+    ] = None,
+    node: Annotated[
+        str, typer.Option(help="a100-80g, h100, h200, h20, b200 or a TOML file")
+    ] = "h100",
+    nodes: Annotated[int, typer.Option(help="all nodes, trainer's and servers'", min=1)] = 1,
+    serve_nodes: Annotated[
+        int | None,
+        typer.Option(help="of them, full of servers; unset: half, or what --search finds", min=0),
+    ] = None,
+    mean_response_tokens: Annotated[
+        float | None, typer.Option(help="tokens of a response; unset: a quarter of the longest")
+    ] = None,
+    find: Annotated[
+        bool, typer.Option("--search", help="the quickest layouts that fit, instead of this one")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="numbers, in bytes and seconds")] = False,
+) -> None:
+    """Memory, bytes on the wire and time of a run; exit status 1 if it does not fit."""
+    # A plan is of other GPUs than this machine's, if it has any.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    config = _config(list(arguments or []), model)
+    _check_nodes(nodes, serve_nodes, colocated=config.rollout.placement == "colocated")
+    if model is None:
+        shape = named_shape(config.model.path, setting="model.path")
+    else:
+        shape = named_shape(model)
+    check_length(config, shape)
+    kind = node_type(node)
+    tell = _search if find else _plan
+    fits = tell(config, shape, kind, nodes, serve_nodes, mean_response_tokens, as_json=as_json)
+    raise typer.Exit(0 if fits else 1)
+
+
+def _search(
+    config: TrainConfig,
+    shape: ModelShape,
+    node: NodeType,
+    num_nodes: int,
+    serve_nodes: int | None,
+    mean_response_tokens: float | None,
+    *,
+    as_json: bool,
+) -> bool:
+    from megafork.plan import report
+    from megafork.plan.search import search
+
+    found = search(
+        config, shape, node, num_nodes, serve_nodes, mean_response_tokens=mean_response_tokens
+    )
+    if as_json:
+        _tell_json([report.layout_as_json(layout) for layout in found])
+    else:
+        _tell(report.search_lines(found))
+    return bool(found)
+
+
+def _plan(
+    config: TrainConfig,
+    shape: ModelShape,
+    node: NodeType,
+    num_nodes: int,
+    serve_nodes: int | None,
+    mean_response_tokens: float | None,
+    *,
+    as_json: bool,
+) -> bool:
+    from megafork.plan import report
+    from megafork.plan.memory import plan_memory
+    from megafork.plan.search import Nodes, remedies, timed
+
+    colocated = config.rollout.placement == "colocated"
+    serving = 0 if colocated else num_nodes // 2 if serve_nodes is None else serve_nodes
+    nodes = Nodes(node, num_nodes - serving, serving)
+    memory = plan_memory(config, shape, node, nodes.train, nodes.serve)
+    time = timed(config, shape, nodes, mean_response_tokens)
+    fixes = [] if memory.fits else remedies(config, shape, nodes)
+    if as_json:
+        _tell_json(report.as_json(memory, time, fixes))
+        return memory.fits
+    _tell(report.memory_lines(memory, shape, node))
+    if memory.fits:
+        _tell(report.time_lines(time))
+    _tell(report.assumption_lines(time if memory.fits else None))
+    _tell(report.problem_lines(memory, fixes))
+    return memory.fits
+
+
+def _config(arguments: list[str], model: str | None) -> TrainConfig:
+    path = arguments.pop(0) if arguments and "=" not in arguments[0] else None
+    if path is None and model is None:
+        raise UserError("give a run's config, or a model: megafork plan --model qwen3-32b")
+    settings = [] if path is not None else list(_UNKNOWN)
+    if model is not None:
+        settings.append(f"model.path={json.dumps(str(Path(model)))}")
+    return load_config(TrainConfig, path, [*settings, *arguments])
+
+
+def _check_nodes(nodes: int, serve_nodes: int | None, *, colocated: bool) -> None:
+    if colocated and serve_nodes:
+        raise UserError(
+            f"--serve-nodes {serve_nodes} with rollout.placement=colocated, whose servers take the "
+            "trainer's GPUs: leave it out, or set rollout.placement=disaggregated"
+        )
+    serving = 1 if serve_nodes is None else serve_nodes
+    if not colocated and not 0 < serving < nodes:
+        given = "" if serve_nodes is None else f" --serve-nodes {serve_nodes}"
+        raise UserError(
+            f"--nodes {nodes}{given} leaves no node to train or none to serve: give two nodes or "
+            "more, of which some serve, or set rollout.placement=colocated"
+        )
+
+
+def _tell(lines: Iterable[str]) -> None:
+    typer.echo("\n".join(lines) + "\n")
+
+
+def _tell_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2))

@@ -1,0 +1,221 @@
+"""Layouts that fit a number of nodes, the quickest first.
+
+Times are arithmetic, rehearsals take a tenth of a second each: layouts are sorted by their time,
+and rehearsed in that order until as many fit as are wanted.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megafork.config import TrainConfig
+from megafork.errors import UserError
+from megafork.model.shape import ModelShape
+from megafork.plan.memory import MemoryPlan, plan_memory
+from megafork.plan.nodes import NodeType
+from megafork.plan.passes import DTYPE_BYTES
+from megafork.plan.roofline import StepTime, step_time
+from megafork.plan.serving import server_memory, server_problems
+from megafork.plan.work import num_parameters
+
+Changes = dict[str, Any]
+"""section.key -> value"""
+_MEAN_SHARE = 0.25
+"""of the longest response, where nobody says how long the mean one is"""
+_SIZES = (1, 2, 4, 8, 16)
+_PACKS = (1, 2, 4)
+"""longest sequences in a micro-batch"""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    node: NodeType
+    train: int
+    serve: int
+    """beside them; 0 where rollout.placement=colocated"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    changes: Changes
+    nodes: Nodes
+    memory: MemoryPlan
+    time: StepTime
+
+
+def changed(config: TrainConfig, changes: Changes) -> TrainConfig:
+    """The config with some values replaced, checked. Raises UserError or ValueError (pydantic)."""
+    raw = config.model_dump()
+    for name, value in changes.items():
+        section, key = name.split(".")
+        raw[section][key] = value
+    # What was unset stays unset: `check` asks for settings that change nothing.
+    result = TrainConfig.model_validate(raw)
+    result.check()
+    return result
+
+
+def mean_response(config: TrainConfig, given: float | None) -> float:
+    return _MEAN_SHARE * config.rollout.max_response_tokens if given is None else given
+
+
+def timed(
+    config: TrainConfig, shape: ModelShape, nodes: Nodes, mean_response_tokens: float | None
+) -> StepTime:
+    mean = mean_response(config, mean_response_tokens)
+    return step_time(config, shape, nodes.node, nodes.train, nodes.serve, mean_response_tokens=mean)
+
+
+def search(
+    config: TrainConfig,
+    shape: ModelShape,
+    node: NodeType,
+    num_nodes: int,
+    serve_nodes: int | None,
+    *,
+    mean_response_tokens: float | None = None,
+    wanted: int = 10,
+) -> list[Layout]:
+    """The `wanted` quickest layouts that fit, by tokens/s/GPU; fewer where fewer fit.
+
+    Over tp, pp, cp, recompute, micro_batch_tokens, rollout.tensor_parallel and, with serve_nodes
+    unset, the split of the nodes; everything else is the config's.
+    """
+    found: list[tuple[float, int, Changes, Nodes, StepTime]] = []
+    for nodes in _splits(config, node, num_nodes, serve_nodes):
+        server = _quickest_server(config, shape, nodes, mean_response_tokens)
+        if server is None:
+            continue
+        for changes in _trainers(config, shape, nodes):
+            both = changes | server
+            try:
+                time = timed(changed(config, both), shape, nodes, mean_response_tokens)
+            except UserError:
+                continue
+            order = (-time.tokens_per_second_per_gpu, len(found), both, nodes, time)
+            heapq.heappush(found, order)
+    layouts: list[Layout] = []
+    while found and len(layouts) < wanted:
+        *_, changes, nodes, time = heapq.heappop(found)
+        new = changed(config, changes)
+        plan = plan_memory(new, shape, node, nodes.train, nodes.serve, quick=True)
+        if plan.fits:
+            changes |= {"parallel.dp": plan.dp}  # the config may have another
+            layouts.append(Layout(changes, nodes, plan, time))
+    return layouts
+
+
+def _splits(
+    config: TrainConfig, node: NodeType, num_nodes: int, serve_nodes: int | None
+) -> Iterator[Nodes]:
+    if config.rollout.placement == "colocated":
+        yield Nodes(node, num_nodes, 0)
+    else:
+        for serve in range(1, num_nodes) if serve_nodes is None else [serve_nodes]:
+            yield Nodes(node, num_nodes - serve, serve)
+
+
+def _quickest_server(
+    config: TrainConfig, shape: ModelShape, nodes: Nodes, mean_response_tokens: float | None
+) -> Changes | None:
+    """The rollout settings with which generation, which no trainer's layout changes, is quickest.
+
+    None where no server fits.
+    """
+    best: tuple[float, Changes] | None = None
+    gpus = nodes.node.gpus
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    for tp in (size for size in _SIZES if gpus % size == 0 and shape.num_heads % size == 0):
+        changes: Changes = {"rollout.tensor_parallel": tp}
+        if config.rollout.placement == "colocated":
+            changes["rollout.servers"] = gpus // tp
+        # A trainer that goes onto any node, so that only the server decides.
+        alone: Changes = {
+            "parallel.tp": 1, "parallel.pp": 1, "parallel.cp": 1, "parallel.vpp": 1,
+            "parallel.dp": None, "parallel.sequence_parallel": False,
+            "parallel.pipeline_layers": None,
+            "training.micro_batch_tokens": longest,
+        }  # fmt: skip
+        server = changed(config, changes | alone)
+        memory = server_memory(server, shape, nodes.node)
+        if server_problems(server, shape, memory, gpus):
+            continue
+        seconds = timed(server, shape, nodes, mean_response_tokens).seconds["generate"]
+        if best is None or seconds < best[0]:
+            best = seconds, changes
+    return best[1] if best else None
+
+
+def _trainers(config: TrainConfig, shape: ModelShape, nodes: Nodes) -> Iterator[Changes]:
+    """Layouts that divide the model and the GPUs, and whose static bytes could fit."""
+    gpus = nodes.train * nodes.node.gpus
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    value_bytes = DTYPE_BYTES[config.model.dtype]
+    for tp in (size for size in _SIZES if size <= nodes.node.gpus):
+        for pp in range(1, gpus + 1):
+            for cp in _SIZES:
+                if gpus % (tp * pp * cp):
+                    continue
+                layout: Changes = {
+                    "parallel.tp": tp, "parallel.pp": pp, "parallel.cp": cp, "parallel.vpp": 1,
+                    "parallel.dp": None, "parallel.sequence_parallel": tp > 1,
+                    "parallel.pipeline_layers": None,
+                }  # fmt: skip
+                # Not yet a valid config: a micro-batch may have to be smaller or larger.
+                parallel = config.parallel.model_copy(
+                    update={name.split(".")[1]: value for name, value in layout.items()}
+                )
+                try:
+                    shape.check_layout(parallel)
+                except UserError:
+                    continue
+                of_rank = num_parameters(shape) / (tp * pp)
+                if of_rank * (value_bytes + 4 + 8 * tp * pp / gpus) > nodes.node.gpu_memory:
+                    continue
+                shortest = parallel.tokens_on_one_rank(longest)
+                for recompute in ("none", "full"):
+                    for packs in _PACKS:
+                        yield layout | {
+                            "model.recompute": recompute,
+                            "training.micro_batch_tokens": packs * shortest,
+                        }
+
+
+def remedies(
+    config: TrainConfig, shape: ModelShape, nodes: Nodes, *, wanted: int = 3
+) -> list[Changes]:
+    """Changes with which the plan was found to fit, the smallest first."""
+    parallel, fit, smaller = config.parallel, list[Changes](), list[Changes]()
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    tp = 2 * parallel.tp
+    single: list[Changes] = [
+        {"model.recompute": "full"},
+        {"training.micro_batch_tokens": parallel.tokens_on_one_rank(longest)},
+        {"parallel.tp": tp, "parallel.sequence_parallel": True},
+        {"parallel.pp": 2 * parallel.pp},
+        {"parallel.cp": 2 * parallel.cp},
+    ]
+    own = config.rollout.tensor_parallel
+    servers: list[Changes] = [{}, *({"rollout.tensor_parallel": own * n} for n in (2, 4))]
+    trainers = [{}, *single]
+    trainers += [single[0] | other for other in single[1:]]
+    trainers += [single[0] | {"parallel.tp": tp, "parallel.sequence_parallel": True} | single[3]]
+    for server in servers:
+        for trainer in trainers:
+            changes = trainer | server | {"parallel.dp": None}
+            if any(known.items() <= changes.items() for known in smaller):
+                continue
+            try:
+                new = changed(config, changes)
+                plan = plan_memory(new, shape, nodes.node, nodes.train, nodes.serve, quick=True)
+            except (UserError, ValueError):
+                continue
+            if plan.fits:
+                smaller.append(trainer | server)
+                fit.append(changes | {"parallel.dp": plan.dp})
+            if len(fit) == wanted:
+                return fit
+    return fit

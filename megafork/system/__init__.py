@@ -1,0 +1,1 @@
+"""Files, processes, signals and text: what no part of the training is about."""

@@ -1,0 +1,100 @@
+"""The process that runs verifiers (pool.py starts it): lines of JSON over a socket, in and out.
+
+It is told with which folders to look for modules, loads the verifiers, says so, and answers one
+response after the other in its main thread, so that a verifier may use signal.alarm.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+from megafork.errors import UserError
+from megafork.verifiers.names import Verifier, load_verifier
+
+_PR_SET_PDEATHSIG = 1
+_LONGEST_CAUSE = 2000
+
+
+def main(
+    fd: int, parent: int, memory_mib: int, names: Sequence[str], places: Sequence[str] | None
+) -> None:
+    """Serve until the socket `fd` closes. parent: the trainer's process, to end with it."""
+    _protect(parent, memory_mib)
+    with socket.socket(fileno=fd) as connection:
+        os.set_inheritable(fd, False)  # a verifier's own processes must not keep it open
+        asked, told = connection.makefile("rb"), connection.makefile("wb")
+        verifiers: list[Verifier] = []
+        _say(told, 0, _loaded(names, places, memory_mib, verifiers))
+        this = os.getpid()
+        for line in asked if verifiers else ():
+            number, *question = json.loads(line)
+            message = _answer(verifiers, *question)
+            if os.getpid() != this:  # a verifier forked, and its child came back
+                os._exit(1)
+            _say(told, number, message)
+
+
+def _protect(parent: int, memory_mib: int) -> None:
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed before the line above
+            os._exit(1)
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = memory_mib << 20
+    limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Slurm and a terminal signal every process: the trainer alone decides what follows from it.
+    # Not SIG_IGN, which a verifier's own processes would inherit.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: None)
+
+
+def _loaded(
+    names: Sequence[str],
+    places: Sequence[str] | None,
+    memory_mib: int,
+    verifiers: list[Verifier],
+) -> dict[str, Any]:
+    """What to say of it; the functions go to `verifiers`, all or none."""
+    try:
+        verifiers += [load_verifier(name, places) for name in names]
+    except BaseException as error:
+        verifiers.clear()
+        cause = error if isinstance(error, UserError) else _text_of(error)
+        told = str(cause)[:_LONGEST_CAUSE]
+        return {"unusable": f"{told} (in a worker of reward.memory_mib={memory_mib})"}
+    return {"ready": True}
+
+
+def _answer(
+    verifiers: Sequence[Verifier], prompt: str, response: str, answer: str
+) -> dict[str, Any]:
+    try:
+        return {"scores": [float(verify(prompt, response, answer)) for verify in verifiers]}
+    except UserError as error:
+        return {"user_error": str(error)[:_LONGEST_CAUSE]}
+    except MemoryError:
+        return {"failure": "memory", "cause": "MemoryError"}
+    except BaseException as error:  # SystemExit too
+        return {"failure": "error", "cause": _text_of(error)}
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"[:_LONGEST_CAUSE]
+    except Exception:
+        return type(error).__name__
+
+
+def _say(stream: BinaryIO, number: int, message: dict[str, Any]) -> None:
+    stream.write(json.dumps({"number": number} | message).encode() + b"\n")
+    stream.flush()
