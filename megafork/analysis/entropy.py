@@ -1,4 +1,4 @@
-"""The spread of entropy over response tokens (arXiv 2506.01939, figure 2a)."""
+"""Distribution of the entropy over response tokens (arXiv 2506.01939, figure 2a)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy
 
 from megafork.analysis.output import BLUE, ORANGE, Row, figure, write_table
 from megafork.analysis.scored import Scored
-from megafork.analysis.statistics import ClusteredMeans, quantiles
+from megafork.analysis.statistics import overall_mean
 
 BIN_NATS = 0.05
 NEAR_ZERO_NATS = 0.01
@@ -34,27 +34,22 @@ class EntropyTables:
 
 def entropy_tables(scored: Scored) -> EntropyTables:
     """The exact percentiles, the histogram, and the mean with its standard error over responses."""
-    percentiles = quantiles(scored.entropy_T, [p / 100 for p in range(101)]).tolist()
-    num_bins = max(1, int(numpy.ceil(percentiles[100] / BIN_NATS)))
-    counts = numpy.zeros(num_bins, numpy.int64)
-    means = ClusteredMeans(1)
-    near_zero, top = 0, 0.0
-    for tokens, row_T in scored.blocks():
-        entropy_T = scored.entropy_T[tokens].astype(numpy.float64)
-        means.add(entropy_T, numpy.zeros(len(entropy_T), numpy.int64), row_T)
-        near_zero += int((entropy_T < NEAR_ZERO_NATS).sum())
-        top += float(entropy_T[entropy_T >= percentiles[_FORKING]].sum())
-        # Rounding may leave an entropy a little below 0.
-        counts += numpy.histogram(
-            entropy_T.clip(min=0.0), num_bins, range=(0.0, num_bins * BIN_NATS)
-        )[0]
-    mean = float(means.mean[0])
+    mean, error = overall_mean(scored.entropy_T, scored.response_T())
+    entropy_T = scored.entropy_T.astype(numpy.float64)
+    near_zero = int((entropy_T < NEAR_ZERO_NATS).sum())
+    percentile_at = numpy.arange(101) / 100
+    percentiles = numpy.quantile(entropy_T, percentile_at, overwrite_input=True).tolist()
+    top = float(entropy_T[entropy_T >= percentiles[_FORKING]].sum())
     total = mean * scored.num_tokens
+    num_bins = max(1, int(numpy.ceil(percentiles[100] / BIN_NATS)))
+    edges = numpy.linspace(0.0, num_bins * BIN_NATS, num_bins + 1)
+    edges[0] = min(0.0, percentiles[0])  # rounding may leave an entropy a little below 0
+    counts = numpy.histogram(entropy_T, edges)[0]
     about = {
         "responses": len(scored.length_B),
         "tokens": scored.num_tokens,
         "mean_nats": mean,
-        "mean_standard_error_nats": float(means.standard_error[0]),
+        "mean_standard_error_nats": error,
         f"share_below_{NEAR_ZERO_NATS:g}_nats": near_zero / scored.num_tokens,
         "share_of_entropy_at_or_above_p80": top / total if total > 0 else float("nan"),
         "percentiles_are": "exact, linear between two order statistics",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -16,16 +15,16 @@ import numpy
 
 from megafork.analysis.output import BLUE, GREY, Row, figure, write_table
 from megafork.analysis.scored import Scored, check_same_responses
-from megafork.analysis.statistics import ClusteredMeans, order_statistics
+from megafork.analysis.statistics import clustered_means, overall_mean
 
 Scope = Literal["batch", "sequence"]
 NUM_BINS = 20
 _NAMED_POINTS = 10
-"""Of more, numbers and steps would be written over one another."""
+"""At most as many have their numbers and steps written, as more would overlap."""
 
 
 def overlap(base: Scored, model: Scored, rho: float, scope: Scope) -> Row:
-    """The columns of one row of overlap.csv: positions in the top rho of each model and of both.
+    """One row of overlap.csv: positions in the top rho of each model and of both.
 
     The threshold is the k-th largest entropy, k = ceil(rho n), of the file or of each response
     (then NaN in the row); ties at it are kept, as in training. `overlap` is |base and model| /
@@ -51,31 +50,21 @@ def overlap(base: Scored, model: Scored, rho: float, scope: Scope) -> Row:
 
 def _top(scored: Scored, rho: float, scope: Scope) -> tuple[numpy.ndarray, float]:
     """(bool [T]: the positions at or above their threshold, the file's threshold or NaN)"""
-    if scope == "batch":
-        threshold = _threshold(scored.entropy_T, rho)
-        return scored.entropy_T >= threshold, threshold
-    top_T = numpy.empty(scored.num_tokens, bool)
-    ends = numpy.cumsum(scored.length_B).tolist()
-    for start, end in zip([0, *ends], ends, strict=False):
-        if end > start:
-            own_T = scored.entropy_T[start:end]
-            top_T[start:end] = own_T >= _threshold(own_T, rho)
-    return top_T, float("nan")
-
-
-def _threshold(entropy_T: numpy.ndarray, rho: float) -> float:
-    """The k-th largest, k = top_k(n, rho)."""
-    rank = len(entropy_T) - _top_k(len(entropy_T), rho)
-    return float(numpy.partition(entropy_T, rank)[rank])
-
-
-@cache
-def _top_k(num_tokens: int, rho: float) -> int:
     import torch
 
     from megafork.ops.top_fraction import top_k
 
-    return int(top_k(torch.tensor([num_tokens]), rho)[0])
+    in_batch = scope == "batch"
+    length_S = numpy.array([scored.num_tokens]) if in_batch else scored.length_B
+    threshold_S = numpy.full(len(length_S), numpy.nan, numpy.float32)
+    end_S = length_S.cumsum()
+    for segment, k in enumerate(top_k(torch.from_numpy(length_S), rho).tolist()):
+        own_T = scored.entropy_T[end_S[segment] - length_S[segment] : end_S[segment]]
+        if len(own_T):
+            threshold_S[segment] = numpy.partition(own_T, -k)[-k]
+    if in_batch:
+        return scored.entropy_T >= threshold_S[0], float(threshold_S[0])
+    return scored.entropy_T >= numpy.repeat(threshold_S, length_S), float("nan")
 
 
 def write_overlap(
@@ -138,15 +127,13 @@ def entropy_change(base: Scored, trained: Scored) -> tuple[list[Row], Row]:
     check_same_responses(base, trained)
     n = base.num_tokens
     ranks = [max(-(-i * n // NUM_BINS) - 1, 0) for i in range(NUM_BINS + 1)]
-    edges = order_statistics(base.entropy_T, ranks)
-    before, change, overall = ClusteredMeans(NUM_BINS), ClusteredMeans(NUM_BINS), ClusteredMeans(1)
-    for tokens, row_T in base.blocks():
-        before_T, after_T = base.entropy_T[tokens], trained.entropy_T[tokens]
-        bin_T = numpy.searchsorted(edges[1:-1], before_T, side="left")
-        change_T = after_T.astype(numpy.float64) - before_T
-        before.add(before_T, bin_T, row_T)
-        change.add(change_T, bin_T, row_T)
-        overall.add(change_T, numpy.zeros_like(bin_T), row_T)
+    edges = numpy.partition(base.entropy_T, sorted(set(ranks)))[ranks]
+    bin_T = numpy.searchsorted(edges[1:-1], base.entropy_T, side="left").astype(numpy.int8)
+    change_T = trained.entropy_T.astype(numpy.float64) - base.entropy_T
+    response_T = base.response_T()
+    before = clustered_means(base.entropy_T, bin_T, response_T, NUM_BINS)
+    change = clustered_means(change_T, bin_T, response_T, NUM_BINS)
+    mean_change, mean_change_error = overall_mean(change_T, response_T)
     width = 100 // NUM_BINS
     rows = [
         {
@@ -164,8 +151,8 @@ def entropy_change(base: Scored, trained: Scored) -> tuple[list[Row], Row]:
     ]
     about = {
         "tokens": n,
-        "mean_change_nats": float(overall.mean[0]),
-        "mean_change_standard_error_nats": float(overall.standard_error[0]),
+        "mean_change_nats": mean_change,
+        "mean_change_standard_error_nats": mean_change_error,
         "bins_are": "of the base's entropy by rank; equal entropies are in one bin, so a bin may "
         "have more than 5% of the tokens and the next ones fewer or none",
         "standard_errors": "over responses; empty with fewer than two",

@@ -1,7 +1,7 @@
 """Scored responses as columns in memory: 4 bytes for a token's entropy, and 4 for its id if asked.
 
 Parquet files are read by column, jsonl files line by line. Entropies are held as float32, which is
-what `megafork score` computes; others are rounded to it. Shapes: T tokens, B responses.
+what `megafork score` computes; wider ones are rounded to it. Shapes: T tokens, B responses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import numpy
 from megafork.errors import UserError
 from megafork.system.parsing import parse_json
 
-BLOCK_TOKENS = 1 << 20
 _BATCH_ROWS = 256
 _ROUNDING = 1e-3
 """An entropy may be this far below 0, in nats; one below that is an error."""
@@ -40,7 +39,7 @@ class _Row(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Scored:
-    """The responses of one file, one after the other."""
+    """Columns of one file's responses, one after the other."""
 
     path: Path
     entropy_T: numpy.ndarray
@@ -50,41 +49,25 @@ class Scored:
     length_B: numpy.ndarray
     """int64, tokens; may be 0"""
     number_B: numpy.ndarray
-    """int64, the line (parquet: row) of the file, from 1"""
+    """int64, the line of the file (in parquet the row), from 1"""
     key_B: numpy.ndarray
     """16 bytes that stand for the tokens of prompt and response"""
-    block_tokens: int = BLOCK_TOKENS
 
     @property
     def num_tokens(self) -> int:
         return len(self.entropy_T)
 
+    def response_T(self) -> numpy.ndarray:
+        """int32, the index of the response that a token belongs to."""
+        return numpy.repeat(numpy.arange(len(self.length_B), dtype=numpy.int32), self.length_B)
+
     def place(self, index: int) -> str:
         """The file and the line (parquet: row) of a response, for messages."""
         return _place(self.path, self.number_B[index])
 
-    def blocks(self) -> Iterator[tuple[slice, numpy.ndarray]]:
-        """(tokens, row_T) of some whole responses at a time, so that temporaries stay small.
-
-        A block ends with the response that reaches `block_tokens`. row_T: int64, the index of the
-        response that a token belongs to. Files of the same responses have the same blocks.
-        """
-        end_B = numpy.cumsum(self.length_B)
-        first = start = 0
-        while start < self.num_tokens:
-            last = int(numpy.searchsorted(end_B, start + self.block_tokens)) + 1
-            last = min(last, len(end_B))
-            rows_B = numpy.arange(first, last)
-            yield slice(start, end_B[last - 1]), numpy.repeat(rows_B, self.length_B[first:last])
-            first, start = last, int(end_B[last - 1])
-
 
 def read_scored(
-    path: Path,
-    *,
-    vocab_size: int | None = None,
-    encode: Encode | None = None,
-    block_tokens: int = BLOCK_TOKENS,
+    path: Path, *, vocab_size: int | None = None, encode: Encode | None = None
 ) -> Scored:
     """Read the parquet or jsonl file `path` that `megafork score` wrote.
 
@@ -118,25 +101,24 @@ def read_scored(
         length_B=numpy.frombuffer(lengths, numpy.int64),
         number_B=numpy.frombuffer(numbers, numpy.int64),
         key_B=numpy.frombuffer(keys, _KEY),
-        block_tokens=block_tokens,
     )
 
 
 def check_same_responses(a: Scored, b: Scored) -> None:
     """Raise UserError naming the first line at which two files differ in prompt or response."""
+    advice = "score one file of responses with both models"
+    if a.path.suffix != b.path.suffix:  # a jsonl of text has no ids, a parquet of the same has
+        advice += ", into files of one format (.jsonl or .parquet)"
     common = min(len(a.key_B), len(b.key_B))
     differs = (a.key_B[:common] != b.key_B[:common]) | (a.length_B[:common] != b.length_B[:common])
     if differs.any():
         at = int(differs.argmax())
-        raise UserError(
-            f"{b.place(at)}: not the response of {a.place(at)}: score one file of responses with "
-            "both models"
-        )
+        raise UserError(f"{b.place(at)}: not the response of {a.place(at)}: {advice}")
     if len(a.key_B) != len(b.key_B):
         longer, shorter = (a, b) if len(a.key_B) > common else (b, a)
         raise UserError(
             f"{longer.place(common)}: {shorter.path} ends before this response "
-            f"({common} of {len(longer.key_B)}): score one file of responses with both models"
+            f"({common} of {len(longer.key_B)}): {advice}"
         )
 
 
@@ -234,12 +216,12 @@ def _key(row: _Row) -> bytes:
 
 
 def _spelled(text: msgspec.Raw) -> bytes:
-    """JSON in one spelling: an accent may be written as it is or as an escape."""
+    """JSON in one spelling, as an accent may be written as it is or as an escape."""
     return msgspec.json.encode(msgspec.json.decode(text), order="sorted") if text else b""
 
 
 def _fault(line: bytes, error: Exception) -> str:
-    """Why msgspec refused a line; Python's parser knows NaN and Infinity."""
+    """The reason why msgspec refused a line; Python's parser knows NaN and Infinity."""
     try:
         row: Any = parse_json(line)
     except ValueError as cause:

@@ -13,7 +13,7 @@ import numpy
 from megafork.analysis.glyphs import Font, token_label
 from megafork.analysis.output import BLUE, GREY, ORANGE, Row, figure, write_table
 from megafork.analysis.scored import Scored
-from megafork.analysis.statistics import ClusteredMeans
+from megafork.analysis.statistics import clustered_means
 from megafork.errors import UserError
 
 _NUM_BARS = 20
@@ -61,9 +61,7 @@ def rank_tokens(
     enough.
     """
     assert scored.id_T is not None
-    means = ClusteredMeans(vocab_size)
-    for tokens, row_T in scored.blocks():
-        means.add(scored.entropy_T[tokens], scored.id_T[tokens].astype(numpy.int64), row_T)
+    means = clustered_means(scored.entropy_T, scored.id_T, scored.response_T(), vocab_size)
     frequent = ((means.count >= min_count) & (means.num_responses >= min_responses)).nonzero()[0]
     if not len(frequent):
         raise UserError(

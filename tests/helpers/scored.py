@@ -51,9 +51,8 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def scored_of(folder: Path, name: str, rows: list[dict], block_tokens: int = 100) -> Scored:
-    path = write(folder / f"{name}.jsonl", rows)
-    return read_scored(path, vocab_size=VOCAB, block_tokens=block_tokens)
+def scored_of(folder: Path, name: str, rows: list[dict]) -> Scored:
+    return read_scored(write(folder / f"{name}.jsonl", rows), vocab_size=VOCAB)
 
 
 def entropies_of(rows: list[dict]) -> numpy.ndarray:

@@ -12,7 +12,6 @@ from megafork.analysis.pairs import entropy_change, overlap
 from megafork.errors import UserError
 from tests.helpers.scored import brute_error, entropies_of, make_rows, rescored, scored_of
 
-BLOCKS = pytest.mark.parametrize("block_tokens", [1, 100, 10**6])
 TIES = pytest.mark.parametrize("ties", [False, True])
 
 
@@ -25,13 +24,12 @@ def top_positions(values, rho):
     return {i for i, value in enumerate(values) if value >= threshold}
 
 
-@BLOCKS
 @TIES
 @pytest.mark.parametrize("rho", [0.05, 0.2, 1.0])
-def test_overlap_is_set_arithmetic(tmp_path, block_tokens, ties, rho):
+def test_overlap_is_set_arithmetic(tmp_path, ties, rho):
     rows = make_rows(6, ties=ties)
     other = rescored(rows, 7, ties=ties)
-    a, b = (scored_of(tmp_path, n, r, block_tokens) for n, r in (("a", rows), ("b", other)))
+    a, b = (scored_of(tmp_path, n, r) for n, r in (("a", rows), ("b", other)))
 
     found = overlap(a, b, rho, "batch")
     tops = [top_positions(entropies_of(r), rho) for r in (rows, other)]
@@ -58,13 +56,12 @@ def test_a_model_overlaps_with_itself(tmp_path):
         assert overlap(a, a, 0.2, scope)["overlap"] == 1.0
 
 
-@BLOCKS
 @TIES
-def test_change_by_bins_of_the_base_model(tmp_path, block_tokens, ties):
+def test_change_by_bins_of_the_base_model(tmp_path, ties):
     """A token's bin is that of its entropy's lowest rank: 20 * (tokens of less entropy) // n."""
     rows = make_rows(8, ties=ties)
     other = rescored(rows, 9)
-    a, b = (scored_of(tmp_path, n, r, block_tokens) for n, r in (("a", rows), ("b", other)))
+    a, b = (scored_of(tmp_path, n, r) for n, r in (("a", rows), ("b", other)))
     found, about = entropy_change(a, b)
     before, after = entropies_of(rows), entropies_of(other)
     of_row = numpy.repeat(range(len(rows)), [len(row["entropies"]) for row in rows])

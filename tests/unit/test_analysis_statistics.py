@@ -1,4 +1,4 @@
-"""Statistics of one file against numpy over all of its numbers at once, with ties and blocks."""
+"""Statistics of one file against numpy over all of its numbers at once, with ties."""
 
 from __future__ import annotations
 
@@ -6,55 +6,19 @@ import numpy
 import pytest
 
 from megafork.analysis.entropy import BIN_NATS, entropy_tables
-from megafork.analysis.statistics import ClusteredMeans, order_statistics, quantiles
+from megafork.analysis.statistics import clustered_means
 from megafork.analysis.tokens import rank_tokens
 from megafork.errors import UserError
 from tests.helpers.scored import VOCAB, brute_error, entropies_of, make_rows, scored_of
 
-KINDS = ["normal", "ties", "tiny", "one"]
-
-
-def values_of(kind):
-    random = numpy.random.default_rng(3)
-    values = {
-        "normal": random.normal(0, 3, 5000),
-        "ties": random.integers(-2, 3, 5000) * 0.25,
-        "tiny": random.exponential(1, 5000) * 10.0 ** random.integers(-44, 30, 5000),
-        "one": numpy.array([0.7]),
-    }[kind].astype(numpy.float32)
-    values[::7] *= -0.0 if kind == "ties" else 1.0
-    return values
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_order_statistics_are_exact(kind):
-    values = values_of(kind)
-    for ranks in (range(len(values)), range(0, len(values), 250)):
-        found = order_statistics(values, ranks)
-        assert numpy.array_equal(found, numpy.sort(values)[ranks])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_quantiles_are_numpys(kind):
-    values = values_of(kind)
-    fractions = numpy.linspace(0, 1, 101)
-    found = quantiles(values, fractions)
-    expected = numpy.quantile(values.astype(numpy.float64), fractions)
-    # The last bits of an interpolation of two float32 in float64.
-    numpy.testing.assert_allclose(found, expected, rtol=1e-13, atol=0)
-
 
 @pytest.mark.parametrize("num_cells", [1, 3, 500])
 def test_means_and_errors_of_cells(num_cells):
-    """500 cells are more than the tokens of a response, so pairs are found by sorting."""
     random = numpy.random.default_rng(5)
     rows = numpy.sort(random.integers(0, 40, 600))
     cells = random.integers(0, num_cells, 600) // 2 * 2  # odd ones stay empty
     values = random.exponential(1, 600) + rows % 5
-    means = ClusteredMeans(num_cells)
-    for r in range(0, 40, 8):
-        part = (rows >= r) & (rows < r + 8)
-        means.add(values[part], cells[part], rows[part])
+    means = clustered_means(values, cells, rows, num_cells)
     for cell in range(num_cells):
         inside = cells == cell
         assert means.count[cell] == inside.sum()
@@ -70,16 +34,14 @@ def test_means_and_errors_of_cells(num_cells):
 
 def test_with_one_token_a_response_it_is_the_usual_standard_error():
     values = numpy.random.default_rng(0).normal(2, 1, 50)
-    means = ClusteredMeans(1)
-    means.add(values, numpy.zeros(50, numpy.int64), numpy.arange(50))
+    means = clustered_means(values, numpy.zeros(50, numpy.int64), numpy.arange(50), 1)
     assert means.standard_error[0] == pytest.approx(values.std(ddof=1) / 50**0.5, rel=1e-12)
 
 
-@pytest.mark.parametrize("block_tokens", [1, 100, 10**6])
 @pytest.mark.parametrize("ties", [False, True])
-def test_entropy_tables(tmp_path, block_tokens, ties):
+def test_entropy_tables(tmp_path, ties):
     rows = make_rows(2, ties=ties)
-    found = entropy_tables(scored_of(tmp_path, "a", rows, block_tokens))
+    found = entropy_tables(scored_of(tmp_path, "a", rows))
     values = entropies_of(rows)
     of_row = numpy.repeat(range(len(rows)), [len(row["entropies"]) for row in rows])
     about, p80 = found.about, numpy.quantile(values, 0.8)
@@ -123,11 +85,10 @@ def test_a_model_that_is_sure_of_everything(tmp_path):
     assert numpy.isnan(found.about["share_of_entropy_at_or_above_p80"])
 
 
-@pytest.mark.parametrize("block_tokens", [1, 100, 10**6])
 @pytest.mark.parametrize(("min_count", "min_responses"), [(1, 1), (38, 1), (1, 28)])
-def test_tokens_by_mean_entropy(tmp_path, block_tokens, min_count, min_responses):
+def test_tokens_by_mean_entropy(tmp_path, min_count, min_responses):
     rows = make_rows(4)
-    scored = scored_of(tmp_path, "a", rows, block_tokens)
+    scored = scored_of(tmp_path, "a", rows)
     found = rank_tokens(scored, VOCAB, lambda i: f" w{i}", min_count, min_responses)
     values = entropies_of(rows)
     ids = numpy.array([i for row in rows for i in row["response_ids"]])
