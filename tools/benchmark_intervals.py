@@ -15,7 +15,7 @@ import math
 
 import numpy
 
-from megafork.evaluation.intervals import covers, share_intervals, t_quantile
+from megafork.evaluation.intervals import covers, mean_margin, share_intervals
 
 PROBLEMS = (30, 60, 100, 200, 500)
 SAMPLES = (1, 4, 16, 64)
@@ -39,7 +39,7 @@ def students(shares):
     """(low, high) of each row, cut to 0..1; Clopper and Pearson's where all agree on 0 or 1."""
     count = shares.shape[1]
     mean = shares.mean(1)
-    margin = t_quantile(0.975, count - 1) * shares.std(1, ddof=1) / math.sqrt(count)
+    margin = mean_margin(count, 1.0) * shares.std(1, ddof=1) / math.sqrt(count)
     low, high = numpy.maximum(mean - margin, 0), numpy.minimum(mean + margin, 1)
     extreme = 0.025 ** (1 / count)
     return numpy.where(mean == 1, extreme, low), numpy.where(mean == 0, 1 - extreme, high)

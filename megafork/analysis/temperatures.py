@@ -10,14 +10,14 @@ from typing import Any
 
 from megafork.analysis.output import BLUE, GREY, ORANGE, Row, figure, make_folder, write_table
 from megafork.config.rollouts import TemperaturesConfig
-from megafork.evaluation import metrics
+from megafork.evaluation import estimates
 from megafork.evaluation.benchmark import problems_of, run_judged
 from megafork.evaluation.generation import Input, Job, check_input, digest
-from megafork.evaluation.samples import SampleFile, Settings
+from megafork.evaluation.sample_file import SampleFile, Settings
 from megafork.rollout.sampling import TwoTemperatures
 from megafork.verifiers.names import check_verifiers
 
-Problems = Sequence[Sequence[metrics.Scored]]
+Problems = Sequence[Sequence[estimates.Scored]]
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ def table(evaluations: Sequence[Evaluation]) -> list[Row]:
         problems = evaluation.problems
         pairs = zip(evaluation.accuracies(), baseline, strict=True)
         columns = {
-            "accuracy": metrics.avg_at_k(problems),
+            "accuracy": estimates.avg_at_k(problems),
             "change": _of_differences([ours - theirs for ours, theirs in pairs]),
-            "length": metrics.mean_length(problems),
-            "truncated": metrics.truncated_fraction(problems),
+            "length": estimates.mean_length(problems),
+            "truncated": estimates.truncated_fraction(problems),
         }
         row: Row = {"above": evaluation.temperatures.above, "below": evaluation.temperatures.below}
         for name, found in columns.items():
@@ -101,9 +101,9 @@ def table(evaluations: Sequence[Evaluation]) -> list[Row]:
     return rows
 
 
-def _of_differences(values: Sequence[float]) -> metrics.Estimate:
+def _of_differences(values: Sequence[float]) -> estimates.Estimate:
     """Of differences, which lie in -1..1: Student's t, cut to what is possible."""
-    found = metrics.estimate(values, is_share=False)
+    found = estimates.estimate(values, is_share=False)
     if found.low is None or found.high is None:
         return found
     return replace(found, low=max(-1.0, found.low), high=min(1.0, found.high))

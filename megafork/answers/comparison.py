@@ -1,4 +1,4 @@
-"""Are two answers equal, and one text for all that are."""
+"""The comparison of two answers, and one text for all that are equal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _AROUND = re.compile(r"(?:\\[,;:! ()]|\\\[(?!\d)|[\s$~])+")
 
 
 def are_equal(gold: str, found: str) -> bool:
-    """Texts of two answers, of which one is known to be right."""
+    """Return whether two answers are equal, of which `gold` is known to be right."""
     if not found or found == gold:
         return found == gold
     if _DECIMAL.fullmatch(gold) and _DECIMAL.fullmatch(found):
@@ -29,10 +29,10 @@ def are_equal(gold: str, found: str) -> bool:
 
 
 def canonical_answer(text: str) -> str:
-    """One text for all spellings of an answer, by which votes are counted.
+    """Return the text that all spellings of an answer share, by which votes are counted.
 
-    Units, percent signs and the name of a variable are left out; what is not understood stands for
-    itself.
+    Units, percent signs and the name of a variable are left out; an answer that cannot be read
+    stands for itself.
     """
     spelling, values = _read(bare(text))
     try:
@@ -49,7 +49,7 @@ def _equal(one: Value, other: Value) -> bool:
 
 
 def bare(text: str) -> str:
-    """Without what stands around: blanks, dollars, a full stop."""
+    """Return the text without the blanks, dollars and full stop around it."""
     text = unicodedata.normalize("NFC", text) if len(text) < 1000 else text
     start = found.end() if (found := _AROUND.match(text)) else 0
     end = len(text)
@@ -63,8 +63,8 @@ def bare(text: str) -> str:
 
 
 def _read(text: str) -> tuple[str, list[Value]]:
-    """How it is spelled, and what it may say: two things where 2e-1 is a power of ten or Euler's
-    number; none where we do not understand it."""
+    """Return how the text is spelled, and the values it may have: two where 2e-1 is a power of ten
+    or Euler's number, none where it cannot be read."""
     try:
         spelling = f"={spelled(tree(text))}"
     except Unreadable:
@@ -79,5 +79,5 @@ def _read(text: str) -> tuple[str, list[Value]]:
 
 @lru_cache(maxsize=4096)
 def _read_gold(text: str) -> tuple[str, list[Value]]:
-    """Once for all responses of a group, and for its epochs."""
+    """Read the known answer once for all responses of a group and for all epochs."""
     return _read(text)

@@ -63,7 +63,7 @@ _LOG_BASE = symbol("\\log's base")
 
 
 def expression(nodes: Nodes) -> Term:
-    """Raises Unreadable."""
+    """Return the formula that the nodes spell. Raises Unreadable."""
     reader = _Reader(nodes)
     term = reader.sum()
     if reader.next is not None:
@@ -279,7 +279,8 @@ class _Reader:
         return symbol(name)
 
     def argument(self) -> Term:
-        """Of \\frac and \\sqrt: braces, or one mark; of a number its first digit."""
+        """Read an argument of \\frac or \\sqrt: a group in braces, one mark, or the first digit of
+        a number."""
         if self.leftover:
             node, self.leftover = self.nodes[self.at - 1], False
             assert isinstance(node, Mark)

@@ -1,7 +1,7 @@
-"""Formulas: exact numbers, variables, and what is done with them.
+"""Formulas: exact numbers, variables, and the operations on them.
 
 Rational numbers stay rational (`Fraction`) and are worked out at once, the rest stays as it is;
-zeros.py compares. What would take too long, or has no value, is `Unreadable`.
+zeros.py compares. A formula that would take too long, or has no value, is `Unreadable`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CONSTANTS = ("\\pi", "e", "i", "\\infty")
 
 
 class Unreadable(Exception):
-    """Not understood, or more than we compute."""
+    """The text is not understood, or it takes more than we compute."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def _term(kind: str, *parts: Term, name: str = "", index: int = 0) -> Term:
 
 
 def number(value: Fraction | int) -> Term:
-    """Raises Unreadable beyond MOST_DIGITS digits above or below the line."""
+    """Return a rational number as a term. Raises Unreadable beyond MOST_DIGITS digits above or
+    below the line."""
     value = Fraction(value)
     if abs(value.numerator) >= _TOO_LARGE or value.denominator >= _TOO_LARGE:
         raise Unreadable("a number of too many digits")
@@ -111,7 +112,7 @@ def negate(term: Term) -> Term:
 
 
 def divide(above: Term, below: Term) -> Term:
-    """Raises Unreadable for a denominator that is 0."""
+    """Return above / below. Raises Unreadable for a denominator that is 0."""
     if below.kind == "number":
         if below.value == 0:
             raise Unreadable("division by zero")
@@ -138,7 +139,8 @@ def power(base: Term, exponent: Term) -> Term:
 
 
 def root(index: int, term: Term) -> Term:
-    """The real one where there is one; the square root of a negative number is imaginary."""
+    """Return the real root where there is one; the square root of a negative number is
+    imaginary."""
     if not 2 <= index <= _LARGEST_ROOT:
         raise Unreadable("a root of that kind")
     if term.kind != "number":
@@ -199,14 +201,14 @@ def variables(term: Term) -> set[str]:
 
 
 def is_infinite(term: Term) -> int:
-    """1, -1, or 0 for what is finite."""
+    """Return 1 or -1 for an infinite term, 0 for a finite one."""
     if term == INFINITY:
         return 1
     return -1 if term == negate(INFINITY) else 0
 
 
 def substitute(term: Term, point: Mapping[str, Fraction]) -> Term:
-    """With numbers for its variables."""
+    """Return the term with its variables replaced by the numbers of `point`."""
     if term.kind == "symbol":
         return number(point[term.name]) if term.name in point else term
     if not term.parts:
@@ -245,7 +247,8 @@ def _whole_root(index: int, value: int) -> int | None:
 
 
 def written(value: Fraction) -> str:
-    """In hexadecimal where it is long: Python refuses to write more than 4300 decimal digits."""
+    """Return the number as text, in hexadecimal where it is long: Python refuses to write more than
+    4300 decimal digits."""
     if max(abs(value.numerator), value.denominator) < 10**1000:
         return str(value)
     return f"{value.numerator:x}/{value.denominator:x}"

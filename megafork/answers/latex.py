@@ -48,7 +48,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Group:
-    """What stands in brackets: `{`, `(`, `[`, `\\{`, or in an environment (`env:matrix`)."""
+    """A bracket and its contents: `{`, `(`, `[`, `\\{`, or an environment (`env:matrix`)."""
 
     opener: str
     closer: str
@@ -80,7 +80,8 @@ _APART = re.compile(r",\s|;")
 
 
 def tree(text: str) -> tuple[Node, ...]:
-    """Raises Unreadable for what is too long, too deep, not closed, or no sign of mathematics."""
+    """Return the marks and groups of a text. Raises Unreadable for one that is too long, too deep,
+    not closed, or has what is no sign of mathematics."""
     if len(text) > LONGEST:
         raise Unreadable("too long")
     text = _grouped(to_latex(text))
@@ -117,7 +118,7 @@ def spelled(nodes: Nodes) -> str:
 
 
 def _is_plain_number(mark: Mark) -> bool:
-    """Not one with a zero in front, as the minutes of 9:05 have."""
+    """Return whether it is a number without a zero in front, unlike the minutes of 9:05."""
     return mark.kind == "number" and re.match(r"0\d", mark.text) is None
 
 
@@ -128,7 +129,7 @@ def _closers_of(opener: str) -> tuple[str, ...]:
 
 
 def to_latex(text: str) -> str:
-    """Unicode's signs of mathematics as LaTeX."""
+    """Return the text with Unicode's signs of mathematics as LaTeX."""
     if text.isascii():
         return text
     text = RAISED.sub(lambda found: f"^{{{_plain(found[0])}}}", text)
@@ -151,8 +152,8 @@ def _folded(character: str) -> str:
 
 
 def _grouped(text: str) -> str:
-    """Without the commas of 12,345. In brackets they separate, unless others there are followed by
-    a blank, as in (1,000, 2,000)."""
+    """Return the text without the commas of 12,345. In brackets commas separate, unless the text
+    has a semicolon or a comma before a blank, as in (1,000, 2,000)."""
     if "," not in text:
         return text
     apart = _APART.search(text) is not None

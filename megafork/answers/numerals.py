@@ -1,4 +1,4 @@
-"""Digits as exact numbers: decimals, powers of ten, decimals that repeat."""
+"""Exact numbers from digits: decimals, powers of ten, decimals that repeat."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GOES_ON = re.compile(r"(?P<whole>\d*)\.(?P<digits>\d{3,60})\s*(?:\\[lc]?dots|\.{
 
 
 def decimal(text: str) -> Fraction:
-    """Of digits with a point, thousands that are set apart, and an exponent."""
+    """Return the number that digits with a point, separated thousands and an exponent spell."""
     mantissa, _, exponent = re.sub(r"[^\d.eE+-]", "", text).replace("E", "e").partition("e")
     whole, _, fraction = mantissa.partition(".")
     shift = _exponent(exponent) - len(fraction)
@@ -37,7 +37,7 @@ def _exponent(text: str) -> int:
 
 
 def _integer(digits: str) -> int:
-    """In pieces: Python refuses to read more than 4300 digits at once."""
+    """Read digits in pieces: Python refuses to read more than 4300 at once."""
     value = 0
     for start in range(0, len(digits), 4000):
         piece = digits[start : start + 4000]
@@ -46,7 +46,7 @@ def _integer(digits: str) -> int:
 
 
 def repeating(found: re.Match[str]) -> Fraction:
-    """0.1\\overline{6}, 0.1(6), 0.1\\dot{6}, and 0.1666..."""
+    """Return the value of 0.1\\overline{6}, 0.1(6), 0.1\\dot{6} or 0.1666..."""
     parts = found.groupdict()
     if "digits" in parts:
         fixed, block = _block(parts["digits"])

@@ -1,6 +1,7 @@
-r"""Where the answer stands in a text: a box, an answer line, behind ####, or the last number.
+r"""The place of the answer in a text: a box, an answer line, behind ####, or the last number.
 
-For a response, for the vote of maj@k, and for an answer of the data that is a whole solution.
+It is looked for in a response, for the vote of maj@k, and in an answer of the data that is a whole
+solution.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _NUMBER = re.compile(
 
 
 def find_answer(text: str, places: Sequence[Place]) -> str | None:
-    """Of the first of `places` that has one; None: there is none, or it is blank."""
+    """Return the answer at the first of `places` that has one which is not blank; None where none
+    has."""
     for place in places:
         found = _FINDERS[place](text)
         if found is not None and found.strip():
@@ -44,7 +46,8 @@ def find_answer(text: str, places: Sequence[Place]) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} holds; None without one, or when it has no end in sight."""
+    r"""Return the content of the last \boxed{...}; None where there is none, or none that is closed
+    within LONGEST characters."""
     start = text.rfind("\\boxed")
     if start < 0:
         return None
@@ -60,17 +63,18 @@ def last_boxed(text: str) -> str | None:
 
 
 def answer_line(text: str) -> str | None:
-    """What follows the last `Answer:` that begins a line; a box in it is opened."""
+    """Return the text after the last `Answer:` that begins a line, or the content of a box in
+    it."""
     return _last(_ANSWER_LINE, text)
 
 
 def behind_hash(text: str) -> str | None:
-    """What follows the last `####` that begins a line, as in GSM8K's answers."""
+    """Return the text after the last `####` that begins a line, as in GSM8K's answers."""
     return _last(_HASH_LINE, text)
 
 
 def last_number(text: str) -> str | None:
-    """A decimal or a fraction, with its sign."""
+    """Return the last decimal or fraction, with its sign."""
     last = None
     for found in _NUMBER.finditer(text[-_TAIL:]):
         last = found[0].strip()
@@ -101,10 +105,11 @@ _MARKED: tuple[Place, ...] = ("boxed", "hash", "answer_line")
 
 
 def gold_answer(answer: str, places: Sequence[Place]) -> str:
-    """The answer of the data: where it is marked, at one of `places` before others; else all of it.
+    """Return the answer of the data: where it is marked, at one of `places` before others; else all
+    of it.
 
-    The last number is looked for in a text of several sentences alone, for it would take the 2 of
-    1/2 or the 5 of x = 5 for the whole.
+    The last number is looked for only in a text of several sentences: it would take the 2 of 1/2 or
+    the 5 of x = 5 for the whole.
     """
     if (box := last_boxed(answer)) is not None and not box.strip():
         return ""
@@ -127,7 +132,7 @@ class Search:
         self._places, self._seen = places, 0
 
     def look(self, response: str) -> str | None:
-        """What to tell the user, once, when none of the first responses has one."""
+        """Return a warning for the user, once, when none of the first responses has an answer."""
         if self._seen >= self.FIRST:
             return None
         if find_answer(response, self._places) is not None:

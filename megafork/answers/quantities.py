@@ -39,7 +39,7 @@ def split(nodes: Nodes, joint_of: Callable[[Node], str | None]) -> tuple[list[No
 
 
 def flat(nodes: Nodes) -> list[Mark]:
-    """All marks but those of an index."""
+    """Return all marks, those inside groups too, but for those of an index."""
     marks: list[Mark] = []
     for at, node in enumerate(nodes):
         if at and is_sign(nodes[at - 1], "_"):
@@ -49,7 +49,7 @@ def flat(nodes: Nodes) -> list[Mark]:
 
 
 def based(nodes: Nodes) -> Value | None:
-    """1011_2"""
+    """Return a number in another base, such as 1011_2; None where the nodes are none."""
     if len(nodes) < 3 or not is_sign(nodes[-2], "_"):
         return None
     digits = "".join(map(spelled_as_written, nodes[:-2])).upper()
@@ -98,7 +98,7 @@ def _is_time(written: Sequence[str]) -> bool:
 
 
 def quantity(given: Nodes) -> Value:
-    """A number with what it is a number of."""
+    """Return a number with its unit."""
     nodes = list(given)
     signs: list[Node] = []
     while nodes and is_sign(nodes[0], "-", "+") and not signs:

@@ -51,7 +51,7 @@ _PRODUCT = re.compile(r"[xyz]{2,3}|(?!no|on|is|at|so|up)[a-z]{2}|[a-zA-Z]|pi|inf
 
 
 def read(text: str) -> Value:
-    """Raises Unreadable."""
+    """Return the value of an answer. Raises Unreadable."""
     text = to_latex(text)
     return _words(text) or _answer(tree(text))
 
@@ -234,7 +234,8 @@ def _difference(sign: str, left: Nodes, right: Nodes) -> Relation | None:
 
 
 def _inequality(parts: Sequence[Nodes], signs: Sequence[str]) -> Value:
-    """As a set of numbers where it says between what a variable is."""
+    """Return the variable and its set of numbers where the inequality bounds one, else the
+    relation."""
     relation = _difference(signs[0], *parts) if len(parts) == 2 else None
     at = next((i for i, part in enumerate(parts) if _is_name(part) and len(part) == 1), None)
     if at is None or (len(parts) == 3) != (at == 1 and len(parts) == 3) or len(parts) > 3:
@@ -255,7 +256,8 @@ def _inequality(parts: Sequence[Nodes], signs: Sequence[str]) -> Value:
 
 
 def _beyond(bound: formulas.Term, sign: str) -> Reals:
-    """All numbers x with x `sign` bound. Raises Unreadable for what is no real number."""
+    """Return the set of all x with x `sign` bound. Raises Unreadable for a bound that is no real
+    number."""
     zeros.sign(bound)
     minus, plus = ALL.parts[0].low, ALL.parts[0].high
     match sign:

@@ -137,9 +137,10 @@ def is_known(word: str) -> bool:
 
 
 def unit_of(words: Iterable[tuple[str, int]]) -> tuple[Unit | None, Fraction]:
-    """Of words with their powers: (the unit or None, what the number is multiplied with).
+    """Return (the unit or None, the number to multiply with) of words with their powers.
 
-    One unknown word is a unit of its own (apples). Raises Unreadable for what is none.
+    Up to two unknown words are units of their own (apples). Raises Unreadable for words that are no
+    unit.
     """
     dimensions: Counter[str] = Counter()
     factor, multiplier, unknown = Fraction(1), Fraction(1), 0

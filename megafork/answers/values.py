@@ -1,4 +1,4 @@
-"""What an answer can be, which of them are equal, and one text for all that are.
+"""The kinds of values that an answer can have, their equality, and one text for all that are equal.
 
 `equal` is the judgement of a response against the answer of the data. It lets one side leave out
 what the other says (a unit, a variable's name, a percent sign), so that it is no equivalence: 50%
@@ -129,7 +129,8 @@ ALL = Reals((Interval(formulas.negate(formulas.INFINITY), formulas.INFINITY, Fal
 
 
 def equal(one: Value, other: Value) -> bool:
-    """Raises Unreadable where it would take too long to tell, or has no answer."""
+    """Return whether two values are equal. Raises Unreadable where it would take too long to tell,
+    or has no answer."""
     if isinstance(one, Named) or isinstance(other, Named):
         return _equal_named(one, other)
     one, other = _alone(one), _alone(other)
@@ -174,7 +175,7 @@ def equal(one: Value, other: Value) -> bool:
 
 
 def canonical(value: Value) -> str:
-    """Without units and names, which one may leave out. Raises Unreadable."""
+    """Return the value's text without units and names, which may be left out. Raises Unreadable."""
     value = _alone(value)
     match value:
         case Named():
@@ -206,7 +207,7 @@ def canonical(value: Value) -> str:
 
 
 def interval(low: Term, high: Term, has_low: bool, has_high: bool) -> Reals:
-    """Raises Unreadable for one that includes infinity."""
+    """Return one interval as a set. Raises Unreadable for one that includes infinity."""
     if (has_low and formulas.is_infinite(low)) or (has_high and formulas.is_infinite(high)):
         raise Unreadable("an interval that ends with infinity")
     return Reals((Interval(low, high, has_low, has_high),))
@@ -217,7 +218,7 @@ def point(term: Term) -> Reals:
 
 
 def union(sets: Sequence[Reals]) -> Reals:
-    """As disjoint intervals from left to right. Raises Unreadable."""
+    """Return the union as disjoint intervals from left to right. Raises Unreadable."""
     parts = [part for each in sets for part in each.parts if not _is_empty(part)]
     if len(parts) > _MOST_ITEMS:
         raise Unreadable("too many intervals")
@@ -237,7 +238,7 @@ def union(sets: Sequence[Reals]) -> Reals:
 
 
 def complement(reals: Reals) -> Reals:
-    """Raises Unreadable."""
+    """Return all real numbers that are not in the set. Raises Unreadable."""
     low, has_low = ALL.parts[0].low, False
     gaps = []
     for part in union([reals]).parts:
@@ -252,7 +253,8 @@ def intersection(sets: Sequence[Reals]) -> Reals:
 
 
 def as_set(value: Value) -> Reals:
-    """What \\cup and its like stand between. Raises Unreadable."""
+    """Return the value as a set of numbers, to be joined by \\cup and its like. Raises
+    Unreadable."""
     found: Reals | None = None
     match value:
         case Reals() as reals:

@@ -1,10 +1,11 @@
-"""Whether formulas are the same, by numbers with more digits than a difference can hide behind.
+"""Equality of formulas, decided with more digits than a difference can hide behind.
 
 For roots the separation bound of Burnikel, Funke, Mehlhorn, Schirra and Schmitt ("A separation
-bound for real algebraic expressions", 2001) is a theorem: a value of that shape that is not 0
-is not nearer to 0. For pi, e, logarithms and angles the same count of digits is a rule of thumb
-with hundreds of bits to spare. Variables are replaced by rational numbers that are drawn from the
-formulas themselves. What would take too long is Unreadable: nothing is equal to it.
+bound for real algebraic expressions", 2001) is a theorem: a value of that shape that is not 0 is
+not nearer to 0. For pi, e, logarithms and angles the same count of digits is a rule of thumb with
+hundreds of bits to spare. Variables are replaced by rational numbers that are drawn from the
+formulas themselves. A comparison that would take too long raises Unreadable, and the formulas do
+not count as equal.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _MP: Any = mpmath.mp.clone()
 
 
 def same(one: Term, other: Term) -> bool:
-    """Raises Unreadable."""
+    """Return whether two formulas are equal. Raises Unreadable."""
     if one == other:
         return True
     if is_infinite(one) or is_infinite(other):
@@ -56,7 +57,7 @@ def same(one: Term, other: Term) -> bool:
 
 
 def proportional(one: Term, other: Term, *, positive: bool) -> bool:
-    """Is `one` a constant, which is not 0, times `other`? Raises Unreadable."""
+    """Return whether `one` is `other` times a constant that is not 0. Raises Unreadable."""
     names = variables(one)
     if names != variables(other) or not names:
         return False
@@ -70,7 +71,7 @@ def proportional(one: Term, other: Term, *, positive: bool) -> bool:
 
 
 def is_zero(term: Term) -> bool:
-    """Everywhere, if it has variables. Raises Unreadable."""
+    """Return whether the term is 0, for all values of its variables. Raises Unreadable."""
     names = variables(term)
     if names:
         return all(is_zero(substitute(term, point)) for point in _points((term,), names))
@@ -81,7 +82,8 @@ def is_zero(term: Term) -> bool:
 
 
 def sign(term: Term) -> int:
-    """Of a real number without variables; of infinity too. Raises Unreadable."""
+    """Return the sign (-1, 0, 1) of infinity or of a real number without variables. Raises
+    Unreadable."""
     if infinite := is_infinite(term):
         return infinite
     if term.kind == "number":
@@ -97,7 +99,7 @@ def sign(term: Term) -> int:
 
 
 def fingerprint(term: Term) -> str:
-    """One text for all formulas that are the same. Raises Unreadable.
+    """Return a text that all equal formulas share. Raises Unreadable.
 
     Rational numbers are written as such, the rest as 40 digits, with variables at fixed points.
     """
@@ -196,7 +198,7 @@ def _computed(term: Term, separation: int) -> Any:
 
 
 def _value(term: Term, tiny: Any) -> Any:
-    """With mpmath, at its precision. tiny: what is nearer to 0 is 0."""
+    """Compute the term with mpmath, at its precision. tiny: a value nearer to 0 counts as 0."""
     if term.kind == "number":
         return _MP.mpf(term.value.numerator) / term.value.denominator
     if term.kind == "symbol":
@@ -246,7 +248,7 @@ def _function(name: str, argument: Any, tiny: Any) -> Any:
 
 
 def _moderate(argument: Any) -> None:
-    """Of what functions are taken: the digits that are counted for them must suffice."""
+    """Raise Unreadable for a function's argument that is too large for the digits we count."""
     if abs(argument) > _OPEN_BITS // 2:
         raise Unreadable("a function of so large a number")
 

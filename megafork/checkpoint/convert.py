@@ -85,7 +85,7 @@ def megatron_to_hf(source: Path, target: Path, *, like: Path | None, max_file_by
 
 
 def hf_side_of(megatron: Path, like: Path | None) -> Path:
-    """The folder with the HF config that belongs to a megatron folder."""
+    """Return the folder with the HF config that belongs to a megatron folder."""
     side = like or megatron / HF
     if like is None and not side.is_dir():
         raise UserError(
@@ -111,7 +111,7 @@ def check_stored(reader: TorchDistReader, block: Block) -> None:
 
 
 def read_block(reader: TorchDistReader, block: Block) -> Iterator[tuple[str, int, Tensor]]:
-    """(HF name, first row, rows) of a stored block; nothing where it is all padding."""
+    """Yield (HF name, first row, rows) of a stored block; nothing where it is all padding."""
     rows = block.hf_rows()
     if rows > 0:
         yield from block.to_hf(reader.read(block.key, block.offsets(), block.sizes(rows)))
@@ -145,19 +145,19 @@ def check_one_dtype(model: HfModel) -> None:
 
 
 def _main_dtype(infos: list[TensorInfo]) -> torch.dtype:
-    """Of the layers' matrices: norms and a head may be kept in another."""
+    """Return the dtype of the layers' matrices: norms and a head may be kept in another."""
     return next(info.dtype for info in infos if info.name.endswith("down_proj.weight"))
 
 
 def model_blocks(shape: ModelShape, folder: Path) -> list[Block]:
-    """Of a checkpoint as one rank would write it."""
+    """Return the blocks of a checkpoint as one rank would write it."""
     padded = padded_vocab_size(shape, ModelConfig(path=str(folder)), ParallelConfig())
     return list(blocks(shape, padded))
 
 
 @contextlib.contextmanager
 def _new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
-    """A folder to fill; it gets the name `target` when the block ends, and goes if it fails."""
+    """Yield a folder to fill; it is named `target` when the block ends, and removed if it fails."""
     if os.path.lexists(target):
         raise UserError(f"{target} exists: remove it or name another folder")
     partial = target.with_name(target.name + ".partial")

@@ -1,4 +1,5 @@
-"""What has to last: written to the disk itself before a name says that it is there."""
+"""Files that have to last: they are written to the disk itself before a name says that they are
+there."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ _BLOCK = 1 << 24
 
 
 def checksum(path: Path) -> tuple[int, int]:
-    """(size, CRC-32) of a file."""
+    """Return (size, CRC-32) of a file."""
     size = crc = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -27,7 +28,7 @@ def checksum(path: Path) -> tuple[int, int]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All files below `folder`, sorted."""
+    """Return the files below `folder`, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
@@ -49,7 +50,7 @@ def rename_synced(partial: Path, final: Path) -> None:
 
 @contextlib.contextmanager
 def torch_save_raises_os_error() -> Iterator[None]:
-    """As all else does on a full disk: a RuntimeError of torch.save becomes an OSError."""
+    """Turn a RuntimeError of torch.save into an OSError, which all else raises on a full disk."""
     try:
         yield
     except RuntimeError as error:

@@ -40,7 +40,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor's first byte stands."""
+    """The place of a tensor's first byte."""
 
     file: Path
     offset: int

@@ -1,9 +1,9 @@
-"""What megatron-core's checkpoint of a model holds, block by block, and the HF rows of each block.
+"""The contents of megatron-core's checkpoint, block by block, and the HF rows of each block.
 
 The blocks follow from the rules of hf_mapping.py, so no model is built. megatron stores the whole
 tensors (those of one rank), the layers of a parameter stacked along a first axis, and names the
-norms as TransformerEngine's fused layers do, whichever layers trained. Large tensors come in
-blocks of rows, so that no more than `BLOCK_BYTES` or one layer's matrix is needed at a time.
+norms as TransformerEngine's fused layers do, whichever layers trained. Large tensors come in blocks
+of rows, so that no more than `BLOCK_BYTES` or one layer's matrix is needed at a time.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class Block:
 
     @property
     def size(self) -> tuple[int, ...]:
-        """Of the stored tensor, its axis of layers included."""
+        """The stored tensor's shape, its axis of layers included."""
         stack = () if self._layer is None else (self.num_layers,)
         return (*stack, *self.full_shape)
 
     @property
     def padded(self) -> bool:
-        """Whether a checkpoint may hold another number of rows, as its layout pads them."""
+        """True where a checkpoint may hold another number of rows, as its layout pads them."""
         return isinstance(self.rule.sharding, VocabSplit)
 
     def offsets(self) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ class Block:
         return (*layer, self.start, *(0 for _ in self.full_shape[1:]))
 
     def hf_rows(self) -> int:
-        """Rows that stand in HF tensors, without the padding."""
+        """Return the number of rows that stand in HF tensors, without the padding."""
         if self.hf is None:
             return self.num_rows
         index = self.rule.hf.index(self.hf)
@@ -89,11 +89,11 @@ class Block:
         return (*layer, rows, *self.full_shape[1:])
 
     def num_bytes(self, dtype: torch.dtype) -> int:
-        """Without the padding."""
+        """Return the block's bytes without the padding."""
         return math.prod(self.sizes(self.hf_rows())) * dtype.itemsize
 
     def from_hf(self, read: ReadSlice) -> Tensor:
-        """As it is stored, padding included."""
+        """Return the block as it is stored, padding included."""
         if self.hf is None:
             values = self.rule.sharding.read(read, self.rule.hf, 0, 1)
         else:
@@ -104,7 +104,7 @@ class Block:
         return values.view(self.sizes(self.num_rows))
 
     def to_hf(self, stored: Tensor) -> Iterator[tuple[str, int, Tensor]]:
-        """(HF name, first row, rows) of what is stored, which has no padding."""
+        """Yield (HF name, first row, rows) of stored rows, which have no padding."""
         values = stored.view(-1, *self.full_shape[1:])
         if self.hf is not None:
             yield self.hf, self.hf_start, values

@@ -27,7 +27,7 @@ Range = tuple[int, int]
 
 
 def prepare(optimizer: MegatronOptimizer) -> None:
-    """Before megatron asks for the state: Adam's is made, and ours is what it is given."""
+    """Make Adam's state and put our method in place of megatron's, before megatron asks for it."""
     _make_adam_state(optimizer)
     for distributed in _adams(optimizer):
         distributed.sharded_param_state_fully_reshardable = partial(_sharded_state, distributed)
@@ -45,7 +45,7 @@ def _adams(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
 
 
 def _make_adam_state(optimizer: MegatronOptimizer) -> None:
-    """torch's Adam makes its state in its first step; megatron asks for it before."""
+    """Make the state that torch's Adam makes in its first step: megatron asks for it before."""
     for distributed in _adams(optimizer):
         adam = distributed.optimizer
         if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):

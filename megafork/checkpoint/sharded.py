@@ -36,7 +36,7 @@ logging.getLogger(dist_checkpointing.serialization.__name__).setLevel(logging.ER
 
 
 class Saved(Protocol):
-    """What a second model shows of itself to be saved."""
+    """The parts of a second model that are saved: its stages and its optimizer."""
 
     stages: list[Stage]
 
@@ -68,7 +68,8 @@ def state_dict(
     *,
     loading: bool = False,
 ) -> dict[str, Any]:
-    """What dist_checkpointing saves or fills: weights by stage, and the optimizer's state."""
+    """Return the tensors that dist_checkpointing saves or fills: weights by stage, and the
+    optimizer's state."""
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,

@@ -49,7 +49,9 @@ class _Pending:
 
 
 class CheckpointStore:
-    """All ranks make one and call its methods together. `folder` must be shared by all nodes.
+    """The folder with a run's checkpoints. Every rank makes one, and all call its methods together.
+
+    `folder` must be shared by all nodes.
 
     model: the HF folder that lends every checkpoint its config and tokenizer (in hf/), so that
     `megafork convert megatron-to-hf` needs nothing else; None: there is no hf/. tokenizer: as in
@@ -146,7 +148,7 @@ class CheckpointStore:
         return state
 
     def _named(self) -> list[Path]:
-        """What has a checkpoint's name, the oldest first. Other names are the user's own."""
+        """Return the paths named like checkpoints, the oldest first. Others are the user's own."""
         found = ((_NAME.fullmatch(path.name), path) for path in self.folder.glob("step_*"))
         return [path for _, path in sorted((int(m[1]), path) for m, path in found if m)]
 
@@ -155,7 +157,7 @@ class CheckpointStore:
 
     @property
     def _coordinates(self) -> str:
-        """Of this rank in its layout."""
+        """Return this rank's coordinates in its layout, as text."""
         at = self.mesh
         return (
             f"tp {at.tp_rank}/{at.tp_size} pp {at.pp_rank}/{at.pp_size} "
@@ -163,7 +165,7 @@ class CheckpointStore:
         )
 
     def _begin(self, partial: Path) -> None:
-        """An empty folder; what a killed run left half-written goes."""
+        """Make the folder to write to; those that a killed run left half-written go."""
         for left in self.folder.glob("step_*.partial"):
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -172,7 +174,8 @@ class CheckpointStore:
             copy_side_files(self.model, partial / HF, tokenizer=self.tokenizer)
 
     def _publish(self, pending: _Pending) -> None:
-        """megatron's own metadata, the manifest, the name; then older checkpoints may go."""
+        """Let megatron finish, write state and manifest, give the name; older checkpoints may
+        go."""
         self._pending = None
         step, partial = pending.step, self._partial(pending.step)
         try:
@@ -222,7 +225,11 @@ class CheckpointStore:
         )
 
     def _remove_old(self, newest: Path) -> None:
-        """Those that were found damaged do not count among the ones that are kept."""
+        """Remove checkpoints older than the last `keep_last`; damaged ones do not count among
+        these.
+
+        `newest` and every `keep_every`-th step stay.
+        """
         named, every = self._named(), self.config.keep_every
         kept = [path for path in named if path not in self._damaged][-self.config.keep_last :]
         for path in named[: named.index(kept[0])]:
@@ -231,7 +238,7 @@ class CheckpointStore:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _checksums(self, folder: Path, names: Sequence[str]) -> dict[str, tuple[int, int] | str]:
-        """{file: (size, CRC-32), or why it cannot be read}; every rank reads its share."""
+        """Return {file: (size, CRC-32), or why it cannot be read}; every rank reads its share."""
         own: dict[str, tuple[int, int] | str] = {}
         for name in names[self.mesh.rank :: self.mesh.world_size]:
             try:
@@ -242,7 +249,7 @@ class CheckpointStore:
         return {name: found for part in parts for name, found in part.items()}
 
     def _problem(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint, on every rank."""
+        """Return why a checkpoint is damaged, on every rank; None where it is whole."""
 
         def read() -> dict[str, tuple[int, int]] | str:
             try:
@@ -264,14 +271,14 @@ class CheckpointStore:
 
 
 def _as_bytes(value: Any) -> bytes:
-    """As torch.save writes it; to a full disk it would raise no OSError."""
+    """Return the bytes that torch.save would write: to a full disk it raises no OSError."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
 def _generators() -> dict[str, Any]:
-    """The state of every random generator of this rank."""
+    """Return the state of every random generator of this rank."""
     version, words, gauss = random.getstate()
     kind, keys, *rest = numpy.random.get_state()
     state: dict[str, Any] = {

@@ -132,7 +132,7 @@ class TorchDistReader:
         self._held: tuple[_StorageInfo, Tensor] | None = None
 
     def size(self, key: str) -> tuple[int, ...]:
-        """Raises UserError when no such tensor is stored."""
+        """Return a stored tensor's shape. Raises UserError when no such tensor is stored."""
         if key not in self._tensors:
             raise UserError(
                 f"{self.folder} stores no tensor {key}: is it a checkpoint of this model?"

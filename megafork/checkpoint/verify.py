@@ -44,7 +44,7 @@ _PROMPT, _RESPONSE, _NUM_PROMPTS = 8, 24, 2
 
 
 def verify(config: ScoreConfig, megatron: Path, *, logits: bool) -> bool:
-    """Print one line for each check; whether all of them held, on every rank. Collective.
+    """Print one line for each check; return whether all of them held, on every rank. Collective.
 
     config: model.path is the HF folder, parallel the layout that megatron loads the checkpoint in.
     """
@@ -80,7 +80,7 @@ def verify(config: ScoreConfig, megatron: Path, *, logits: bool) -> bool:
 
 
 def first_difference(hf: Path, megatron: Path) -> str | None:
-    """What differs first, in the order of the layers, and where; None when nothing does."""
+    """Return the first difference and its place, in the order of the layers; None without one."""
     reader = TorchDistReader(megatron)
     try:
         model = open_model(hf)
@@ -119,7 +119,7 @@ def _describe(name: str, start: int, published: Tensor, stored: Tensor) -> str:
 
 
 def compare_logits(ours: Tensor, expected: Tensor, dtype: str) -> tuple[bool, str]:
-    """Whether they agree as far as rounding allows, and a line that says so."""
+    """Return whether the logits agree as far as rounding allows, and a line that says so."""
     num_tokens, vocab_size = expected.shape
     difference = float((ours[:, :vocab_size] - expected).abs().max() / expected.abs().max())
     allowed = TOLERANCE[dtype]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import pickle
 import queue
-import signal
 import stat
 import sys
 import tempfile
@@ -28,13 +26,13 @@ from torch import Tensor
 
 from megafork.checkpoint.files import checksum, write_and_sync
 from megafork.parallel.unpickling import SafeUnpickler
+from megafork.system.child_process import die_with_parent
 
-_PR_SET_PDEATHSIG = 1
 _CHECKSUMS = "checksums"
 
 
 class _Results:
-    """What a forked process has to tell, in a file that both have open.
+    """The messages of a forked process, in a file that it and the rank have open.
 
     megatron's queue is a server process of its own, which outlives a rank that is killed.
     """
@@ -47,7 +45,7 @@ class _Results:
         self._file.flush()
 
     def get_nowait(self) -> Any:
-        """Raises queue.Empty when nothing was told to its end."""
+        """Return the message. Raises queue.Empty when none was written to its end."""
         self._file.seek(0)
         try:
             return SafeUnpickler(self._file).load()
@@ -74,7 +72,7 @@ def without_copies(contents: dict[str, Any]) -> None:
 
 
 def renew_results() -> None:
-    """Before a save is begun: megatron takes the queue that is there."""
+    """Replace the queue that megatron takes; call it before a save is begun."""
     filesystem_async._results_queue = _Results()
 
 
@@ -91,12 +89,12 @@ class Writer:
         self._process = self._caller.process
 
     def is_done(self, *, wait: bool) -> bool:
-        """Whether every rank's process has ended."""
+        """Return whether every rank's process has ended."""
         return self._caller.is_current_async_call_done(blocking=wait)
 
     @property
     def exit_status(self) -> int:
-        """Of this rank's process, once it has ended: -9 after kill -9."""
+        """The exit status of this rank's process, once it has ended: -9 after kill -9."""
         return self._process.exitcode if self._process is not None else 0
 
 
@@ -108,10 +106,8 @@ def _write(
     megatron-core 0.16 forks once more for each file, and waits for ever for one that was killed.
     A process that outlived its trainer could write into the folder of the resumed run.
     """
+    die_with_parent(trainer)
     if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != trainer:  # ended before the line above
-            os._exit(1)
         _let_go_of_connections()
     written: queue.Queue = queue.Queue()
     begun: queue.Queue = queue.Queue()
@@ -150,7 +146,8 @@ def _let_go_of_connections() -> None:
 
 
 def _leave_checksums(rank: int, files: Sequence[Path]) -> None:
-    """Taken here, for reading all of a checkpoint again would keep the trainer waiting."""
+    """Write the checksums of this rank's files, so that the trainer need not read them all
+    again."""
     sums = {path.name: checksum(path) for path in files}
     path = files[0].with_name(f"{_CHECKSUMS}_{rank:05d}.json")
     write_and_sync(path, json.dumps(sums).encode())

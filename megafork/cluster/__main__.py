@@ -118,7 +118,7 @@ def _servers(
 
 
 async def launch_and_tell(plan: Plan, launcher: NodeLauncher) -> int:
-    """The guard's work, and on the first machine the head's; returns the run's exit status."""
+    """Do the guard's work, and on the first machine the head's; return the run's exit status."""
     if launcher.node != plan.head:
         return await launcher.run()
     own = asyncio.create_task(launcher.run())
@@ -136,7 +136,7 @@ async def launch_and_tell(plan: Plan, launcher: NodeLauncher) -> int:
 
 
 def _leave(path: Path, text: str) -> None:
-    """Our own exit status and output tell it, too: a full disk is no other cause."""
+    """Write the text; if that fails, warn alone, since our exit status and output tell it too."""
     try:
         path.write_text(text + "\n")
     except OSError as error:

@@ -16,9 +16,9 @@ from megafork.parallel.ports import free_port
 from megafork.system.signals import INTERRUPTED
 
 _SETTLE_S = 2.0
-"""After a failure of its own; what else it brings down may be told with it."""
+"""After a failure with a cause of its own; what else it brings down may be told with it."""
 _FOLLOWERS_S = 45.0
-"""After one that does not: the agent beside the cause reports when its other ranks have ended."""
+"""After one without: the agent beside the cause reports when its other ranks have ended."""
 _FAREWELL_S = 20.0
 _TOGETHER_S = 5.0
 """Machines that fall silent within so many seconds are lost together."""
@@ -38,7 +38,7 @@ class Peer:
     heard: float
     gone: bool = False
     ended: bool = False
-    """Its processes have"""
+    """Its processes have ended"""
 
 
 class Coordinator:
@@ -53,7 +53,7 @@ class Coordinator:
         self._stop_file = plan.logs / "stop"
 
     async def run(self) -> End:
-        """From the first guard that comes to the last one that leaves."""
+        """Lead the run, from the first guard that comes to the last one that leaves."""
         try:
             server = await asyncio.start_server(self._listen, port=self.plan.port, limit=MAX_LINE)
         except OSError as error:
@@ -71,13 +71,13 @@ class Coordinator:
         return end
 
     def _endpoint(self) -> str:
-        """Where the ranks' store listens: at the address by which another machine reached us."""
+        """Return host:port for the ranks' store, at the address by which others reached us."""
         others = [self.peers[name] for name in self.plan.training[1:]]
         hosts = [peer.writer.get_extra_info("sockname")[0] for peer in others] or [LOOPBACK]
         return f"{hosts[0]}:{free_port(hosts[0])}"
 
     async def _part(self) -> None:
-        """From those that are still heard of; a guard that has ended its processes is gone."""
+        """Wait until the guards that are still heard of have ended their processes and gone."""
         now = time.monotonic()
         here = [peer for peer in self.peers.values() if now - peer.heard < _TOGETHER_S]
         while time.monotonic() < now + _FAREWELL_S and not all(peer.gone for peer in here):
@@ -136,7 +136,7 @@ class Coordinator:
         self._stop()
 
     def _stop(self) -> None:
-        """Told again with every beat: guards may come after it."""
+        """Ask all guards to stop, again with every beat: some may come after it."""
         self._stopping = True
         self._tell(stop=1)
 
@@ -146,7 +146,7 @@ class Coordinator:
                 peer.writer.write(pack(**message))
 
     def _verdict(self) -> End | None:
-        """How the run has ended, if it has."""
+        """Return the run's end, or None while it goes on."""
         now = time.monotonic()
         training = [self.peers[name] for name in self.plan.training]
         all_ended = all(peer.ended for peer in training)

@@ -43,6 +43,7 @@ _PARTS = (
     Part("transformers", "transformers", ("transformers",), "tokenizers", _CPU, required=True),
     Part("safetensors", "safetensors", ("safetensors",), "weights", _CPU, required=True),
     Part("aiohttp", "aiohttp", ("aiohttp",), "rollouts", _CPU, required=True),
+    Part("scipy", "scipy", ("scipy",), "intervals of evaluations", _CPU, required=True),
     Part("tensorboard", "tensorboard", ("tensorboard",), "run.tensorboard=true", _CPU),
     Part("matplotlib", "matplotlib", ("matplotlib",), "curves.png, report.html", _CPU),
     Part("jinja2", "jinja2", ("jinja2",), "report.html", _CPU),
@@ -75,9 +76,9 @@ _PARTS = (
 
 
 def report(vllm_python: str = sys.executable) -> int:
-    """Print the report; 0 when `megafork train` can run here, 1 when it lacks something.
+    """Print the report. Returns 0 when `megafork train` can run here, 1 when it lacks something.
 
-    Packages are imported, not looked up: a broken one is told with its error. vllm_python: the
+    Packages are imported, not looked up: a broken one is reported with its error. vllm_python: the
     interpreter of the rollout server (rollout.python).
     """
     warnings.simplefilter("ignore")
@@ -130,7 +131,7 @@ def _version(distributions: tuple[str, ...]) -> str:
 
 
 def _vllm(python: str) -> tuple[str | None, str | None]:
-    """(version, error) of the vLLM that `python` imports, in a process of its own."""
+    """Return (version, error) of the vLLM that `python` imports, in a process of its own."""
     code = "import vllm; print(vllm.__version__)"
     try:
         done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=180)

@@ -1,4 +1,4 @@
-"""How a command ends: its exit status, and the one message that says why."""
+"""The end of a command: its exit status, and the one message that says why."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ _FIX = dict.fromkeys(
     (errno.EMFILE, errno.ENFILE), "raise the number of open files (ulimit -n) and start it again"
 )
 MOST_FILES = 65_536
-"""More would only slow down programs that close all that they could have open"""
+"""The most that a process asks for: a higher limit only slows down programs that close every file
+that they could have open"""
 FEWEST_FILES = 256
-"""That a process must be allowed to have open: the collectives of one rank alone take dozens"""
+"""The fewest that a process can work with: the collectives of one rank alone take dozens"""
 
 
 def run(command: Callable[[], object]) -> None:
-    """A UserError, a full disk and too few open files are one message on stderr and exit status 2.
+    """Run the command, and exit as its failure asks for.
 
-    A run that a signal ended exits with 75.
+    A UserError, a full disk and too few open files are one message on stderr and exit status 2. A
+    run that a signal ended exits with 75.
     """
     try:
         _allow_open_files()
@@ -54,7 +56,10 @@ def run(command: Callable[[], object]) -> None:
 
 
 def _allow_open_files() -> None:
-    """As many as may be of use. Raises UserError where that is too few for anything."""
+    """Raise the limit of open files to MOST_FILES, or as far as this process may.
+
+    Raises UserError where that is less than FEWEST_FILES.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < allowed:
@@ -72,7 +77,12 @@ def _leave_words(error: Exception) -> None:
 
 
 def _end_with(message: str) -> NoReturn:
-    """What all ranks find is told once: by who started them, from the words; else by rank 0."""
+    """Leave the message as last words, print it where nobody else does, and exit with status 2.
+
+    All ranks may find the same, and it is told once: by the launcher, which reads their last words,
+    or by rank 0 of a world that somebody else started. A rank that could not leave words, or has a
+    log of its own, prints the message in any case.
+    """
     is_left = failure_file.leave(message, status=USER_ERROR)
     rank = int(os.environ.get("RANK", "0"))
     if not is_left or launch.tells() or launch.JOINED in os.environ:

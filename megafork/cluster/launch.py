@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ import psutil
 from megafork.config import ParallelConfig
 from megafork.errors import UserError
 from megafork.system import failure_file
+from megafork.system.child_process import die_with_parent
 from megafork.system.heap import told_of_a_kill
 from megafork.system.lock import STALE_S, held
 from megafork.system.printable import printable
@@ -36,7 +36,6 @@ JOINED = "MEGAFORK_JOINED_OUTPUT"
 _RENDEZVOUS_S = 60 + STALE_S
 """The machines are known to be there: an address that does not answer by now is wrong. The first
 one may have to find out whether the run's lock is stale."""
-_PR_SET_PDEATHSIG = 1
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -69,13 +68,15 @@ def under_torchrun() -> bool:
 
 
 def starts_on_this_machine() -> bool:
-    """Whether this process is going to start all ranks of a run, here."""
+    """Return whether this process is going to start all ranks of a run, on this machine."""
     return not under_torchrun() and Machines.from_environment() is None
 
 
 def tells() -> bool:
-    """Whether this process says what every rank finds: the one that starts them, or rank 0 of a
-    world that somebody else started."""
+    """Return whether this process is the one that tells what every rank finds.
+
+    That is the process that starts the ranks, or rank 0 of a world that somebody else started.
+    """
     if not under_torchrun():
         return True
     return _LAUNCHER not in os.environ and os.environ["RANK"] == "0"
@@ -84,11 +85,11 @@ def tells() -> bool:
 def launch_ranks(parallel: ParallelConfig, arguments: list[str], run_dir: str = "") -> int:
     """Run `python -m megafork ARGUMENTS` on parallel.world_size ranks of this machine.
 
-    run_dir: of a training run, which is held for it as long as ranks live.
+    run_dir: a training run's folder, whose lock is held as long as its ranks live.
 
     Returns the exit status of the rank that failed first by itself, having told why; 0 when none
-    did. What the ranks print goes through, and so do SIGTERM and SIGUSR1 to them; they end with
-    this process.
+    did, and 75 after a signal. What the ranks print goes through, or under megafork.cluster into a
+    log for each. SIGTERM and SIGUSR1 are passed on to them; they end with this process.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -150,7 +151,7 @@ def _ends_noted() -> Iterator[dict[int, float]]:
 
 @dataclass(frozen=True)
 class End:
-    """How a rank ended that did not end well."""
+    """The end of a rank that did not end well."""
 
     rank: int
     status: int
@@ -159,11 +160,11 @@ class End:
 
 
 def first_end(failures: dict[int, ProcessFailure], times: dict[int, float]) -> End:
-    """Return the earliest failure of a rank's own or death; without one, a consequence of others.
+    """Return the earliest end by a rank's own failure; without one, a consequence of others.
 
     times: when ranks have ended, by their pids. A rank that torchrun's agent reaped first is not in
-    it; then the second is known in which the agent saw it. When one rank has failed, the agent ends
-    the others by SIGTERM, and by SIGKILL where they hang: such an end is no cause.
+    it: of that one only the second is known in which the agent saw it. When one rank has failed,
+    the agent ends the others by SIGTERM, and by SIGKILL where they hang: such an end is no cause.
     """
     seen = {r: times.get(f.pid, f.timestamp + 1.0) for r, f in failures.items()}
     first_seen = min(seen.values())
@@ -187,20 +188,23 @@ def first_end(failures: dict[int, ProcessFailure], times: dict[int, float]) -> E
 
 
 def error_of(rank: int, message: str) -> str:
-    """The line for a rank's failure."""
+    """Return the line that tells a rank's failure."""
     where = "" if rank == 0 else f" (rank {rank})"
     return f"error{where}: {printable(message)}"
 
 
 def _hold(run_dir: str, machines: Machines | None) -> contextlib.AbstractContextManager[None]:
-    """By the first machine for all."""
+    """Hold the lock of the run's folder; the first machine does it for all."""
     if not run_dir or (machines is not None and machines.this != 0):
         return contextlib.nullcontext()
     return held(Path(run_dir), "run.dir")
 
 
 def _of_ranks(parallel: ParallelConfig, machines: Machines | None, folder: str) -> dict[str, Any]:
-    """A machine that is lost ends the run, nobody waits for another."""
+    """Return LaunchConfig's arguments for the ranks of this machine.
+
+    The number of machines is fixed: a lost one ends the run, and nobody waits for another.
+    """
     from megafork.cluster.rank_logs import RankLogs
     from megafork.system.rendezvous import (
         STORE,
@@ -256,23 +260,20 @@ def _signal_ranks(number: int) -> None:
 
 
 def end_with_launcher() -> None:
-    """A rank that `launch_ranks` started ends when its launcher is killed (Linux)."""
+    """Have a rank that `launch_ranks` started end when its launcher is killed (Linux)."""
     launcher = os.environ.get(_LAUNCHER)
-    if launcher is None or not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(launcher):  # killed before the line above
-        sys.exit(1)
+    if launcher is not None:
+        die_with_parent(int(launcher))
 
 
 def join_output() -> None:
-    """A rank with a log of its own: what it says of errors goes there too."""
+    """Send a rank's stderr into its log too, where it has one of its own."""
     if JOINED in os.environ:
         os.dup2(1, 2)
 
 
 def check_world(parallel: ParallelConfig) -> None:
-    """Under torchrun: the world must be a multiple of tp * pp * cp. Raises UserError."""
+    """Raise UserError unless torchrun's world is a multiple of tp * pp * cp."""
     world_size = int(os.environ["WORLD_SIZE"])
     if world_size % parallel.model_parallel_size:
         raise UserError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -23,9 +22,9 @@ import psutil
 from megafork.cluster.launch import ENDPOINT
 from megafork.cluster.node_messages import BEAT_S, LOST, MAX_LINE, Failure, Plan, pack, receive
 from megafork.system import failure_file
+from megafork.system.child_process import adopt_orphans, die_with_parent
 from megafork.system.signals import INTERRUPTED, STOP_FILE
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _GRACE_S = 10.0
 """For servers to end by themselves when all went well"""
 _KILL_S = 10.0
@@ -39,14 +38,14 @@ class Work:
     name: str
     command: Sequence[str]
     log: Path | None = None
-    """Takes its output; None: ours"""
+    """The file that takes its output; None: ours takes it"""
     restarts: int = 0
     """How often it is started again when it ends"""
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen | None = None
 
     def start(self, folder: Path, environment: dict[str, str]) -> None:
-        """folder: of this machine's own, for its last words."""
+        """Start the process. folder: this machine's own, for the process's last words."""
         self.words = folder / f"{self.name}.words"
         self.words.unlink(missing_ok=True)
         told = {"PYTHONUNBUFFERED": "1", failure_file.VARIABLE: str(self.words)}
@@ -75,7 +74,7 @@ class Work:
 
 
 class NodeLauncher:
-    """One machine's. `run` returns the exit status of the whole run."""
+    """The guard of one machine. `run` returns the exit status of the whole run."""
 
     def __init__(
         self, plan: Plan, node: str, works: list[Work], refused: Failure | None = None
@@ -91,7 +90,7 @@ class NodeLauncher:
         self._writer: asyncio.StreamWriter | None = None
 
     async def run(self) -> int:
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what loses its parent stays ours
+        adopt_orphans()  # what loses its parent stays ours
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             loop.add_signal_handler(number, self._ask_to_stop)
@@ -149,7 +148,7 @@ class NodeLauncher:
                 self._end = int(message["end"])
 
     def _look_after(self, writer: asyncio.StreamWriter) -> bool:
-        """Whether the machine's work has ended, which is then told."""
+        """Restart what may be; return whether the machine's work has ended, and tell the head."""
         if self._not_started is not None:
             writer.write(pack(ended=asdict(self._not_started)))
             return True
@@ -193,7 +192,7 @@ class NodeLauncher:
             (self.plan.logs / f"guard-{self.node}.log").write_text(told + "\n")
 
     async def _part(self) -> None:
-        """Servers have a moment to end by themselves."""
+        """Ask the processes that still run to end, and give them a moment for it."""
         for work in self.works:
             if work.process is not None and not work.has_ended():
                 work.process.terminate()
@@ -202,7 +201,7 @@ class NodeLauncher:
             await asyncio.sleep(0.1)
 
     async def _kill_all(self) -> None:
-        """SIGKILL to all that came of our processes, until nothing is left."""
+        """Send SIGKILL to all that came of our processes, until nothing is left."""
         deadline = time.monotonic() + _KILL_S
         while time.monotonic() < deadline:
             left = psutil.Process().children(recursive=True)
@@ -220,8 +219,6 @@ class NodeLauncher:
 
 
 def _as_child(guard: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != guard:  # killed before the line above
-        os._exit(1)
+    die_with_parent(guard)
     # A launcher sends it to all at once; what can act on it sets a handler, the rest goes on.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What every guard of a run knows from its command line, and what guards say to each other."""
+"""The plan that every guard of a run has from its command line, and the messages of guards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Plan:
     """Names of the machines with ranks; the first one's guard is the head"""
     serving: tuple[str, ...]
     port: int
-    """Of the head, for the other guards"""
+    """The head's port, for the other guards"""
     key: bytes
     """Shared secret of the guards"""
     logs: Path
@@ -45,7 +45,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Failure:
-    """How the processes of one machine ended."""
+    """An end of one machine's processes that is no success."""
 
     node: str
     status: int
@@ -54,19 +54,19 @@ class Failure:
     """Why, where it is known"""
     log: str | None
     own: bool = True
-    """Not the consequence of what happened elsewhere"""
+    """It is not the consequence of what happened elsewhere"""
 
     def told(self) -> str:
         return f"{self.node}: {self.words or f'ended with status {self.status}'}"
 
 
 def pack(**message: Any) -> bytes:
-    """One line of the wire."""
+    """Return the message as it is sent: one line of JSON."""
     return json.dumps(message).encode() + b"\n"
 
 
 async def receive(reader: asyncio.StreamReader) -> dict[str, Any] | None:
-    """The next message; None when the other side is gone or talks nonsense."""
+    """Return the next message; None when the other side is gone or talks nonsense."""
     try:
         line = await reader.readline()
         message = json.loads(line) if line.endswith(b"\n") else None

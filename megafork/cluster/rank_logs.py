@@ -1,4 +1,4 @@
-"""Where torchrun's agent puts what the ranks of a machine print: one file for each rank."""
+"""The log files of a machine's ranks, as torchrun's agent is to write them: one for each rank."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
 
 class RankLogs(LogsSpecs):
-    """folder: for the ranks' last words. log_of: global rank to file; None: all is ours to show.
-    variables: what every rank finds in its environment.
+    """Tells torchrun's agent where each rank's output and last words go.
 
-    What rank 0 prints is seen here in any case.
+    folder: for the ranks' last words. log_of: the log file of a global rank; None passes all output
+    through. variables: what every rank finds in its environment.
+
+    What rank 0 prints is shown here in any case.
     """
 
     def __init__(

@@ -104,7 +104,7 @@ class TrainConfig(Section):
     logging: LoggingConfig = LoggingConfig()
 
     def check(self) -> None:
-        """Cross-field rules that need no file of the model's. Raises UserError."""
+        """Raise UserError for settings that contradict each other, without reading a model file."""
         self.data.check(needs_answers=True)
         prompts, per_minibatch = self.rollout.prompts_per_step, self.training.prompts_per_minibatch
         if prompts % per_minibatch:
@@ -132,7 +132,8 @@ class TrainConfig(Section):
             )
 
     def _check_names(self) -> None:
-        """What plug-ins may stand for: a known name, or MODULE:FUNCTION, which is loaded later."""
+        """Raise UserError for a plug-in that is neither a known name nor MODULE:FUNCTION, which is
+        loaded later."""
         find_plugin("algorithm.objective", self.algorithm.objective, OBJECTIVES)
         find_plugin("algorithm.advantages", self.algorithm.advantages, ADVANTAGES)
         find_plugin("forking.select", self.forking.select, SELECTIONS)
@@ -193,7 +194,7 @@ class TrainConfig(Section):
             )
 
     def _check_unused(self) -> None:
-        """Settings of what is off: the switch was forgotten, as a rule."""
+        """Raise UserError for settings of what is off: the switch was forgotten, as a rule."""
         switches = ("coefficient", *(["reference"] if self.forking.compare_every else []))
         for name, section, is_on, switch, apart in (
             (
@@ -304,7 +305,7 @@ class TrainConfig(Section):
             )
 
     def _check_clips(self) -> None:
-        """Of the objective, not of another one whose ratio has another size."""
+        """Raise UserError for clips of another objective, whose ratio has another size."""
         algorithm = self.algorithm
         objective = algorithm.objective
         if objective == "cispo" and algorithm.clip_low != 1:

@@ -54,7 +54,7 @@ def save_config(config: Section, path: Path) -> None:
 
 
 def known_keys(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """All (dotted key, description) pairs of a config, depth first."""
+    """Yield the (dotted key, description) pairs of a config, depth first."""
     for name, field in kind.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from known_keys(field.annotation, f"{prefix}{name}.")
@@ -63,7 +63,7 @@ def known_keys(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str
 
 
 def settings_of(config: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All (dotted key, value) pairs of a config, depth first."""
+    """Yield the (dotted key, value) pairs of a config, depth first."""
     for name, value in config:
         if isinstance(value, Section):
             yield from settings_of(value, f"{prefix}{name}.")
@@ -72,7 +72,7 @@ def settings_of(config: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _needed(kind: type[Section], where: Sequence[int | str]) -> list[str]:
-    """The key that is missing; of a whole section those of its keys that have no default."""
+    """Return the key that is missing; for a whole section, its keys that have no default."""
     key = ".".join(map(str, where))
     field: Any = kind
     for name in where:

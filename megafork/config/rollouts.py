@@ -80,7 +80,7 @@ class PromptConfig(Section):
         return template
 
     def check(self, *, needs_answers: bool) -> None:
-        """Raises UserError."""
+        """Raise UserError for settings that contradict each other or lack needed answers."""
         if needs_answers and not self.answer_key:
             raise UserError("data.answer_key is empty, but the verifier needs answers: name it")
         if self.enable_thinking is not None and not self.chat_template:
@@ -116,7 +116,7 @@ class BenchmarkConfig(PromptConfig):
 
 
 class ServerConfig(Section):
-    """What a server needs to know, and what bounds a response."""
+    """The settings of a server, and the bounds of a response."""
 
     max_response_tokens: Positive = Field(20480, description="longer responses are cut")
     temperature: PositiveFloat = Field(1.0, description="sampling temperature")
@@ -155,7 +155,7 @@ class ServerConfig(Section):
 
     @property
     def urls(self) -> list[str]:
-        """Of the servers that run already; empty: servers are to be started."""
+        """The addresses of the servers that run already; empty: servers are to be started."""
         given = [self.url] if isinstance(self.url, str) else self.url or []
         return [url.rstrip("/") for url in given]
 
@@ -355,7 +355,7 @@ class GenerateConfig(Section):
     rollout: GenerationConfig = GenerationConfig()
 
     def check(self) -> None:
-        """Raises UserError."""
+        """Raise UserError for settings that contradict each other or lack needed answers."""
         self.data.check(needs_answers=False)
 
 
@@ -375,7 +375,7 @@ class EvaluateConfig(GenerateConfig):
     metrics: MetricsConfig = MetricsConfig()
 
     def check(self) -> None:
-        """Raises UserError."""
+        """Raise UserError for settings that contradict each other or lack needed answers."""
         self.data.check(needs_answers=True)
         self.reward.check()
         if self.reward.overlong_buffer_tokens is not None:
@@ -408,7 +408,7 @@ class TemperaturesConfig(EvaluateConfig):
     sweep: SweepConfig = SweepConfig()
 
     def check(self) -> None:
-        """Raises UserError."""
+        """Raise UserError for settings that contradict each other or lack needed answers."""
         super().check()
         rollout = self.rollout
         for key, value, neutral in (

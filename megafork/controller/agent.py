@@ -1,7 +1,7 @@
-"""One node's servers and verifiers, in a process that the node's first rank starts.
+"""The agent of a node: its servers and verifiers, in a process that the node's first rank starts.
 
-The controller tells it what to judge and which servers to start again; it ends with its rank, and
-what it started with it. Imports no torch.
+The controller tells it what to judge and which servers to start again. It ends with its rank, and
+what it has started ends with it. Imports no torch.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ async def _work(order: dict[str, Any]) -> None:
 
 
 def _start_servers(config: TrainConfig, order: dict[str, Any]) -> tuple[LocalServers, list[Path]]:
-    """This node's share of the run's servers, to be entered, with their logs."""
+    """Make this node's share of the run's servers, to be entered; return it with the logs."""
     rollout, node = config.rollout, order["node"]
     logs = log_paths(Path(config.run.dir) / "vllm.log", order["num_nodes"] * rollout.servers)
     logs = logs[node * rollout.servers : (node + 1) * rollout.servers]

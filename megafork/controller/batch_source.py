@@ -41,7 +41,7 @@ class Inputs:
 
     @classmethod
     def read(cls, config: TrainConfig) -> Inputs:
-        """Raises UserError for data or a tokenizer that cannot be read."""
+        """Read them. Raises UserError for data or a tokenizer that cannot be read."""
         chat, thinking = config.data.chat_template, config.data.enable_thinking
         tokenizer = load_tokenizer(config, chat_template=chat, enable_thinking=thinking)
         shape = ModelShape.from_folder(config.model.path)
@@ -82,10 +82,10 @@ class Generation:
         self._probed = inputs.prompts[: max(config.sync.check_prompts, len(fleet.clients))]
         self._ahead: dict[int, asyncio.Task[RolloutBatch]] = {}
         self._state = self.collector.state()
-        """The collector's when the newest batch was full"""
+        """The collector's state when the newest batch was full"""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on as of a checkpoint."""
+        """Go on from a checkpoint's state."""
         self._state = state
         self.collector.restore(state)
 
@@ -93,7 +93,7 @@ class Generation:
         self.collector.journals.close()
 
     async def batch(self, step: int, policy_version: int) -> RolloutBatch:
-        """The batch that the policy version trains on in `step`."""
+        """Return the batch that the policy version trains on in `step`."""
         self._begin(step, 0, policy_version)
         async with self.log.telling(f"step {step:>4}", lambda: self.collector.tally):
             batch = await self._ahead[step]
@@ -144,7 +144,7 @@ class Generation:
         ]
 
     async def evaluate(self, step: int) -> float:
-        """Held-out accuracy (avg@k), also written, with more, to eval.jsonl."""
+        """Return the held-out accuracy (avg@k), which eval.jsonl gets too, with more."""
         config, prompts = self.config.eval, self.inputs.heldout
         tally = Tally(groups=len(prompts))
         async with self.log.telling(f"step {step:>4}  evaluation", lambda: tally):
@@ -164,7 +164,7 @@ class Generation:
 
 
 def probe_message(groups: Sequence[Group]) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
-    """A probe's groups, of one response each, as a header's part and arrays."""
+    """Return a probe's groups, of one response each, as part of a header and arrays."""
     samples = [group.samples[0] for group in groups]
     described = [
         {"prompt_ids": list(group.prompt_ids), "num_tokens": s.num_tokens, "truncated": s.truncated}

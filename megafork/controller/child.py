@@ -32,7 +32,7 @@ class Child:
     """The process, as its rank sees it. Close it."""
 
     def __init__(self, module: str, told: dict[str, Any]) -> None:
-        """module: has the `main` that the process runs, and that `read_order` tells `told`."""
+        """Start the process. module: has the `main` that it runs; `read_order` tells it `told`."""
         reading, writing = os.pipe()
         with open(writing, "wb", buffering=0):
             self.process = subprocess.Popen(

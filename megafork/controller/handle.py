@@ -25,7 +25,7 @@ from megafork.system import failure_file
 
 _CONTROLLER, _AGENT = "megafork.controller.process", "megafork.controller.agent"
 _COLUMN_BYTES = 1 << 32
-"""Of a batch's columns and prompts, at most"""
+"""The most that a batch's columns and prompts take"""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Batch:
     trained_by: int
     """The policy version that it was asked for, and that trains on it"""
     state: dict[str, Any]
-    """The controller's when the batch was full, for a checkpoint"""
+    """The controller's state when the batch was full, for a checkpoint"""
     table: TokenTable
     """Without rows: `fetch_rows` gets those that a rank works on"""
 
@@ -57,14 +57,14 @@ class Controller:
         agent: Child | None = None,
         startup_timeout_s: float = 0.0,
     ) -> None:
-        """process: the controller, of rank 0, which started it. agent: of a node's first rank, with
-        the seconds in which it has to be up."""
+        """process: the controller, for rank 0, which started it. agent: the node's, for the node's
+        first rank; it has to be up within startup_timeout_s."""
         self.mesh = mesh
         self.connection = connection
         self._process, self._agent = process, agent
         self._startup_timeout_s = startup_timeout_s
         self._number = 0
-        """Of questions so far, the same on every rank"""
+        """How many questions there were so far, the same on every rank"""
         self.data: dict[str, Any] = {}
         """What a checkpoint keeps of the data"""
         self.stopped_by: str | None = None
@@ -185,7 +185,7 @@ class Controller:
         self.ask("servers")
 
     def _require_agent(self) -> None:
-        """Raises UserError where this node's agent has ended before the controller heard of it."""
+        """Wait until this node's agent has joined the controller. Raises UserError if not."""
         agent, self._agent = self._agent, None
         if agent is not None and agent.answer(self._startup_timeout_s) is None:
             raise UserError(f"the agent of this node did not start: {agent.end()}")
@@ -220,7 +220,7 @@ class Controller:
         return batch, False, groups
 
     def note_stop(self, answer: Header) -> None:
-        """The controller has said that the run ends."""
+        """Note that the run ends, as the controller's answer says, and why."""
         self.stopped_by = answer["signal"]
         self.has_finished = self.stopped_by is None
 

@@ -1,7 +1,7 @@
 """The controller: one process of a run that decides what is generated and writes the run's files.
 
-Rank 0 starts it and it ends with rank 0. The ranks ask it for each batch (ranks.py), servers and
-other nodes' verifiers are at its order (agents.py). Imports no torch.
+Rank 0 starts it and it ends with rank 0. The ranks ask it for each batch (ranks.py). It commands
+the servers and the other nodes' verifiers (agents.py). Imports no torch.
 
     servers      the servers are up (colocated: and asleep, so that the devices are free)
     begin        the run's state is that of the checkpoint, if any; its data is read
@@ -38,7 +38,7 @@ from megafork.system.signals import SIGNALS, STOP_FILE
 from megafork.verifiers.verifier import Judge
 
 _MOST_BYTES = 64 << 20
-"""Of a rank's question: the uids of a batch's samples"""
+"""The most that a rank's question takes: the uids of a batch's samples"""
 _LOOK_S = 0.5
 """Between two looks for the stop file"""
 

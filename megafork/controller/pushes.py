@@ -66,7 +66,7 @@ class Pushes:
     async def joined(self, offers: list[Header | None]) -> Header:
         """Have the workers join. offers: each rank's sender, by address and buckets, or None.
 
-        They are in the order of the ranks, and so of the pipeline's stages.
+        The offers are in the order of the ranks, and so of the pipeline's stages.
         """
         found = [offer for offer in offers if offer is not None]
         self._addresses = [offer["address"] for offer in found]
@@ -77,7 +77,7 @@ class Pushes:
         return {"kind": "send"}
 
     async def _prepare(self) -> None:
-        """Nothing is sampled from here on, and the servers wait for the senders."""
+        """Pause the sampling, and have the servers wait for the senders."""
         if not self.colocated:
             await self.fleet.pause("keep" if self.in_flight else "wait")
         await self.fleet.start_weight_update()

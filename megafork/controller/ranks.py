@@ -26,28 +26,28 @@ Answer = tuple[Header, Pieces]
 
 
 def settings_digest(config: TrainConfig) -> str:
-    """Say in few letters which settings and which version of megafork these are."""
+    """Return a digest of the settings and of megafork's version."""
     whole = json.dumps([megafork.__version__, config.model_dump(mode="json")])
     return hashlib.sha256(whole.encode()).hexdigest()
 
 
 @dataclass
 class Question:
-    """What the ranks ask under one number."""
+    """A question, which all ranks ask under one number."""
 
     kind: str
     number: int
     world_size: int
     timeout_s: float
     headers: dict[int, Header] = field(default_factory=dict)
-    """Of each rank that has asked so far"""
+    """What each rank said that has asked so far"""
     _failure: Exception | None = None
     _is_complete: asyncio.Event = field(default_factory=asyncio.Event)
     _is_lost: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def first(self) -> Header:
-        """What the first rank said."""
+        """The header of the rank that asked first."""
         return next(iter(self.headers.values()))
 
     def add(self, rank: int, header: Header) -> None:
@@ -56,7 +56,7 @@ class Question:
             self._is_complete.set()
 
     def give_up(self, failure: Exception) -> None:
-        """A rank will not come any more."""
+        """Note that a rank will not come any more."""
         self._failure = failure
         self._is_lost.set()
 
@@ -97,12 +97,12 @@ class RankLost(Exception):
 
 
 class Ranks:
-    """All of them. `answer` is called with each question once, when its first rank has asked it.
+    """Answers the ranks. `answer` is called with each question once, when its first rank asks it.
 
-    It may wait for the others by `Question.by_all`. Its UserError is the answer to all ranks, and
-    so is whatever else it raises, with a traceback of ours. rows: answers one rank's question for
-    rows. note_signal: is told the name of a signal that some rank got. note_loss: is called when a
-    rank has ended.
+    It may wait for the other ranks by `Question.by_all`. Its UserError is the answer to all ranks,
+    and so is whatever else it raises, whose traceback is printed. rows: answers one rank's question
+    for rows. note_signal: is told the name of a signal that some rank got. note_loss: is called
+    when a rank has ended.
     """
 
     def __init__(
@@ -163,7 +163,10 @@ class Ranks:
             await link.send(*answer)
 
     def _decision(self, rank: int, header: Header) -> asyncio.Task[Answer]:
-        """Raises ValueError for what the other ranks do not ask under this number."""
+        """Return the task that decides the answer.
+
+        Raises ValueError for a question that the other ranks do not ask under this number.
+        """
         kind, number = str(header["kind"]), int(header["number"])
         if number not in self._open:
             self._open = {

@@ -1,4 +1,4 @@
-"""What a run writes for people: its logs, its report, its notes."""
+"""The files that a run writes for people: its logs, its report, its notes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RunLog:
         self._forget_skipped_after(steps_done)
 
     def _forget_skipped_after(self, steps_done: int) -> None:
-        """Those steps will be done again."""
+        """Remove the skipped groups of later steps, which will be done again."""
         for path in (self.run_dir / SKIPPED).glob("step_*"):
             if int(path.name[5:11]) > steps_done:
                 path.unlink()
@@ -71,7 +71,7 @@ class RunLog:
 
     @contextlib.asynccontextmanager
     async def telling(self, what: str, tally: Callable[[], Tally]) -> AsyncIterator[None]:
-        """Inside, a person sees how far it is."""
+        """Show regularly, as long as the context lasts, how far the tally is."""
         telling = tell_regularly(tally, lambda text: self.metrics.progress(f"{what}  {text}"))
         task = asyncio.create_task(telling)
         try:
@@ -80,7 +80,7 @@ class RunLog:
             task.cancel()
 
     def failures(self, causes: Mapping[str, str]) -> None:
-        """Tell of each kind of a verifier's failures the first; metrics.jsonl counts them."""
+        """Note the verifiers' first failure of each kind; metrics.jsonl counts them all."""
         for kind, cause in dict(causes).items():
             if kind not in self._told_failures:
                 self._told_failures.add(kind)
@@ -110,7 +110,7 @@ class RunLog:
     def skipped(self, step: int, parts: Sequence[Mapping[str, Any]], groups: list[Group]) -> None:
         """Write the groups of mini-batches without an update, and tell of them.
 
-        parts: of each the number, the reason and the prompt indices of its groups.
+        parts: each mini-batch's number, the reason, and the prompt indices of its groups.
         """
         for part in parts:
             members = set(part["groups"])
@@ -136,7 +136,7 @@ class RunLog:
             self.note(f"held-out accuracy  {first:.1%} before, {last:.1%} after")
 
     def _write_report(self) -> None:
-        """RUN/report.html; a run does not fail for it."""
+        """Write RUN/report.html; a run does not fail where this does."""
         from megafork.report.page import write_report  # matplotlib and jinja2 take a second
 
         try:

@@ -1,7 +1,7 @@
 """The steps of a run, as the controller decides them: pushes, batches, metrics.
 
-What can be mended (a lost server, a node's verifiers) is mended here, and no rank hears of it; but
-for weights that servers lack, which the ranks are asked to push again. Imports no torch.
+What can be mended (a lost server, a node's verifiers) is mended here, and no rank hears of it. Only
+weights that the servers lack are the ranks asked to push again. Imports no torch.
 
     push_begins    send; join, where the ranks make their senders anew first; leave, where all of a
                    colocated trainer's memory is needed to start a server; again; stop
@@ -100,21 +100,21 @@ class Steps:
         self._batch_started = self._batch_seconds = 0.0
         self._row: _Row | None = None
         self._push_seconds: dict[str, float] = {}
-        """Of each phase of the push that is under way"""
+        """Seconds of each phase of the push that is under way"""
         self._version = 0
         self._has_pushed = self._probe_is_due = False
         self._to_evaluate: int | None = None
         self._deaths = 0
-        """Of all servers together, since something was generated"""
+        """How often all servers were lost together, since something was generated"""
         self._death: Exception | None = None
-        """The last, until they are replaced"""
+        """The cause of the last, until the servers are replaced"""
         self._has_started_again = False
         """Lost servers of a colocated run, for the push that is under way"""
 
     def begin(self, step: int, row: dict[str, float] | None) -> None:
-        """Go on after this step. row: its metrics as of its checkpoint, if any.
+        """Go on after this step. row: the step's metrics from its checkpoint, if any.
 
-        They are written where the run ended before they were.
+        The row is written if metrics.jsonl lacks it, because the run ended before.
         """
         if row is not None and not self.log.has_row(step):
             self._row = _Row(step, row)
@@ -225,7 +225,10 @@ class Steps:
         return header, arrays
 
     async def _push_failed(self, cause: UserError) -> Answer:
-        """Servers were lost, and others are left to push to; or all were."""
+        """Have the push done again, if servers were lost and others are left to push to.
+
+        Raises the cause if none was lost, and ServersLost if all were.
+        """
         self.stop.check()
         num_lost = await self.fleet.mark_lost()
         await self._look_for_deaths(cause)
@@ -236,8 +239,10 @@ class Steps:
         return _AGAIN
 
     async def _look_for_deaths(self, cause: Exception) -> None:
-        """After a failure. Raises ServersLost where no server is left; one that does not answer is
-        as good as dead. Raises UserError where they died too often."""
+        """Look, after a failure, whether a server is left; one that does not answer counts as dead.
+
+        Raises ServersLost where none is left, UserError where they died too often.
+        """
         if await self.fleet.health():
             return
         self.stop.check()  # the signal may have ended the servers too
@@ -305,7 +310,7 @@ class Steps:
         return self._delivered(header | probe, {**arrays, **pieces})
 
     def rows(self, step: int, uids: Sequence[int]) -> Answer:
-        """The rows of the batch's samples with these uids. Raises KeyError, ValueError."""
+        """Return the rows of the batch's samples with these uids. Raises KeyError, ValueError."""
         if self._batch is None or step != self._batch_step:
             raise ValueError(f"step {self._batch_step} is trained on now")
         return {"kind": "rows"}, self._batch.rows(uids)

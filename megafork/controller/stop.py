@@ -1,4 +1,4 @@
-"""A signal's wish that the run ends, for work that waits."""
+"""A signal's request that the run ends, for work that waits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Whether the run is to end. Of the running event loop, but for `check`."""
+    """A signal's request to end the run, if there was one. All but `check` needs the event loop."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -33,7 +33,7 @@ class Stop:
         self.ends_are_expected = True
 
     def check(self) -> None:
-        """Raises Stopped if the run is to end."""
+        """Raise Stopped if the run is to end."""
         if self.signal is not None:
             raise Stopped(self.signal)
 

@@ -2,8 +2,8 @@
 
 transformers changes what tokenizer.json says: it adds tokens of the other files, and some of its
 classes build the tokenizer anew from the vocabulary and the merges. `read_folder` follows it for
-the plain class and for Qwen's, and leaves every folder to transformers in which it finds anything
-else: another class, a setting that it does not know, a file that is damaged.
+the plain class and for Qwen's. A folder with anything else in it (another class, an unknown
+setting, a damaged file) is left to transformers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _CLEANED_UP = {
 
 
 class FolderTokenizer:
-    """What transformers' tokenizer of a folder does, as far as `HfTokenizer` asks for it."""
+    """A folder's tokenizer with those methods of transformers' own that `HfTokenizer` calls."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class FolderTokenizer:
         return self._tokenizer.token_to_id(self._named[name]) if name in self._named else None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Raises TypeError for a text that is not Unicode."""
+        """Return the token ids of a text. Raises TypeError for one that is not Unicode."""
         # A batch, for `encode` of one text would hold the GIL; so would `decode`.
         [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         return encoding.ids
@@ -99,7 +99,7 @@ class FolderTokenizer:
     def apply_chat_template(
         self, turns: list[dict[str, str]], *, tokenize: bool, **options: bool
     ) -> str:
-        """Text of the turns. Raises whatever the template raises."""
+        """Return the turns as one text. Raises whatever the template raises."""
         assert not tokenize and self.chat_template is not None
         template = self.chat_template
         if isinstance(template, dict):
@@ -171,7 +171,7 @@ def _read(folder: Path) -> FolderTokenizer:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """What an optional file says; empty where it is not there."""
+    """Read the JSON object of an optional file; it is empty where there is no file."""
     if not path.is_file():
         return {}
     raw = json.loads(path.read_text(encoding="utf-8"))
@@ -218,7 +218,8 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, where all of it is known."""
+    """Return tokenizer_config.json; a folder with an unknown setting in it is left to
+    transformers."""
     raw = _object(folder / "tokenizer_config.json")
     _need(all(key in _CHECKS and _CHECKS[key](value) for key, value in raw.items()))
     return raw
@@ -268,9 +269,10 @@ def _chat_template(folder: Path, of_settings: object) -> str | dict[str, str] | 
 def _added_tokens(
     folder: Path, settings: dict[str, Any], of_tokenizer_json: list[dict[str, Any]] | None
 ) -> list[tuple[int, AddedToken]]:
-    """With their ids: added_tokens_decoder, or what older files say where it is missing.
+    """Return the added tokens with their ids: added_tokens_decoder, or the older files where it is
+    missing.
 
-    One of them, special_tokens_map.json, goes into the settings.
+    Of these files special_tokens_map.json goes into the settings.
     """
     if "added_tokens_decoder" in settings:
         raw = settings["added_tokens_decoder"]

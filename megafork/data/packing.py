@@ -71,7 +71,7 @@ def _place(
 
 @dataclass(frozen=True)
 class Pack:
-    """One rank's part of a micro-batch. The hidden state of slot t predicts the token after it.
+    """A rank's part of a micro-batch. The hidden state of slot t predicts the token after it.
 
     The last token of a response predicts nothing and is not fed. Under context parallelism a rank
     holds some slots of every sequence (parallel/zigzag.py), and the targets were shifted before.
@@ -140,5 +140,5 @@ def build_pack(
 
 
 def fed_lengths(table: TokenTable) -> list[int]:
-    """Tokens that each sample feeds."""
+    """Return the number of tokens that each sample feeds to the model."""
     return (table.prompt_lengths_B + table.response_lengths_B - 1).tolist()

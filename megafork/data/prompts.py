@@ -30,7 +30,7 @@ class Row:
 
     @property
     def text(self) -> str:
-        """What the verifier is given as the prompt; of a chat, the last turn's text."""
+        """The prompt as the verifier is given it: a chat's is the text of its last turn."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
 
 
@@ -46,7 +46,7 @@ class Prompt:
 
 
 def read_rows(path: str | Path, data: PromptConfig, id_key: str = "") -> list[Row]:
-    """All rows of a data file (data/tables.py). Raises UserError naming file, row and fault.
+    """Read the rows of a data file (data/tables.py). Raises UserError naming file, row and fault.
 
     id_key: the column that tells rows apart; empty: their number does. An empty data.answer_key
     leaves the answers empty.
@@ -74,7 +74,8 @@ def read_rows(path: str | Path, data: PromptConfig, id_key: str = "") -> list[Ro
 
 
 def read_both(data: DataConfig) -> tuple[list[Row], list[Row]]:
-    """The rows to train on and the held-out ones; none where data.eval is unset."""
+    """Return the rows to train on and the held-out ones; there are none where data.eval is
+    unset."""
     return read_rows(data.train, data), read_rows(data.eval, data) if data.eval is not None else []
 
 
@@ -144,9 +145,10 @@ def _read_turns(value: list[Any], data: PromptConfig, what: str) -> Turns:
 
 
 def _read_answer(raw: Any, key: str, where: str) -> str:
-    """As text; a list of one is that one (OlympiadBench), other lists and objects are JSON.
+    """Return the answer as text; a list of one is its item (OlympiadBench), other lists and objects
+    are JSON.
 
-    Raises UserError for what is empty, null, NaN, infinite, a boolean or no text.
+    Raises UserError for an answer that is empty, null, NaN, infinite, a boolean or no text.
     """
     value = _column(raw, key, "data.answer_key", where)
     if isinstance(value, list) and len(value) == 1:
@@ -161,7 +163,7 @@ def _read_answer(raw: Any, key: str, where: str) -> str:
 
 
 def _written(value: Any, what: str) -> str:
-    """As JSON, in which numbers keep their text."""
+    """Return the value as JSON, in which numbers keep their text."""
     if isinstance(value, dict) and value:
         pairs = (
             f"{json.dumps(k, ensure_ascii=False)}: {_written(v, what)}" for k, v in value.items()
@@ -195,7 +197,8 @@ def _check_answer(value: Any, what: str) -> None:
 def read_prompts(
     path: str | Path, data: PromptConfig, encode: Encode, id_key: str = ""
 ) -> list[Prompt]:
-    """All rows, tokenized: a prompt that is too long is told now, not hours into the run."""
+    """Read and tokenize all rows, so that a prompt that is too long is told now, not hours into the
+    run."""
     return encode_rows(read_rows(path, data, id_key), data, encode)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One response, as it came from the server and, once it is judged, from the verifier.
+    """A response, as it came from the server and, once it is judged, from the verifier.
 
     Raises ValueError where there are not as many log-probabilities as tokens.
     """
@@ -75,7 +75,7 @@ class Sample:
         return "length" if self.truncated else "stop"
 
     def without_tokens(self) -> Self:
-        """The same without the arrays, for one that nobody trains on."""
+        """Return the sample without its arrays, for one that nobody trains on."""
         return replace(self, token_ids=self.token_ids[:0].copy(), logprobs=self.logprobs[:0].copy())
 
     def __eq__(self, other: object) -> bool:
@@ -117,7 +117,7 @@ class Group:
         return len({sample.accuracy for sample in self.samples}) > 1
 
     def without_tokens(self) -> Group:
-        """The same without its samples' arrays."""
+        """Return the group without its samples' arrays."""
         return replace(self, samples=[sample.without_tokens() for sample in self.samples])
 
 

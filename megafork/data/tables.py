@@ -29,7 +29,8 @@ class Number(str):
 
 
 def read_table(path: str | Path, columns: Sequence[str]) -> Table:
-    """Rows in order, with at least those of their `columns` (dotted: nested ones) that there are.
+    """Yield the rows in order, with at least those of `columns` (dotted: nested ones) that there
+    are.
 
     Raises UserError, naming the file and row, for what cannot be read.
     """
@@ -84,7 +85,7 @@ def stem_of(path: str | Path) -> str:
 
 
 def look_up(row: dict[str, Any], key: str) -> Any:
-    """row[key], or the nested value that a dotted key leads to. Raises KeyError."""
+    """Return row[key], or the nested value that a dotted key leads to. Raises KeyError."""
     if key in row:
         return row[key]
     value: Any = row
@@ -142,7 +143,8 @@ def _from_folder(path: Path, columns: Sequence[str]) -> Table:
 
 
 def _from_hub(name: str, columns: Sequence[str]) -> Table:
-    """hf:owner/name[/config][:split], through `datasets`: from its cache, or from the network."""
+    """Yield the rows of hf:owner/name[/config][:split], which `datasets` takes from its cache or
+    from the network."""
     repository, _, split = name.removeprefix(HUB).partition(":")
     owner, _, rest = repository.partition("/")
     short, _, config = rest.partition("/")
@@ -178,7 +180,7 @@ def _rows_of(name: str, found: Any, columns: Sequence[str]) -> Table:
 
 
 def _rows_of_batch(batch: Any) -> Iterator[dict[str, Any]]:
-    """Of an arrow table or batch, with `Number` for what is no whole number."""
+    """Yield the rows of an arrow table or batch, with `Number` for numbers that are not whole."""
     types = {field.name: field.type for field in batch.schema}
     for row in batch.to_pylist():
         yield {name: _with_text(value, types[name]) for name, value in row.items()}
@@ -209,7 +211,8 @@ def _text_of_float(value: Any) -> Number:
 
 
 def _present(columns: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The top-level columns to read; all where none fits, so that a message can name them."""
+    """Return the top-level columns to read; all where none fits, so that a message can name
+    them."""
     wanted = {key if key in names else key.split(".")[0] for key in columns}
     kept = [name for name in names if name in wanted]
     return kept if len(kept) == len(wanted) else list(names)

@@ -22,11 +22,11 @@ from megafork.data.sample import Group, Sample, known_columns, version_runs
 
 @dataclass(frozen=True)
 class TokenTable:
-    """All samples of a batch, with the rows of those samples whose tokens are here.
+    """The samples of a batch, with the rows of those samples whose tokens are here.
 
-    What a sample is (lengths, reward, place in the loss) every rank knows of all of them, so plans
-    and denominators need no word between ranks. Rows are where they are worked on: `held_B` says
-    of which samples (trainer/rows.py fetches them; a table made from groups holds all).
+    Every rank knows what every sample is (lengths, reward, place in the loss), so plans and
+    denominators need no communication. Rows are only where they are worked on: `held_B` says of
+    which samples (trainer/rows.py fetches them; a table made from groups holds all).
     """
 
     uid_B: Tensor
@@ -118,7 +118,7 @@ class TokenTable:
         return slice(int(self.offsets[sample]), int(self.offsets[sample + 1]))
 
     def take(self, samples: Sequence[int] | Tensor) -> TokenTable:
-        """The table of these samples, in this order."""
+        """Return the table of these samples, in this order."""
         picked = torch.as_tensor(samples, dtype=torch.int64)
         rows = self.rows_of(picked)
         return TokenTable(
@@ -128,15 +128,15 @@ class TokenTable:
         )
 
     def rows_of(self, samples: Tensor) -> Tensor:
-        """int64: the rows of these samples, in this order."""
+        """Return the rows of these samples, int64, in this order."""
         return _ranges(self.offsets, samples)
 
     def with_rows(self, held_B: Tensor, **columns: Tensor) -> TokenTable:
-        """The same samples with the rows of those in held_B, one after the other."""
+        """Return the same samples with the rows of those in held_B, one after the other."""
         return replace(self, held_B=held_B, **columns)
 
     def with_tokens(self, groups: Iterable[Group]) -> TokenTable:
-        """The same samples with the rows of those that the groups hold, who may hold others too.
+        """Return the same samples with the rows of those in `groups`, which may hold others too.
 
         A response is in the loss mask as a whole or not at all, as `num_loss_tokens_B` says.
         """
@@ -161,20 +161,20 @@ class TokenTable:
         return replace(self, **columns)
 
     def with_loss_mask(self, loss_mask_R: Tensor) -> TokenTable:
-        """Of a table that holds all rows."""
+        """Replace the loss mask, and count its tokens. The table has to hold all rows."""
         assert self.held_B.all()
         counts_B = torch.bincount(self.sample_R[loss_mask_R], minlength=self.num_samples)
         return replace(self, loss_mask_R=loss_mask_R, num_loss_tokens_B=counts_B)
 
     def minibatches(self, groups_per_minibatch: int, seed: int) -> list[TokenTable]:
-        """The tables of `minibatch_samples`."""
+        """Return the tables of `minibatch_samples`."""
         return [self.take(found) for found in self.minibatch_samples(groups_per_minibatch, seed)]
 
     def minibatch_samples(self, groups_per_minibatch: int, seed: int) -> list[Tensor]:
         """Split by whole groups in a seeded order that depends on the groups' indices only.
 
-        Returns of each mini-batch the indices of its samples, int64, in the order of their uids, so
-        that its table is the same however the rollout batch was ordered.
+        Returns the indices of each mini-batch's samples, int64, in the order of their uids, so that
+        its table is the same however the rollout batch was ordered.
         """
         groups = self.group_B.unique()
         order = groups[hash64(groups, torch.tensor(seed)).argsort()]
@@ -200,7 +200,7 @@ _PER_ROW = ("token_R", "rollout_logprob_R", "policy_version_R", "loss_mask_R", "
 
 
 def token_table(groups: Sequence[Group], *, overlong_filtering: bool = False) -> TokenTable:
-    """The table of finished groups with all rows; advantages are NaN until algorithms/ fills them.
+    """Make the table of finished groups with all rows; algorithms/ replaces the NaN advantages.
 
     overlong_filtering: truncated responses keep their rows but leave the loss mask.
     """
@@ -208,12 +208,12 @@ def token_table(groups: Sequence[Group], *, overlong_filtering: bool = False) ->
 
 
 def known_table(groups: Sequence[Group], *, overlong_filtering: bool = False) -> TokenTable:
-    """The same without rows: what can be known of the samples where their tokens are not."""
+    """Make the table without rows: what is known of the samples where their tokens are not."""
     return table_of(known_columns(groups, overlong_filtering=overlong_filtering))
 
 
 def table_of(columns: Mapping[str, np.ndarray]) -> TokenTable:
-    """The table without rows of `known_columns`, whose arrays it takes."""
+    """Make the table without rows of `known_columns`, whose arrays it takes over."""
     found = {name: torch.from_numpy(column) for name, column in columns.items()}
     truncated_B = found.pop("truncated_B").bool()
     return TokenTable(
@@ -229,7 +229,7 @@ def table_of(columns: Mapping[str, np.ndarray]) -> TokenTable:
 
 
 def _version_R(samples: Sequence[tuple[Group, Sample]]) -> Tensor:
-    """int64: policy version of each token."""
+    """Return the policy version of each token, int64."""
     runs = [
         run
         for group, sample in samples
@@ -240,7 +240,7 @@ def _version_R(samples: Sequence[tuple[Group, Sample]]) -> Tensor:
 
 
 def hash64(*parts: Tensor) -> Tensor:
-    """A well-mixed int64 of integer parts (splitmix64), the same on every machine."""
+    """Return a well-mixed int64 of integer parts (splitmix64), the same on every machine."""
     mixed = torch.zeros((), dtype=torch.int64)
     for part in parts:
         mixed = _splitmix(mixed ^ _splitmix(part.long()))
@@ -255,7 +255,7 @@ def _splitmix(x: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift; int64's own shift would copy the sign."""
+    """Shift logically; int64's own shift would copy the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -268,7 +268,7 @@ def _joined(parts: Sequence[Sequence[float] | np.ndarray], kind: type[np.number]
 
 
 def _repeated(values: Tensor, lengths: Tensor) -> Tensor:
-    """Each value as often as its length says; torch's function makes an index of all first."""
+    """Repeat each value as its length says; torch's function makes an index of all first."""
     return torch.from_numpy(np.repeat(values.numpy(), lengths.numpy()))
 
 
@@ -277,7 +277,7 @@ def _offsets(lengths: Tensor) -> Tensor:
 
 
 def _ranges(offsets: Tensor, picked: Tensor) -> Tensor:
-    """Indices offsets[b] .. offsets[b+1]-1 of every picked b, joined."""
+    """Return the indices offsets[b] .. offsets[b+1]-1 of every picked b, joined."""
     lengths = offsets.diff()[picked]
     starts = torch.repeat_interleave(offsets[picked] - _offsets(lengths)[:-1], lengths)
     return starts + torch.arange(len(starts))

@@ -32,36 +32,37 @@ class Tokenizer(Protocol):
     """Text to token ids and back."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, as of a response: no bos, no eos."""
+        """Return the ids of the text alone, as of a response: no bos, no eos."""
 
     def encode_prompt(self, prompt: str | Turns) -> list[int]:
-        """Ids that the model reads before its response.
+        """Return the ids that the model reads before its response.
 
-        With a chat template, of the prompt as a user's turn, or of several turns; only there may it
-        be turns. Without one, of the text behind what the tokenizer begins a text with, as
-        transformers and vLLM have it: Llama's bos, nothing for Qwen. A text that is written with
-        the bos gets no second one.
+        With a chat template the prompt is rendered as a user's turn, or as several turns; only
+        there may it be turns. Without one, the text follows the tokens that the tokenizer begins
+        every text with, as transformers and vLLM have it: Llama's bos, nothing for Qwen. A text
+        that is written with the bos gets no second one.
         """
 
     def template_ends(self) -> tuple[int, ...]:
         """The special tokens that the chat template puts behind the assistant's last turn."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of a response, without special tokens and without ids that no token has.
+        """Return the text of a response, without special tokens and without ids that no token has.
 
         Models pad their vocabulary, so a policy can sample an id that its tokenizer lacks.
         """
 
     def name(self, token_id: int) -> str:
-        """One token as text, a special one too; empty for an id that no token has."""
+        """Return a token as text, a special one too; the text of an id that no token has is
+        empty."""
 
     def show(self, ids: Sequence[int]) -> str:
-        """Text of a prompt with the special tokens that are in it."""
+        """Return the text of a prompt with the special tokens that are in it."""
 
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """Where a run's tokenizer is and what reads it."""
+    """The path of a run's tokenizer, and the library that reads it."""
 
     setting: str
     """key=value, for messages."""
@@ -71,7 +72,8 @@ class TokenizerSource:
 
 
 def find_tokenizer(config: WithTokenizer) -> TokenizerSource:
-    """tokenizer.path, or model.path where it is unset. Raises UserError when nothing reads it.
+    """Return tokenizer.path, or model.path where it is unset. Raises UserError when nothing reads
+    it.
 
     A folder with tokenizer.model and no file of transformers' own is read by sentencepiece:
     transformers would take the class from config.json and give other ids without a word.
@@ -107,7 +109,7 @@ def find_tokenizer(config: WithTokenizer) -> TokenizerSource:
 def load_tokenizer(
     config: WithTokenizer, *, chat_template: bool, enable_thinking: bool | None = None
 ) -> Tokenizer:
-    """The run's tokenizer. Raises UserError that names the setting, the cause and the fix."""
+    """Load the run's tokenizer. Raises UserError that names the setting, the cause and the fix."""
     source = find_tokenizer(config)
     if source.sentencepiece_file is None:
         return HfTokenizer(
@@ -125,7 +127,7 @@ def load_tokenizer(
 
 
 def check_tokenizer(config: WithTokenizer, vocab_size: int, *, chat_template: bool) -> int | None:
-    """The id that ends a text by the tokenizer's own files, None where they name none.
+    """Return the id that ends a text by the tokenizer's own files, None where they name none.
 
     Raises UserError for a tokenizer that cannot be read or has ids that the model has not.
     """
@@ -361,14 +363,15 @@ def _named_end(folder: Path) -> str | None:
 
 
 def _llamas_bos(folder: Path) -> int | None:
-    """What a Llama's prompts begin with, by its config.json; None for other models: Qwen's name a
-    bos and do not use it."""
+    """Return the bos that a Llama's prompts begin with, by its config.json; None for other models:
+    Qwen's name a bos and do not use it."""
     raw = _json_object(folder / "config.json")
     return raw.get("bos_token_id", 1) if raw.get("model_type") == "llama" else None
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    """What an optional file says; empty where it is not there. Raises UserError naming the file."""
+    """Read the JSON object of an optional file; it is empty where there is no file. Raises
+    UserError naming the file."""
     if not path.is_file():
         return {}
     try:

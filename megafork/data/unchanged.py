@@ -1,4 +1,4 @@
-"""Is the data of a run that goes on still what it was trained on?
+"""Checks that a run which goes on still has the data that it was trained on.
 
 Prompt i of a run follows from the rows, their order and the seed. With a row more or less the same
 position means another permutation: rows would be trained on twice, and others never.
@@ -30,7 +30,8 @@ def identity(data: DataConfig, train: Sequence[Row], heldout: Sequence[Row]) -> 
 
 
 def _digest(rows: Sequence[Row]) -> dict[str, Any]:
-    """The number of rows, and a hash of prompts and answers in their order, before any template."""
+    """Return the number of rows, and a hash of prompts and answers in their order, before any
+    template."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.prompt, row.answer]).encode() + b"\n")

@@ -21,7 +21,7 @@ from megafork.data.prompts import Prompt
 from megafork.data.sample import Sample
 from megafork.data.tables import stem_of
 from megafork.errors import UserError
-from megafork.evaluation import metrics
+from megafork.evaluation import estimates
 from megafork.evaluation.generation import (
     Input,
     Job,
@@ -32,7 +32,8 @@ from megafork.evaluation.generation import (
     row_of,
     run_jobs,
 )
-from megafork.evaluation.samples import (
+from megafork.evaluation.intervals import CONFIDENCE
+from megafork.evaluation.sample_file import (
     SETTINGS,
     SampleFile,
     check_same,
@@ -40,7 +41,6 @@ from megafork.evaluation.samples import (
     read_settings,
     write_json,
 )
-from megafork.evaluation.votes import vote
 from megafork.system.parsing import parse_json
 from megafork.verifiers.names import check_verifiers
 from megafork.verifiers.verifier import Judge
@@ -69,7 +69,7 @@ def evaluate(config: EvaluateConfig, benchmarks: Sequence[str], output: Path) ->
             prompts, SampleFile(target, given.settings() | digest(prompts), len(prompts))
         )
     run_judged(given, list(jobs.values()), config, log_path=_log(output))
-    results |= {"model": str(given.source.folder), "confidence": metrics.CONFIDENCE}
+    results |= {"model": str(given.source.folder), "confidence": CONFIDENCE}
     results |= {"interval": _INTERVAL, "settings": given.settings()}
     found = {
         name: {"file": files[name]}
@@ -117,7 +117,10 @@ def _check_folder(output: Path, given: Input) -> None:
 
 
 def _results_before(output: Path, given: Input) -> Results:
-    """Of other benchmarks in the same folder; their samples may be gone, their settings not."""
+    """Results of other benchmarks in the same folder.
+
+    Their samples may be gone, but their settings must be the same.
+    """
     path = output / "results.json"
     if not path.is_file():
         return {}
@@ -132,7 +135,7 @@ def _results_before(output: Path, given: Input) -> Results:
 def run_judged(
     given: Input, jobs: Sequence[Job], config: EvaluateConfig, *, log_path: Path
 ) -> None:
-    """`run_jobs`, with what the verifier says of each sample.
+    """Run the jobs and judge each sample.
 
     Raises UserError when it failed on too many; the samples are kept, with their failures, and the
     next call judges those again.
@@ -154,7 +157,7 @@ def run_judged(
 
 
 def _judge_again(judge: Judge, file: SampleFile) -> None:
-    """The rows without a verdict, where an evaluation ended because there were too many."""
+    """Judge the rows without a verdict, where an evaluation ended because there were too many."""
     if not judge.has_failed([row["failure"] for row in file.rows()]):
         return
 
@@ -173,7 +176,7 @@ def _judge_again(judge: Judge, file: SampleFile) -> None:
 
 
 def _failures_of(file: SampleFile) -> dict[str, int]:
-    """How many samples have no verdict, by cause; they count as wrong."""
+    """Number of samples without a verdict by cause; they count as wrong."""
     return dict(Counter(row["failure"] for row in file.rows() if row["failure"] is not None))
 
 
@@ -186,7 +189,7 @@ def _rows_by(judge: Judge, config: EvaluateConfig, given: Input) -> MakeRows:
             *(judge(prompt.text, row["response"], prompt.answer) for row in rows)
         )
         for row, verdict, sample in zip(rows, verdicts, samples, strict=True):
-            row["extracted"] = vote(
+            row["extracted"] = estimates.vote(
                 row["response"],
                 config.metrics.extract,
                 config.reward,
@@ -200,10 +203,10 @@ def _rows_by(judge: Judge, config: EvaluateConfig, given: Input) -> MakeRows:
     return make_rows
 
 
-def problems_of(file: SampleFile, samples: int) -> list[list[metrics.Scored]]:
-    """What the metrics need, `samples` of each problem, read row by row."""
+def problems_of(file: SampleFile, samples: int) -> list[list[estimates.Scored]]:
+    """The judged samples, `samples` of each problem, read row by row."""
     scored = (
-        metrics.Scored(
+        estimates.Scored(
             row["accuracy"], row["extracted"], row["length"], row["finish_reason"] != "stop"
         )
         for row in file.rows()
@@ -212,28 +215,28 @@ def problems_of(file: SampleFile, samples: int) -> list[list[metrics.Scored]]:
     return list(groups)
 
 
-def measure(problems: Sequence[Sequence[metrics.Scored]]) -> Results:
-    """All metrics of one benchmark; each with value, low, high and standard_error."""
+def measure(problems: Sequence[Sequence[estimates.Scored]]) -> Results:
+    """Return all metrics of one benchmark; each with value, low, high and standard_error."""
     samples = len(problems[0])
-    avg = metrics.avg_at_k(problems).as_dict()
-    avg["sampling_error"] = metrics.sampling_error(
+    avg = estimates.avg_at_k(problems).as_dict()
+    avg["sampling_error"] = estimates.sampling_error(
         [[sample.accuracy for sample in group] for group in problems]
     )
     majority = {}
-    for k in metrics.powers_up_to(samples):
-        found, error = metrics.majorities(problems, k)
+    for k in estimates.powers_up_to(samples):
+        found, error = estimates.majorities(problems, k)
         majority[str(k)] = found.as_dict() | {"monte_carlo_error": error}
     return {
         "problems": len(problems),
         "samples": samples,
         f"avg@{samples}": avg,
         "pass@k": {
-            str(k): metrics.passes(problems, k).as_dict() for k in metrics.powers_up_to(samples)
+            str(k): estimates.passes(problems, k).as_dict() for k in estimates.powers_up_to(samples)
         },
         "maj@k": majority,
-        "length_mean": metrics.mean_length(problems).as_dict(),
+        "length_mean": estimates.mean_length(problems).as_dict(),
         "length_max": max(sample.length for group in problems for sample in group),
-        "truncated_fraction": metrics.truncated_fraction(problems).as_dict(),
+        "truncated_fraction": estimates.truncated_fraction(problems).as_dict(),
     }
 
 

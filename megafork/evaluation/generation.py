@@ -21,7 +21,7 @@ from megafork.data.prompts import Prompt, lines_of, read_prompts, read_rows
 from megafork.data.sample import Sample
 from megafork.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from megafork.errors import Interrupted, UserError
-from megafork.evaluation.samples import PROMPTS, SampleFile, Settings
+from megafork.evaluation.sample_file import PROMPTS, SampleFile, Settings
 from megafork.evaluation.source import ModelSource, find_model
 from megafork.model.shape import ModelShape
 from megafork.rollout.client import RolloutClient
@@ -48,7 +48,7 @@ _HOW_FAST = {
 
 @dataclass(frozen=True)
 class Input:
-    """What is generated from, all of it checked."""
+    """The model and the settings to generate with, all of it checked."""
 
     config: GenerateConfig
     """model.path is the folder with the model's config and tokenizer"""
@@ -89,7 +89,7 @@ class Input:
         )
 
     def settings(self) -> Settings:
-        """All that samples depend on but the prompts, flat; for SampleFile."""
+        """Return all that samples depend on but the prompts, flat; for SampleFile."""
         dumped = self.config.model_dump(mode="json")
         flat = {
             f"{section}.{key}": value
@@ -130,7 +130,7 @@ def check_input(config: GenerateConfig, files: Iterable[str]) -> Input:
 
 
 def digest(prompts: Sequence[Prompt]) -> Settings:
-    """What tells a file's prompts, as they are asked, from others."""
+    """The setting that tells a file's prompts, as they are asked, from others."""
     found = hashlib.sha256()
     for prompt in prompts:
         found.update(json.dumps([prompt.id, prompt.text, prompt.answer, prompt.ids]).encode())
@@ -168,7 +168,7 @@ def generate_file(config: GenerateConfig, data: str, output: Path) -> None:
 
 
 def row_of(prompt: Prompt, number: int, sample: Sample, tokenizer: Tokenizer) -> dict:
-    """One response as it is written; `megafork score` reads it."""
+    """Return a response as it is written; `megafork score` reads it."""
     return {
         "id": prompt.id,
         "sample": number,
@@ -244,7 +244,7 @@ async def _generate(
     todo: Sequence[tuple[Job, Prompt]],
     make_rows: MakeRows,
 ) -> None:
-    """folder: of the model that the servers have to serve."""
+    """Generate the groups of `todo`; the servers have to serve the model in `folder`."""
     rollout = given.config.rollout
     async with Fleet(clients, max_num_seqs=rollout.max_num_seqs) as fleet:
         await fleet.wait_until_up(rollout.startup_timeout_s, rollout.api_key_env)
@@ -288,7 +288,7 @@ def groups_at_once(max_num_seqs: int, samples: int) -> int:
 
 
 async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_once: int) -> None:
-    """`work` on all items, begun in order. What one raises ends the others."""
+    """Run `work` on all items, begun in order. An exception of one ends the others."""
     left = iter(items)
 
     async def take() -> None:
@@ -307,7 +307,7 @@ async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_
 async def _check_weights(
     clients: Sequence[RolloutClient], rollout: GenerationConfig, folder: Path
 ) -> None:
-    """A server of somebody else's must have this model, and no weights that a trainer pushed."""
+    """Check that a server of somebody else's has this model, and no weights of a training run."""
     if rollout.url is None:
         return
     for client in clients:

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from megafork.data.prompts import Prompt
-from megafork.evaluation import metrics
+from megafork.evaluation import estimates
 from megafork.evaluation.generation import for_each, groups_at_once
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.judging import Judging
@@ -22,12 +22,12 @@ async def sample(
     num_samples: int,
     max_num_seqs: int,
     tally: Tally,
-) -> list[list[metrics.Scored]]:
+) -> list[list[estimates.Scored]]:
     """`num_samples` responses to each prompt, judged, in the prompts' order.
 
     Raises UserError when the verifier failed on too many of them.
     """
-    found: dict[int, list[metrics.Scored]] = {}
+    found: dict[int, list[estimates.Scored]] = {}
     failures: list[str | None] = []
 
     async def of_prompt(prompt: Prompt) -> None:
@@ -38,7 +38,7 @@ async def sample(
         tally.add(sum(sample.num_tokens for sample in samples))
         failures.extend(verdict.failure for verdict in verdicts)
         found[prompt.index] = [
-            metrics.Scored(verdict.accuracy, None, sample.num_tokens, sample.truncated)
+            estimates.Scored(verdict.accuracy, None, sample.num_tokens, sample.truncated)
             for verdict, sample in zip(verdicts, samples, strict=True)
         ]
 
@@ -47,19 +47,19 @@ async def sample(
     return [found[prompt.index] for prompt in prompts]
 
 
-def row(problems: list[list[metrics.Scored]]) -> dict[str, Any]:
-    """What eval.jsonl has of one evaluation; eval/accuracy is avg@k, eval/samples all responses."""
+def row(problems: list[list[estimates.Scored]]) -> dict[str, Any]:
+    """The row of eval.jsonl; eval/accuracy is avg@k, eval/samples counts all responses."""
     samples = len(problems[0])
-    accuracy = metrics.avg_at_k(problems)
+    accuracy = estimates.avg_at_k(problems)
     found: dict[str, Any] = {
         "eval/accuracy": accuracy.value,
         "eval/accuracy_low": accuracy.low,
         "eval/accuracy_high": accuracy.high,
         "eval/problems": len(problems),
         "eval/samples": len(problems) * samples,
-        "eval/length_mean": metrics.mean_length(problems).value,
-        "eval/truncated_fraction": metrics.truncated_fraction(problems).value,
+        "eval/length_mean": estimates.mean_length(problems).value,
+        "eval/truncated_fraction": estimates.truncated_fraction(problems).value,
     }
-    for k in metrics.powers_up_to(samples)[1:]:
-        found[f"eval/pass@{k}"] = metrics.passes(problems, k).value
+    for k in estimates.powers_up_to(samples)[1:]:
+        found[f"eval/pass@{k}"] = estimates.passes(problems, k).value
     return found

@@ -109,7 +109,7 @@ def _parquet_writer(path: Path) -> Iterator[Write]:
 
 
 def _score(groups: list[Group], scorer: Scorer, mesh: Mesh) -> Scores:
-    """(logprobs, entropies) of each group's one response, on rank 0; empty elsewhere."""
+    """Return (logprobs, entropies) of each group's one response on rank 0, elsewhere []."""
     table = token_table(groups)
     scores = scorer.score(table)
     mine = None
@@ -133,8 +133,10 @@ def _score(groups: list[Group], scorer: Scorer, mesh: Mesh) -> Scores:
 def read_responses(
     lines: TextIO, path: Path, config: ScoreConfig, vocab_size: int
 ) -> Iterator[tuple[dict, Group]]:
-    """Each object with its response, as the only sample of a group. Raises UserError for a line
-    that cannot be scored."""
+    """Yield each object with its response, as the only sample of a group.
+
+    Raises UserError for a line that cannot be scored.
+    """
     tokenizer: Tokenizer | None = None
     for number, line in _numbered(lines, path):
         where = f"{path}, line {number}"
@@ -169,7 +171,7 @@ def read_responses(
 
 
 def _numbered(lines: TextIO, path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers."""
+    """Yield the lines that are not blank, with their numbers."""
     try:
         for number, line in enumerate(lines, 1):
             if line.strip():

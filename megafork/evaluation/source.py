@@ -17,7 +17,8 @@ from megafork.model.hf_config import read_json
 from megafork.model.shape import ModelShape
 
 _HF = "hf"
-"""Of a megatron folder: config and tokenizer (checkpoint/hf.py, which imports torch)"""
+"""A megatron checkpoint's folder with config and tokenizer, as in checkpoint/hf.py, which imports
+torch"""
 _WEIGHTS = ("*.safetensors", "*.distcp", "*.pt")
 
 
@@ -38,7 +39,7 @@ class ModelSource:
     def check_weights(self) -> None:
         """Raises UserError for an HF folder that is not what megafork would compute. Imports torch.
 
-        Of a megatron checkpoint the conversion checks what it reads.
+        The conversion of a megatron checkpoint checks what it reads.
         """
         if not self.is_megatron:
             from megafork.model.hf_model import check_folder
@@ -46,13 +47,13 @@ class ModelSource:
             check_folder(self.folder)
 
     def dtype(self) -> Literal["float32", "bfloat16"]:
-        """What its config.json says, or bfloat16 for what it says else."""
+        """The dtype that config.json names; bfloat16 where it names any but float32."""
         raw = read_json(self.side / "config.json")
         named = raw.get("dtype") or raw.get("torch_dtype")  # transformers 5, 4
         return "float32" if named == "float32" else "bfloat16"
 
     def fingerprint(self) -> str:
-        """Changes when a file of weights is written anew: names, sizes and times."""
+        """Names, sizes and times of the weight files: it changes when one is written anew."""
         found = [path for pattern in _WEIGHTS for path in self.folder.glob(pattern)]
         stats = [(path.name, path.stat()) for path in sorted(found)]
         return " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
@@ -74,7 +75,10 @@ class ModelSource:
 
 
 def find_model(path: str | Path) -> ModelSource:
-    """Raises UserError for what is no model, and for a run without its final policy."""
+    """Find the model that `path` names.
+
+    Raises UserError for what is no model, and for a run without its final policy.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(
@@ -103,7 +107,7 @@ def find_model(path: str | Path) -> ModelSource:
 
 
 def _refuse_outdated(run: Path, final: Path) -> None:
-    """A run that was made longer keeps the final model of before until it ends again."""
+    """Refuse a run that was made longer: it keeps the final model of before until it ends again."""
     rows, config = read_rows(run / "metrics.jsonl"), run / "config.toml"
     if not rows or not config.is_file():
         return

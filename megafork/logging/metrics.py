@@ -83,7 +83,7 @@ class MetricsLog:
         self._progress.update(self._task, completed=step, doing="")
 
     def evaluation(self, step: int, row: dict[str, Any]) -> None:
-        """What held-out prompts gave after `step` (0: before training), into eval.jsonl."""
+        """Append what held-out prompts gave after `step` (0: before training) to eval.jsonl."""
         self._append("eval.jsonl", [{"step": step} | row])
         accuracy, low, high = (row[f"eval/accuracy{end}"] for end in ("", "_low", "_high"))
         interval = f" [{low:.3f}, {high:.3f}]" if low is not None else ""
@@ -93,11 +93,11 @@ class MetricsLog:
         )
 
     def forking_tokens(self, step: int, report: dict[str, Any]) -> None:
-        """Which tokens fork, into forking_tokens.jsonl."""
+        """Append which tokens fork to forking_tokens.jsonl."""
         self._append("forking_tokens.jsonl", [{"step": step} | report])
 
     def entropy_histogram(self, step: int, histogram: dict[str, Any]) -> None:
-        """Into entropy_histogram.jsonl."""
+        """Append a step's histogram to entropy_histogram.jsonl."""
         self._append("entropy_histogram.jsonl", [{"step": step} | histogram])
 
     def samples(self, responses: Sequence[dict[str, Any]]) -> None:
@@ -112,7 +112,7 @@ class MetricsLog:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def progress(self, text: str) -> None:
-        """What a step does meanwhile: beside the bar of a terminal, else a line."""
+        """Tell what a step does meanwhile: beside the bar of a terminal, else as a line."""
         if self._console.is_terminal:
             self._progress.update(self._task, doing=text)
         else:

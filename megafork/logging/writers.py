@@ -12,7 +12,7 @@ SETTING = "logging.writers"
 
 
 class Writer(Protocol):
-    """What `logging.writers = ["MODULE:CLASS"]` makes, in the controller's process.
+    """A destination of metrics that `logging.writers = ["MODULE:CLASS"]` makes, in the controller.
 
     CLASS(run_dir, config, steps_done): the run's folder as a Path; its settings as a dict of
     sections; the step that the run goes on after, 0 for a new one. Rows of later steps that an

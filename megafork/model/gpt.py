@@ -161,7 +161,7 @@ def head_input(gpt: GPTModel, hidden_1TH: Tensor, slots_N: Tensor) -> Tensor:
 def transformer_config(
     shape: ModelShape, model: ModelConfig, parallel: ParallelConfig
 ) -> TransformerConfig:
-    """The HF shape and our settings in megatron-core's words."""
+    """Return the HF shape and our settings as megatron-core's config."""
     dtype = DTYPES[model.dtype]
     on_gpu, te = backend.has_cuda(), backend.has_transformer_engine()
     return TransformerConfig(
@@ -220,7 +220,7 @@ def refuse_unsafe_sends(config: TransformerConfig) -> None:
 
 
 def _optional_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
-    """Of recomputation and of the pipeline, where they are asked for."""
+    """Return megatron-core's settings for recomputation and pipeline, where they are asked for."""
     optional: dict[str, Any] = {}
     if model.recompute != "none":
         optional["recompute_granularity"] = model.recompute

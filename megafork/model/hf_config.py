@@ -1,8 +1,8 @@
-"""What every key of an HF folder's config.json means to this stack. Imports no torch.
+"""The meaning of every key of an HF folder's config.json to this stack. Imports no torch.
 
-A key is implemented, known to be without effect on what the model computes, refused unless it has
-a value that changes nothing, or ignored; `ignored_keys` names the last. The tests compare the
-tables with transformers' config classes and with the keys that vLLM's models read.
+A key is implemented, known to be without effect on what the model computes, refused unless it has a
+value that changes nothing, or ignored; `ignored_keys` names the last. The tests compare the tables
+with transformers' config classes and with the keys that vLLM's models read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megafork.errors import UserError
 
 @dataclass(frozen=True)
 class Family:
-    """One model_type of config.json, and what its keys are beside those of all families."""
+    """A model_type of config.json, with the properties that set it apart from other families."""
 
     name: str
     """Of transformers' classes: <name>Config, <name>ForCausalLM"""
@@ -167,9 +167,10 @@ def ignored_keys(family: Family, raw: dict[str, Any]) -> list[str]:
 
 
 def check_config(path: Path, raw: dict[str, Any]) -> Family:
-    """The family of a config.json. Raises UserError for what this stack would compute otherwise.
+    """Return the family of a config.json. Raises UserError for what this stack would compute
+    otherwise.
 
-    path: for messages. raw: what the file holds.
+    path: for messages. raw: the file's content.
     """
     family = FAMILIES.get(raw["model_type"]) if isinstance(raw.get("model_type"), str) else None
     if family is None:
@@ -237,7 +238,7 @@ def _check_architectures(path: Path, raw: dict[str, Any], family: Family) -> Non
 
 
 def _check_numbers(path: Path, raw: dict[str, Any]) -> None:
-    """Raises UserError for a size that is none. Absent keys are another's business."""
+    """Raise UserError for a size that is none. Absent keys are checked elsewhere."""
     for key in SIZES:
         _check_size(path, key, raw.get(key, 1))
     if raw.get("head_dim") is not None:
@@ -282,7 +283,7 @@ def _check_layer_types(path: Path, raw: dict[str, Any]) -> None:
 
 
 def head_dim(path: Path, raw: dict[str, Any], family: Family) -> int:
-    """Raises UserError where it is missing or has no two halves to rotate."""
+    """Return the head dimension. Raises UserError where it is missing or has no two halves."""
     size = raw.get("head_dim")
     if size is None:
         if family.name == "Qwen3":
@@ -373,7 +374,7 @@ def _llama3_factor(path: Path, raw: dict[str, Any], settings: dict[str, Any]) ->
 
 
 def eos_token_ids(path: Path, raw: dict[str, Any]) -> tuple[int, ...]:
-    """What config.json or generation_config.json calls an end; empty where it names none."""
+    """Return the ids that config.json or generation_config.json calls an end; it may name none."""
     named = raw.get("eos_token_id")
     ids = [] if named is None else named if isinstance(named, list) else [named]
     if any(type(token) is not int for token in ids):
@@ -382,7 +383,7 @@ def eos_token_ids(path: Path, raw: dict[str, Any]) -> tuple[int, ...]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model folder. Raises UserError naming the file."""
+    """Read a JSON object of a model folder. Raises UserError naming the file."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -75,7 +75,7 @@ class SafetensorsFolder:
         return self._shape[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Raises UserError for one that no weight has (quantised files)."""
+        """Return a tensor's dtype. Raises UserError for one that no weight has (quantised)."""
         if self._dtype[name] not in SAFETENSORS_DTYPES:
             raise UserError(
                 f"{self.folder}: {name} is of type {self._dtype[name]}; weights are of "
@@ -88,7 +88,7 @@ class SafetensorsFolder:
             raise UserError(f"{self.folder} has no tensor {name}: the checkpoint is incomplete")
 
     def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
-        """Raises UserError when the files and config.json disagree."""
+        """Raise UserError when the files and config.json disagree."""
         if self.shape(name) != expected:
             raise UserError(
                 f"{self.folder}: {name} has shape {list(self.shape(name))}, but its config.json "
@@ -96,7 +96,7 @@ class SafetensorsFolder:
             )
 
     def same_bits(self, name: str, other: str) -> bool:
-        """Whether two matrices are one another's copies; they are read in blocks of rows."""
+        """Return whether two matrices have the same bits; they are read in blocks of rows."""
         if (self._shape[name], self._dtype[name]) != (self._shape[other], self._dtype[other]):
             return False
         rows, columns = self._shape[name]
@@ -177,7 +177,8 @@ class SafetensorsFolder:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Also for NaN, and telling 0 from -0."""
+    """Return whether two tensors have the same dtype and bits: NaN equals itself, 0 differs from
+    -0."""
     return a.dtype == b.dtype and torch.equal(
         a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
     )

@@ -39,7 +39,7 @@ class HfModel:
 
 
 def has_weights(folder: str | Path) -> bool:
-    """Whether any were put there; a plan needs none."""
+    """Return whether the folder has safetensors files; a plan needs none."""
     return any(Path(folder).glob("*.safetensors*"))
 
 

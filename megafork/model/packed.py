@@ -101,7 +101,8 @@ class PackedModel:
         )
 
     def _check(self, table: TokenTable) -> None:
-        """Raises UserError on all ranks or none. Collective."""
+        """Raise UserError, on all ranks or none, for tokens or lengths beyond the model.
+        Collective."""
         vocab, positions = self.shape.vocab_size, self.shape.max_positions
         tokens = torch.cat([table.prompt_ids_P, table.token_R, torch.zeros(1, dtype=torch.int64)])
         span = torch.stack([-tokens.min(), tokens.max()]).to(self.mesh.device)

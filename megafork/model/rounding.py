@@ -1,5 +1,5 @@
-"""What the model's dtype costs: the same weights and tokens, once as an engine rounds them and once
-in float32."""
+"""The error that the model's dtype makes: log-probabilities of the same weights and tokens,
+computed once as an engine rounds them and once in float32."""
 
 from __future__ import annotations
 

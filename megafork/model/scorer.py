@@ -23,7 +23,7 @@ from megafork.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Scores:
-    """What one rank knows of a table's tokens after scoring; empty before the last stage.
+    """The scores of a table's tokens that one rank has; empty before the last stage.
 
     rows_N says which rows of the table the values belong to, pack by pack.
     """

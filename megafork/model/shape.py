@@ -153,5 +153,5 @@ def ends_of_configs(folder: Path, raw: dict[str, Any]) -> dict[str, tuple[int, .
 
 
 def _in_vocabulary(ends: dict[str, tuple[int, ...]], vocab_size: int) -> tuple[int, ...]:
-    """All of them once, in their order."""
+    """Return the distinct ids that are in the vocabulary, in their order."""
     return tuple(dict.fromkeys(i for ids in ends.values() for i in ids if 0 <= i < vocab_size))

@@ -22,7 +22,7 @@ from megafork.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Stage:
-    """One of this rank's pipeline stages (there are vpp) and what its parameters are called."""
+    """A pipeline stage of this rank (there are vpp), with the rules that name its parameters."""
 
     gpt: GPTModel
     rules: list[Rule]

@@ -59,7 +59,7 @@ class Shard:
 
 @dataclass
 class Rows:
-    """What forward finds out about T rows over all shards and backward needs; no [T, V]."""
+    """Maxima, sums and entropies of T rows over all shards: all that backward needs; no [T, V]."""
 
     shard: Shard
     targets_T: Tensor
@@ -184,7 +184,8 @@ class Rows:
     def _gradient_terms(
         self, rows: slice, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None
     ) -> list[_GradientTerm]:
-        """One where both outputs have one temperature or one of them has no gradient."""
+        """Return the terms of the logits' gradient: one where both outputs have one temperature or
+        one of them has no gradient, else two."""
         t, t_H = self.temperature_T1[rows], self.entropy_temperature_T1
         terms = []
         if grad_entropy_T is not None:

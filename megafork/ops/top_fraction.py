@@ -97,7 +97,7 @@ def largest_keys(
 
 
 class _Found(NamedTuple):
-    """Of every segment, int64 [S]."""
+    """The k-th largest key of every segment, and the number of keys about it; all int64 [S]."""
 
     key: Tensor
     """the k-th largest"""
@@ -202,7 +202,10 @@ def _refuse_what_one_rank_has(
     num_segments: int,
     groups: Sequence[dist.ProcessGroup],
 ) -> None:
-    """Counted over all ranks first: one that raised alone would leave the others waiting."""
+    """Raise ValueError on every rank for what any rank holds.
+
+    Faults are counted over all ranks first: one that raised alone would leave the others waiting.
+    """
     distributed = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     counts = torch.zeros(2, world, dtype=torch.int64, device=values.device)

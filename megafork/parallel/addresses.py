@@ -14,20 +14,20 @@ LOOPBACK = "127.0.0.1"
 
 
 def on_several_nodes() -> bool:
-    """Whether torchrun started ranks on other machines too."""
+    """Return whether torchrun started ranks on other machines too."""
     world_size = os.environ.get("WORLD_SIZE", "1")
     return os.environ.get("LOCAL_WORLD_SIZE", world_size) != world_size
 
 
 def address_towards(host: str) -> str:
-    """Of the interface that packets to `host` leave by."""
+    """Return the address of the interface that packets to `host` leave by."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # sends nothing
         return probe.getsockname()[0]
 
 
 def loopback_interface() -> str:
-    """Its name, "lo" on Linux."""
+    """Return the loopback interface's name, "lo" on Linux."""
     names = psutil.net_if_addrs().items()
     return next(name for name, found in names if any(a.address == LOOPBACK for a in found))
 
@@ -37,7 +37,7 @@ def is_loopback(address: str) -> bool:
 
 
 def own_address() -> str:
-    """For what listens to all nodes of the world: 127.0.0.1 where there is one.
+    """Return the address for servers that all nodes of the world reach: 127.0.0.1 on one node.
 
     Raises UserError where this machine knows itself by a loopback address alone.
     """

@@ -1,4 +1,4 @@
-"""Which device, which communication backend, which layer implementation: chosen by capability."""
+"""The device, the communication backend and the layer implementation, chosen by capability."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def prepare() -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device
-    from megafork.parallel import bfloat16_products, cpu_patch
+    from megafork.ops import bfloat16_products
+    from megafork.parallel import cpu_patch
 
     cpu_patch.apply()
     bfloat16_products.replace_where_slow()
@@ -36,6 +37,6 @@ def communication_backend() -> str:
 
 
 def return_free_memory() -> None:
-    """Of torch's own cache, to the device, where another process may take it."""
+    """Give the device the free memory of torch's own cache, for another process to take."""
     if has_cuda():
         torch.cuda.empty_cache()

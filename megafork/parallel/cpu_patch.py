@@ -94,7 +94,7 @@ def apply() -> None:
 
 @contextlib.contextmanager
 def current_device(device: torch.device) -> Iterator[None]:
-    """What megatron-core allocates goes to `device` meanwhile."""
+    """Make megatron-core allocate on `device` inside the block."""
     before = torch.cuda.current_device
     torch.cuda.current_device = lambda: device  # type: ignore[assignment,return-value]
     try:

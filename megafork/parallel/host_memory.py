@@ -56,7 +56,7 @@ class HostMemory:
             storage.resize_(0)
 
     def bring_back(self) -> None:
-        """The storages have their bytes again."""
+        """Give the storages their bytes back."""
         for storage, size in self._away:
             storage.resize_(size)
         for there, here in self._pieces():

@@ -57,22 +57,22 @@ class Mesh:
 
     @property
     def is_first_replica(self) -> bool:
-        """Of the replicas that hold the same weights, the one that sends and writes them."""
+        """True on the one replica of the same weights that sends and writes them."""
         return dist.get_rank(self.groups.dp_cp) == 0
 
     @property
     def is_sender(self) -> bool:
-        """One rank of each pipeline stage sends that stage's weights."""
+        """True on the one rank of each pipeline stage that sends the stage's weights."""
         return self.tp_rank == 0 and self.is_first_replica
 
     def broadcast_object(self, value: Any, src: int = 0) -> Any:
-        """`value` of global rank `src`, on every rank."""
+        """Return `value` of global rank `src`, on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=src)
         return box[0]
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """`value` of every rank, in rank order."""
+        """Return `value` of every rank, in rank order."""
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
@@ -137,7 +137,7 @@ class Mesh:
                     )
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank."""
+        """Return whether `flag` is true on any rank. Collective."""
         found = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return bool(found)

@@ -1,4 +1,4 @@
-"""Who is where: when a collective fails, the ranks that did not come to it are named."""
+"""The progress of ranks: when a collective fails, those that did not come to it are named."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Board(Protocol):
 
 
 class FileBoard:
-    """A file for each key, since a FileStore keeps every value that a key has ever had."""
+    """A folder with a file for each key, since a FileStore keeps every value that a key has ever
+    had."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -50,7 +51,7 @@ class FileBoard:
 
 
 def board_of_the_world() -> Board:
-    """Beside the store's file where the world has one, else in the store itself."""
+    """Return a board beside the store's file where the world has one, else in the store itself."""
     if STORE in os.environ:
         return FileBoard(Path(os.environ[STORE]).parent)
     return dist.PrefixStore("megafork/whereabouts", dist.distributed_c10d._get_default_store())
@@ -75,7 +76,8 @@ class Progress:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """A collective that fails inside it raises PeerError, with the ranks that did not come."""
+        """Raise PeerError, with the ranks that did not come, where a collective inside it fails by
+        a peer."""
         try:
             yield
         except RuntimeError as error:
@@ -101,7 +103,7 @@ class Progress:
         )
 
     def _absent(self) -> list[int]:
-        """Ranks that wait in no collective that has failed."""
+        """Return the ranks that wait in no collective that has failed."""
         return [r for r in range(self.world_size) if not self._board.check([f"waits/{r}"])]
 
     def _last_seen(self, rank: int) -> str:

@@ -52,7 +52,7 @@ _PLAIN = {
 
 
 def _storage(content: bytes) -> Any:
-    """In place of torch's function of this kind, which unpickles without a limit."""
+    """Stand in for torch's function of this kind, which unpickles without a limit."""
     return torch.load(io.BytesIO(content), weights_only=True)
 
 
@@ -60,7 +60,8 @@ class SafeUnpickler(pickle.Unpickler):
     """Raises pickle.UnpicklingError where the pickle names what is neither a record nor plain."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Of modules that are imported already: to import one is to run it."""
+        """Return what the pickle names, only of a module that is imported already: to import one is
+        to run it."""
         if (module, name) in _PLAIN:
             return _PLAIN[module, name]
         if (module, name) == ("torch.storage", "_load_from_bytes"):
@@ -83,12 +84,12 @@ def _is_a(found: Any, *kinds: type) -> bool:
 
 
 def guard_collectives() -> None:
-    """From here on, torch.distributed's collectives of objects unpickle by SafeUnpickler."""
+    """Make torch.distributed's collectives of objects unpickle by SafeUnpickler from here on."""
     distributed_c10d._unpickler = SafeUnpickler  # type: ignore[attr-defined]
 
 
 class _SafePickle:
-    """For a module that knows `pickle` by this name."""
+    """A stand-in for the module `pickle` that loads by SafeUnpickler."""
 
     dump = staticmethod(pickle.dump)
 

@@ -1,4 +1,4 @@
-"""How context parallelism cuts a pack: every sequence in 2 cp equal chunks, two for each rank.
+"""The cut of a pack for context parallelism: every sequence in 2 cp equal chunks, two a rank.
 
 Rank r holds chunks r and 2 cp - 1 - r, one after the other, so that all ranks have the same share
 of causal attention. megatron-core's rotary embedding and TransformerEngine's attention expect this
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Zigzag:
-    """One rank's part of a pack. With cp_size 1 it is the whole pack."""
+    """A rank's part of a pack. With cp_size 1 it is the whole pack."""
 
     cp_rank: int = 0
     cp_size: int = 1
@@ -25,12 +25,12 @@ class Zigzag:
 
     @property
     def sequence_multiple(self) -> int:
-        """Sequences are padded to a multiple of this."""
+        """The number that a sequence's padded length is a multiple of."""
         return 2 * self.cp_size if self.cp_size > 1 else 1
 
     @property
     def pack_multiple(self) -> int:
-        """Packs are padded to a multiple of this."""
+        """The number that a pack's padded length is a multiple of."""
         return math.lcm(self.sequence_multiple, self.cp_size * self.tp_size)
 
     def padded(self, length: int) -> int:

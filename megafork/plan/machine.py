@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from megafork.config import TrainConfig
 from megafork.errors import UserError
 from megafork.model.shape import ModelShape, padded_vocab_size
-from megafork.parallel import bfloat16_products
+from megafork.ops import bfloat16_products
 from megafork.plan.nodes import GIB
 from megafork.plan.parts import StageMemory
 from megafork.plan.serving import DTYPE_BYTES

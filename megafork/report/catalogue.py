@@ -1,4 +1,4 @@
-"""Which curves a report has; a run's own metrics decide which of them are drawn."""
+"""The curves of a report; a run's own metrics decide which of them are drawn."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Drawing:
 
 
 def drawings(run: RunFiles) -> Iterator[Drawing]:
-    """Those charts of which the run has values, and where the time went."""
+    """Yield the charts of which the run has values, and where the time went."""
     for chart in CHARTS:
         curves = [(name, label, _points(run, name)) for name, label in chart.curves]
         curves = [curve for curve in curves if _has_value(curve[2])]
@@ -77,7 +77,7 @@ def drawings(run: RunFiles) -> Iterator[Drawing]:
 
 
 def histogram(run: RunFiles) -> Drawing | None:
-    """Of the first and the last step, each with its threshold; None where there is none."""
+    """Draw the entropies of the first and the last step with their thresholds; None without any."""
     if not run.histograms:
         return None
     thresholds = {row["step"]: row.get("entropy/threshold") for row in run.metrics}
@@ -155,7 +155,7 @@ def _lines(chart: Chart, curves: Sequence[tuple[str, str, Points]]) -> Markup:
 
 
 def _dotted(values: Sequence[float]) -> list[int]:
-    """All of few points; of many those that have no neighbour to draw a line to."""
+    """Return which points are dots: all of few, and of many those that no line reaches."""
     if len(values) <= _FEW:
         return list(range(len(values)))
     is_gap = [True, *(math.isnan(value) for value in values), True]
@@ -201,7 +201,7 @@ def _axes(x_label: str, y_label: str, width: float = 5.4) -> tuple[Figure, Axes]
 
 
 def _svg(figure: Figure, axes: Axes, title: str) -> Markup:
-    """As an element of the page: its text is text, its ink the page's, its ids nobody else's."""
+    """Return the figure as an element of the page, with its text as text and ids of its own."""
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2)

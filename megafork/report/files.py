@@ -1,4 +1,4 @@
-"""What a run has left in its folder, read as far as it is there: a run may be live, or old."""
+"""The files that a run has left in its folder, read as far as they are there: it may be live."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Token(TypedDict):
 
 
 class _Tokens(TypedDict):
-    """Of forking_tokens.jsonl"""
+    """A row of forking_tokens.jsonl."""
 
     step: int
     tokens: int
@@ -38,7 +38,7 @@ class _Tokens(TypedDict):
 
 
 class _Histogram(TypedDict):
-    """Of entropy_histogram.jsonl"""
+    """A row of entropy_histogram.jsonl."""
 
     step: int
     edges: list[float]
@@ -47,7 +47,7 @@ class _Histogram(TypedDict):
 
 
 class _Response(TypedDict):
-    """Of samples.jsonl"""
+    """A row of samples.jsonl."""
 
     step: int
     uid: int
@@ -145,7 +145,7 @@ def _rows_of_steps(path: Path) -> list[Row]:
 
 
 def _fault(row: Any, kind: Any) -> str | None:
-    """Why a row is not one that a run wrote."""
+    """Return why a row is not one that a run wrote."""
     try:
         msgspec.convert(row, kind)
     except ValueError as error:  # a ValidationError, or half of a surrogate pair

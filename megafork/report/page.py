@@ -76,7 +76,10 @@ def render(run: RunFiles) -> str:
 
 
 def state_of(run: RunFiles) -> str:
-    """What the files tell; they do not tell a run that goes on from one that was ended."""
+    """Return the state that the files tell.
+
+    They do not tell a run that goes on from one that was ended.
+    """
     of = f"{run.steps_done} of {run.num_steps or 'unknown'} steps"
     if run.is_finished:
         return f"finished: {of}"
@@ -125,7 +128,7 @@ def duration(seconds: float) -> str:
 
 
 def ranges(rows: Sequence[Row]) -> list[Range]:
-    """Of every metric, by name."""
+    """Return the range of every metric, by name."""
     found = []
     for name in sorted({name for row in rows for name in row} - {"step"}):
         values = [row.get(name) for row in rows]

@@ -19,10 +19,10 @@ class NodeLost(Exception):
 
 
 class AgentLink:
-    """One node's agent: asks it, and gets its answers in any order."""
+    """The connection to one node's agent, whose answers come in any order."""
 
     def __init__(self, link: Link, said: Header) -> None:
-        """said: its first message."""
+        """said: the agent's first message."""
         self.node, self.host = int(said["node"]), str(said["host"])
         self.servers = [(str(url), Path(log)) for url, log in said.get("servers", [])]
         self.workers = int(said.get("workers", 0))
@@ -41,7 +41,7 @@ class AgentLink:
         return "" if self.node == 0 else f"node {self.node} ({self.host}): "
 
     async def ask(self, question: Header) -> Header:
-        """Return the agent's answer. Raises NodeLost; given up, the agent gives it up too."""
+        """Return the agent's answer. Raises NodeLost; cancelled, has the agent give up too."""
         if self.lost is not None:
             raise NodeLost(self.lost)
         number = next(self._numbers)
@@ -111,7 +111,7 @@ class RemoteVerifiers:
 
 
 class UsesVerifiers(Protocol):
-    """What judges, by the verifiers of all nodes (judging.py)."""
+    """Something that judges by the verifiers of all nodes (judging.py)."""
 
     judge: Judge
 
@@ -132,7 +132,7 @@ class Agents:
         self._are_here = asyncio.Event()
 
     async def talk(self, link: Link, judging: Awaitable[UsesVerifiers]) -> None:
-        """With an agent, until its connection ends. judging: gets its verifiers, if it has some."""
+        """Talk with an agent until its connection ends. judging: gets the agent's verifiers."""
         link.silence_s = self._silence_s
         said, _ = await link.receive()
         agent = AgentLink(link, said)
@@ -158,7 +158,7 @@ class Agents:
             self._are_here.set()
 
     async def all_here(self, timeout_s: float) -> list[AgentLink]:
-        """Wait for every node's. Raises UserError that names those that do not come, or failed."""
+        """Wait for every node's agent. Raises UserError that names who does not come, or failed."""
         try:
             await asyncio.wait_for(self._are_here.wait(), timeout_s)
         except TimeoutError:
@@ -175,13 +175,13 @@ class Agents:
         return found
 
     def require_all(self) -> None:
-        """Raises UserError where one is lost before all servers are up."""
+        """Raise UserError if an agent is lost; before all servers are up, that ends the run."""
         for agent in self._agents.values():
             if agent.lost is not None:
                 raise UserError(f"{agent.where}its agent is lost: {agent.lost}")
 
     async def given_up(self) -> dict[str, str]:
-        """Of each server, by its URL, that is not started again: why."""
+        """Return why servers are not started again, by their URLs."""
         found = {
             url: f"{agent.where}the agent that started it is lost: {agent.lost}"
             for agent in self._agents.values()
@@ -193,10 +193,10 @@ class Agents:
         return found
 
     async def servers(self, call: str, urls: Sequence[str] = ()) -> list[Any]:
-        """Have each node's agent do it with its servers. Returns what each said.
+        """Have each node's agent call a method of its servers. Returns what each said.
 
-        call: a method of LocalServers. Raises UserError of the first that failed. A node that is
-        lost has no servers any more, and is left out.
+        call: the method's name in LocalServers. Raises the UserError of the first that failed. A
+        node that is lost has no servers any more, and is left out.
         """
         question = {"kind": "servers", "call": call, "urls": list(urls)}
         with_servers = [a for a in self._agents.values() if a.servers and a.lost is None]

@@ -1,4 +1,4 @@
-"""Which server gets the next request: the one with the fewest outstanding tokens."""
+"""The choice of a request's server: the one with the fewest outstanding tokens."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 @dataclass(eq=False)
 class Request:
-    """n responses to one prompt."""
+    """A request for n responses to one prompt."""
 
     tokens: int
-    """Of the prompt, and as many as the responses may have"""
+    """Tokens of the prompt, and as many as the responses may have"""
     num_responses: int
     server: int | None = None
     """Number of the server that has it; None: it waits for room"""
 
 
 class Assignment:
-    """Requests wait here, first come, first served, until an open server has room.
+    """The queue of requests: first come, first served, as soon as an open server has room.
 
     So a quick server gets more of them than a slow one, and one that joins late gets its share.
-    max_responses: outstanding ones of a server; twice what it runs at once leaves it never idle. A
-    server without any takes a request of whatever size. Ties go to the first server.
+    max_responses: the most outstanding responses of a server; with twice what it runs at once it is
+    never idle. A server without any takes a request of whatever size. Ties go to the first server.
     """
 
     def __init__(self, num_servers: int, max_responses: int) -> None:
@@ -33,12 +33,12 @@ class Assignment:
         self._max_responses = max_responses
 
     def enter(self, request: Request) -> list[Request]:
-        """A request comes. Returns what has a server now, as all of these do."""
+        """Add a request. Returns the requests that got a server by it."""
         self.waiting.append(request)
         return self._place()
 
     def leave(self, request: Request) -> list[Request]:
-        """A request is over, or given up."""
+        """Remove a request that is over, or given up. Returns those that got a server by it."""
         if request.server is None:
             self.waiting.remove(request)
         else:
@@ -51,7 +51,7 @@ class Assignment:
         return self._place()
 
     def close(self, server: int) -> None:
-        """It gets nothing more; what it has, has to `leave`."""
+        """Give the server nothing more; the requests that it has still have to `leave`."""
         self.is_open[server] = False
 
     def _place(self) -> list[Request]:

@@ -18,14 +18,14 @@ _FAILURES = {
 
 
 def rollout_metrics(batch: RolloutBatch, policy_version: int) -> dict[str, float]:
-    """Of everything generated for the step, dropped groups included.
+    """Return the metrics of everything generated for the step, dropped groups included.
 
     sampling/stale_fraction: groups of the batch that an older policy version began to sample.
-    sampling/tail_groups: those that a full batch did not wait for. sampling/lost_length_mean: of
-    the responses that were begun and are not trained on, for their group was aborted (with what it
+    sampling/tail_groups: groups that a full batch did not wait for. sampling/lost_length_mean: of
+    responses that were begun but are not trained on, because their group was aborted (with what it
     had then) or is too old. sampling/length_bias: by how many tokens the mean response that is
-    trained on is longer (below 0: shorter) than with those; as aborted ones would have grown, the
-    truth lies at or below it.
+    trained on is longer (below 0: shorter) than the mean with those; as aborted ones would have
+    grown, the truth lies at or below it.
     reward/nonfinite: rewards that are no finite number and take no part in reward/mean. The counts
     of responses without a verdict: reward/timeouts, reward/out_of_memory, reward/worker_deaths,
     reward/verifier_errors; they are wrong and score 0.
@@ -56,9 +56,9 @@ def rollout_metrics(batch: RolloutBatch, policy_version: int) -> dict[str, float
 
 
 def lag_metrics(groups: Sequence[Group], policy_version: int) -> dict[str, float]:
-    """How many policy versions the tokens are behind the one that trains on them.
+    """Return how many policy versions the tokens are behind the one that trains on them.
 
-    lag/in_flight_fraction: responses that saw their weights change.
+    lag/in_flight_fraction: responses whose weights changed while they were sampled.
     """
     tokens, behind, largest, in_flight, responses = 0, 0, 0, 0, 0
     for group in groups:
@@ -78,10 +78,11 @@ def lag_metrics(groups: Sequence[Group], policy_version: int) -> dict[str, float
 
 
 def overlap_metrics(batch: RolloutBatch, seconds: dict[str, float]) -> dict[str, float]:
-    """time/generate is what the step waited for its batch; generation may have begun before.
+    """Return how much of the batch's generation the step did not wait for.
 
-    overlap/gain: the step's time, had it waited for all of the generation, over its time. Both
-    slow each other down where they share processors, so it is an upper bound.
+    time/generate is what it waited; generation may have begun before. overlap/gain: the step's
+    time, had it waited for all of the generation, over its time. Generation and training slow each
+    other down where they share processors, so it is an upper bound.
     """
     hidden = max(0.0, batch.seconds - seconds["generate"])
     return {

@@ -37,7 +37,7 @@ _CONNECT_S = 10.0
 _HEALTH_S = 20.0
 """A busy engine takes up to 8 s to say that it lives (vllm_plugin/pulse.py)."""
 _MARGIN_S = 30.0
-"""Of a transfer's request over the transfer's own time-out, whose cause is the better one"""
+"""By which a transfer's request outlasts the transfer's own time-out, which names a better cause"""
 
 
 class ServerError(UserError):
@@ -93,12 +93,12 @@ class RolloutClient:
         *,
         request_id: str | None = None,
     ) -> list[Sample]:
-        """`n` responses to one prompt, in an order that means nothing.
+        """Sample `n` responses to one prompt, in an order that means nothing.
 
         seed: response i is drawn with seed + i and is then reproducible (and slower).
-        request_id: what `abort` knows the request by; the caller then looks at `aborted`. Without
-        it, responses that the server aborted raise UserError: it was told to end. A response that
-        ended has its stop token last, with its log-probability.
+        request_id: the name by which `abort` knows the request; the caller then looks at `aborted`.
+        Without it, responses that the server aborted raise UserError: it was told to end. A
+        response that ended has its stop token last, with its log-probability.
         """
         name = request_id or uuid.uuid4().hex
         given = self.version
@@ -160,11 +160,11 @@ class RolloutClient:
         return None if self._version in (None, version) else str(self._started_again(version))
 
     def forget_version(self) -> None:
-        """Whatever weights the server has from now on, `health` takes them."""
+        """Have `health` accept whatever weights the server has from now on."""
         self._version = None
 
     def _refuse_older_weights(self, samples: list[Sample], given: int) -> None:
-        """given: the version that the server had when it was asked."""
+        """Raise ServerLost for samples of older weights than `given`, the server's when asked."""
         for sample in samples:
             if sample.versions and sample.versions[0][0] < given:
                 raise self._started_again(sample.versions[0][0])
@@ -254,7 +254,7 @@ class RolloutClient:
         await self._request("POST", CONNECT_PATH, body, self._transfer_timeout_s)
 
     async def start_weight_update(self) -> None:
-        """Raises ServerError unless the server is paused: nothing may be sampled meanwhile."""
+        """Raise ServerError unless the server is paused: nothing may be sampled meanwhile."""
         answer = await self._request("GET", "/is_paused")
         with self._expected("/is_paused", answer):
             is_paused = answer["is_paused"]
@@ -271,13 +271,13 @@ class RolloutClient:
         self._version = weight_version
 
     async def weight_version(self) -> int:
-        """Version of the last finished update; 0 before the first."""
+        """Return the version of the last finished update; 0 before the first."""
         answer = await self._request("GET", "/weight_info", timeout_s=_ANSWER_S)
         with self._expected("/weight_info", answer):
             return version_number(answer["weight_version"])
 
     async def model_path(self) -> str:
-        """The folder that the server loaded, by its own name for it."""
+        """Return the folder that the server loaded, by its own name for it."""
         answer = await self._request("GET", "/v1/models", timeout_s=_ANSWER_S)
         with self._expected("/v1/models", answer):
             return str(answer["data"][0]["root"])
@@ -297,7 +297,7 @@ class RolloutClient:
 
     @contextlib.contextmanager
     def _expected(self, path: str, answer: Any) -> Iterator[None]:
-        """Raises ServerError where the answer is not a rollout server's."""
+        """Have the reading of an answer raise ServerError, where it is not a rollout server's."""
         try:
             yield
         except (LookupError, TypeError, ValueError):
@@ -322,7 +322,10 @@ class RolloutClient:
         return ServerError(path, status, message)
 
     async def _unreachable(self, error: Exception, limit: str) -> ServerLost:
-        """limit: how long, or how often, it was waited for."""
+        """Return the error for a server that does not answer, with the end of its log.
+
+        limit: how long it was waited for, or how often it was asked.
+        """
         message = f"the rollout server at {self.url} does not answer ({type(error).__name__})"
         if self.log_path is not None:
             last = await asyncio.to_thread(_end_of, self.log_path)
@@ -333,8 +336,7 @@ class RolloutClient:
 
 
 def _end_of(log: Path) -> list[str]:
-    """The log's last lines; none of a log that is not there, as when a new server's takes its
-    place."""
+    """Return the log's last lines; none where it is gone, as when a new one takes its place."""
     try:
         return log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
     except OSError:
@@ -342,7 +344,7 @@ def _end_of(log: Path) -> list[str]:
 
 
 def _message(payload: bytes) -> str:
-    """The message that vLLM, FastAPI or our own layer put into an error's body."""
+    """Return the message that vLLM, FastAPI or our own layer put into an error's body."""
     text = payload.decode(errors="replace")
     try:
         return json.loads(text)["error"]["message"]

@@ -31,7 +31,7 @@ from megafork.rollout.tally import Tally
 
 T = TypeVar("T")
 _DISK = ThreadPoolExecutor(1, thread_name_prefix="journal")
-"""Of its own: what waits for a disk must not wait for what reads data or decodes"""
+"""A thread of its own: what waits for a disk must not wait for what reads data or decodes"""
 
 
 @dataclass
@@ -42,9 +42,9 @@ class RolloutBatch:
     """All groups finished for this batch, dropped ones included: the policy as it is. Those that
     nobody will train on are without their tokens."""
     num_dropped: int = 0
-    """Without a signal"""
+    """Groups without a signal"""
     num_stale: int = 0
-    """With a token older than rollout.max_policy_lag allows"""
+    """Groups with a token older than rollout.max_policy_lag allows"""
     num_replayed: int = 0
     """Generated groups that were in the journal already, from before an interruption."""
     num_tail: int = 0
@@ -52,20 +52,20 @@ class RolloutBatch:
     lost_lengths: list[int] = field(default_factory=list)
     """Tokens of each response that was begun and is in no batch: aborted, or too old"""
     num_generated_tokens: int = 0
-    """Those of groups that were aborted too, but not those that the journal had"""
+    """Tokens of groups that were aborted count too, those that the journal had do not"""
     seconds: float = 0.0
     """From the first request until the batch was full; it may overlap with training."""
     reward_seconds: float = 0.0
     """Verifier time; it overlaps with generation."""
     state: dict[str, Any] = field(default_factory=dict)
-    """The collector's when the batch was full, for a checkpoint"""
+    """The collector's state when the batch was full, for a checkpoint"""
 
     def rows(self, uids: Sequence[int]) -> Pieces:
         """Make the message with the rows of these samples, in this order.
 
-        token_ids int32 [R], logprobs float32 [R], and runs int32 [2 * runs]: of each sample in turn
-        a policy version and the number of tokens that it sampled, and so on. Raises KeyError for a
-        sample that the batch has not.
+        token_ids int32 [R], logprobs float32 [R], and runs int32 [2 * runs]: for each sample in
+        turn pairs of a policy version and the number of tokens that it sampled. Raises KeyError for
+        a sample that the batch has not.
         """
         found = {sample.uid: (group, sample) for group in self.groups for sample in group.samples}
         wanted = [found[uid] for uid in uids]
@@ -90,14 +90,14 @@ class Collector:
     rollout: RolloutConfig
     sampling: Sampling
     tally: Tally = field(default_factory=Tally)
-    """Of the batch that is being filled, or was last"""
+    """The progress of the batch that is being filled, or was last"""
     carried: list[Group] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
     """Prompts whose groups a full batch did not wait for (rollout.tail = "carry")"""
     _running: dict[int, asyncio.Task[tuple[Group, float]]] = field(default_factory=dict)
-    """Of each prompt that was asked for: its group, and the seconds of its verifier"""
+    """By the prompt that was asked for: its group, and the seconds of its verifier"""
     _references: list[tuple[int, int]] = field(default_factory=list)
-    """To groups that were carried when the run was saved: prompt, and step of the journal"""
+    """Groups that were carried when the run was saved: prompt index, and step of the journal"""
     _signal_rate: float = 1.0
 
     def state(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Collector:
         self.pending = list(state["pending"])
 
     async def collect(self, step: int, trained_by: int) -> RolloutBatch:
-        """The batch of a step. Raises UserError when too few groups carry a signal.
+        """Fill the batch of a step. Raises UserError when too few groups carry a signal.
 
         trained_by: the policy version that will train on it; the server may have an older one.
         Given up at any moment, it can be called again: what is in the journal is not lost.
@@ -183,9 +183,9 @@ class Collector:
     async def _begin(self, step: int) -> dict[int, Group]:
         """Open the step's journal. Returns its groups that can be replayed.
 
-        Those of prompts from the stream's position on, and of pending ones: a journal of an attempt
-        that went otherwise may hold what is carried, or trained on by an earlier step. Where the
-        run ended for their failed verdicts, they have new ones.
+        They are those of prompts from the stream's position on, and of pending ones: a journal of
+        an attempt that went otherwise may also hold groups that are carried, or that an earlier
+        step trains on. Groups are judged again where the run ended for their failed verdicts.
         """
         position = self.prompts.position
         awaited = {index for index in self.pending if index not in self._running}
@@ -221,7 +221,7 @@ class Collector:
         step: int,
         batch: RolloutBatch,
     ) -> list[Group]:
-        """Groups of those prompts that have none yet, all or until the batch is full."""
+        """Generate for the prompts that have no group yet, for all or until the batch is full."""
         have = {group.prompt_index for group in replayed}
         left = [prompt for prompt in prompts if prompt.index not in have]
         num_admissible = sum(self._is_admissible(group, oldest) for group in replayed)
@@ -328,7 +328,7 @@ class Collector:
         await asyncio.gather(*running, return_exceptions=True)
 
     async def _replay(self, known: dict[int, Group], prompt: Prompt, step: int) -> Group | None:
-        """The prompt's group of an interrupted attempt at this step, if it ended there."""
+        """Return the prompt's group of an interrupted attempt at this step, if it had one."""
         group = known.pop(prompt.index, None)
         if group is None:
             return None
@@ -366,19 +366,19 @@ class Collector:
         return group, time.monotonic() - started
 
     def _seed(self, prompt: Prompt) -> int | None:
-        """A seed of the prompt alone; response i of the group takes seed + i."""
+        """Return a seed that the prompt alone decides; response i of the group takes seed + i."""
         if not self.rollout.seeded:
             return None
         return (self.prompts.seed * 1_000_003 + prompt.index) * self.rollout.group_size
 
 
 def _failures(groups: Iterable[Group]) -> list[str | None]:
-    """The reason, for each judged response, why it has no verdict; None where it has one."""
+    """Return why each judged response has no verdict; None where it has one."""
     return [sample.failure for group in groups if group.is_whole for sample in group.samples]
 
 
 async def _off_loop(work: Callable[..., T], *arguments: Any) -> T:
-    """Do what waits for a disk in a thread. Given up, it is still done to its end first."""
+    """Do what waits for a disk in a thread. Cancelled, this still waits for its end."""
     working = asyncio.get_running_loop().run_in_executor(_DISK, work, *arguments)
     try:
         return await asyncio.shield(working)

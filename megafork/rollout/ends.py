@@ -1,4 +1,4 @@
-"""Which tokens end a response: those that the model's files and the chat template name.
+"""The tokens that end a response: those that the model's files and the chat template name.
 
 generation_config.json, config.json, the chat template and the tokenizer may each name another one.
 Every end of the two configs and of the template ends a response. What they disagree on is told, and
@@ -21,7 +21,7 @@ _TEMPLATE = "the chat template"
 
 
 def stop_token_ids(shape: ModelShape, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Every id that ends a response: of the configs, then of the chat template if one is used."""
+    """Return the ids that end a response: the configs', then those of the chat template in use."""
     template = (i for i in tokenizer.template_ends() if i < shape.vocab_size)
     return tuple(dict.fromkeys((*shape.eos_token_ids, *template)))
 

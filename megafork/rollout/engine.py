@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from megafork.config import RolloutConfig, ServerConfig, TrainConfig
@@ -46,7 +46,7 @@ class Served:
 
 
 def served_policy(config: TrainConfig) -> Served:
-    """What the server of a training run serves."""
+    """Return what the servers of a training run serve."""
     return Served(
         config.model.path,
         config.rollout.dtype or config.model.dtype,
@@ -91,18 +91,18 @@ class LocalServers:
         self.stop()
 
     def stop(self) -> None:
-        """For good; nothing of them is left, on a GPU either."""
+        """End all servers for good; nothing of them is left, on a GPU either."""
         with ThreadPoolExecutor(len(self._kept)) as pool:
             list(pool.map(_Kept.end, self._kept))
 
     def end(self, urls: Sequence[str]) -> None:
-        """Those of `urls`, as if they had ended."""
+        """End those of `urls`, which then counts as an end of their own."""
         chosen = [kept.server for kept in self._kept if kept.server.url in urls]
         with ThreadPoolExecutor(len(self._kept)) as pool:
             list(pool.map(VllmServer.stop, chosen))
 
     def start_again(self, urls: Sequence[str], check: Callable[[], None] = lambda: None) -> None:
-        """End those of `urls`; returns when new ones answer, or are given up. check: see `wait`."""
+        """End those of `urls`; return when new ones answer or are given up. check: see `wait`."""
         self.end(urls)
         chosen = [kept for kept in self._kept if kept.server.url in urls]
         for kept in chosen:
@@ -112,7 +112,7 @@ class LocalServers:
             time.sleep(_POLL_S)
 
     def wait(self, check: Callable[[], None] = lambda: None) -> None:
-        """Until all have answered for the first time. Raises UserError when one does not come up.
+        """Wait until all have answered once. Raises UserError when one does not come up.
 
         check: called every second; what it raises ends the waiting.
         """
@@ -123,23 +123,23 @@ class LocalServers:
                 raise kept.failure
 
     def restart(self, urls: Sequence[str]) -> None:
-        """Those of `urls` that run and yet do not answer; one that has just begun is let be."""
+        """Have those of `urls`, which do not answer, start again, but not one that just came up."""
         for kept in self._kept:
             if kept.server.url in urls:
                 kept.restart()
 
     def forgive(self) -> None:
-        """The run has gone on: those that are up have all their restarts again."""
+        """Give those that are up all their restarts again, since the run has gone on."""
         for kept in self._kept:
             kept.forgive()
 
     def given_up(self) -> dict[str, str]:
-        """Of each server, by its URL, that is not started again: why."""
+        """Return why servers are not started again, by their URLs."""
         return {k.server.url: str(k.failure) for k in self._kept if k.failure is not None}
 
 
 class _Kept:
-    """One server, and the thread that starts it again."""
+    """A server, with the thread that starts it again."""
 
     def __init__(self, make: Callable[[], VllmServer], max_restarts: int, when_asked: bool) -> None:
         self.make, self.max_restarts, self.when_asked = make, max_restarts, when_asked
@@ -158,7 +158,7 @@ class _Kept:
 
     @property
     def is_starting(self) -> bool:
-        """With when_asked: it may be started, and is not up yet."""
+        """The server may be started, and is not up yet; for when_asked only."""
         return self.wanted.is_set() and self.failure is None and not self._ended.is_set()
 
     def start(self) -> None:
@@ -208,7 +208,7 @@ class _Kept:
                 self.server = self.make()
 
     def _run(self) -> UserError:
-        """The server from its start to its end. Returns why it ended."""
+        """Run the server from its start to its end. Returns why it ended."""
         server = self.server
         try:
             server.start()
@@ -239,10 +239,11 @@ def start_here(
     shared: bool = False,
     sees_trainers: bool = False,
 ) -> LocalServers:
-    """rollout.servers servers on this machine, to be entered. Raises UserError for too few GPUs.
+    """Make this machine's rollout.servers servers, to be entered.
 
-    api_key: of all of them; unset is a random one. num_trainers, shared: see gpus_of_servers.
-    sees_trainers: whether they open memory of other GPUs than their own.
+    api_key: the servers' common one; None makes a random one. num_trainers, shared: see
+    gpus_of_servers. sees_trainers: whether they open memory of other GPUs than their own. Raises
+    UserError for too few GPUs.
     """
     environments: list[dict[str, str]] = [{} for _ in logs]
     if device == "cuda":
@@ -279,15 +280,14 @@ def build_server(
     rollout: ServerConfig,
     device: str,
     log_path: Path,
-    *,
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    api_key: str | None = None,
-    environment: dict[str, str] | None = None,
+    **own: Any,
 ) -> VllmServer:
-    """A server of one's own, not yet started."""
+    """Return a server of one's own, not yet started.
+
+    own: what the settings do not say of it: VllmServer's host, port, api_key and environment.
+    """
     return VllmServer(
-        served.path,
+        Path(served.path),
         dtype=served.dtype,
         max_model_len=served.max_model_len,
         max_num_seqs=rollout.max_num_seqs,
@@ -296,15 +296,12 @@ def build_server(
         tensor_parallel=rollout.tensor_parallel,
         python=rollout.python or sys.executable,
         startup_timeout_s=rollout.startup_timeout_s,
-        host=host,
-        port=port,
-        api_key=api_key,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_gib=rollout.cpu_kv_cache_gib,
         cpu_threads=cpu_threads(rollout.cpu_threads, rollout.servers),
         two_temperatures=served.two_temperatures,
         sleeps=served.sleeps,
-        environment=environment,
+        **own,
     )
 
 
@@ -333,7 +330,10 @@ def serve(config: TrainConfig, device: str, log_path: Path, host: str, port: int
 
 
 def host_of(rollout: ServerConfig) -> str:
-    """Where the servers run, for whoever has to be reached by all of them."""
+    """Return the host of a server, of one on another machine if there is one.
+
+    It is for whoever has to be reached by all servers, at its address towards that host.
+    """
     hosts = [urlsplit(url).hostname or LOOPBACK for url in rollout.urls] or [LOOPBACK]
     elsewhere = [host for host in hosts if not is_loopback(socket.gethostbyname(host))]
     return (elsewhere or hosts)[0]

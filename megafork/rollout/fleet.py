@@ -2,8 +2,8 @@
 
 A server that is lost (it does not answer, was started again, is much too slow) gets nothing more,
 and what it had goes to the others. When it answers again it joins at the next weight push, and so
-never samples with weights that it had before. To start its process again is another's work: that
-of `LocalServers` on its node, or of whoever ran `megafork serve`.
+never samples with weights that it had before. Its process is started again by others: by
+`LocalServers` on its node, or by whoever ran `megafork serve`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ async def _nobody_given_up() -> dict[str, str]:
 
 
 class Fleet(Router):
-    """`RolloutClient` of many servers, for one event loop. Administration is one task's at a time;
-    what changes servers reaches those that the last `members` named. `wait_until_up` begins to
-    watch the servers, and the end of the fleet's `async with` ends it.
+    """A `RolloutClient` of many servers, for one event loop. Only one task may administer them at a
+    time; what changes servers reaches those that the last `members` named. `wait_until_up` begins
+    to watch the servers, and the end of the fleet's `async with` ends that.
 
     max_restarts: pushes in a row that may fail for a server; then it is left out for good.
-    given_up: the cause, by its URL, of each server that nobody starts again. colocated: with the
-    trainer, on the same devices. Then a server that was lost is back when `look_again` finds it.
+    given_up: the cause, by its URL, of each server that nobody starts again. colocated: servers and
+    trainer take turns on the same devices. Then only `look_again` finds a lost server back.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Fleet(Router):
         self._max_restarts, self._given_up = max_restarts, given_up
         self._watched = ("live",) if colocated else ("live", "away")
         self._members: list[tuple[Server, int]] = []
-        """Of the last push, with their num_losses then"""
+        """Members of the last push, with their num_losses then"""
         self._version: int | None = None
         self._num_replaced = 0
         self._watching: asyncio.Task[None] | None = None
@@ -63,9 +63,9 @@ class Fleet(Router):
         return self._version or 0
 
     def counts(self) -> dict[str, float]:
-        """Servers that get requests, and how many were lost and joined again since the last call.
+        """Return how many servers get requests, and how many were lost or joined again.
 
-        For metrics.jsonl.
+        The latter two are counted since the last call. For metrics.jsonl.
         """
         found: dict[str, float] = {
             "rollout/servers": self.num_live,
@@ -146,7 +146,7 @@ class Fleet(Router):
             await asyncio.sleep(_AGAIN_S)
 
     async def members(self) -> list[tuple[str, int]]:
-        """The servers that the next push is for: those that live, and those that are back.
+        """Return the servers that the next push is for: those that live, and those that are back.
 
         Their workers form the transfer groups, in this order; the number tells a server from the
         one that it was before. Raises ServerLost when there is none.
@@ -158,8 +158,7 @@ class Fleet(Router):
         return [(server.client.url, losses) for server, losses in self._members]
 
     async def mark_lost(self) -> int:
-        """After a push that failed: mark those of its members down that are lost. Returns how many
-        are."""
+        """Mark those members of a failed push down that are lost. Returns how many are."""
         await _each(self._mark_down_unless_well, [server for server, _ in self._members])
         lost = [server for server, losses in self._members if server.num_losses != losses]
         for server in lost:
@@ -170,7 +169,7 @@ class Fleet(Router):
         return len(lost)
 
     def silent(self) -> list[str]:
-        """URLs of servers that are lost and do not answer."""
+        """Return the URLs of servers that are lost and do not answer."""
         return [server.client.url for server in self._in_state("away")]
 
     async def health(self) -> bool:
@@ -294,7 +293,7 @@ class Fleet(Router):
         self._version = weight_version
 
     async def weight_version(self) -> int:
-        """Raises UserError where the members have different ones."""
+        """Return the members' version. Raises UserError where they have different ones."""
         versions = await self._all(lambda client: client.weight_version())
         if len(set(versions)) > 1:
             raise UserError(f"the rollout servers have different weights: versions {versions}")

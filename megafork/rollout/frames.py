@@ -45,14 +45,14 @@ class Prefix:
 
     @classmethod
     def parse(cls, prefix: bytes | bytearray) -> Self:
-        """Raises Damaged where no frame begins."""
+        """Parse the beginning of a frame. Raises Damaged where none begins."""
         if len(prefix) < PREFIX_BYTES or not prefix.startswith(MAGIC):
             raise Damaged("no frame begins here")
         sizes = _SIZES.unpack_from(prefix, len(MAGIC))
         return cls(*sizes, *_CHECKSUMS.unpack_from(prefix, len(MAGIC) + _SIZES.size))
 
     def header(self, content: bytes | bytearray) -> dict[str, Any]:
-        """Raises Damaged where sizes or header are not what was written."""
+        """Parse the header. Raises Damaged where sizes or header are not what was written."""
         sizes = _SIZES.pack(self.header_bytes, self.arrays_bytes)
         if zlib.crc32(content, zlib.crc32(sizes)) != self.header_crc:
             raise Damaged("its header is not what was written")
@@ -61,7 +61,7 @@ class Prefix:
     def arrays(
         self, header: Mapping[str, Any], content: bytes | bytearray
     ) -> dict[str, np.ndarray]:
-        """The arrays by name, views of `content`. Raises Damaged where they are not as written."""
+        """Return the arrays by name, views of `content`. Raises Damaged for others than written."""
         if zlib.crc32(content) != self.arrays_crc:
             raise Damaged("its arrays are not what was written")
         found, start = {}, 0

@@ -83,7 +83,7 @@ class Journal:
 
     @staticmethod
     def read(path: str | Path) -> list[Group]:
-        """All groups, in the order they finished; empty when there is no such file.
+        """Return all groups, in the order they finished; none when there is no such file.
 
         Raises UserError as `each` does.
         """
@@ -116,7 +116,7 @@ def journal_path(folder: Path, step: int) -> Path:
 
 
 def journals_of(folder: Path, step: int) -> list[Path]:
-    """All files of a step; several only of a run that a former version began.
+    """Return a step's files; there are several only if a former version began the run.
 
     Those of JSON lines come first, because they were written before the others.
     """
@@ -131,7 +131,7 @@ def journals_of(folder: Path, step: int) -> list[Path]:
 
 
 def journalled_steps(folder: Path) -> list[int]:
-    """The steps that have a file, ascending."""
+    """Return the steps that have a file, ascending."""
     names = [
         re.match(r"step_(\d+)", path.name)
         for path in folder.glob("step_*")
@@ -146,7 +146,7 @@ def read_step(
     wanted: Callable[[int], bool] = lambda prompt_index: True,
     damaged: Callable[[Damage], object] | None = None,
 ) -> dict[int, Group]:
-    """A step's groups by prompt index, those that are `wanted`.
+    """Read a step's groups by prompt index, those that are `wanted`.
 
     A group that was judged again is there several times. Its finite version is taken; of several
     the one with the fewest failed verdicts, and of equals the last. `damaged` and errors are those
@@ -164,7 +164,7 @@ def read_step(
 
 
 def end_of_records(path: Path) -> int:
-    """The number of bytes before a torn last record, or of the whole file if there is none."""
+    """Return the number of bytes before a torn last record, or of the whole file without one."""
     with path.open("rb") as file:
         for position, _, is_torn in _places(file):
             if is_torn:

@@ -25,10 +25,10 @@ class Verifiers(Protocol):
     """The verifiers of one node."""
 
     workers: int
-    """How many responses it judges at once"""
+    """Responses that it judges at once"""
 
     async def __call__(self, prompt: str, response: str, answer: str) -> Verdict:
-        """As `Judge`, and raises NodeLost."""
+        """Judge a response as `Judge` does. Raises NodeLost."""
 
 
 class Judging:
@@ -42,11 +42,11 @@ class Judging:
         """Of each node: responses that it judges or has waiting"""
 
     async def __call__(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Sample]:
-        """Judge the responses to one prompt; rewards have lost what long ones lose."""
+        """Judge the responses to one prompt; what long ones lose is taken off their rewards."""
         return await asyncio.gather(*(self._judged(prompt, sample) for sample in samples))
 
     async def verdict(self, prompt: Prompt, token_ids: np.ndarray) -> Verdict:
-        """Judge one response; where its node is lost, by another. Raises UserError as `Judge`."""
+        """Judge one response, by another node where one is lost. Raises UserError as `Judge`."""
         loop = asyncio.get_running_loop()
         text = await loop.run_in_executor(self._decoding, self.tokenizer.decode, token_ids)
         while True:
@@ -61,7 +61,7 @@ class Judging:
                     self._busy[node] -= 1
 
     def add(self, verifiers: Verifiers) -> None:
-        """Use another node's too."""
+        """Use another node's verifiers too."""
         self._busy[verifiers] = 0
 
     def drop(self, verifiers: Verifiers) -> None:

@@ -32,10 +32,10 @@ _CONNECT_S = 30.0
 _PART = 1 << 20
 ALIVE = {"kind": "alive"}
 ALIVE_S = 1.0
-"""Between two of them"""
+"""Seconds between two of them"""
 _LOOKS = 3
-"""In a row without a word; then the other end is silent. This process may itself have been stopped
-for a while, and finds at its first look that the time is over."""
+"""Looks in a row without a word; then the other end is silent. One would not do: this process may
+itself have been stopped for a while, and find at its first look that the time is over."""
 
 
 class Silent(OSError):
@@ -43,7 +43,7 @@ class Silent(OSError):
 
 
 class Link:
-    """One end of a connection, on an event loop. `most_bytes` of arrays are taken in a message.
+    """An end of a connection, on an event loop. A message may bring `most_bytes` of arrays.
 
     silence_s: for how long the other end may send nothing; None is for ever.
     """
@@ -147,7 +147,7 @@ async def serve(host: str, key: str, talk: Talk, most_bytes: int) -> tuple[str, 
 
 
 async def connect(address: tuple[str, int], key: str, hello: Header, most_bytes: int) -> Link:
-    """Call on an event loop. Raises OSError."""
+    """Connect to an address of `serve`, on an event loop, and say hello. Raises OSError."""
     reader, writer = await asyncio.wait_for(asyncio.open_connection(*address), _CONNECT_S)
     link = Link(reader, writer, most_bytes)
     await link.send(hello | {"kind": "hello", "key": key})
@@ -155,7 +155,7 @@ async def connect(address: tuple[str, int], key: str, hello: Header, most_bytes:
 
 
 class Connection:
-    """A caller's end in plain code, for one question at a time. Close it. Raises OSError.
+    """A caller's end without an event loop, for one question at a time. Close it. Raises OSError.
 
     silence_s: for how long the other end may send nothing while an answer is awaited; None is for
     ever.
@@ -246,7 +246,7 @@ class Connection:
 
 
 async def _talk(talk: Talk, hello: Header, link: Link) -> None:
-    """Talk until the other end hangs up; whatever else ends it is a fault, and told."""
+    """Talk until the other end hangs up; whatever else ends the talk is a fault, and logged."""
     try:
         await talk(hello, link)
     except (EOFError, OSError):
@@ -256,8 +256,8 @@ async def _talk(talk: Talk, hello: Header, link: Link) -> None:
 
 
 def _set_up(connection: socket.socket) -> None:
-    """Have the end of a machine without a word found within a minute, and a message's parts sent at
-    once: else they wait for each other, 50 ms for each question."""
+    """Have a machine that is gone found out within a minute, and a message's parts sent at once:
+    else they wait for each other, 50 ms for each question."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if sys.platform.startswith("linux"):

@@ -1,4 +1,4 @@
-"""Which GPUs of a node its rollout servers take."""
+"""The GPUs of a node that its rollout servers take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megafork.errors import UserError
 def gpus_of_servers(
     rollout: ServerConfig, visible: list[str], *, num_trainers: int, shared: bool
 ) -> list[list[str]]:
-    """Of each of the node's `rollout.servers` the GPUs, among the `visible` ones.
+    """Return the GPUs of each of the node's `rollout.servers`, among the `visible` ones.
 
     num_trainers: ranks that train on this node, on the first GPUs. shared: servers take the first
     ones too, in turns with the trainers (rollout.placement = "colocated"); else those after the
@@ -34,16 +34,16 @@ def gpus_of_servers(
 
 
 def with_trainers(own: list[str], visible: list[str]) -> list[str]:
-    """What a server sees that takes its `own` GPUs.
+    """Return the GPUs that a server sees which takes its `own`.
 
-    Those come first, which vLLM goes by; then the others, whose memory it opens where a trainer's
-    weights are in it (sync.transport=local).
+    Its own come first, because vLLM takes the first ones; then the others, whose memory it opens
+    where a trainer's weights are in it (sync.transport=local).
     """
     return own + [gpu for gpu in visible if gpu not in own]
 
 
 def visible_gpus() -> list[str]:
-    """By the names that CUDA_VISIBLE_DEVICES takes."""
+    """Return this process's GPUs, by the names that CUDA_VISIBLE_DEVICES takes."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name.strip() for name in given.split(",") if name.strip()]

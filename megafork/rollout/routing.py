@@ -42,7 +42,7 @@ class _Request(Request):
 
 
 class Router:
-    """Generation by all servers that are `live`.
+    """Generates with all servers that are `live`.
 
     `generate` raises ServerLost when no server is left. max_num_seqs: responses that one server
     runs at once.
@@ -76,7 +76,7 @@ class Router:
         *,
         request_id: str | None = None,
     ) -> list[Sample]:
-        """Generate as `RolloutClient.generate`; by another server when one is lost meanwhile."""
+        """Generate as `RolloutClient` does, and by another server when one is lost meanwhile."""
         name = request_id or uuid.uuid4().hex
         slow: ServerSlow | None = None
         while True:
@@ -111,7 +111,7 @@ class Router:
     async def _answer(
         self, server: Server, request: _Request, asked: Coroutine[Any, Any, list[Sample]]
     ) -> list[Sample]:
-        """Raises ServerLost also when the server is marked down meanwhile."""
+        """Return the server's answer. Raises ServerLost also when it is marked down meanwhile."""
         attempt = asyncio.create_task(asked)
         server.attempts.add(attempt)
         try:
@@ -178,9 +178,9 @@ class Router:
         return ServerLost(several + "; ".join(dict.fromkeys(causes)))
 
     def _mark_down(self, server: Server, cause: str, num_losses: int) -> None:
-        """Give what the server had to the others.
+        """Count a server as lost, and give what it had to the others.
 
-        num_losses: of the server that it happened to, which may have been replaced since.
+        num_losses: the server's when it failed; if it has been marked down since, nothing happens.
         """
         if server.state not in ("live", "back") or server.num_losses != num_losses:
             return

@@ -1,4 +1,4 @@
-"""How a response is sampled, and what comes back. Imports neither torch nor vLLM."""
+"""The way a response is sampled, and what comes back. Imports neither torch nor vLLM."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ TWO_TEMPERATURES = "megafork_two_temperatures"
 
 @dataclass(frozen=True)
 class TwoTemperatures:
-    """A token is drawn at `above` where the entropy of softmax(logits) is above the threshold, at
-    `below` elsewhere, a tie included. 0 is greedy."""
+    """Two temperatures, chosen token by token: `above` where the entropy of softmax(logits) is
+    above the threshold, `below` elsewhere, a tie included. 0 is greedy."""
 
     threshold: float  # nats
     above: float = 1.0
@@ -46,13 +46,13 @@ class Sampling:
     top_k: int = -1  # -1: every token
     min_p: float = 0.0
     forking_temperatures: TwoTemperatures | None = None
-    """Instead of the temperature, which then is 1. The server must have been started with
-    two_temperatures=True."""
+    """Used instead of the temperature, which then has to be 1. The server must have been started
+    with two_temperatures=True."""
 
     def request_body(
         self, prompt_ids: list[int], n: int, seed: int | None = None, *, request_id: str
     ) -> dict[str, Any]:
-        """JSON body for `n` responses to one prompt, which `request_id` can abort.
+        """Make the JSON body for `n` responses to one prompt, which `request_id` can abort.
 
         Every parameter that shapes the distribution is stated, so that neither the engine's
         defaults nor the folder's generation_config.json can change it.
@@ -85,7 +85,7 @@ class Sampling:
 
 
 def version_number(version: str) -> int:
-    """Of vLLM's name for the weights it has; 0: those that it loaded from the model folder."""
+    """Return the number in vLLM's name for its weights; 0 for those of the model folder."""
     return 0 if version == "default" else int(version)
 
 
@@ -102,7 +102,7 @@ def encode_samples(samples: Sequence[Sample]) -> bytes:
 
 
 def decode_samples(payload: bytes) -> list[Sample]:
-    """The inverse of `encode_samples`; the arrays are views of the payload.
+    """Invert `encode_samples`; the arrays are views of the payload.
 
     Raises ValueError when the payload is cut short.
     """

@@ -48,7 +48,7 @@ class StepJournals:
         self._journal.append(group)
 
     def find(self, references: Sequence[tuple[int, int]]) -> list[Group]:
-        """Groups of earlier steps, each by its prompt's index and the step whose journal has it.
+        """Find groups of earlier steps, each by its prompt's index and its journal's step.
 
         Raises UserError where one is missing.
         """

@@ -10,8 +10,8 @@ does not reach it). The group is ended, TERM first and KILL after a grace period
 - the server exits by itself, leaving engine or worker processes behind,
 - the supervisor gets SIGTERM or SIGINT.
 
-The last KILL hits the supervisor too, so nothing of the group is left; before it goes the folder of
-the server's sockets and temporary files. Standard library only.
+The last KILL hits the supervisor too, so nothing of the group is left. Before it the folder of the
+server's sockets and temporary files is removed. Standard library only.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ def _wait_for_reason(server: subprocess.Popen, trainer_pid: int, signals: list[i
 
 
 def _told_of_the_end(status: int) -> str:
-    """The kernel ends whoever is largest where memory runs out, and tells its own log alone."""
+    """Say how the server ended, and how large it was.
+
+    Where memory runs out, the kernel ends whoever is largest, and tells only its own log.
+    """
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # KiB on Linux
     how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
     return f"the server {how}; its largest process had {most:.1f} GiB"

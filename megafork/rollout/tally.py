@@ -1,4 +1,4 @@
-"""How far a generation is, for whoever waits minutes for it."""
+"""The progress of a generation, for whoever waits minutes for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EVERY_S = 10.0
 
 @dataclass
 class Tally:
-    """Groups that were asked for and those that are done, with the tokens of these."""
+    """Counts the groups that were asked for and those that are done, with the tokens of these."""
 
     groups: int = 0
     done: int = 0
@@ -21,7 +21,7 @@ class Tally:
     started: float = field(default_factory=time.monotonic)
 
     def add(self, num_tokens: int) -> None:
-        """A group is done."""
+        """Count a group that is done."""
         self.done += 1
         self.tokens += num_tokens
 
@@ -31,7 +31,7 @@ class Tally:
 
 
 async def tell_regularly(tally: Callable[[], Tally], tell: Callable[[str], None]) -> NoReturn:
-    """Every EVERY_S seconds, until it is cancelled."""
+    """Tell the tally every EVERY_S seconds, until cancelled."""
     while True:
         await asyncio.sleep(EVERY_S)
         tell(str(tally()))

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -42,8 +43,9 @@ _CPU_ENVIRONMENT = {
 }
 
 
+@dataclass(eq=False)
 class VllmServer:
-    """One vLLM server behind an API key, and nothing left of it after `stop()`.
+    """A vLLM server behind an API key; nothing of it is left after `stop()`.
 
     model_path: a local Hugging Face folder; no tokenizer is needed, only token ids travel.
     device: "cpu" or "cuda". On the CPU kv_cache_gib sizes the cache and cpu_threads is the number
@@ -55,48 +57,30 @@ class VllmServer:
     `RolloutClient.sleep` gives a GPU's memory up.
     """
 
-    def __init__(
-        self,
-        model_path: str | Path,
-        *,
-        dtype: str,
-        max_model_len: int,
-        max_num_seqs: int,
-        log_path: Path,
-        device: str = "cpu",
-        tensor_parallel: int = 1,
-        python: str = sys.executable,
-        startup_timeout_s: float = 600.0,
-        host: str = LOOPBACK,
-        port: int | None = None,
-        api_key: str | None = None,
-        gpu_memory_utilization: float = 0.6,
-        kv_cache_gib: int = 1,
-        cpu_threads: int = 1,
-        seed: int = 0,
-        two_temperatures: bool = False,
-        sleeps: bool = False,
-        environment: dict[str, str] | None = None,
-    ) -> None:
-        self.model_path = Path(model_path).absolute()
-        self.dtype = dtype
-        self.max_model_len = max_model_len
-        self.max_num_seqs = max_num_seqs
-        self.log_path = Path(log_path).absolute()
-        self.device = device
-        self.tensor_parallel = tensor_parallel
-        self.python = python
-        self.startup_timeout_s = startup_timeout_s
-        self.host = host
-        self.port = port
-        self.gpu_memory_utilization = gpu_memory_utilization
-        self.kv_cache_gib = kv_cache_gib
-        self.cpu_threads = cpu_threads
-        self.seed = seed
-        self.two_temperatures = two_temperatures
-        self.sleeps = sleeps
-        self.environment = environment or {}
-        self.api_key = api_key or secrets.token_urlsafe(32)
+    model_path: Path
+    _: KW_ONLY
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    log_path: Path
+    device: str = "cpu"
+    tensor_parallel: int = 1
+    python: str = sys.executable
+    startup_timeout_s: float = 600.0
+    host: str = LOOPBACK
+    port: int | None = None
+    api_key: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    gpu_memory_utilization: float = 0.6
+    kv_cache_gib: int = 1
+    cpu_threads: int = 1
+    seed: int = 0
+    two_temperatures: bool = False
+    sleeps: bool = False
+    environment: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.model_path = Path(self.model_path).absolute()
+        self.log_path = Path(self.log_path).absolute()
         self._lock = threading.Lock()
         self._state = "new"  # -> "started" -> "stopped"
         self.process_group: int | None = None  # of the supervisor, the server and its workers
@@ -263,7 +247,7 @@ class VllmServer:
 
 
 def _check_model_folder(folder: Path) -> None:
-    """The mistakes that vLLM reports after half a minute and in other words."""
+    """Raise UserError for mistakes that vLLM reports after half a minute and in other words."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"no model at {folder}: {path} does not exist; give a Hugging Face folder")
@@ -276,7 +260,7 @@ def _check_model_folder(folder: Path) -> None:
 
 
 def _kill_group(process_group: int, patience_s: float = 3.0) -> None:
-    """SIGKILL to whatever is left, until nothing is: its memory, on a GPU too, is then free."""
+    """Send SIGKILL until nothing is left: the group's memory, on a GPU too, is then free."""
     deadline = time.monotonic() + patience_s
     with contextlib.suppress(ProcessLookupError):
         while time.monotonic() < deadline:
@@ -298,7 +282,7 @@ def _check_port(host: str, port: int) -> int:
 
 
 def _last_error(log_path: Path, num_lines: int = 12) -> str:
-    """The line of the log that names the root cause, then the log's end."""
+    """Return the line of the log that names the root cause, then the log's end."""
     lines = log_path.read_text(errors="replace").splitlines()
     # vLLM prefixes "(EngineCore pid=1) ERROR 11-23 05:59:24 [core.py:7] "; warnings are no cause.
     bare = [re.sub(r"^\(\w+ pid=\d+\) (ERROR [^]]*\] )?", "", line) for line in lines]
@@ -308,14 +292,14 @@ def _last_error(log_path: Path, num_lines: int = 12) -> str:
 
 
 def log_paths(log: Path, num_servers: int) -> list[Path]:
-    """`log` of one server; of several with their numbers."""
+    """Return each server's log: `log` for one, `log` with their numbers for several."""
     if num_servers == 1:
         return [log]
     return [log.with_name(f"{log.stem}-{i}{log.suffix}") for i in range(num_servers)]
 
 
 def cpu_threads(asked: int | None, num_servers: int) -> int:
-    """Threads of each of a machine's servers on its CPU: `asked`, the user's, or their share."""
+    """Return how many CPU threads each server takes: `asked`, OMP_NUM_THREADS, or its share."""
     of_user = os.environ.get("OMP_NUM_THREADS", "").partition(",")[
         0
     ]  # a list counts for nested ones

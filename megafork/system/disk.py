@@ -1,4 +1,4 @@
-"""What has to survive a power cut."""
+"""Helpers for files that have to survive a crash or a power cut."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BLOCK = 1 << 20
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError of what is written to `path` names it: Python's does not after the opening."""
+    """Have an OSError inside name `path`; Python's own names the file only when it is opened."""
     try:
         yield
     except OSError as error:
@@ -46,7 +46,7 @@ def sync(path: Path) -> None:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Cut what follows the last end of a line, as a crash in the middle of a write leaves it."""
+    """Cut off an unfinished last line, as a crash in the middle of a write leaves it."""
     if not path.exists():
         return
     with path.open("rb+") as file:

@@ -1,8 +1,8 @@
-"""What a process that ends in failure leaves for those who ask why: one line, in a file.
+"""The last words of a process that ends in failure: one line in a file, which says why.
 
 torchrun's agent names a file for every rank in $TORCHELASTIC_ERROR_FILE, and shows what is in it.
-The line says whether the failure is the process's own or follows from another's end, so that who
-started the processes tells the earliest cause, whatever ended first. Imports no torch.
+The line says whether the failure is the process's own or follows from another's end, so that
+whoever started the processes tells the earliest cause, whatever ended first. Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _COLLECTIVES = os.path.join("torch", "distributed", "")
 class Words:
     message: str
     own: bool
-    """Not the consequence of another process's end"""
+    """The failure is not the consequence of another process's end"""
     time: float
-    """Seconds since 1970, when they were left"""
+    """When they were left, in seconds since 1970"""
     status: int
     """The exit status that follows"""
     log: str | None
@@ -75,13 +75,13 @@ def read(path: str | Path) -> Words | None:
 
 
 def of_exception(error: BaseException) -> str:
-    """The line for an exception that nobody caught."""
+    """Return the line for an exception that nobody caught."""
     first = str(error).strip().splitlines()
     return f"{type(error).__name__}: {first[0]}" if first else type(error).__name__
 
 
 def follows_from_a_peer(error: BaseException) -> bool:
-    """Return whether the cause is another process: it said so, or a collective failed.
+    """Return whether another process is the cause: this is a PeerError, or a collective failed.
 
     Torch has types for what its store and NCCL say, and none for gloo: there it is a RuntimeError
     that torch.distributed, or the wait for work that it has begun, has raised. What a rank computes

@@ -11,11 +11,11 @@ import psutil
 _GIB = 1 << 30
 _CGROUP = Path("/sys/fs/cgroup")
 KEPT = 256 << 20
-"""of the heap's free bytes, which the next micro-batch takes again"""
+"""Bytes that may lie free in the heap, since the next micro-batch takes them again"""
 
 
 def available() -> tuple[int, int]:
-    """(bytes that processes here may have in all, swap included; bytes that are free now)."""
+    """Return (bytes that processes here may have in all, with swap; bytes that are free now)."""
     memory = psutil.virtual_memory()
     total, free = memory.total + psutil.swap_memory().total, memory.available
     try:
@@ -39,7 +39,7 @@ class _MallInfo(ctypes.Structure):
 
 
 def return_free_heap() -> None:
-    """Give back to the system what lies free in glibc's heap, where that is much.
+    """Give back to the system what lies free in glibc's heap, where that is more than KEPT.
 
     Blocks of up to 32 MiB, as an update's activations are, are cut from the heap, and what is freed
     between others stays taken: a rank of 0.3B parameters grew by 1.5 GiB over the micro-batches of
@@ -56,7 +56,7 @@ def return_free_heap() -> None:
 
 
 def told_of_a_kill() -> str:
-    """Say for a message what memory a process had that SIGKILL ended, as the kernel may have."""
+    """Return, for a message about a SIGKILL, that memory may have run out, and who had most."""
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # KiB on Linux
     return (
         f"as the kernel does where memory runs out: the largest process had {most / _GIB:.1f} GiB "

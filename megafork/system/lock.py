@@ -1,9 +1,9 @@
-"""One process at a time writes into a folder, on whichever machine it runs.
+"""A folder's lock: one process at a time writes into it, on whichever machine it runs.
 
 A file beside what is written names its holder. On one machine the kernel's lock on that file says
-whether the holder lives, and it goes with the holder however that ends. Between machines, on NFS
-for instance, kernels' locks may not reach or may outlive a machine; there the holder touches the
-file every few seconds, and one that was not touched for long enough is stale.
+whether the holder lives, because it goes with the holder however that ends. Between machines, on
+NFS for instance, a kernel's lock may not reach the others, or may outlive its machine; so the
+holder touches the file every few seconds, and a file that was not touched for STALE_S is stale.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ NAME = "lock"
 HELD = "MEGAFORK_LOCK"
 """Tells the processes that a holder starts which lock it holds for them"""
 STALE_S = 45.0
-"""Without a touch; the guards of megafork.cluster end a machine that is cut off before that"""
+"""Seconds without a touch; the guards of megafork.cluster end a machine that is cut off sooner"""
 _BEAT_S = 5.0
 _LOOK_S = 0.5
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""Of file systems without locks"""
+"""Errors of file systems without locks"""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock."""
+    """The process that holds a lock."""
 
     host: str
     boot: str
-    """Of the machine's kernel, since its last start"""
+    """The machine's boot id, which changes with every start"""
     pid: int
     since: str
     token: str
@@ -85,9 +85,9 @@ def refuse_held(folder: Path, setting: str) -> None:
 
 @contextlib.contextmanager
 def held(folder: Path, setting: str) -> Iterator[None]:
-    """Hold the folder's lock, which is made with the folder where there is none.
+    """Hold the folder's lock; the folder is made where there is none.
 
-    Inside a process that a holder has started it does nothing. Raises UserError when another
+    In a process that the holder has started this does nothing. Raises UserError when another
     process holds it; that may take STALE_S to find out when it is on another machine.
     """
     path = folder / NAME
@@ -128,7 +128,10 @@ def held(folder: Path, setting: str) -> Iterator[None]:
 
 
 def _taken(path: Path, setting: str) -> int:
-    """A descriptor of the file, locked where that is possible; nobody else holds it."""
+    """Return a descriptor of the file, locked where that is possible.
+
+    Raises UserError when somebody else holds it.
+    """
     while True:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(path, flags, 0o600)
@@ -148,7 +151,7 @@ def _taken(path: Path, setting: str) -> int:
 
 
 def _wait_until_stale(path: Path, setting: str, holder: Holder, touched: float) -> None:
-    """Or gone. Raises UserError when its holder touches it."""
+    """Wait until the file is stale or gone. Raises UserError when its holder touches it."""
     told = False
     while _age(path, touched) <= STALE_S:
         try:
@@ -165,7 +168,7 @@ def _wait_until_stale(path: Path, setting: str, holder: Holder, touched: float) 
 
 
 def _stays(descriptor: int, touched: float) -> bool:
-    """Whether nobody writes into a stale file whose lock is held: the lock outlived its machine."""
+    """Return whether a stale file stays untouched though locked: its lock outlived a machine."""
     deadline = time.monotonic() + 2 * _BEAT_S
     while time.monotonic() < deadline:
         if os.fstat(descriptor).st_mtime != touched:
@@ -186,13 +189,13 @@ def _beat(path: Path, descriptor: int, holder: Holder, ended: threading.Event) -
 
 
 def _age(path: Path, touched: float) -> float:
-    """Seconds by the file system's own clock, which may be another machine's."""
+    """Return the seconds since `touched` by the file system's clock, maybe another machine's."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}-") as now:
         return os.fstat(now.fileno()).st_mtime - touched
 
 
 def _lock(descriptor: int, kind: int) -> bool | None:
-    """Whether nobody else has it; None where the file system has no locks."""
+    """Try to lock; False if somebody else has the lock, None if the file system has no locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -229,7 +232,7 @@ def _at(path: Path) -> Holder | None:
 
 
 def _read(descriptor: int) -> Holder | None:
-    """None for a file that was made a moment ago, or is none of ours."""
+    """Read who holds the lock; None for a file that was just made, or is none of ours."""
     try:
         return Holder(**json.loads(os.pread(descriptor, 4096, 0)))
     except (ValueError, TypeError):

@@ -8,9 +8,9 @@ from typing import Any
 
 
 def parse_json(text: str | bytes | bytearray, number: Callable[[str], Any] | None = None) -> Any:
-    """As json.loads. Every refusal is a ValueError, of nesting that is too deep too.
+    """Parse as json.loads does; every refusal is a ValueError, of nesting that is too deep too.
 
-    number: makes what stands for a number of its text; None: Python's own.
+    number: makes a value of a number's text, of NaN and Infinity too; None makes Python's own.
     """
     try:
         return json.loads(text, parse_float=number, parse_int=number, parse_constant=number)

@@ -1,4 +1,4 @@
-"""Text of models, verifiers and files as a terminal or a log may have it."""
+"""Text of models, verifiers and files, made safe for a terminal, a log or a CSV file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ text or hide it), surrogates, and separators of lines and paragraphs"""
 
 
 def printable(text: str) -> str:
-    """`text` with every character that a terminal would act on as Python escapes it."""
+    """Return `text` with Python's escapes for every character that a terminal would act on."""
     return "".join(c if _is_shown(c) else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -21,5 +21,5 @@ def _is_shown(character: str) -> bool:
 
 
 def as_cell(text: str) -> str:
-    """Of a CSV file: a spreadsheet takes what begins with one of these for a formula."""
+    """Return `text` as a cell of a CSV file, with a ' before what a spreadsheet would compute."""
     return f"'{text}" if text.lstrip(" ").startswith(_FORMULA) else text

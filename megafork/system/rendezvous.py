@@ -1,8 +1,9 @@
-"""How the ranks of a run find each other: each is told its place, and nothing is negotiated.
+"""The rendezvous of a run's ranks: each is told its place, and nothing is negotiated.
 
 torchelastic's own ways listen on all interfaces, and its c10d rendezvous unpickles whatever anybody
-has put into its store. Here the ranks of one machine share a file in a folder of their user's
-alone, and those of several machines a store that listens at one address. Nothing in it is pickled.
+has put into its store. Here the ranks of one machine share a file in a folder that only their user
+can enter, and those of several machines a store that listens at one address. Nothing in either is
+pickled.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ _NEVER_REMOVED = -1
 
 
 def private_folder() -> tempfile.TemporaryDirectory:
-    """One that this user alone can enter; inside that of the launcher, which outlives us."""
+    """Make a temporary folder that only this user can enter.
+
+    A rank's lies inside its launcher's, where that has one: the launcher outlives it and removes
+    what is left.
+    """
     parent = os.path.dirname(os.environ[STORE]) if STORE in os.environ else None
     return tempfile.TemporaryDirectory(prefix="megafork-", dir=parent)
 
@@ -44,9 +49,9 @@ def file_store(path: str, timeout: datetime.timedelta | None = None) -> FileStor
 
 
 def listening_store(host: str, port: int, **options: Any) -> TCPStore:
-    """The serving end of a TCPStore that listens at `host` alone; torch's listens everywhere.
+    """Open the serving end of a TCPStore at `host` alone; torch's own listens everywhere.
 
-    port: 0 is a free one. Raises OSError when it cannot listen there.
+    port: 0 takes a free one. Raises OSError when it cannot listen there.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family)
@@ -55,10 +60,10 @@ def listening_store(host: str, port: int, **options: Any) -> TCPStore:
 
 
 class Rendezvous(RendezvousHandler):
-    """Of torchelastic's agents, one on each machine; `count` of them, and this one's number.
+    """The rendezvous of torchelastic's agents, one on each of `count` machines.
 
     open_store: gives the store that the agents and their ranks share. host, port: what the ranks
-    are told as MASTER_ADDR and MASTER_PORT.
+    are told as MASTER_ADDR and MASTER_PORT. this: this machine's number.
     """
 
     def __init__(
@@ -97,12 +102,18 @@ class Rendezvous(RendezvousHandler):
 
 
 def on_one_machine(path: str) -> Rendezvous:
-    """path: of the file that becomes the store; ranks are told of it in $MEGAFORK_STORE."""
+    """Return one machine's rendezvous.
+
+    path: the file that becomes the store; the launcher tells the ranks of it in $MEGAFORK_STORE.
+    """
     return Rendezvous(lambda: file_store(path), "127.0.0.1", 0, this=0, count=1)
 
 
 def on_several_machines(endpoint: str, *, this: int, count: int, timeout_s: float) -> Rendezvous:
-    """endpoint: host:port of the first machine, whose agent listens there and nowhere else."""
+    """Return this machine's part in the rendezvous of several.
+
+    endpoint: host:port of the first machine, whose agent listens there and nowhere else.
+    """
     host, _, port = endpoint.rpartition(":")
     timeout = datetime.timedelta(seconds=timeout_s)
 
@@ -119,7 +130,7 @@ def _given(parameters: RendezvousParameters) -> RendezvousHandler:
 
 
 def launch_options(rendezvous: Rendezvous) -> dict[str, Any]:
-    """What LaunchConfig wants to hear of it."""
+    """Register the rendezvous, and return the arguments of LaunchConfig that select it."""
     rendezvous_handler_registry.register(BACKEND, _given)
     # Ranks are numbered by machine: the agents need not ask each other how many each has.
     os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"

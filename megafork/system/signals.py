@@ -19,16 +19,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 INTERRUPTED = 75
 """Exit status of a run that a signal ended and that can go on (EX_TEMPFAIL of sysexits.h)."""
 STOP_FILE = "MEGAFORK_STOP_FILE"
-"""Names a file; when it appears, that is a SIGUSR1. A signal during the imports would be lost."""
+"""Names a file; when it appears, that is a SIGUSR1, which would be lost during the imports"""
 _LOOK_S = 0.5
 
 
 class Interruption:
-    """Inside its `with` the first signal ends the process, wherever the main thread is.
+    """Handles the signals that ask a run to end, inside its `with`.
 
-    After `defer` it is only noted, and what `run` runs is given up. Outside, the signals have the
-    meaning that they had before; once a run was interrupted they are ignored, so that a second one
-    does not cut the process's end short.
+    The first one ends the process, wherever the main thread is. After `defer` it is only noted, and
+    cancels what `run` runs. Outside, the signals have the meaning that they had before; but once a
+    run was interrupted they are ignored, so that a second one does not cut its end short.
     """
 
     def __init__(self) -> None:
@@ -63,9 +63,9 @@ class Interruption:
                 return
 
     def defer(self, tell: Callable[[str], None] | None = None) -> None:
-        """From here on there is something to save first.
+        """Only note signals from here on, because there is something to save first.
 
-        tell: is told the signal's name; it is for another to see the stop file then.
+        tell: is called with the signal's name; the stop file is then another process's to watch.
         """
         if tell is not None:
             self._tell = tell
@@ -73,7 +73,7 @@ class Interruption:
         self._is_deferred = True
 
     def check(self) -> None:
-        """Raises Interrupted if a signal came."""
+        """Raise Interrupted if a signal came."""
         if self.received is not None:
             raise Interrupted(self.received)
 
@@ -91,7 +91,7 @@ class Interruption:
                 self._give_up()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run it on an event loop. A signal cancels it; raises Interrupted then, and after one."""
+        """Run `work` on an event loop; a signal cancels it. Raises Interrupted after a signal."""
         return asyncio.run(self._unless_received(work))
 
     async def _unless_received(self, work: Coroutine[Any, Any, T]) -> T:
@@ -114,7 +114,7 @@ class Interruption:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """A signal raises SystemExit, so that what is under way is ended and cleaned up."""
+    """Have a signal raise SystemExit, so that what is under way is ended and cleaned up."""
 
     def end(number: int, frame: FrameType | None) -> None:
         sys.exit(INTERRUPTED)

@@ -1,4 +1,4 @@
-"""How the entropies of a step are distributed: counts in fixed bins, the same at every layout."""
+"""The distribution of a step's entropies: counts in fixed bins, the same at every layout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ and without its upper one; the last takes what lies above too."""
 
 
 def entropy_histogram(done: Optimized, mesh: Mesh) -> dict[str, Any] | None:
-    """Of the step's loss tokens, on every rank, all ranks together: how many have an entropy in
+    """Return, on every rank, how many of the step's loss tokens on all ranks have an entropy in
     each bin, and how many of these are selected.
 
     The entropies are those that the tokens were selected by. None where they are unknown

@@ -1,4 +1,4 @@
-"""What a policy and its critic have in common: an optimizer, and a guard that judges updates.
+"""The base of a policy and its critic: an optimizer, and a guard that judges updates.
 
 An update has two halves. `judge` ends the first: the gradients are there, reduced, and nothing has
 changed. `apply` is the second and cannot be refused, so that of two models that learn from one
@@ -47,7 +47,10 @@ class Learner(PackedModel):
     """A PackedModel that learns."""
 
     def start_learning(self, training: TrainingConfig, *, name: str = "") -> None:
-        """Once the weights are loaded. name: of the model in what UpdateRefused says."""
+        """Make guard, gradients and optimizer, once the weights are loaded.
+
+        name: the model's name in what UpdateRefused says.
+        """
         self.training = training
         self.name = name
         self.num_updates = 0
@@ -105,7 +108,7 @@ class Learner(PackedModel):
             self.has_optimizer = True
 
     def run_hidden(self, *arguments: Any, **options: Any) -> list[dict]:
-        """As of `PackedModel`. Not while the weights are put away."""
+        """Run the packs as `PackedModel` does; not while the weights are put away."""
         assert self.has_weights, "the weights are put away: onload() comes first"
         return super().run_hidden(*arguments, **options)
 
@@ -119,9 +122,10 @@ class Learner(PackedModel):
     def judge(
         self, metrics: dict[str, float], *, num_tokens: int, loss: Sequence[str] = ("loss",)
     ) -> Judged:
-        """Of the accumulated gradients. metrics: on the last stage, over all ranks.
+        """Judge the update that the accumulated gradients would make.
 
-        num_tokens: of the mini-batch's loss mask. loss: names of the metrics that add up to it.
+        metrics: of the last stage, over all ranks. num_tokens: of the mini-batch's loss mask. loss:
+        names of the metrics that add up to it.
 
         Raises UpdateRefused, on all ranks, for a NaN, an infinity or a spike (see `UpdateGuard`).
         """
@@ -137,10 +141,11 @@ class Learner(PackedModel):
         return Judged(metrics, total, norm, num_tokens)
 
     def apply(self, judged: Judged) -> dict[str, float]:
-        """The optimizer's step; the metrics with the global gradient norm before clipping.
+        """Make the optimizer's step; return the metrics with the global gradient norm before
+        clipping.
 
-        None of a mini-batch without a token in the loss, whose weights Adam's momentum and the
-        weight decay would still move.
+        No step is made for a mini-batch without a token in the loss: Adam's momentum and the weight
+        decay would still move the weights.
         """
         if not judged.num_tokens:
             return judged.metrics | {"grad_norm": judged.grad_norm}
@@ -151,7 +156,8 @@ class Learner(PackedModel):
         return judged.metrics | {"grad_norm": float(grad_norm)}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside weights and optimizer; JSON can hold it."""
+        """Return the state that a checkpoint keeps beside weights and optimizer; JSON can hold
+        it."""
         return {"num_updates": self.num_updates, "guard": self.guard.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -160,7 +166,7 @@ class Learner(PackedModel):
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """The learning rate of the next update."""
         return learning_rate(self.training, self.num_updates)
 
 

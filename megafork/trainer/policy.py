@@ -59,7 +59,7 @@ class Policy(Scorer, Learner):
             self.reference = Reference(self, config.kl.reference or config.model.path)
 
     def export_shards(self) -> Iterator[tuple[str, Tensor]]:
-        """As of `Scorer`. Not while the weights are put away."""
+        """Yield shards as `Scorer` does; not while the weights are put away."""
         assert self.has_weights, "the weights are put away: onload() comes first"
         return super().export_shards()
 
@@ -137,12 +137,12 @@ class Policy(Scorer, Learner):
 
     @property
     def needs_entropies(self) -> bool:
-        """Whether selection or credit looks at what a forward pass gives."""
+        """True where selection or credit looks at what a forward pass gives."""
         return self.forking.by_entropy or bool(self._rules_need & {"entropy", "logprobs"})
 
     @property
     def needs_reference(self) -> bool:
-        """Whether every step needs the reference policy's log-probabilities."""
+        """True where every step needs the reference policy's log-probabilities."""
         return bool(self.kl.coefficient) or "ref_logprobs" in self._rules_need
 
     @property

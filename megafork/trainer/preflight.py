@@ -108,7 +108,7 @@ def check_folders(config: TrainConfig, *, may_lack_weights: bool = False) -> lis
 
 
 def check_length(config: TrainConfig, shape: ModelShape) -> None:
-    """The longest sequence has to have positions. Raises UserError."""
+    """Raise UserError where the longest sequence has no positions."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > shape.max_positions:
         raise UserError(
@@ -118,7 +118,7 @@ def check_length(config: TrainConfig, shape: ModelShape) -> None:
 
 
 def check_critic(config: TrainConfig, policy: ModelShape) -> None:
-    """The critic sees the policy's tokens, in the policy's layout."""
+    """Raise UserError for a critic that lacks the policy's tokens or positions, or its layout."""
     path = config.critic.path
     if path is None:
         return

@@ -98,7 +98,7 @@ class WeightSync:
                 return False
 
     def take_back(self) -> None:
-        """The devices are the learners' again: the servers sleep, or are gone."""
+        """Bring the learners back onto the devices, once the servers sleep or are gone."""
         if not self.colocated:
             return
         started = time.monotonic()
@@ -193,7 +193,8 @@ class WeightSync:
         return answer, probed(answer, arrays)
 
     def _send_shards(self) -> None:
-        """All tp ranks of a stage run the export together; only its sender is given tensors."""
+        """Send this stage's weights. All its tp ranks run the export; only the sender is given
+        tensors."""
         if not self.mesh.is_first_replica:
             return
         shards = self.policy.export_shards()

@@ -61,10 +61,11 @@ def sampled_responses(
 
 
 def pick_responses(tables: Sequence[TokenTable], count: int, *, step: int) -> list[_Picked]:
-    """In the order of a hash of uid and step: the first right and the first wrong one of another
-    group where there are such, then one of each further group, then any.
+    """Return responses in the order of a hash of uid and step.
 
-    Responses in the loss come before those that overlong filtering has taken out of it.
+    The first right one and the first wrong one of another group come first, where there are such,
+    then one of each further group, then any. Responses in the loss come before those that overlong
+    filtering has taken out of it.
     """
     candidates = [
         (not in_loss, order, _Picked(number, sample, uid, group, accuracy >= 1.0))
@@ -96,7 +97,7 @@ def pick_responses(tables: Sequence[TokenTable], count: int, *, step: int) -> li
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Of one response's rows (float64, exact)."""
+    """The columns of one response's rows (float64, exact)."""
 
     entropy_R: Tensor
     selected_R: Tensor
@@ -175,5 +176,5 @@ def _threshold(
 
 
 def _shortest(values: Tensor) -> list[float]:
-    """Of float32, in as few digits as tell them apart: half of what JSON writes of them."""
+    """Return float32 values in as few digits as tell them apart, half of what JSON writes."""
     return [float(str(value)) for value in values.float().numpy()]

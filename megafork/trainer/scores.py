@@ -30,7 +30,8 @@ def _data_fault(table: TokenTable, mesh: Mesh) -> str | None:
 
 
 def score_first(policy: Policy, table: TokenTable) -> Scores | str:
-    """The scores of the policy before the batch's first update, as far as anything needs them."""
+    """Return the scores of the policy before the batch's first update, as far as anything needs
+    them."""
     entropies = policy.needs_entropies and policy.forking.entropy_of == "old"
     if entropies or not policy.ratio_to_engine:
         return score(policy, table)
@@ -38,7 +39,7 @@ def score_first(policy: Policy, table: TokenTable) -> Scores | str:
 
 
 def score(policy: Policy, table: TokenTable, whose: str = "policy") -> Scores | str:
-    """The scores, or what is wrong; the same on all ranks."""
+    """Return the scores, or what is wrong with them; the same on all ranks."""
     fault = _data_fault(table, policy.mesh)
     if fault is not None:
         return fault
@@ -50,7 +51,7 @@ def score(policy: Policy, table: TokenTable, whose: str = "policy") -> Scores | 
 
 
 def score_again(policy: Policy, table: TokenTable, scores: Scores | str) -> Scores | str:
-    """The scores with those of the reference, whose weights the policy has now."""
+    """Return the scores with those of the reference, whose weights the policy has now."""
     if isinstance(scores, str):
         return scores
     reference = score(policy, table, whose="reference policy")

@@ -119,7 +119,7 @@ def _select_from(
     done: Optimized,
     step: int,
 ) -> None:
-    """The tokens of one threshold scope."""
+    """Select the tokens of one threshold scope, and note them in `done`."""
     masks, selection = policy.select(tables, scores, step=step)
     done.tables += tables
     done.scores += scores

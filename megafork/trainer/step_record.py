@@ -1,4 +1,4 @@
-"""What a step says of itself: its metrics, its entropies, what was skipped."""
+"""The record of a step: its metrics, its entropies, what was skipped."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def _percentiles(entropy: Tensor, in_loss: Tensor, mesh: Mesh) -> dict[str, floa
 
 
 def reference_metrics(done: Optimized, kl_tokens: str, mesh: Mesh) -> dict[str, float]:
-    """What the reference policy says of a rollout batch; nothing where it has not scored it.
+    """Return the reference policy's metrics of a rollout batch; none where it has not scored it.
 
     kl/reference: mean k3 estimate of KL(pi_old || ref), whatever kl.estimator is, over the tokens
     of kl_tokens, where pi_old was asked. forking/overlap_initial: the share of the selected tokens
@@ -137,7 +137,7 @@ def _known(scores: Sequence[Scores]) -> Tensor:
 
 
 def _means(pairs: Sequence[tuple[Tensor, Tensor]], mesh: Mesh) -> list[float]:
-    """Of each (values, mask) over all ranks; a mean of nothing is NaN, which is written as null."""
+    """Return the mean of each (values, mask) over all ranks; of nothing NaN, written as null."""
     sums = [
         torch.stack([torch.where(mask, values, 0.0).double().sum(), mask.double().sum()])
         for values, mask in pairs
@@ -148,7 +148,7 @@ def _means(pairs: Sequence[tuple[Tensor, Tensor]], mesh: Mesh) -> list[float]:
 
 
 def _largest(values: Tensor, mesh: Mesh) -> float:
-    """Of absolute values over all ranks, some of which may have none."""
+    """Return the largest of absolute values over all ranks, some of which may have none."""
     largest = torch.cat([values, values.new_tensor([-1.0])]).max().to(mesh.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.groups.dp_cp)
     return float(largest) if largest >= 0 else math.nan

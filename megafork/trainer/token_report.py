@@ -1,4 +1,4 @@
-"""Which tokens fork: of each token id, how often it is selected and its mean entropy.
+"""The table of tokens that fork: how often each token id is selected, and its mean entropy.
 
 The paper's word clouds (arXiv 2506.01939, figure 2), at every step of a run.
 """
@@ -26,7 +26,7 @@ _UNIT = float(1 << 32)
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Of each token id in the loss mask of a rollout batch, over all ranks (U ids)."""
+    """The counts of each token id in the loss mask of a rollout batch, over all ranks (U ids)."""
 
     id_U: Tensor
     """int64, ascending"""

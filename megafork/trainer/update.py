@@ -11,7 +11,7 @@ from megafork.trainer.update_guard import UpdateRefused
 def update_both(
     policy: Policy, critic: Critic | None, done: Optimized, index: int, step: int
 ) -> str | None:
-    """The updates on the index-th of the selected mini-batches; says why there were none."""
+    """Make the updates on the index-th of the selected mini-batches; return why there were none."""
     learners: list[tuple[Policy | Critic, list[dict[str, float]]]] = []
     if critic is None or step > critic.config.alone_steps:
         learners.append((policy, done.updates))

@@ -1,4 +1,4 @@
-"""Which updates are not made: one with a NaN would be in every weight, a spike may ruin a run."""
+"""Updates that are refused: one with a NaN would be in every weight, a spike may ruin a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class UpdateGuard:
         self._grad_norms: deque[float] = deque(maxlen=_WINDOW)
 
     def fault(self, loss: float, grad_norm: float) -> str | None:
-        """Why an update must not be made; None where it may."""
+        """Return why an update must not be made; None where it may."""
         for name, value, before in (
             ("loss", abs(loss), [1.0, *self._losses]),
             ("gradient norm", grad_norm, [self.usual_norm, *self._grad_norms]),
@@ -62,14 +62,14 @@ class UpdateGuard:
             self._grad_norms.append(grad_norm)
 
     def went_on(self) -> None:
-        """A mini-batch was not skipped, whoever has learnt from it."""
+        """Note that a mini-batch was not skipped, whoever has learnt from it."""
         self.num_skipped_in_a_row = 0
 
     def skipped(self) -> None:
         self.num_skipped_in_a_row += 1
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; JSON can hold it."""
+        """Return the guard's state for a checkpoint; JSON can hold it."""
         return {
             "losses": list(self._losses),
             "grad_norms": list(self._grad_norms),

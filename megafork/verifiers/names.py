@@ -28,13 +28,14 @@ FINDERS = ("maths", "exact")
 
 
 def check_verifiers(names: Iterable[str]) -> None:
-    """Raises UserError for the first that `load_verifier` does not find."""
+    """Raise UserError for the first name that `load_verifier` does not find."""
     for name in names:
         load_verifier(name)
 
 
 def check_answers(rows: Iterable[Row], reward: RewardConfig) -> None:
-    """Raises UserError for a row whose answer is empty once what stands around it is gone."""
+    """Raise UserError for a row whose answer is empty once blanks and the like around it are
+    gone."""
     if "maths" not in reward.verifiers:
         return
     from megafork.answers.comparison import bare

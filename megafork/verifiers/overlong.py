@@ -15,9 +15,11 @@ from megafork.config import RewardConfig
 def overlong_punishment(
     num_tokens: int, config: RewardConfig, *, max_response_tokens: int
 ) -> float:
-    """What a response of num_tokens loses: 0 up to the buffer, overlong_penalty at the limit.
+    """Return the reward that a response of num_tokens loses: 0 up to the buffer, overlong_penalty
+    at the limit.
 
-    Linear in between (eq. 13, times overlong_penalty); 0 where overlong_buffer_tokens is unset.
+    It is linear in between (eq. 13, times overlong_penalty), and 0 where overlong_buffer_tokens is
+    unset.
     """
     buffer = config.overlong_buffer_tokens
     if buffer is None:

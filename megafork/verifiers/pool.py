@@ -52,7 +52,7 @@ _HANDED_ON = re.compile(
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one response: the verifiers' scores, or why there are none."""
+    """The verifiers' scores of one response, or the reason why there are none."""
 
     scores: list[float]
     failure: Failure | None = None
@@ -90,8 +90,11 @@ class WorkerPool:
             thread.start()
 
     def submit(self, prompt: str, response: str, answer: str) -> Future[Outcome]:
-        """From any thread. The deadline runs from when a worker has it; until then it can be
-        cancelled at no cost. The future raises UserError for what the user must mend."""
+        """Queue a response, from any thread.
+
+        The deadline runs from when a worker has it; until then it can be cancelled at no cost. The
+        future raises UserError for what the user must mend.
+        """
         if self._closed:
             raise RuntimeError("the pool is closed")
         future: Future[Outcome] = Future()
@@ -114,7 +117,8 @@ class WorkerPool:
                 task[0].cancel()
 
     def _serve(self) -> None:
-        """One worker and its successors."""
+        """Run one worker, start its successor when it ends, and hand it one response after the
+        other."""
         worker: _Worker | None = None
         broken: UserError | None = None
         while not self._closed:
@@ -194,7 +198,7 @@ class WorkerPool:
 
 
 class _Worker:
-    """One process and our end of its socket."""
+    """A worker process and our end of its socket."""
 
     def __init__(
         self,
@@ -259,7 +263,8 @@ class _Worker:
         return os.waitid(os.P_PID, self._process.pid, how) is not None
 
     def exchange(self, message: list[str] | None, timeout_s: float) -> dict[str, Any] | None:
-        """The answer to `message`; None: it died, or is to, as it said anything else.
+        """Return the answer to `message`; None: it died, or is to be ended, as it said anything
+        else.
 
         message: None for its first word, which it says unasked. Raises TimeoutError.
         """
@@ -312,6 +317,10 @@ def _answer_of(received: bytes, number: int) -> dict[str, Any] | None:
 
 
 def _environment(named: Sequence[str]) -> dict[str, str]:
-    """Of ours what cannot be a key, a token or the trainer's world, and what the user names."""
+    """Return a worker's environment: our variables that hold no secret, and those that the user
+    names.
+
+    A worker computes with one OpenMP thread and sees no GPU.
+    """
     kept = {k: v for k, v in os.environ.items() if k in named or _HANDED_ON.fullmatch(k)}
     return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

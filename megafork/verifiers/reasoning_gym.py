@@ -49,7 +49,7 @@ def task_verifier(task: str) -> Callable[[str, str, str], float]:
 
 
 def tagged_answer(response: str) -> str | None:
-    """What stands in the last <answer>...</answer>, without white space around it."""
+    """Return the content of the last <answer>...</answer>, without white space around it."""
     end = response.rfind("</answer>")
     start = response.rfind("<answer>", 0, max(end, 0))
     return response[start + len("<answer>") : end].strip() if 0 <= start < end else None
@@ -68,7 +68,7 @@ def _same_words(found: str, answer: str) -> bool:
 
 
 def _same_decimal(found: str, answer: str) -> bool:
-    """As 1,000.00 and +1000."""
+    """Return whether two decimals are equal, with 1,000.00 the same as +1000."""
     if len(found) > _LONGEST_NUMBER or not found.isascii():
         return False
     try:

@@ -1,4 +1,4 @@
-"""What a verifier's scores mean: the reward, and whether the response is right."""
+"""The meaning of a verifier's scores: the reward, and whether the response is right."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_WORKERS = 32
 
 @dataclass(frozen=True)
 class Verdict:
-    """What verifiers say of one response."""
+    """The verifiers' judgement of one response."""
 
     reward: float
     accuracy: float
@@ -55,7 +55,8 @@ class Judge:
         self._search = Search(config.places or BOXED) if config.verifiers[0] == "maths" else None
 
     async def __call__(self, prompt: str, response: str, answer: str) -> Verdict:
-        """Raises UserError when the verifier says that the data is wrong, or cannot be started.
+        """Judge one response. Raises UserError when the verifier says that the data is wrong, or
+        cannot be started.
 
         A reward that is not finite goes through: the update that it would spoil is skipped.
         """
@@ -73,7 +74,8 @@ class Judge:
         return Verdict(reward, float(scores[0] >= self.config.accuracy_at))
 
     def check_failures(self, failures: Sequence[str | None]) -> None:
-        """Raises UserError when too many of these verdicts are none: no run may train on that."""
+        """Raise UserError when too many of these responses got no verdict: no run may train on
+        that."""
         if not self.has_failed(failures):
             return
         [(most, _), *_] = (kinds := Counter(f for f in failures if f is not None)).most_common()
@@ -88,7 +90,7 @@ class Judge:
         )
 
     def has_failed(self, failures: Sequence[str | None]) -> bool:
-        """On so many that the verifier is to blame, not the responses."""
+        """Return whether the verifier failed on so many responses that it is to blame, not they."""
         share = sum(f is not None for f in failures) / max(len(failures), 1)
         return share == 1.0 or share > self.config.max_failed_fraction
 

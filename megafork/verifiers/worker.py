@@ -6,20 +6,18 @@ response after the other in its main thread, so that a verifier may use signal.a
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 from megafork.errors import UserError
+from megafork.system.child_process import die_with_parent
 from megafork.verifiers.names import Verifier, load_verifier
 
-_PR_SET_PDEATHSIG = 1
 _LONGEST_CAUSE = 2000
 
 
@@ -43,10 +41,7 @@ def main(
 
 
 def _protect(parent: int, memory_mib: int) -> None:
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was killed before the line above
-            os._exit(1)
+    die_with_parent(parent)
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     limit = memory_mib << 20
     limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
@@ -64,7 +59,8 @@ def _loaded(
     memory_mib: int,
     verifiers: list[Verifier],
 ) -> dict[str, Any]:
-    """What to say of it; the functions go to `verifiers`, all or none."""
+    """Load the verifiers into `verifiers`, all or none, and return the message that says so or why
+    not."""
     try:
         verifiers += [load_verifier(name, places) for name in names]
     except BaseException as error:

@@ -1,1 +1,1 @@
-"""What runs inside vLLM. Needs no megatron-core: vLLM may have a Python of its own."""
+"""The part that runs inside vLLM. Needs no megatron-core: vLLM may have a Python of its own."""

@@ -1,7 +1,7 @@
-"""What a server's own routes take: the types that its engine was made for, and nothing else.
+"""The bodies of a server's own routes: the types that its engine was made for, and nothing else.
 
-An engine that is handed a token of 1.5 may stand still for good without a word, so nothing reaches
-it that is not checked here. Imports neither torch nor vLLM.
+An engine that is handed a token of 1.5 may hang for good without a word, so nothing reaches it that
+is not checked here. Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Temperature = Annotated[float, Field(ge=0)]
 
 
 class Body(BaseModel):
-    """True is no number, 1.0 no count, "1" no 1, and NaN nothing; a key more is an error."""
+    """A strict body: True is no number, 1.0 no count, "1" no 1, NaN nothing; unknown keys fail."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -44,7 +44,7 @@ class ExtraArgs(Body):
 
 
 class SamplingParameters(Body):
-    """See `Sampling.request_body`."""
+    """The parameters that `Sampling.request_body` sends."""
 
     n: Annotated[int, Field(ge=1, le=_MOST_RESPONSES)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -126,7 +126,7 @@ ENGINE_PATHS = frozenset(
 
 
 def parsed_body(path: str, content: bytes) -> dict[str, Any]:
-    """The JSON of a request to one of OWN_PATHS. Raises ValueError that names what is wrong."""
+    """Parse a request to one of OWN_PATHS. Raises ValueError that names what is wrong."""
     try:
         body = json.loads(content)
     except RecursionError:
@@ -138,7 +138,7 @@ def parsed_body(path: str, content: bytes) -> dict[str, Any]:
 
 
 def check_tokens(prompt_ids: list[int], vocab_size: int) -> None:
-    """Raises ValueError for an id that the model does not have: vLLM would crash."""
+    """Raise ValueError for an id that the model does not have: vLLM would crash."""
     if (largest := max(prompt_ids)) >= vocab_size:
         raise ValueError(f"prompt token {largest} is not in the vocabulary of {vocab_size}")
 

@@ -1,4 +1,4 @@
-"""What a server's /health says: that its engine can generate a token. Imports no vLLM."""
+"""The check behind a server's /health: can its engine generate a token? Imports no vLLM."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 HEALTH_S = 8.0
-"""For an answer, or one token of an engine that has nothing else to do; less than who asks waits"""
+"""For an answer, or for one token of an idle engine; less than those who ask /health wait"""
 SILENCE_S = 300.0
-"""How long an engine that has answered before may be in one step: it answers between steps alone.
+"""The longest step of an engine that has answered before: it answers between steps alone.
 On a CPU the prompts of one batch took a model of 0.5B parameters 43 s and more."""
 
 
 class Pulse:
-    """Whether the engine can generate a token, which a living process alone does not say.
+    """Checks that the engine can generate a token, which a living process alone does not show.
 
-    It is asked for one where it has nothing to do. While it generates, is paused or sleeps, its
-    loop has to answer. Once it has, it may be silent for SILENCE_S; and while it is administered,
-    as when weights come in, for as long as that takes.
+    An idle engine is asked for one. While it generates, is paused or sleeps, its loop only has to
+    answer. Once it has answered, it may be silent for SILENCE_S; and while it is administered, as
+    when weights come in, for as long as that takes.
     """
 
     def __init__(self, one_token: Callable[[Any], Awaitable[None]]) -> None:
-        """one_token: has an engine generate one."""
+        """one_token: has the engine that it is given generate one."""
         self._one_token = one_token
         self._num_generating = self._num_administering = 0
         self._asking: asyncio.Task[str | None] | None = None
@@ -48,7 +48,7 @@ class Pulse:
             self._num_administering -= 1
 
     async def ailment(self, engine: Any) -> str | None:
-        """Why it cannot; None where it can. Who asks at the same time gets the same answer."""
+        """Return why the engine cannot generate, or None. Callers at a time share the answer."""
         if self._asking is None or self._asking.done():
             self._asking = asyncio.ensure_future(self._ask(engine))
         return await asyncio.shield(self._asking)
@@ -68,7 +68,7 @@ class Pulse:
         return None
 
     def _silence(self, asked_at: float) -> str | None:
-        """What there is to say of an engine that has not answered in time."""
+        """Return what ails an engine that has not answered in time; None if it may be silent."""
         if self._num_administering:
             self._silent_since = None
             return None

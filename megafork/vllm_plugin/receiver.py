@@ -62,7 +62,7 @@ class WeightReceiver:
             raise
 
     def _check_plan(self, buckets: list[Bucket]) -> None:
-        """Names and shapes must be the checkpoint's, before anything is overwritten."""
+        """Require the checkpoint's names and shapes, before anything is overwritten."""
         shapes: dict[str, tuple[int, ...]] = {}
         for bucket in buckets:
             if not 0 <= bucket["sender"] < len(self._links):
@@ -83,7 +83,7 @@ class WeightReceiver:
 
 
 def checkpoint_shapes(folder: Path, *, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the folder's safetensors files, from their headers.
+    """Read name and shape of every tensor in the folder's safetensors files, from their headers.
 
     tied: the head is the embedding, whether the files repeat it or not.
     """
@@ -98,6 +98,6 @@ def checkpoint_shapes(folder: Path, *, tied: bool) -> dict[str, tuple[int, ...]]
 
 
 def listed(names: set[str]) -> str:
-    """The first of them, for messages."""
+    """List the first of the names, for messages."""
     shown = sorted(names)[:5]
     return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""What megafork adds to a vLLM server: one ASGI layer, and two methods of each worker.
+"""megafork's additions to a vLLM server: one ASGI layer, and two methods of each worker.
 
 Imported by the server's processes alone, possibly under another environment's Python, so nothing
 of megafork that needs megatron may be imported here.
@@ -31,7 +31,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from megafork.data.sample import Sample
-from megafork.parallel import bfloat16_products
+from megafork.ops import bfloat16_products
 from megafork.rollout.sampling import (
     ABORT_PATH,
     CONNECT_PATH,
@@ -52,8 +52,8 @@ if current_platform.is_cpu():
 class RolloutMiddleware:
     """Demands the API key on every route but /health, and answers megafork's own routes.
 
-    vLLM's own check covers /v1 but not the routes that pause the engine or change its weights. Of
-    its routes those alone are open that a run uses.
+    vLLM's own check covers /v1 but not the routes that pause the engine or change its weights. Only
+    those of vLLM's routes are open that a run uses.
     """
 
     def __init__(self, app: Any) -> None:
@@ -100,9 +100,9 @@ class RolloutMiddleware:
 
 
 async def _one_token(engine: Any) -> None:
-    """Greedy, so that no random number is taken from what others are sampled with.
+    """Have the engine generate one token, greedily: it takes no random number from other requests.
 
-    After sixteen tokens: a bfloat16 engine on a CPU ends at prompts of one or two.
+    The prompt has sixteen tokens, because a bfloat16 engine on a CPU ends at prompts of one or two.
     """
     prompt = tokens_input([0] * min(16, engine.model_config.max_model_len - 1))
     params = SamplingParams(
@@ -145,7 +145,7 @@ async def _generate(engine: Any, body: dict[str, Any]) -> bytes:
 
 
 async def _abort(engine: Any, body: dict[str, Any]) -> bytes:
-    """Ends requests; each is answered with what it has, finish_reason "abort"."""
+    """End requests; each is answered with what it has, finish_reason "abort"."""
     await engine.abort(body["request_ids"])
     return b"{}"
 
@@ -177,11 +177,11 @@ async def _on_all_workers(engine: Any, method: str, arguments: dict[str, Any]) -
 
 
 class _WorkerError(RuntimeError):
-    """What a worker gave back as the reason of a failure."""
+    """A failure of a worker, with the reason that it gave back."""
 
 
 async def _unless_disconnected(answer: asyncio.Future, receive: Any) -> bytes | None:
-    """The answer; None when the client went away, which aborts what it asked for."""
+    """Return the answer; None when the client went away, which aborts what it asked for."""
     disconnected = asyncio.ensure_future(receive())
     try:
         await asyncio.wait({answer, disconnected}, return_when=asyncio.FIRST_COMPLETED)
@@ -216,7 +216,7 @@ async def _reply(
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker. Its methods are called on all workers of the server at once.
+    """A mix-in of vLLM's worker, whose methods are called on all workers of the server at once.
 
     They give a failure back as text: with several workers, vLLM reads one exception alone, and
     takes the second worker's for the answer to the next call.
@@ -257,8 +257,11 @@ class WorkerExtension:
         return _failure_of(lambda: self._megafork_receiver.update(buckets, self._megafork_load))
 
     def _megafork_load(self, weights: Iterator[list[tuple[str, Tensor]]]) -> None:
-        """As vLLM loads a checkpoint. Not load_weights alone: prepacked or quantized kernels have
-        replaced the parameters."""
+        """Load the weights as vLLM loads a checkpoint.
+
+        load_weights alone would not do: prepacked or quantized kernels have replaced the
+        parameters. Raises ValueError when a parameter is left unset.
+        """
         model = self.model_runner.get_model()
         parameters = {name for name, _ in model.named_parameters()}
         loaded: set[str] = set()

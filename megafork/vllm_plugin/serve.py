@@ -30,7 +30,7 @@ def _version(distribution: str) -> str:
 
 
 def _store(host_name: str, port: int, *, is_master: bool, **options: Any) -> TCPStore:
-    """The world's store at the address that it is named by, where torch's listens everywhere."""
+    """Open the world's store at the address that it is given; torch's own listens everywhere."""
     if is_master:
         return listening_store(host_name, port, **options)
     return TCPStore(host_name, port, is_master=False, **options)

@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
 from megafork.rollout.sampling import TWO_TEMPERATURES, TwoTemperatures
 
 _UNTOUCHED = (math.inf, 1.0, 1.0)
-"""Of rows without settings: no entropy is above, and a temperature of 1 changes no bit."""
+"""For rows without settings: no entropy is above, and a temperature of 1 changes no bit."""
 
 _NEUTRAL = {
     "temperature": (1.0,),
@@ -42,9 +42,9 @@ _NEUTRAL = {
 def scale_by_entropy(
     logits_RV: Tensor, threshold_R: Tensor, above_R: Tensor, below_R: Tensor
 ) -> Tensor:
-    """[R, V]: logits whose softmax is softmax(logits / T), T = above where H > threshold, else
-    below; H in nats, of the softmax at temperature 1.
+    """Return logits [R, V] whose softmax is softmax(logits / T), with two temperatures T.
 
+    T = above where H > threshold, else below; H in nats, of the softmax at temperature 1.
     logits_RV: float32, not written to; -inf is a probability of zero. A row with T = 1 comes back
     bit for bit, one with T = 0 as a point mass on its (first) largest logit. H is a float32 sum, so
     an entropy within some 1e-6 of the threshold may fall on either side.
@@ -62,7 +62,11 @@ def scale_by_entropy(
 
 
 def settings_of(params: SamplingParams) -> TwoTemperatures | None:
-    """What a request asks for. Raises ValueError when it is no number or cannot be kept."""
+    """Return what a request asks for, if anything.
+
+    Raises ValueError for other values than three finite numbers, temperatures below 0, and a
+    request whose other parameters change the distribution too.
+    """
     values = (params.extra_args or {}).get(TWO_TEMPERATURES)
     if values is None:
         return None
@@ -85,7 +89,7 @@ def settings_of(params: SamplingParams) -> TwoTemperatures | None:
 
 
 class TwoTemperatureProcessor(V1LogitsProcessor, V2LogitsProcessor):
-    """Both of vLLM's interfaces, since the engine chooses its model runner itself.
+    """The processor, with both of vLLM's interfaces: the engine chooses its model runner itself.
 
     V1: settings are kept by row of the batch, which moves; the processor runs after vLLM's own
     temperature, which is 1. V2: by slot, which a request keeps; it runs before the temperature.
@@ -110,16 +114,16 @@ class TwoTemperatureProcessor(V1LogitsProcessor, V2LogitsProcessor):
         settings_of(sampling_params)
 
     def is_argmax_invariant(self) -> bool:
-        """True: no temperature changes which logit is the largest."""
+        """Return True: no temperature changes which logit is the largest."""
         return True
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """V1: requests came, went or moved within the batch."""
+        """Follow requests that came, went or moved within the batch (V1)."""
         if process_dict_updates(self._settings, batch_update, lambda p, *_: settings_of(p)):
             self._table_N3 = None
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        """V2: a request takes a slot; the settings of the one before it go."""
+        """Give a slot to a request; the settings of the one before it go (V2)."""
         settings = settings_of(sampling_params)
         self._settings.pop(req_idx, None)
         if settings is not None:
@@ -128,7 +132,7 @@ class TwoTemperatureProcessor(V1LogitsProcessor, V2LogitsProcessor):
         return settings is not None
 
     def apply(self, logits: Tensor, ctx: LogitsContext | None = None) -> Tensor:
-        """ctx: V2's, which names every row's slot. V1's rows are those of `update_state`."""
+        """Scale the logits. ctx: V2's, which names every row's slot; V1's are `update_state`'s."""
         if not self._settings:
             return logits
         if ctx is not None and self._settings.keys().isdisjoint(ctx.idx_mapping_np.tolist()):

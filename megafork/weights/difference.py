@@ -1,8 +1,8 @@
-"""What the differences of two engines' log-probabilities tell, with errors clustered by response.
+"""Statistics of two engines' log-probability differences, with errors clustered by response.
 
 Tokens of a response share its text, so their differences are not independent: a standard error is
-of sums over whole responses. Of few responses that is by chance too small now and then, so it is
-never taken below that of independent tokens.
+that of sums over whole responses. With few responses it is by chance too small now and then, so it
+is never taken below the one of independent tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Estimate:
         return Estimate(abs(self.value), self.error)
 
     def is_above(self, bound: float) -> bool:
-        """Whether the value passes the bound by more than the luck of the sample explains."""
+        """Return whether the value passes the bound by more than chance explains (MARGIN)."""
         return self.value - MARGIN * self.error > bound
 
 
@@ -46,8 +46,8 @@ class Difference:
     """mean square"""
     mean: Estimate
     slope: Estimate
-    """Of the difference over the mean of the two log-probabilities. Over the trainer's alone the
-    sampling makes a slope: a token that the engine thinks too likely is sampled too often."""
+    """Slope of the difference over the mean of the two log-probabilities. Over the trainer's alone
+    the sampling makes a slope: a token that the engine thinks too likely is sampled too often."""
     noise: Estimate | None
     """Logarithm of the engine's mean square error over that of the trainer's own rounding, both
     against float32 on the same tokens; None where nothing is rounded"""
@@ -63,7 +63,7 @@ def sums_by_response(
     num_responses: int,
     rounding: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """float64 [responses, _COLUMNS]; those of several ranks may be added.
+    """Return float64 [responses, _COLUMNS]; those of several ranks may be added.
 
     ours_T, theirs_T: log-probabilities of trainer and engine. rounding: the trainer's own, once
     rounded as the engine rounds and once in float32.
@@ -94,7 +94,7 @@ def sums_by_response(
 
 
 def describe(sums_RC: Tensor, *, rounded: bool) -> Difference:
-    """sums_RC: `sums_by_response` over all ranks, on the CPU."""
+    """Describe the difference. sums_RC: `sums_by_response` over all ranks, on the CPU."""
     tokens_R, d_R, _, _, _, a_R, a2_R, ad_R, engine2_R, trainer2_R, *_ = sums_RC.T
     count, d, absolute, k3, d2, a, _, _, engine2, trainer2, engine4, trainer4, both = sums_RC.sum(0)
     mean_d, mean_a = d / count, a / count
@@ -127,8 +127,11 @@ def describe(sums_RC: Tensor, *, rounded: bool) -> Difference:
 
 
 def _estimate(value: Tensor, residuals_R: Tensor, weight: Tensor, of_tokens: Tensor) -> Estimate:
-    """Of a sum over `weight`: residuals_R are the responses' parts of it less what was expected,
-    of_tokens the sum of the squares of the tokens'. Without variation there is nothing to tell."""
+    """Return a value that is a sum over `weight`, with its standard error.
+
+    residuals_R: the responses' parts of the sum, less what was expected. of_tokens: the sum of the
+    squares of the tokens' parts. Without variation nothing can be told: the error is infinite.
+    """
     if not value.isfinite():
         return Estimate(0.0, math.inf)
     number = len(residuals_R)

@@ -81,7 +81,7 @@ class LocalSender:
         return {"socket": self._name, "token": self._token}
 
     def connect(self) -> None:
-        """As of `transports.Sender`. Whoever shows another token is sent away."""
+        """Block until the workers have joined; whoever shows another token is sent away."""
         deadline = time.monotonic() + self.timeout_s
         while len(self._workers) < self.num_workers:
             self._listener.settimeout(max(deadline - time.monotonic(), 0.01))
@@ -107,7 +107,7 @@ class LocalSender:
         return hmac.compare_digest(shown, self._token.encode())
 
     def send(self, bucket: Bucket, tensors: Iterable[Tensor]) -> None:
-        """As of `transports.Sender`."""
+        """Copy a bucket's tensors into the next slot, and tell the workers."""
         assert self._workers, "connect() comes first"
         try:
             if not self._slots:
@@ -127,14 +127,14 @@ class LocalSender:
         self.bytes_sent += size
 
     def flush(self) -> None:
-        """As of `transports.Sender`."""
+        """Wait until the workers have taken every bucket, and give the slots up."""
         self._settle(leave=0)
         self._slots, self._next = [], 0
         if self.device.type == "cuda":
             torch.cuda.ipc_collect()
 
     def close(self) -> None:
-        """As of `transports.Sender`."""
+        """Leave: a worker that waits for this sender fails at once."""
         self._listener.close()
         for worker in self._workers:
             with contextlib.suppress(OSError):
@@ -152,7 +152,7 @@ class LocalSender:
                 raise self._failure(bucket, error) from error
 
     def _open(self) -> list[Tensor]:
-        """New slots, told to the workers."""
+        """Make new slots, and tell the workers of them."""
         if self.device.type == "cuda":
             memory = torch.empty(_SLOTS, self.slot_bytes, dtype=torch.uint8, device=self.device)
             slots = list(memory)
@@ -192,11 +192,11 @@ class LocalLink:
         self._coming: deque[Bucket] = deque()
 
     def begin(self, bucket: Bucket) -> None:
-        """As of `transports.Link`; the sender is ahead by itself."""
+        """Note that the bucket is the next; the sender is ahead by itself."""
         self._coming.append(bucket)
 
     def finish(self, *, last: bool) -> Tensor:
-        """As of `transports.Link`: a copy, since vLLM keeps what it cannot place yet."""
+        """Return a copy of the bucket begun first, since vLLM keeps what it cannot place yet."""
         bucket = self._coming.popleft()
         try:
             if not self._slots:
@@ -229,7 +229,7 @@ class LocalLink:
 
 
 def _map(file: int, slot_bytes: int) -> list[Tensor]:
-    """The file as uint8 tensors of `slot_bytes`; they keep it mapped."""
+    """Map the file as uint8 tensors of `slot_bytes`, which keep it mapped."""
     memory = mmap.mmap(file, _SLOTS * slot_bytes)
     return list(torch.frombuffer(memory, dtype=torch.uint8).split(slot_bytes))
 
@@ -265,14 +265,14 @@ def _hear(end: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def _cuda_handle(memory: Tensor) -> dict[str, Any]:
-    """What another process opens the memory by: bytes as hex, beside the GPU's identity."""
+    """Return how another process opens the memory: parts (bytes as hex), and the GPU's identity."""
     _, *parts = memory.untyped_storage()._share_cuda_()
     encoded = [part.hex() if isinstance(part, bytes) else part for part in parts]
     return {"gpu": str(torch.cuda.get_device_properties(memory.device).uuid), "parts": encoded}
 
 
 def _cuda_memory(handle: dict[str, Any]) -> Tensor:
-    """The sender's memory as uint8, on the GPU where it is, whatever number that has here."""
+    """Open the sender's memory as uint8 on its GPU, whatever number that has here."""
     for index in range(torch.cuda.device_count()):
         if str(torch.cuda.get_device_properties(index).uuid) == handle["gpu"]:
             break

@@ -1,4 +1,4 @@
-"""Do trainer and rollout server compute the same log-probabilities? If not, stop the run.
+"""Checks that trainer and rollout server compute the same log-probabilities, or stops the run.
 
 A wrong mapping, a stale cache, a truncated sampling distribution, another temperature or another
 dtype all show here and nowhere else: training would go on with wrong ratios.
@@ -25,13 +25,13 @@ from megafork.weights.difference import Difference, Estimate, describe, sums_by_
 
 @dataclass(frozen=True)
 class _Bounds:
-    """What rounding alone stays well below (docs/numerics.md)."""
+    """Bounds that rounding alone stays well below (docs/numerics.md)."""
 
     absolute: float
     k3: float
     mean: float
-    """Of the signed mean, beside the mean square: an engine that is merely noisy samples tokens by
-    its noise, which moves the mean by up to half of that."""
+    """For the signed mean, less the mean square: an engine that is merely noisy samples tokens by
+    its noise, which moves the mean by up to half of the mean square"""
     slope: float
     noise: float = math.inf
 
@@ -51,7 +51,7 @@ class Agreement:
 def measure(groups: list[Group], policy: Scorer, mesh: Mesh) -> Agreement:
     """Compare on the probe's responses. Collective; the result is known to every rank.
 
-    Of a bfloat16 policy in three forward passes: two tell what its rounding costs on these tokens.
+    A bfloat16 policy takes three forward passes: two tell what its rounding costs on these tokens.
     """
     table = token_table(groups)
     scores = policy.score(table)
@@ -84,7 +84,7 @@ def require(agreement: Agreement, sync: SyncConfig, dtype: str) -> None:
 
 
 def _complaints(found: Difference, sync: SyncConfig, bounds: _Bounds) -> Iterator[str]:
-    """Each with what it may come from."""
+    """Yield a message for each bound that is passed, with what that may come from, if known."""
     absolute, k3 = sync.max_mean_difference or bounds.absolute, sync.max_k3 or bounds.k3
     mean, slope = (sync.max_bias or bounds.mean) + found.squared, sync.max_slope or bounds.slope
     noise = sync.max_noise_ratio or bounds.noise

@@ -1,4 +1,4 @@
-"""How weights and messages reach the servers. Imports no torch."""
+"""The way by which weights and messages reach the servers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megafork.parallel.addresses import address_towards, on_several_nodes, own_a
 
 
 def is_local(sync: SyncConfig, colocated: bool) -> bool:
-    """Whether weights go through local memory. Raises UserError where that has no way."""
+    """Return whether weights go through local memory. Raises UserError where that cannot be."""
     if sync.transport == "auto":
         return colocated and not on_several_nodes()
     if sync.transport == "local" and on_several_nodes():
@@ -20,5 +20,5 @@ def is_local(sync: SyncConfig, colocated: bool) -> bool:
 
 
 def address_for(server_host: str) -> str:
-    """This rank's address as the server's workers see it."""
+    """Return this rank's address as the server's workers see it."""
     return own_address() if on_several_nodes() else address_towards(server_host)

@@ -44,19 +44,19 @@ class Sender(Protocol):
 
     @property
     def address(self) -> dict[str, Any]:
-        """What a worker needs to join, for JSON."""
+        """The address by which a worker joins, ready for JSON."""
 
     def connect(self) -> None:
         """Block until the workers have joined (they do in `client.init_transfer`)."""
 
     def send(self, bucket: Bucket, tensors: Iterable[Tensor]) -> None:
-        """One bucket's tensors, in the order of the plan; returns when they are copied out.
+        """Send one bucket's tensors, in the order of the plan; return when they are copied out.
 
-        It may still be on its way then, and its failure be raised by a later call.
+        The bucket may still be on its way then, and a later call may raise its failure.
         """
 
     def flush(self) -> None:
-        """Returns when the workers have all that was sent, and no memory of it is held."""
+        """Wait until the workers have all that was sent; no memory of it is held after that."""
 
     def close(self) -> None:
         """Leave: a worker that waits for this sender fails at once."""
@@ -69,11 +69,11 @@ class Link(Protocol):
         """Let the bucket come in."""
 
     def finish(self, *, last: bool) -> Tensor:
-        """The flat bucket that was begun first. last: of this push, from this sender."""
+        """Return the flat bucket that was begun first. last: it is the sender's last of a push."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """'float32' for torch.float32."""
+    """Return 'float32' for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -110,7 +110,7 @@ def num_elements(bucket: Bucket) -> int:
 
 
 def names_of(bucket: Bucket) -> str:
-    """For messages."""
+    """Name a bucket's first and last tensor, for messages."""
     return f"{bucket['names'][0]} ... {bucket['names'][-1]}"
 
 
@@ -125,7 +125,7 @@ def fill(flat: Tensor, tensors: Iterable[Tensor]) -> None:
 
 
 def unpack(flat: Tensor, bucket: Bucket) -> list[tuple[str, Tensor]]:
-    """(name, view into the flat bucket)."""
+    """Return each tensor as (name, view into the flat bucket)."""
     views = flat.split([math.prod(shape) for shape in bucket["shapes"]])
     shaped = (view.view(shape) for view, shape in zip(views, bucket["shapes"], strict=True))
     return list(zip(bucket["names"], shaped, strict=True))
@@ -134,7 +134,7 @@ def unpack(flat: Tensor, bucket: Bucket) -> list[tuple[str, Tensor]]:
 def received(
     links: Sequence[Link], buckets: Sequence[Bucket]
 ) -> Iterator[list[tuple[str, Tensor]]]:
-    """The worker's side of a push: bucket by bucket, each while the next one comes in.
+    """Yield a push's weights to the worker, bucket by bucket, each while the next one comes in.
 
     Raises TransferError when a sender is gone or silent.
     """
@@ -155,7 +155,7 @@ class WeightSender:
     host: an address of this machine that the workers can reach; the store listens there alone.
     is_here: the workers are this user's on this machine, and the store is a file that nobody else
     can read.
-    device: of the group: NCCL's for "cuda", gloo's for "cpu", whatever the weights are on.
+    device: the group's; NCCL serves "cuda", gloo "cpu", whatever the weights are on.
     timeout_s: for connecting, and for each broadcast.
     """
 
@@ -195,7 +195,7 @@ class WeightSender:
         return {"host": self.host, "device": self.device.type} | self._found_at
 
     def connect(self) -> None:
-        """As of `Sender`."""
+        """Block until the workers have joined the group."""
         assert self._store is not None, "closed"
         try:
             self._group = _create_group(
@@ -205,7 +205,7 @@ class WeightSender:
             raise TransferError(f"sender {self.sender}: workers did not join: {error}") from error
 
     def send(self, bucket: Bucket, tensors: Iterable[Tensor]) -> None:
-        """As of `Sender`: it is filled while the one before it is on the wire."""
+        """Broadcast a bucket; it is filled while the one before it is on the wire."""
         assert self._group is not None, "connect() comes first"
         self._settle(leave=1)
         size = num_elements(bucket) * dtype_of(bucket).itemsize
@@ -222,7 +222,7 @@ class WeightSender:
         self.bytes_sent += size
 
     def flush(self) -> None:
-        """As of `Sender`."""
+        """Wait until every broadcast is done, and give its memory up."""
         self._settle(leave=0)
         self._free = None
 
@@ -239,7 +239,7 @@ class WeightSender:
         return TransferError(f"sender {self.sender}, bucket {names_of(bucket)}: {error}")
 
     def close(self) -> None:
-        """As of `Sender`."""
+        """Leave the group and give its store up: a worker that waits fails at once."""
         self._in_flight.clear()
         self._free = self._group = None
         self._store = None
@@ -248,7 +248,7 @@ class WeightSender:
 
 
 class BroadcastLink:
-    """A worker's end of a `WeightSender`'s broadcasts. rank: the worker's, from 1 on."""
+    """A worker's end of a `WeightSender`'s broadcasts. rank: the worker's, counted from 1."""
 
     def __init__(
         self,
@@ -271,7 +271,7 @@ class BroadcastLink:
         self._coming: deque[tuple[Any, Tensor, Bucket]] = deque()
 
     def begin(self, bucket: Bucket) -> None:
-        """As of `Link`."""
+        """Begin to receive the bucket, into memory of its own."""
         flat = torch.empty(num_elements(bucket), dtype=dtype_of(bucket), device=self.device)
         try:
             self._coming.append((self._group.broadcast(flat, 0), flat, bucket))
@@ -279,7 +279,7 @@ class BroadcastLink:
             raise _nothing_from(bucket, error) from error
 
     def finish(self, *, last: bool) -> Tensor:
-        """As of `Link`."""
+        """Wait for the bucket that was begun first, and return it flat."""
         work, flat, bucket = self._coming.popleft()
         try:
             work.wait()
@@ -325,7 +325,7 @@ def _create_group(
     device: torch.device,
     timeout_s: float,
 ) -> Group:
-    """A group of this device's backend. The default group is neither needed nor touched."""
+    """Make a group of this device's backend; the default group is neither needed nor touched."""
     store = dist.PrefixStore("megafork", store)
     timeout = timedelta(seconds=timeout_s)
     if device.type == "cuda":
@@ -339,7 +339,7 @@ def _create_group(
 
 
 def _local_address(host: str) -> str:
-    """This machine's address on the way to `host`: the host name may resolve to another one."""
+    """Return this machine's address towards `host`; its host name may resolve to another one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # sends nothing
         return probe.getsockname()[0]

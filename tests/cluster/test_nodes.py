@@ -31,8 +31,8 @@ from tools.benchmarks.ranks import run_ranks
 TRAIN, SERVER = ("127.0.0.1", "127.0.0.2"), "127.0.0.3"
 # What `megafork train` leaves for its guard when a rank of its own has failed.
 FAILS = (
-    "import sys, time; from megafork import last_words; time.sleep(1);"
-    'last_words.leave("rank 1 ended with status 1: RuntimeError: first", status=1, log="/log");'
+    "import sys, time; from megafork.system import failure_file; time.sleep(1);"
+    'failure_file.leave("rank 1 ended with status 1: RuntimeError: first", status=1, log="/log");'
     "sys.exit(1)"
 )
 
@@ -254,7 +254,8 @@ def test_a_stranger_changes_nothing(machines):
 def test_long_words_are_cut(machines):
     """To the first line, which the head takes and a job's last line holds."""
     words = (
-        "from megafork import last_words; last_words.leave('why ' * 20_000 + '\\nmore', status=2)"
+        "from megafork.system import failure_file; "
+        "failure_file.leave('why ' * 20_000 + '\\nmore', status=2)"
     )
     machines.start(TRAIN[0], "sleep", "600")
     machines.start(TRAIN[1], sys.executable, "-c", f"{words}; raise SystemExit(2)")

@@ -7,9 +7,9 @@ import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import psutil
 import pytest
-import requests
 from torch.distributed import TCPStore
 
 from tests.helpers.commands import left_over, megafork, tiny_run
@@ -34,8 +34,8 @@ def listening(process):
 def takes_requests(address):
     """The status with which a web server answers who has no key; None: it is none."""
     host, port = address
-    with contextlib.suppress(requests.RequestException):
-        return requests.post(f"http://{host}:{port}/megafork/ask", timeout=PATIENCE_S).status_code
+    with contextlib.suppress(httpx.HTTPError, httpx.InvalidURL):
+        return httpx.post(f"http://{host}:{port}/megafork/ask", timeout=PATIENCE_S).status_code
     return None
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megafork.parallel import bfloat16_products
+from megafork.ops import bfloat16_products
 from tests.helpers import reference
 from tests.helpers.commands import ROOT, environment
 from tests.helpers.published_model import Unavailable, make

@@ -14,7 +14,7 @@ from megafork.config import EvaluateConfig, GenerateConfig
 from megafork.errors import Interrupted, UserError
 from megafork.evaluation.benchmark import evaluate
 from megafork.evaluation.generation import Job, check_input, digest, generate_file, row_of, run_jobs
-from megafork.evaluation.samples import SampleFile
+from megafork.evaluation.sample_file import SampleFile
 from megafork.evaluation.source import find_model
 from megafork.model.hf_folder import SafetensorsFolder
 from megafork.verifiers.countdown import verify

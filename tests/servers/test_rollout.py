@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
-import requests
 import torch
 
 from megafork.data.sample import Sample
@@ -221,14 +221,14 @@ def test_a_server_without_two_temperatures_refuses_them(running):
 
 def test_every_route_but_health_demands_the_key(running):
     url = running.server.url
-    assert requests.get(f"{url}/health", timeout=5).status_code == 200
+    assert httpx.get(f"{url}/health", timeout=5).status_code == 200
     routes = ["/v1/models", "/v1/completions", "/megafork/generate", "/weight_info", "/pause"]
     routes += ["/megafork/update", "/megafork/connect", "/collective_rpc", "/metrics"]
     routes += ["/server_info", "/openapi.json", "/reset_prefix_cache", "/health/", "//health"]
     for route in routes:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}):
             for method in ("GET", "POST", "OPTIONS"):
-                reply = requests.request(method, url + route, headers=headers, json={}, timeout=5)
+                reply = httpx.request(method, url + route, headers=headers, json={}, timeout=5)
                 assert reply.status_code == 401, (method, route)
     assert not Blocking(RolloutClient(url, "wrong")).health()
     assert running.plain.health()
@@ -263,17 +263,15 @@ def test_a_malformed_request_is_refused_and_the_engine_goes_on(running):
         {"sampling_params": []},
         {"unknown": 1},
     ):
-        reply = requests.post(
-            f"{url}/megafork/generate", json=good | wrong, headers=key, timeout=30
-        )
+        reply = httpx.post(f"{url}/megafork/generate", json=good | wrong, headers=key, timeout=30)
         assert reply.status_code == 400, (wrong, reply.text)
     for content in (b"", b"[", b"null", b"[" * 50_000):
-        reply = requests.post(f"{url}/megafork/generate", data=content, headers=key, timeout=30)
+        reply = httpx.post(f"{url}/megafork/generate", content=content, headers=key, timeout=30)
         assert reply.status_code == 400, content[:9]
     for route in ("/collective_rpc", "/v1/completions", "/server_info", "/metrics", "/docs"):
-        reply = requests.post(url + route, json={"method": "x"}, headers=key, timeout=30)
+        reply = httpx.post(url + route, json={"method": "x"}, headers=key, timeout=30)
         assert reply.status_code == 404, route
-    assert requests.get(f"{url}/health", timeout=30).status_code == 200
+    assert httpx.get(f"{url}/health", timeout=30).status_code == 200
     [response] = running.generate(SHORT_PROMPT, 1, Sampling(max_tokens=3))
     assert len(response.token_ids) == 3
 

@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from megafork.parallel import bfloat16_products
+from megafork.ops import bfloat16_products
 from tests.helpers.commands import ROOT
 
 IN_A_PROCESS = """
 import torch
-from megafork.parallel import bfloat16_products
+from megafork.ops import bfloat16_products
 bfloat16_products.are_slow = lambda: True
 {replaced}
 torch.manual_seed(0)

@@ -22,7 +22,7 @@ from megafork.config.load import load_config
 from megafork.data.prompts import read_rows
 from megafork.data.sample import Group, Sample
 from megafork.errors import UserError
-from megafork.evaluation.samples import SampleFile
+from megafork.evaluation.sample_file import SampleFile
 from megafork.evaluation.scoring import read_responses
 from megafork.report.files import read_run
 from megafork.report.page import write_report

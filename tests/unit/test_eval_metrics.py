@@ -14,10 +14,9 @@ import pytest
 
 from megafork.answers.comparison import canonical_answer
 from megafork.config import RewardConfig
-from megafork.evaluation import metrics
-from megafork.evaluation.intervals import beta_cdf, covers, share_interval, t_quantile
-from megafork.evaluation.metrics import Scored, majority_at_k, pass_at_k
-from megafork.evaluation.votes import vote
+from megafork.evaluation import estimates
+from megafork.evaluation.estimates import Scored, majority_at_k, pass_at_k, vote
+from megafork.evaluation.intervals import covers, mean_margin, share_interval
 from tests.helpers.layouts import ci_run
 from tools.benchmark_intervals import (
     ACCURACIES,
@@ -113,7 +112,7 @@ def test_many_samples_are_drawn_with_a_stated_error(monkeypatch, k):
     answers = [generator.choices(["a", "b", "c", None], [5, 4, 2, 3])[0] for _ in range(100)]
     accuracies = [float(answer == "a") for answer in answers]
     exact = majority_at_k(answers, accuracies, k)
-    monkeypatch.setattr(metrics, "EXACT_SAMPLES", 0)
+    monkeypatch.setattr(estimates, "EXACT_SAMPLES", 0)
     drawn = majority_at_k(answers, accuracies, k)
     assert exact.error == 0 < drawn.error < 0.01
     assert abs(drawn.value - exact.value) < 4 * drawn.error
@@ -139,7 +138,7 @@ def test_the_exact_majority_holds_at_its_limit():
     [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (29, 2.0452), (30, 2.0423), (99, 1.9842)],
 )
 def test_t_quantiles_are_those_of_the_tables(degrees, expected):
-    assert t_quantile(0.975, degrees) == pytest.approx(expected, abs=1e-4)
+    assert mean_margin(degrees + 1, 1.0) == pytest.approx(expected, abs=1e-4)
 
 
 def problems_of(generator, count, samples):
@@ -151,7 +150,7 @@ def problems_of(generator, count, samples):
     ]
 
 
-@pytest.mark.parametrize("metric", [metrics.avg_at_k, lambda p: metrics.passes(p, 4)])
+@pytest.mark.parametrize("metric", [estimates.avg_at_k, lambda p: estimates.passes(p, 4)])
 def test_intervals_are_those_of_a_bootstrap_over_problems(metric):
     generator = numpy.random.default_rng(0)
     problems = problems_of(generator, 60, 8)
@@ -239,11 +238,14 @@ def test_the_interval_says_what_covers_says():
                     assert covers(row[None], truth)[0] == (low < truth < high)
 
 
-@pytest.mark.parametrize(("a", "b"), [(0.5, 0.5), (1, 30), (3.7, 900.2), (400.5, 1600), (0.01, 4)])
-def test_the_beta_distribution_is_mpmaths(a, b):
-    for x in (1e-6, 0.001, 0.03, 0.2, 0.5, 0.9, 1 - 1e-6):
-        exact = float(mpmath.betainc(a, b, 0, x, regularized=True))
-        assert float(beta_cdf(x, a, b)) == pytest.approx(exact, abs=1e-9)
+@pytest.mark.parametrize(("count", "right"), [(30, 1), (30, 29), (40, 3), (60, 8), (500, 5)])
+def test_the_bounds_leave_the_tails_that_mpmath_integrates(count, right):
+    """Up to eight of the rarer kind and one sample each: Clopper and Pearson's definition."""
+    low, high = share_interval([1.0] * right + [0.0] * (count - right))
+    above = mpmath.betainc(right, count - right + 1, 0, low, regularized=True)
+    below = mpmath.betainc(right + 1, count - right, high, 1, regularized=True)
+    assert float(above) == pytest.approx(0.025, abs=1e-11)
+    assert float(below) == pytest.approx(0.025, abs=1e-11)
 
 
 def test_the_sampling_error_is_that_of_drawing_the_samples_anew():
@@ -251,31 +253,31 @@ def test_the_sampling_error_is_that_of_drawing_the_samples_anew():
     chances = generator.beta(0.6, 0.9, size=40)
     drawn = generator.random((4000, 40, 8)) < chances[:, None]
     truth = drawn.mean(axis=(1, 2)).std()
-    errors = [metrics.sampling_error(sample.astype(float)) for sample in drawn[:400]]
+    errors = [estimates.sampling_error(sample.astype(float)) for sample in drawn[:400]]
     assert numpy.mean(errors) == pytest.approx(truth, rel=0.05)
-    assert metrics.sampling_error([[1.0], [0.0]]) is None
+    assert estimates.sampling_error([[1.0], [0.0]]) is None
 
 
 def test_where_all_problems_agree_the_interval_still_has_a_width():
     """Clopper-Pearson by its definition: at its end, 2.5% is left for what was seen."""
-    right = metrics.estimate([1.0] * 30)
+    right = estimates.estimate([1.0] * 30)
     assert (right.value, right.high) == (1.0, 1.0)
     assert right.low**30 == pytest.approx(0.025)
-    wrong = metrics.estimate([0.0] * 30)
+    wrong = estimates.estimate([0.0] * 30)
     assert (wrong.value, wrong.low) == (0.0, 0.0)
     assert (1 - wrong.high) ** 30 == pytest.approx(0.025)
 
 
 def test_an_interval_by_hand():
     """Mean 0.5, variance 0.26 / 2, t of two degrees 4.3027."""
-    found = metrics.estimate([0.2, 0.4, 0.9], is_share=False)
+    found = estimates.estimate([0.2, 0.4, 0.9], is_share=False)
     assert found.standard_error == pytest.approx((0.13 / 3) ** 0.5)
     assert found.low == pytest.approx(0.5 - 4.3027 * (0.13 / 3) ** 0.5, abs=1e-4)
     assert found.high == pytest.approx(0.5 + 4.3027 * (0.13 / 3) ** 0.5, abs=1e-4)
 
 
 def test_one_problem_has_no_interval():
-    found = metrics.estimate([0.5])
+    found = estimates.estimate([0.5])
     assert (found.value, found.low, found.high, found.standard_error) == (0.5, None, None, None)
 
 
@@ -284,10 +286,10 @@ def test_lengths_and_truncation():
         [Scored(0, None, 10, False), Scored(0, None, 30, True)],
         [Scored(0, None, 60, True), Scored(0, None, 100, True)],
     ]
-    length = metrics.mean_length(problems)
+    length = estimates.mean_length(problems)
     assert length.value == 50
     assert length.high > 100  # 20 and 80, two problems: 50 +- 12.7 * 30, not cut to 1
-    assert metrics.truncated_fraction(problems).value == 0.75
+    assert estimates.truncated_fraction(problems).value == 0.75
 
 
 # ------------------------------------------------------------------------------- votes

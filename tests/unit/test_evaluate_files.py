@@ -11,7 +11,7 @@ from megafork.config.load import load_config, save_config
 from megafork.errors import UserError
 from megafork.evaluation.benchmark import evaluate
 from megafork.evaluation.generation import check_input, digest, generate_file
-from megafork.evaluation.samples import SampleFile
+from megafork.evaluation.sample_file import SampleFile
 from megafork.evaluation.source import find_model
 from tests.helpers.commands import QUICKSTART, lines
 from tests.helpers.evaluations import config

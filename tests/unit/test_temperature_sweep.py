@@ -11,7 +11,7 @@ from megafork.analysis.temperatures import Evaluation, pairs_of, table
 from megafork.config.load import load_config
 from megafork.config.rollouts import TemperaturesConfig
 from megafork.errors import UserError
-from megafork.evaluation.metrics import Scored
+from megafork.evaluation.estimates import Scored
 from megafork.rollout.sampling import TwoTemperatures
 
 NEEDED = ["model.path=m", "reward.verifier=megafork.verifiers.countdown:verify"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether Triton works on this tensor here; MEGAFORK_TRITON=0 keeps everything on torch.
+    """Return whether Triton works on this tensor here; MEGAFORK_TRITON=0 keeps everything on torch.
 
     Triton runs on CUDA and, with TRITON_INTERPRET=1, step by step on the CPU: that is for tests.
     """
@@ -24,7 +24,7 @@ def usable(tensor: Tensor) -> bool:
 
 @functools.cache
 def _is_installed() -> bool:
-    """Triton, and a torch (2.8) whose products of bfloat16 can come out in float32."""
+    """Return whether there is Triton, and a torch (2.8) whose bfloat16 products can be float32."""
     return (
         importlib.util.find_spec("triton") is not None and "dtype" in torch.ops.aten.mm.overloads()
     )

@@ -85,7 +85,7 @@ def _combine(rows: Rows, partials_kPT: Tensor) -> None:
 
 
 def _fixed_point_sum(terms_PT: Tensor) -> Tensor:
-    """In units of 2^-44. NaN is 0: that of a tile of -inf, or of a row that is declared invalid."""
+    """Sum in units of 2^-44. NaN (a tile of -inf, a row that is declared invalid) counts as 0."""
     return (terms_PT * FIXED_POINT_ONE).round_().nan_to_num_(nan=0.0).long().sum(0)
 
 
@@ -140,7 +140,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _launch(kernel: Any, *operands: Any, **sizes: Any) -> None:
-    """One program for every tile, on the device that holds the tensors."""
+    """Launch one program for every tile, on the device that holds the tensors."""
     token_tiles = triton.cdiv(sizes["num_tokens"], sizes["BLOCK_T"])
     tiles = triton.cdiv(sizes["num_columns"], sizes["BLOCK_V"])
     with torch.cuda.device_of(operands[0]):
@@ -148,7 +148,7 @@ def _launch(kernel: Any, *operands: Any, **sizes: Any) -> None:
 
 
 def _operands(rows: Rows, hidden_TH: Tensor, weight_VH: Tensor, start: int = 0) -> tuple[Any, ...]:
-    """What both kernels begin with; `weight_VH` starts at the shard's column `start`."""
+    """Return both kernels' first arguments; `weight_VH` starts at the shard's column `start`."""
     entropy_T1 = rows.entropy_temperature_T1
     return (
         hidden_TH, weight_VH, rows.targets_T.contiguous(),
@@ -161,7 +161,7 @@ def _operands(rows: Rows, hidden_TH: Tensor, weight_VH: Tensor, start: int = 0) 
 def _sizes(
     hidden_TH: Tensor, weight_VH: Tensor, num_columns: int, num_warps: int
 ) -> dict[str, Any]:
-    """What both kernels end with: sizes, strides, tile. Nothing is tuned: timing moves no bit."""
+    """Return both kernels' last arguments. Nothing is tuned: timing moves no bit."""
     num_features = hidden_TH.shape[1]
     as_they_are = hidden_TH.dtype == weight_VH.dtype in (torch.bfloat16, torch.float16)
     # float32 products run outside the tensor cores, with their operands in registers.

@@ -19,17 +19,18 @@ _aten = torch.ops.aten
 
 
 def are_slow() -> bool:
-    """Whether this processor lacks what oneDNN needs for them."""
+    """Return whether oneDNN is absent, or lacks bfloat16 products for this processor."""
     mkldnn = torch.backends.mkldnn
     return not (mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @lru_cache(maxsize=1)
 def replace_where_slow(few_rows: int = 0) -> Library | None:
-    """In this process, for all products of the CPU. What is returned must be kept.
+    """Replace all bfloat16 products on the CPU, for this process, where `are_slow()`.
 
+    Returns the Library that holds the replacements, which end with it, or None.
     few_rows: products of at most this many rows are left to torch, which is quicker for them, as it
-    does not widen all weights first. 0 in a trainer, where a row's bits may not depend on the
+    does not widen all weights first. It is 0 in a trainer, where a row's bits may not depend on the
     number of rows beside it.
     """
     if not are_slow():

@@ -18,11 +18,11 @@ from megafork.system.parsing import parse_json
 Settings = dict[str, Any]
 SETTINGS = ".settings.json"
 PROMPTS = "prompts"
-"""Of the settings: what tells the file's prompts from others"""
+"""The setting that tells the file's prompts from others"""
 
 
 class _Line(msgspec.Struct):
-    """Of PATH.partial"""
+    """A line of PATH.partial: the rows of one group."""
 
     group: int
     rows: list[dict[str, Any]]
@@ -36,7 +36,10 @@ class SampleFile:
     """
 
     def __init__(self, path: Path, settings: Settings, num_groups: int) -> None:
-        """Only reads. Raises UserError when the file was made with other settings."""
+        """Read what is there and write nothing.
+
+        Raises UserError when the file was made with other settings.
+        """
         self.path, self.settings, self.num_groups = path, settings, num_groups
         self.is_complete = path.exists()
         self.partial = path.with_name(path.name + ".partial")
@@ -45,7 +48,7 @@ class SampleFile:
         self._check_settings()
 
     def missing(self) -> list[int]:
-        """Groups that are not on disk; of an open file."""
+        """Groups that are not on disk; the file must be open."""
         if self.is_complete:
             return []
         return [group for group in range(self.num_groups) if group not in self._offsets]
@@ -76,7 +79,10 @@ class SampleFile:
                 start += len(line)
 
     def open(self) -> None:
-        """Before `missing` and `append`. Raises UserError when another process has it open."""
+        """Lock the file and find what it holds; comes before `missing` and `append`.
+
+        Raises UserError when another process has it open.
+        """
         if self.is_complete:
             return
         try:
@@ -140,14 +146,17 @@ class SampleFile:
         sync(self.path.parent)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Of the complete file, in the input's order."""
+        """Rows of the complete file, in the input's order."""
         with self.path.open(encoding="utf-8") as lines:
             for line in lines:
                 yield parse_json(line)
 
 
 def files_with_samples(path: Path) -> list[Path]:
-    """Of PATH and PATH.partial; a start that came to nothing leaves an empty one."""
+    """PATH and PATH.partial where they hold samples.
+
+    A start that came to nothing leaves an empty PATH.partial, which holds none.
+    """
     partial = path.with_name(path.name + ".partial")
     begun = partial.exists() and partial.stat().st_size > 0
     return [path] * path.exists() + [partial] * begun
@@ -183,7 +192,7 @@ def read_settings(path: Path) -> Settings:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """The file has its name only when it is whole."""
+    """Write `value` as JSON; the file has its name only when it is whole."""
     partial = path.with_name(path.name + ".partial")
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with naming(partial):

@@ -1,4 +1,4 @@
-"""avg@k, pass@k, maj@k and their intervals: pure functions of what the samples scored.
+"""avg@k, pass@k, maj@k and their intervals: pure functions of what the samples said and scored.
 
 For problem p, n samples with accuracies a_1..a_n (1.0: right) and extracted answers. Every estimate
 is a mean over problems of a number for each problem, and problems are the units of its interval:
@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 
-from megafork.evaluation.intervals import CONFIDENCE, share_interval, t_quantile
+from megafork.answers.comparison import canonical_answer
+from megafork.answers.places import BOXED, find_answer
+from megafork.config import RewardConfig
+from megafork.evaluation.intervals import mean_margin, share_interval
 
 EXACT_SAMPLES = 128
 """Up to as many samples of a problem maj@k is computed exactly."""
@@ -30,7 +33,7 @@ class Estimate:
     high: float | None
     """None: one problem has no interval"""
     standard_error: float | None
-    """Of new problems with new samples: both components"""
+    """For new problems with new samples: both components"""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,7 +56,7 @@ def estimate(values: Sequence[float], *, is_share: bool = True) -> Estimate:
     if is_share:
         low, high = share_interval(values)
         return Estimate(mean, min(low, mean), max(high, mean), error)
-    margin = t_quantile(0.5 + CONFIDENCE / 2, count - 1) * error
+    margin = mean_margin(count, error)
     return Estimate(mean, mean - margin, mean + margin, error)
 
 
@@ -120,8 +123,12 @@ def majority_at_k(
 
 
 def _expected_majority(sizes: list[int], means: list[float], n: int, k: int) -> float:
-    """Over the winning number of votes v, polynomials in the votes that are spent: one for each
-    number of answers tied at v, counting subsets, and weighted by the tied answers' accuracies."""
+    """Expected accuracy over all subsets of k samples.
+
+    For each winning number of votes v there are polynomials in the votes that are spent, one for
+    each number of answers tied at v: they count subsets, plainly and weighted by the tied answers'
+    accuracies.
+    """
     silent = [math.comb(n - sum(sizes), i) for i in range(k + 1)]
     total = 0.0
     for v in range(1, min(k, max(sizes)) + 1):
@@ -155,6 +162,30 @@ def _drawn_majority(sizes: list[int], means: list[float], n: int, k: int, seed: 
     return Majority(float(scores.mean()), float(scores.std(ddof=1) / math.sqrt(_DRAWS)))
 
 
+def vote(
+    response: str,
+    how: Literal["auto", "boxed", "text"],
+    reward: RewardConfig,
+    *,
+    truncated: bool,
+) -> str | None:
+    """The text by which maj@k counts this response; None: no vote.
+
+    boxed: the answer where the verifier looks for it, a box unless reward.answer_from is set; for
+    maths in its canonical form, so that 1/2 and 0.5 are one. text: the whole response, stripped.
+    auto: the answer; where there is none, the text of a response that ended.
+    """
+    if how == "text":
+        return response.strip() or None
+    answer = find_answer(response, reward.places or BOXED)
+    if answer is not None:
+        is_maths = reward.verifiers[0] == "maths"
+        return canonical_answer(answer) if is_maths else "".join(answer.split())
+    if how == "boxed" or truncated:
+        return None
+    return response.strip() or None
+
+
 def powers_up_to(n: int) -> list[int]:
     """1, 2, 4, ... and n."""
     return sorted({*(2**i for i in range(n.bit_length()) if 2**i <= n), n})
@@ -162,7 +193,7 @@ def powers_up_to(n: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Scored:
-    """What the metrics need of one sample."""
+    """The judged sample, as far as the metrics need it."""
 
     accuracy: float
     extracted: str | None
