@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megafork.analysis.entropy import entropy_tables, write_entropy
-from megafork.analysis.from_run import generate_settings, score_settings, verifier_settings
+from megafork.analysis.from_run import eval_settings, generate_settings, score_settings
 from megafork.analysis.glyphs import Font
 from megafork.analysis.output import make_folder, write_json
 from megafork.analysis.pairs import (
@@ -58,7 +58,7 @@ class RunAnalysis:
     temperatures: bool
     """also the sweep of two temperatures"""
     last_steps: int
-    """with ROLLOUTS: of this many steps"""
+    """steps whose rollouts are taken, with ROLLOUTS"""
     initial: Path | None
     """HF folder; None: the run's model.path"""
     all_checkpoints: bool
@@ -74,28 +74,21 @@ class RunAnalysis:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Run:
     """The parts of the run that are analyzed, checked."""
 
+    config: TrainConfig
     initial: Path
     final: Path
     checkpoints: list[tuple[int, Path]]
     """(step, folder), sharded"""
     steps: list[int]
+    """steps whose rollouts are taken"""
     table: list[dict[str, Any]]
-    """of training_table"""
-    prompts: str
-    """data to generate from: data.eval, or data.train"""
-    generate_settings: list[str]
+    """training_table's"""
     score_settings: list[str]
-    eval_settings: list[str]
     vocab_size: int
     tokenizer: Tokenizer
-    rho: float
-
-    @property
-    def last_step(self) -> int:
-        return self.table[-1]["step"]
 
 
 def analyze_run(asked: RunAnalysis) -> None:
@@ -103,47 +96,54 @@ def analyze_run(asked: RunAnalysis) -> None:
 
     Raises UserError for a run that is not whole, before anything is written.
     """
-    plan = _plan(asked)
+    run = _checked(asked)
+    rho = run.config.forking.rho if asked.rho is None else asked.rho
     folder = make_folder(asked.output)
-    responses = _responses(asked, plan)
+    responses = _responses(asked, run)
     # The tables come last: all that may fail for long is before them.
-    base = _read(_score(plan.initial, responses, INITIAL, folder, plan), plan)
+    base = _scored(run.initial, responses, INITIAL, folder, run)
     overlaps = []
-    for step, checkpoint in plan.checkpoints:
+    for step, checkpoint in run.checkpoints:
         label = f"step_{step:06d}"
         with _converted(checkpoint, folder) as model:
-            scored = read_scored(_score(model, responses, label, folder, plan))
-        overlaps.append((label, overlap(base, scored, plan.rho, asked.scope)))
-    final = _read(_score(plan.final, responses, FINAL, folder, plan), plan)
-    last = f"step_{plan.last_step:06d}"
-    overlaps.append((last, overlap(base, final, plan.rho, asked.scope)))
-    write_overlap(overlaps, INITIAL, plan.rho, asked.scope, folder)
+            scored = _scored(model, responses, label, folder, run)
+        overlaps.append((label, overlap(base, scored, rho, asked.scope)))
+    final = _scored(run.final, responses, FINAL, folder, run)
+    last = f"step_{run.table[-1]['step']:06d}"
+    overlaps.append((last, overlap(base, final, rho, asked.scope)))
+    write_overlap(overlaps, INITIAL, rho, asked.scope, folder)
     for label, scored in ((INITIAL, base), (FINAL, final)):
         tables = entropy_tables(scored)
         write_entropy(tables, label, folder, f"entropy_{label}")
         ranked = rank_tokens(
-            scored, plan.vocab_size, plan.tokenizer.name, asked.min_count, asked.min_responses
+            scored, run.vocab_size, run.tokenizer.name, asked.min_count, asked.min_responses
         )
         name = f"tokens_{label}"
         write_tokens(ranked, label, folder, name, num_words=asked.num_words, font=asked.font)
     write_change(*entropy_change(base, final), INITIAL, FINAL, folder)
-    write_training(plan.table, asked.run.resolve().name, folder)
+    write_training(run.table, asked.run.resolve().name, folder)
     if asked.temperatures:
-        _sweep(plan, tables.p80, folder / "temperatures")
+        _megafork(
+            *("analyze", "temperatures", "--model", run.final, "--data", _prompts(run.config)),
+            *("--output", folder / "temperatures", f"sweep.threshold={tables.p80:.6g}"),
+            *(*eval_settings(run.config), f"rollout.samples={asked.samples}"),
+        )
+    journals = [p for step in run.steps for p in journals_of(asked.run / "rollouts", step)]
     about = {
         "run": str(asked.run),
-        "initial": str(plan.initial),
-        "responses": _sources(asked.run, plan) or [str(responses)],
+        "initial": str(run.initial),
+        "responses": [str(path) for path in journals] or [str(responses)],
         "num_responses": len(base.length_B),
         "num_tokens": base.num_tokens,
-        "score_settings": plan.score_settings,
-        "rho": plan.rho,
+        "score_settings": run.score_settings,
+        "rho": rho,
         "scope": asked.scope,
     }
     write_json(folder / "analysis.json", about)
 
 
-def _plan(asked: RunAnalysis) -> _Plan:
+def _checked(asked: RunAnalysis) -> _Run:
+    """Read the run's folder. Raises UserError for whatever is missing or wrong in it."""
     if launch.under_torchrun():
         raise UserError("start `megafork analyze run` plainly: it starts the ranks of each scoring")
     path = asked.run / "config.toml"
@@ -177,27 +177,22 @@ def _plan(asked: RunAnalysis) -> _Plan:
     score = load_config(ScoreConfig, None, [f"model.path={json.dumps(str(initial))}", *settings])
     shape = check_folder(initial).shape
     shape.check(score.model, score.parallel)
-    samples = [f"rollout.samples={asked.samples}"]
-    generated = [*generate_settings(config), *samples]
     table = training_table(asked.run)
     if table[-1]["step"] < config.training.steps:  # a run that was made longer keeps its old model
         raise UserError(
             f"{asked.run} has done {table[-1]['step']} of training.steps={config.training.steps}, "
             f"so {final} is not its last policy: end the run first (megafork train --resume)"
         )
-    return _Plan(
-        initial=initial,
-        final=final,
+    return _Run(
+        config,
+        initial,
+        final,
         checkpoints=_checkpoints(asked.run, table[-1]["step"]) if asked.all_checkpoints else [],
         steps=_steps(asked.run, asked.last_steps) if asked.responses == ROLLOUTS else [],
         table=table,
-        prompts=config.data.eval or config.data.train,
-        generate_settings=generated,
         score_settings=settings,
-        eval_settings=[*generated, *verifier_settings(config)],
         vocab_size=shape.vocab_size,
         tokenizer=load_tokenizer(score, chat_template=False),
-        rho=config.forking.rho if asked.rho is None else asked.rho,
     )
 
 
@@ -209,35 +204,37 @@ def _steps(run: Path, last_steps: int) -> list[int]:
     return found
 
 
-def _sources(run: Path, plan: _Plan) -> list[str]:
-    return [str(path) for step in plan.steps for path in journals_of(run / "rollouts", step)]
-
-
 def _checkpoints(run: Path, last_step: int) -> list[tuple[int, Path]]:
-    """(step, folder) of each kept before the last step, whose weights are the final folder's."""
+    """(step, folder) of each checkpoint before the last step, whose weights are the final one's."""
     names = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in (run / "checkpoints").iterdir()]
     steps = sorted((int(match[1]), path) for match, path in names if match)
     return [(step, path) for step, path in steps if 0 < step < last_step]
 
 
-def _responses(asked: RunAnalysis, plan: _Plan) -> Path:
+def _prompts(config: TrainConfig) -> str:
+    """The data to generate responses to: held-out prompts where the run has some."""
+    return config.data.eval or config.data.train
+
+
+def _responses(asked: RunAnalysis, run: _Run) -> Path:
     """The jsonl to score: the user's, or one written into the output folder."""
     if asked.responses not in (ROLLOUTS, GENERATE):
         return Path(asked.responses)
     path = asked.output / "responses.jsonl"
     if asked.responses == GENERATE:
         _megafork(
-            *("generate", "--model", plan.final, "--data", plan.prompts, "--output", path),
-            *plan.generate_settings,
+            *("generate", "--model", run.final, "--data", _prompts(run.config)),
+            *("--output", path, *generate_settings(run.config)),
+            f"rollout.samples={asked.samples}",
         )
         return path
-    write_rollouts(asked.run / "rollouts", plan.steps, path)
+    write_rollouts(asked.run / "rollouts", run.steps, path)
     return path
 
 
 def write_rollouts(folder: Path, steps: Sequence[int], output: Path) -> None:
-    """The whole groups of those steps of RUN/rollouts, one response a line, as `megafork score`
-    reads them.
+    """Write the whole groups of those steps of RUN/rollouts, one response a line, as `megafork
+    score` reads them.
 
     A damaged group is left out with a warning. Raises UserError where none has a response.
     """
@@ -264,41 +261,28 @@ def write_rollouts(folder: Path, steps: Sequence[int], output: Path) -> None:
     partial.replace(output)
 
 
-def _score(model: Path, responses: Path, label: str, folder: Path, plan: _Plan) -> Path:
-    """The file of scores, written."""
+def _scored(model: Path, responses: Path, label: str, folder: Path, run: _Run) -> Scored:
+    """Score the responses into FOLDER/scored_LABEL.jsonl and read them with their token ids."""
     output = folder / f"scored_{label}.jsonl"
     _megafork(
         *("score", "--model", model, "--input", responses, "--output", output),
-        *plan.score_settings,
+        *run.score_settings,
     )
-    return output
-
-
-def _read(path: Path, plan: _Plan) -> Scored:
-    """With ids, for the analysis of tokens."""
-    return read_scored(path, vocab_size=plan.vocab_size)
+    return read_scored(output, vocab_size=run.vocab_size)
 
 
 @contextmanager
 def _converted(checkpoint: Path, folder: Path) -> Iterator[Path]:
-    """A sharded checkpoint as an HF folder, which is gone at the end, by a signal too: a folder of
-    weights is the largest thing here."""
+    """Convert a sharded checkpoint to an HF folder, which is gone at the end, after a signal too,
+    because a folder of weights is the largest thing here."""
     with ended_by_signals(), TemporaryDirectory(prefix=".converted-", dir=folder) as name:
         model = Path(name) / "hf"
         _megafork("convert", "megatron-to-hf", "--hf", model, "--megatron", checkpoint)
         yield model
 
 
-def _sweep(plan: _Plan, threshold: float, output: Path) -> None:
-    _megafork(
-        *("analyze", "temperatures", "--model", plan.final, "--data", plan.prompts),
-        *("--output", output, f"sweep.threshold={threshold:.6g}"),
-        *plan.eval_settings,
-    )
-
-
 def _megafork(*arguments: object) -> None:
-    """`megafork ARGUMENTS` in a process of its own, which ends with this one's signals.
+    """Run `megafork ARGUMENTS` in a process of its own, which ends with this one's signals.
 
     Raises UserError when it fails; it has told why.
     """
