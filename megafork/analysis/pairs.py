@@ -24,7 +24,7 @@ _NAMED_POINTS = 10
 
 
 def overlap(base: Scored, model: Scored, rho: float, scope: Scope) -> Row:
-    """One row of overlap.csv: positions in the top rho of each model and of both.
+    """Count the positions in the top rho of each model and of both: a row of overlap.csv.
 
     The threshold is the k-th largest entropy, k = ceil(rho n), of the file or of each response
     (then NaN in the row); ties at it are kept, as in training. `overlap` is |base and model| /

@@ -34,7 +34,7 @@ class RankedTokens:
 
     @property
     def condition(self) -> str:
-        """Why a token is ranked, as a title says it."""
+        """The condition for a token to be ranked, as a title says it."""
         count, responses = self.about["min_count"], self.about["min_responses"]
         return f"that occur at least {count} times, in {responses} responses"
 
