@@ -199,7 +199,7 @@ def run_command(
     words: Words = 100,
     font: FontFile = None,
 ) -> None:
-    """All of it on a run: scores its responses by the models before and after, then the rest."""
+    """Score a run's responses by the models before and after, and make every analysis."""
     from megafork.analysis.glyphs import Font
     from megafork.analysis.run import RunAnalysis, analyze_run
 
