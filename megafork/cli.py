@@ -131,7 +131,9 @@ def score(
     input: Annotated[
         Path, typer.Option(help="jsonl of prompt_ids/response_ids or prompt/response")
     ],
-    output: Annotated[Path, typer.Option(help="jsonl to write: adds logprobs and entropies")],
+    output: Annotated[
+        Path, typer.Option(help="jsonl or .parquet to write: adds logprobs and entropies")
+    ],
     overrides: Overrides = None,
 ) -> None:
     """Log-probability and entropy of every response token, the same at every layout."""

@@ -6,8 +6,6 @@ Arguments are typed and checked here; libraries are imported by the command that
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +25,7 @@ class Scope(StrEnum):
     sequence = "sequence"
 
 
-Scored = Annotated[Path, typer.Argument(help="jsonl that `megafork score` wrote")]
+Scored = Annotated[Path, typer.Argument(help="file that `megafork score` wrote: parquet or jsonl")]
 Output = Annotated[Path, typer.Option(help="folder to write to; made where it is missing")]
 Rho = Annotated[float, typer.Option(help="fraction of the tokens that is the top")]
 OverlapScope = Annotated[
@@ -63,12 +61,11 @@ FontFile = Annotated[
 @analyze.command()
 def entropy(scored: Scored, output: Output) -> None:
     """Histogram and percentiles of the response tokens' entropy."""
-    from megafork.analysis.columns import read_scored
-    from megafork.analysis.entropy import entropy_statistics, write_entropy
+    from megafork.analysis.entropy import entropy_tables, write_entropy
+    from megafork.analysis.scored import read_scored
 
-    with _spool([scored], output) as spool:
-        found = entropy_statistics(read_scored(scored, spool / "a"))
-        write_entropy(found, scored.stem, output, "entropy")
+    _prepare([scored], output)
+    write_entropy(entropy_tables(read_scored(scored)), scored.stem, output, "entropy")
     _tell(output)
 
 
@@ -87,8 +84,8 @@ def tokens(
     font: FontFile = None,
 ) -> None:
     """Tokens of highest and lowest mean entropy, and their word clouds."""
-    from megafork.analysis.columns import read_scored
     from megafork.analysis.glyphs import Font
+    from megafork.analysis.scored import read_scored
     from megafork.analysis.tokens import rank_tokens, write_tokens
     from megafork.config import ScoreConfig
     from megafork.config.load import load_config
@@ -101,51 +98,46 @@ def tokens(
     )
     vocab_size = ModelShape.from_folder(model, setting="--model").vocab_size
     reader, drawn_with = load_tokenizer(config, chat_template=False), Font(font)
-    with _spool([scored], output) as spool:
-        columns = read_scored(scored, spool / "a", encode=reader.encode, vocab_size=vocab_size)
-        ranked = rank_tokens(columns, vocab_size, reader.name, min_count, min_responses)
-        write_tokens(ranked, scored.stem, output, "tokens", num_words=words, font=drawn_with)
+    _prepare([scored], output)
+    responses = read_scored(scored, encode=reader.encode, vocab_size=vocab_size)
+    ranked = rank_tokens(responses, vocab_size, reader.name, min_count, min_responses)
+    write_tokens(ranked, scored.stem, output, "tokens", num_words=words, font=drawn_with)
     _tell(output)
 
 
 @analyze.command("overlap")
 def overlap_command(
-    base: Annotated[Path, typer.Argument(help="jsonl scored by the first model")],
+    base: Annotated[Path, typer.Argument(help="file scored by the first model: parquet or jsonl")],
     others: Annotated[list[Path], typer.Argument(help="the same responses, scored by others")],
     output: Output,
     rho: Rho = 0.2,
     scope: OverlapScope = Scope.batch,
 ) -> None:
     """Share of the first model's top positions that are the top of each other model too."""
-    from megafork.analysis.columns import read_scored
-    from megafork.analysis.paired_output import write_overlap
-    from megafork.analysis.pairs import overlap
+    from megafork.analysis.pairs import overlap, write_overlap
+    from megafork.analysis.scored import read_scored
 
     _check_rho(rho)
-    with _spool([base, *others], output) as spool:
-        first = read_scored(base, spool / "base")
-        found = []
-        for index, path in enumerate(others):
-            other = read_scored(path, spool / str(index))
-            found.append((path.stem, overlap(first, other, rho, scope.value)))
-        write_overlap(found, base.stem, rho, scope.value, output)
+    _prepare([base, *others], output)
+    first = read_scored(base)
+    found = [(path.stem, overlap(first, read_scored(path), rho, scope.value)) for path in others]
+    write_overlap(found, base.stem, rho, scope.value, output)
     _tell(output)
 
 
 @analyze.command()
 def change(
-    base: Annotated[Path, typer.Argument(help="jsonl scored by the model before training")],
+    base: Annotated[Path, typer.Argument(help="file scored by the model before training")],
     trained: Annotated[Path, typer.Argument(help="the same responses, scored after training")],
     output: Output,
 ) -> None:
     """Mean change of entropy in 20 bins of the first model's entropy, 5% of the tokens each."""
-    from megafork.analysis.columns import read_scored
-    from megafork.analysis.paired_output import write_change
-    from megafork.analysis.pairs import entropy_change
+    from megafork.analysis.pairs import entropy_change, write_change
+    from megafork.analysis.scored import read_scored
 
-    with _spool([base, trained], output) as spool:
-        found = entropy_change(read_scored(base, spool / "a"), read_scored(trained, spool / "b"))
-        write_change(found, base.stem, trained.stem, output)
+    _prepare([base, trained], output)
+    rows, about = entropy_change(read_scored(base), read_scored(trained))
+    write_change(rows, about, base.stem, trained.stem, output)
     _tell(output)
 
 
@@ -207,7 +199,7 @@ def run_command(
     words: Words = 100,
     font: FontFile = None,
 ) -> None:
-    """All of it on a run: scores its responses by the models before and after, then the rest."""
+    """Score a run's responses by the models before and after, and make every analysis."""
     from megafork.analysis.glyphs import Font
     from megafork.analysis.run import RunAnalysis, analyze_run
 
@@ -240,16 +232,14 @@ def _check_rho(rho: float) -> None:
         raise UserError(f"--rho={rho:g} is no fraction of the tokens: use one in (0, 1], as 0.2")
 
 
-@contextmanager
-def _spool(inputs: list[Path], output: Path) -> Iterator[Path]:
-    """A folder for columns beside the output, whose disk has to hold both; gone at the end."""
-    from megafork.analysis.output import make_folder, spool_beside
+def _prepare(inputs: list[Path], output: Path) -> None:
+    """Look for all files before the output folder is made and the first one is read."""
+    from megafork.analysis.output import make_folder
 
     for path in inputs:
         if not path.is_file():
             raise UserError(f"{path} does not exist: give a file that `megafork score` wrote")
-    with spool_beside(make_folder(output)) as folder:
-        yield folder
+    make_folder(output)
 
 
 def _tell(output: Path) -> None:

@@ -3,59 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
 
-from megafork.config import GenerateConfig, ScoreConfig, Section, TrainConfig
-from megafork.config.rollouts import RewardConfig
-
-_OF_TRAINING = {"overlong_buffer_tokens", "overlong_penalty"}
-_URL = "rollout.url="
-"""of a server whose weights are the trainer's"""
+from megafork.config import EvaluateConfig, GenerateConfig, ScoreConfig, Section, TrainConfig
 
 
 def score_settings(config: TrainConfig) -> list[str]:
-    """`megafork score`'s: layout, tokenizer, how much a rank holds at a time, and the temperature
-    of the run's entropies."""
+    """Overrides for `megafork score`: layout, tokenizer, how many tokens a rank holds at a time,
+    and the temperature of the run's entropies."""
     temperature = config.forking.entropy_temperature or config.rollout.temperature
     return [
-        *_shared(config, ScoreConfig, ("parallel", "tokenizer")),
+        *_changed(config, ScoreConfig, "parallel", "tokenizer"),
         f"micro_batch_tokens={config.training.micro_batch_tokens}",
         f"temperature={json.dumps(temperature)}",
     ]
 
 
 def generate_settings(config: TrainConfig) -> list[str]:
-    """`megafork generate`'s: prompts, tokenizer, server and how responses are sampled."""
-    shared = _shared(config, GenerateConfig, ("tokenizer", "data", "rollout"))
-    return [
-        *(setting for setting in shared if not setting.startswith(_URL)),
-        *_overrides("data", {"prompt_key": config.data.prompt_key, "id_key": ""}),
-    ]
+    """Overrides for `megafork generate`: prompts, tokenizer, server and sampling."""
+    changed = _changed(config, GenerateConfig, "tokenizer", "data", "rollout")
+    # A server that the run was given at rollout.url holds the trainer's weights.
+    kept = [setting for setting in changed if not setting.startswith("rollout.url=")]
+    return [*kept, f"data.prompt_key={json.dumps(config.data.prompt_key)}", 'data.id_key=""']
 
 
-def verifier_settings(config: TrainConfig) -> list[str]:
-    """`megafork eval`'s, beyond generate_settings."""
-    changed = config.reward.model_dump(exclude_defaults=True)
-    return _overrides("reward", changed, RewardConfig.model_fields.keys() - _OF_TRAINING)
+def eval_settings(config: TrainConfig) -> list[str]:
+    """Overrides for `megafork eval`: the above and the verifier, without what shapes rewards."""
+    reward = _changed(config, EvaluateConfig, "reward")
+    kept = [setting for setting in reward if not setting.startswith("reward.overlong_")]
+    return generate_settings(config) + kept
 
 
-def _shared(config: TrainConfig, kind: type[Section], sections: Iterable[str]) -> list[str]:
-    """Of each section what is no default and what the other command knows too."""
+def _changed(config: TrainConfig, command: type[Section], *sections: str) -> list[str]:
+    """SECTION.KEY=VALUE for all values that are not the default and that the command knows too."""
     found = []
-    for name in sections:
-        of_command = kind.model_fields[name].annotation
-        assert isinstance(of_command, type) and issubclass(of_command, Section)
-        changed = getattr(config, name).model_dump(exclude_defaults=True)
-        found += _overrides(name, changed, of_command.model_fields.keys())
+    for section in sections:
+        known = command.model_fields[section].annotation
+        assert isinstance(known, type) and issubclass(known, Section)
+        for key, value in getattr(config, section).model_dump(exclude_defaults=True).items():
+            if value is not None and key in known.model_fields:
+                found.append(f"{section}.{key}={json.dumps(value)}")
     return found
-
-
-def _overrides(
-    section: str, values: Mapping[str, Any], known: Iterable[str] | None = None
-) -> list[str]:
-    return [
-        f"{section}.{key}={json.dumps(value)}"
-        for key, value in values.items()
-        if value is not None and (known is None or key in known)
-    ]

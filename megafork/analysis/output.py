@@ -1,4 +1,4 @@
-"""What every analysis writes: a table as CSV and JSON, and a figure. Each file appears whole."""
+"""Tables as CSV and JSON, and figures, which all analyses write. Each file appears whole."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from megafork.errors import UserError
 from megafork.system.disk import naming
 from megafork.system.printable import as_cell
-from megafork.system.signals import ended_by_signals
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 """Okabe and Ito's colours, which colour-blind readers tell apart."""
@@ -25,7 +23,7 @@ Row = dict[str, Any]
 
 
 def make_folder(folder: Path) -> Path:
-    """The output folder, made where it is missing. Raises UserError when it cannot be."""
+    """Make the output folder where it is missing. Raises UserError when it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -33,16 +31,8 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-@contextmanager
-def spool_beside(folder: Path) -> Iterator[Path]:
-    """A folder for columns in the output folder, whose disk has to hold both; gone at the end, by
-    a signal too."""
-    with ended_by_signals(), TemporaryDirectory(prefix=".columns-", dir=folder) as name:
-        yield Path(name)
-
-
 def write_table(folder: Path, name: str, rows: Sequence[Row], about: Row) -> list[Path]:
-    """NAME.csv with the rows, NAME.json with `about` and the rows; NaN is empty or null.
+    """Write NAME.csv with the rows, NAME.json with `about` and the rows; NaN is empty or null.
 
     In the CSV, text that a spreadsheet would take for a formula begins with an apostrophe.
     """
@@ -64,7 +54,7 @@ def write_json(path: Path, document: Any) -> Path:
 
 @contextmanager
 def figure(path: Path, rows: Sequence[int] = (1,), *, height: float = 4.2) -> Iterator[list[Any]]:
-    """One Axes for each of `rows`, its relative height; written to the png `path` at the end."""
+    """Figure with an Axes for each of `rows`, its relative height; written to `path` at the end."""
     import matplotlib
 
     matplotlib.use("Agg")

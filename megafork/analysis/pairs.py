@@ -1,4 +1,4 @@
-"""Two models on the same responses: which positions fork in both, and whose entropy changed.
+"""Two models on the same responses: positions that fork in both, and the change of entropy.
 
 arXiv 2506.01939 measures both on its models: about 86.7% of the base model's top-20% positions are
 still in the top 20% when training has converged, and the top bins' entropy changes most.
@@ -6,111 +6,181 @@ still in the top 20% when training has converged, and the top bins' entropy chan
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy
 
-from megafork.analysis.columns import Block, Columns, check_same_responses
-from megafork.analysis.means import ClusteredMeans
-from megafork.analysis.order import order_statistics
+from megafork.analysis.output import BLUE, GREY, Row, figure, write_table
+from megafork.analysis.scored import Scored, check_same_responses
+from megafork.analysis.statistics import clustered_means, overall_mean
 
 Scope = Literal["batch", "sequence"]
 NUM_BINS = 20
+_NAMED_POINTS = 10
+"""At most as many have their numbers and steps written, as more would overlap."""
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """Positions at or above the threshold of the top rho, of A, of B and of both."""
+def overlap(base: Scored, model: Scored, rho: float, scope: Scope) -> Row:
+    """Count the positions in the top rho of each model and of both: a row of overlap.csv.
 
-    num_tokens: int
-    num_a: int
-    num_b: int
-    num_both: int
-    threshold_a: float
-    """nats; NaN for scope "sequence", where every response has its own"""
-    threshold_b: float
-
-    @property
-    def overlap(self) -> float:
-        """|A and B| / |A|"""
-        return self.num_both / self.num_a
-
-    @property
-    def by_chance(self) -> float:
-        """what B's positions would have in common with A's, were they anywhere: |B| / tokens"""
-        return self.num_b / self.num_tokens
-
-
-def overlap(a: Columns, b: Columns, rho: float, scope: Scope) -> Overlap:
-    """The threshold is the k-th largest entropy, k = ceil(rho n), of the file or of each response;
-    ties at it are kept (algorithms/forking.py). Raises UserError for other responses."""
-    check_same_responses(a, b)
-    thresholds = [_batch_threshold(c, rho) if scope == "batch" else float("nan") for c in (a, b)]
-    counts = numpy.zeros(3, numpy.int64)
-    for block_a, block_b in zip(a.blocks(), b.blocks(), strict=True):
-        tops = [
-            block.entropy_T >= (_own_thresholds_T(block, rho) if scope == "sequence" else tau)
-            for block, tau in zip((block_a, block_b), thresholds, strict=True)
-        ]
-        counts += [int(mask_T.sum()) for mask_T in (*tops, tops[0] & tops[1])]
-    num_a, num_b, num_both = counts.tolist()
-    return Overlap(a.num_tokens, num_a, num_b, num_both, *thresholds)
+    The threshold is the k-th largest entropy, k = ceil(rho n), of the file or of each response
+    (then NaN in the row); ties at it are kept, as in training. `overlap` is |base and model| /
+    |base|; `overlap_by_chance` is |model| / tokens, its value if the model's positions were
+    anywhere. Raises UserError for other responses.
+    """
+    check_same_responses(base, model)
+    (base_T, base_threshold), (model_T, model_threshold) = (
+        _top(scored, rho, scope) for scored in (base, model)
+    )
+    num_base, num_model, num_both = (int(top.sum()) for top in (base_T, model_T, base_T & model_T))
+    return {
+        "overlap": num_both / num_base,
+        "overlap_by_chance": num_model / base.num_tokens,
+        "positions_base": num_base,
+        "positions_model": num_model,
+        "positions_both": num_both,
+        "tokens": base.num_tokens,
+        "threshold_base_nats": base_threshold,
+        "threshold_model_nats": model_threshold,
+    }
 
 
-def _batch_threshold(columns: Columns, rho: float) -> float:
-    rank = columns.num_tokens - _top_k(columns.num_tokens, rho)
-    return float(order_statistics(columns.entropies, [rank])[0])
-
-
-def _own_thresholds_T(block: Block, rho: float) -> numpy.ndarray:
-    """float32: the threshold of the response that a token is of"""
-    ends_B = numpy.cumsum(block.length_B.astype(numpy.int64))
-    ascending_T = block.entropy_T[numpy.lexsort((block.entropy_T, block.row_T))]
-    filled = block.length_B > 0
-    k_B = numpy.array([_top_k(n, rho) for n in block.length_B[filled].tolist()], numpy.int64)
-    return numpy.repeat(ascending_T[ends_B[filled] - k_B], block.length_B[filled])
-
-
-@cache
-def _top_k(num_tokens: int, rho: float) -> int:
+def _top(scored: Scored, rho: float, scope: Scope) -> tuple[numpy.ndarray, float]:
+    """(bool [T]: the positions at or above their threshold, the file's threshold or NaN)"""
     import torch
 
     from megafork.ops.top_fraction import top_k
 
-    return int(top_k(torch.tensor([num_tokens]), rho)[0])
+    in_batch = scope == "batch"
+    length_S = numpy.array([scored.num_tokens]) if in_batch else scored.length_B
+    threshold_S = numpy.full(len(length_S), numpy.nan, numpy.float32)
+    end_S = length_S.cumsum()
+    for segment, k in enumerate(top_k(torch.from_numpy(length_S), rho).tolist()):
+        own_T = scored.entropy_T[end_S[segment] - length_S[segment] : end_S[segment]]
+        if len(own_T):
+            threshold_S[segment] = numpy.partition(own_T, -k)[-k]
+    if in_batch:
+        return scored.entropy_T >= threshold_S[0], float(threshold_S[0])
+    return scored.entropy_T >= numpy.repeat(threshold_S, length_S), float("nan")
 
 
-@dataclass(frozen=True)
-class Change:
-    """Entropy of the second model less that of the first, in NUM_BINS bins; nats."""
+def write_overlap(
+    found: Sequence[tuple[str, Row]], base: str, rho: float, scope: Scope, folder: Path
+) -> None:
+    """Write overlap.csv, .json, .png: one row and one point for each (label, overlap's row)."""
+    rows: list[Row] = [{"model": label, "step": step_of(label), **row} for label, row in found]
+    about = {
+        "base": base,
+        "rho": rho,
+        "scope": scope,
+        "overlap_is": "positions of both / positions of the base; ties at a threshold are kept",
+    }
+    write_table(folder, "overlap", rows, about)
+    steps = {row["step"] for row in rows}
+    in_steps = None not in steps and len(steps) == len(rows)
+    if in_steps:
+        rows.sort(key=lambda row: row["step"])
+    places = [row["step"] if in_steps else index for index, row in enumerate(rows)]
+    shares = [100 * row["overlap"] for row in rows]
+    with figure(folder / "overlap.png") as [axes]:
+        axes.plot(places, shares, "o-", color=BLUE, label=f"with {base}")
+        chance = [100 * row["overlap_by_chance"] for row in rows]
+        axes.plot(places, chance, ":", color=GREY, label="by chance")
+        if len(rows) <= _NAMED_POINTS:
+            for place, share in zip(places, shares, strict=True):
+                axes.annotate(
+                    f"{share:.1f}", (place, share), (0, 7), textcoords="offset points", ha="center"
+                )
+        if not in_steps:
+            axes.set_xticks(places, [row["model"] for row in rows])
+        elif len(rows) <= _NAMED_POINTS:
+            axes.set_xticks(places)
+        if in_steps:
+            axes.set_xlabel("training step")
+        axes.margins(x=0.15)
+        axes.set_ylim(0, 108)
+        axes.set_ylabel("overlap of positions (%)")
+        axes.set_title(
+            f"Positions in the top {100 * rho:g}% by entropy, thresholds by {scope}",
+            fontsize="medium",
+        )
+        axes.legend(frameon=False, loc="lower left")
 
-    edges: list[float]
-    """of NUM_BINS + 1: a bin takes the first model's entropies above its lower edge up to and with
-    its upper edge; the first takes its lower edge too"""
-    before: ClusteredMeans
-    change: ClusteredMeans
-    overall: ClusteredMeans
+
+def step_of(label: str) -> int | None:
+    """The last number in a file's name: 30 for scored_step_000030."""
+    numbers = re.findall(r"\d+", label)
+    return int(numbers[-1]) if numbers else None
 
 
-def entropy_change(a: Columns, b: Columns) -> Change:
-    """Bins by rank of a's entropy: edge i is its ceil(i n / 20)-th smallest.
+def entropy_change(base: Scored, trained: Scored) -> tuple[list[Row], Row]:
+    """(rows, about) of change.csv: the change of entropy in 20 bins by rank of the base's entropy.
 
-    Each bin has 5% of the tokens unless entropies are equal, which are never parted: a bin may then
-    have more, the next ones fewer or none. Raises UserError for other responses.
+    Edge i is the base's ceil(i n / 20)-th smallest entropy; a bin is above its lower edge up to and
+    with its upper edge, and the first has its lower edge too. Each bin has 5% of the tokens unless
+    entropies are equal, which are never parted: a bin may then have more, the next ones fewer or
+    none. Raises UserError for other responses.
     """
-    check_same_responses(a, b)
-    n = a.num_tokens
+    check_same_responses(base, trained)
+    n = base.num_tokens
     ranks = [max(-(-i * n // NUM_BINS) - 1, 0) for i in range(NUM_BINS + 1)]
-    edges = order_statistics(a.entropies, ranks)
-    before, change = ClusteredMeans(NUM_BINS), ClusteredMeans(NUM_BINS)
-    overall = ClusteredMeans(1)
-    for block_a, block_b in zip(a.blocks(), b.blocks(), strict=True):
-        bin_T = numpy.searchsorted(edges[1:-1], block_a.entropy_T, side="left")
-        row_T = block_a.row_T
-        change_T = block_b.entropy_T.astype(numpy.float64) - block_a.entropy_T
-        before.add(block_a.entropy_T, bin_T, row_T)
-        change.add(change_T, bin_T, row_T)
-        overall.add(change_T, numpy.zeros_like(bin_T), row_T)
-    return Change(edges.astype(float).tolist(), before, change, overall)
+    edges = numpy.partition(base.entropy_T, sorted(set(ranks)))[ranks]
+    bin_T = numpy.searchsorted(edges[1:-1], base.entropy_T, side="left").astype(numpy.int8)
+    change_T = trained.entropy_T.astype(numpy.float64) - base.entropy_T
+    response_T = base.response_T()
+    before = clustered_means(base.entropy_T, bin_T, response_T, NUM_BINS)
+    change = clustered_means(change_T, bin_T, response_T, NUM_BINS)
+    mean_change, mean_change_error = overall_mean(change_T, response_T)
+    width = 100 // NUM_BINS
+    rows = [
+        {
+            "bin": i + 1,
+            "from_percentile": i * width,
+            "to_percentile": (i + 1) * width,
+            "base_above_nats": float(edges[i]),
+            "base_up_to_nats": float(edges[i + 1]),
+            "tokens": int(change.count[i]),
+            "mean_base_nats": float(before.mean[i]),
+            "mean_change_nats": float(change.mean[i]),
+            "standard_error_nats": float(change.standard_error[i]),
+        }
+        for i in range(NUM_BINS)
+    ]
+    about = {
+        "tokens": n,
+        "mean_change_nats": mean_change,
+        "mean_change_standard_error_nats": mean_change_error,
+        "bins_are": "of the base's entropy by rank; equal entropies are in one bin, so a bin may "
+        "have more than 5% of the tokens and the next ones fewer or none",
+        "standard_errors": "over responses; empty with fewer than two",
+    }
+    return rows, about
+
+
+def write_change(rows: list[Row], about: Row, base: str, trained: str, folder: Path) -> None:
+    """Write change.csv, .json, .png from what entropy_change found."""
+    write_table(folder, "change", rows, {"base": base, "trained": trained, **about})
+    filled = [row for row in rows if row["tokens"]]
+    width = 100 // NUM_BINS
+    with figure(folder / "change.png") as [axes]:
+        axes.bar(
+            [row["from_percentile"] + width / 2 for row in filled],
+            [row["mean_change_nats"] for row in filled],
+            0.8 * width,
+            yerr=numpy.nan_to_num([row["standard_error_nats"] for row in filled]),
+            color=BLUE,
+            ecolor="black",
+            capsize=2,
+        )
+        axes.axhline(0.0, color="black", linewidth=0.8)
+        axes.set_xlim(0, 100)
+        axes.set_xticks(range(0, 101, 10))
+        axes.set_xlabel(f"percentile of the token's entropy under {base}")
+        axes.set_ylabel("mean change of entropy (nats)")
+        axes.set_title(
+            f"{trained} less {base}, on the same {about['tokens']:,} tokens, with standard errors",
+            fontsize="medium",
+        )

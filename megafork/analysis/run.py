@@ -10,19 +10,25 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from megafork.analysis.columns import Columns, read_scored
-from megafork.analysis.entropy import entropy_statistics, write_entropy
-from megafork.analysis.from_run import generate_settings, score_settings, verifier_settings
+from megafork.analysis.entropy import entropy_tables, write_entropy
+from megafork.analysis.from_run import eval_settings, generate_settings, score_settings
 from megafork.analysis.glyphs import Font
-from megafork.analysis.output import make_folder, spool_beside, write_json
-from megafork.analysis.paired_output import write_change, write_overlap
-from megafork.analysis.pairs import Scope, entropy_change, overlap
+from megafork.analysis.output import make_folder, write_json
+from megafork.analysis.pairs import (
+    Scope,
+    entropy_change,
+    overlap,
+    write_change,
+    write_overlap,
+)
+from megafork.analysis.scored import Scored, read_scored
 from megafork.analysis.tokens import rank_tokens, write_tokens
 from megafork.analysis.training import training_table, write_training
 from megafork.cluster import launch
@@ -41,7 +47,7 @@ INITIAL, FINAL = "initial", "final"
 
 @dataclass(frozen=True)
 class RunAnalysis:
-    """What is asked for."""
+    """The options of `megafork analyze run`."""
 
     run: Path
     output: Path
@@ -52,7 +58,7 @@ class RunAnalysis:
     temperatures: bool
     """also the sweep of two temperatures"""
     last_steps: int
-    """with ROLLOUTS: of this many steps"""
+    """steps whose rollouts are taken, with ROLLOUTS"""
     initial: Path | None
     """HF folder; None: the run's model.path"""
     all_checkpoints: bool
@@ -68,28 +74,21 @@ class RunAnalysis:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What the run has, checked."""
+class _Run:
+    """The parts of the run that are analyzed, checked."""
 
+    config: TrainConfig
     initial: Path
     final: Path
     checkpoints: list[tuple[int, Path]]
     """(step, folder), sharded"""
     steps: list[int]
+    """steps whose rollouts are taken"""
     table: list[dict[str, Any]]
     """training_table's"""
-    prompts: str
-    """what is generated from: data.eval, or data.train"""
-    generate_settings: list[str]
     score_settings: list[str]
-    eval_settings: list[str]
     vocab_size: int
     tokenizer: Tokenizer
-    rho: float
-
-    @property
-    def last_step(self) -> int:
-        return self.table[-1]["step"]
 
 
 def analyze_run(asked: RunAnalysis) -> None:
@@ -97,34 +96,54 @@ def analyze_run(asked: RunAnalysis) -> None:
 
     Raises UserError for a run that is not whole, before anything is written.
     """
-    plan = _plan(asked)
+    run = _checked(asked)
+    rho = run.config.forking.rho if asked.rho is None else asked.rho
     folder = make_folder(asked.output)
-    responses = _responses(asked, plan)
-    with spool_beside(folder) as spool:
-        columns = {
-            label: read_scored(
-                scored, spool / label, encode=plan.tokenizer.encode, vocab_size=plan.vocab_size
-            )
-            for label, scored in _scored(plan, responses, folder, spool)
-        }
-        _write_all(asked, plan, columns)
-    base = columns[INITIAL]
-    write_json(
-        folder / "analysis.json",
-        {
-            "run": str(asked.run),
-            "initial": str(plan.initial),
-            "responses": _sources(asked.run, plan) or [str(responses)],
-            "num_responses": base.num_rows,
-            "num_tokens": base.num_tokens,
-            "score_settings": plan.score_settings,
-            "rho": plan.rho,
-            "scope": asked.scope,
-        },
-    )
+    responses = _responses(asked, run)
+    # The tables come last: all that may fail for long is before them.
+    base = _scored(run.initial, responses, INITIAL, folder, run)
+    overlaps = []
+    for step, checkpoint in run.checkpoints:
+        label = f"step_{step:06d}"
+        with _converted(checkpoint, folder) as model:
+            scored = _scored(model, responses, label, folder, run)
+        overlaps.append((label, overlap(base, scored, rho, asked.scope)))
+    final = _scored(run.final, responses, FINAL, folder, run)
+    last = f"step_{run.table[-1]['step']:06d}"
+    overlaps.append((last, overlap(base, final, rho, asked.scope)))
+    write_overlap(overlaps, INITIAL, rho, asked.scope, folder)
+    for label, scored in ((INITIAL, base), (FINAL, final)):
+        tables = entropy_tables(scored)
+        write_entropy(tables, label, folder, f"entropy_{label}")
+        ranked = rank_tokens(
+            scored, run.vocab_size, run.tokenizer.name, asked.min_count, asked.min_responses
+        )
+        name = f"tokens_{label}"
+        write_tokens(ranked, label, folder, name, num_words=asked.num_words, font=asked.font)
+    write_change(*entropy_change(base, final), INITIAL, FINAL, folder)
+    write_training(run.table, asked.run.resolve().name, folder)
+    if asked.temperatures:
+        _megafork(
+            *("analyze", "temperatures", "--model", run.final, "--data", _prompts(run.config)),
+            *("--output", folder / "temperatures", f"sweep.threshold={tables.p80:.6g}"),
+            *(*eval_settings(run.config), f"rollout.samples={asked.samples}"),
+        )
+    journals = [p for step in run.steps for p in journals_of(asked.run / "rollouts", step)]
+    about = {
+        "run": str(asked.run),
+        "initial": str(run.initial),
+        "responses": [str(path) for path in journals] or [str(responses)],
+        "num_responses": len(base.length_B),
+        "num_tokens": base.num_tokens,
+        "score_settings": run.score_settings,
+        "rho": rho,
+        "scope": asked.scope,
+    }
+    write_json(folder / "analysis.json", about)
 
 
-def _plan(asked: RunAnalysis) -> _Plan:
+def _checked(asked: RunAnalysis) -> _Run:
+    """Read the run's folder. Raises UserError for whatever is missing or wrong in it."""
     if launch.under_torchrun():
         raise UserError("start `megafork analyze run` plainly: it starts the ranks of each scoring")
     path = asked.run / "config.toml"
@@ -158,67 +177,64 @@ def _plan(asked: RunAnalysis) -> _Plan:
     score = load_config(ScoreConfig, None, [f"model.path={json.dumps(str(initial))}", *settings])
     shape = check_folder(initial).shape
     shape.check(score.model, score.parallel)
-    samples = [f"rollout.samples={asked.samples}"]
-    generated = [*generate_settings(config), *samples]
     table = training_table(asked.run)
     if table[-1]["step"] < config.training.steps:  # a run that was made longer keeps its old model
         raise UserError(
             f"{asked.run} has done {table[-1]['step']} of training.steps={config.training.steps}, "
             f"so {final} is not its last policy: end the run first (megafork train --resume)"
         )
-    return _Plan(
-        initial=initial,
-        final=final,
+    return _Run(
+        config,
+        initial,
+        final,
         checkpoints=_checkpoints(asked.run, table[-1]["step"]) if asked.all_checkpoints else [],
         steps=_steps(asked.run, asked.last_steps) if asked.responses == ROLLOUTS else [],
         table=table,
-        prompts=config.data.eval or config.data.train,
-        generate_settings=generated,
         score_settings=settings,
-        eval_settings=[*generated, *verifier_settings(config)],
         vocab_size=shape.vocab_size,
         tokenizer=load_tokenizer(score, chat_template=False),
-        rho=config.forking.rho if asked.rho is None else asked.rho,
     )
 
 
 def _steps(run: Path, last_steps: int) -> list[int]:
-    """Whose responses are taken."""
+    """The last steps that have responses."""
     found = journalled_steps(run / "rollouts")[-last_steps:]
     if not found:
         raise UserError(f"{run / 'rollouts'} holds no responses: name a file of some (--responses)")
     return found
 
 
-def _sources(run: Path, plan: _Plan) -> list[str]:
-    return [str(path) for step in plan.steps for path in journals_of(run / "rollouts", step)]
-
-
 def _checkpoints(run: Path, last_step: int) -> list[tuple[int, Path]]:
-    """Those kept before the last step, whose weights are the final folder's."""
+    """(step, folder) of each checkpoint before the last step, whose weights are the final one's."""
     names = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in (run / "checkpoints").iterdir()]
     steps = sorted((int(match[1]), path) for match, path in names if match)
     return [(step, path) for step, path in steps if 0 < step < last_step]
 
 
-def _responses(asked: RunAnalysis, plan: _Plan) -> Path:
+def _prompts(config: TrainConfig) -> str:
+    """The data to generate responses to: held-out prompts where the run has some."""
+    return config.data.eval or config.data.train
+
+
+def _responses(asked: RunAnalysis, run: _Run) -> Path:
     """The jsonl to score: the user's, or one written into the output folder."""
     if asked.responses not in (ROLLOUTS, GENERATE):
         return Path(asked.responses)
     path = asked.output / "responses.jsonl"
     if asked.responses == GENERATE:
         _megafork(
-            *("generate", "--model", plan.final, "--data", plan.prompts, "--output", path),
-            *plan.generate_settings,
+            *("generate", "--model", run.final, "--data", _prompts(run.config)),
+            *("--output", path, *generate_settings(run.config)),
+            f"rollout.samples={asked.samples}",
         )
         return path
-    write_rollouts(asked.run / "rollouts", plan.steps, path)
+    write_rollouts(asked.run / "rollouts", run.steps, path)
     return path
 
 
 def write_rollouts(folder: Path, steps: Sequence[int], output: Path) -> None:
-    """The whole groups of those steps of RUN/rollouts, one response a line, as `megafork score`
-    reads them.
+    """Write the whole groups of those steps of RUN/rollouts, one response a line, as `megafork
+    score` reads them.
 
     A damaged group is left out with a warning. Raises UserError where none has a response.
     """
@@ -245,67 +261,28 @@ def write_rollouts(folder: Path, steps: Sequence[int], output: Path) -> None:
     partial.replace(output)
 
 
-def _scored(plan: _Plan, responses: Path, folder: Path, spool: Path) -> Iterator[tuple[str, Path]]:
-    """(label, file of scores), as each is scored: the initial model, the checkpoints, the final."""
-
-    def score(model: Path, label: str) -> tuple[str, Path]:
-        output = folder / f"scored_{label}.jsonl"
-        _megafork(
-            *("score", "--model", model, "--input", responses, "--output", output),
-            *plan.score_settings,
-        )
-        return label, output
-
-    yield score(plan.initial, INITIAL)
-    for step, path in plan.checkpoints:
-        # One at a time: a folder of weights is the largest thing here.
-        with tempfile.TemporaryDirectory(dir=spool) as name:
-            model = Path(name) / "hf"
-            _megafork("convert", "megatron-to-hf", "--hf", model, "--megatron", path)
-            yield score(model, f"step_{step:06d}")
-    yield score(plan.final, FINAL)
+def _scored(model: Path, responses: Path, label: str, folder: Path, run: _Run) -> Scored:
+    """Score the responses into FOLDER/scored_LABEL.jsonl and read them with their token ids."""
+    output = folder / f"scored_{label}.jsonl"
+    _megafork(
+        *("score", "--model", model, "--input", responses, "--output", output),
+        *run.score_settings,
+    )
+    return read_scored(output, vocab_size=run.vocab_size)
 
 
-def _write_all(asked: RunAnalysis, plan: _Plan, columns: dict[str, Columns]) -> None:
-    folder, base = asked.output, columns[INITIAL]
-    statistics = {label: entropy_statistics(columns[label]) for label in (INITIAL, FINAL)}
-    for label, found in statistics.items():
-        write_entropy(found, label, folder, f"entropy_{label}")
-        ranked = rank_tokens(
-            columns[label],
-            plan.vocab_size,
-            plan.tokenizer.name,
-            asked.min_count,
-            asked.min_responses,
-        )
-        write_tokens(
-            ranked,
-            label,
-            folder,
-            f"tokens_{label}",
-            num_words=asked.num_words,
-            font=asked.font,
-        )
-    overlaps = [
-        (f"step_{plan.last_step:06d}" if label == FINAL else label, one)
-        for label, other in columns.items()
-        if label != INITIAL
-        for one in [overlap(base, other, plan.rho, asked.scope)]
-    ]
-    write_overlap(overlaps, INITIAL, plan.rho, asked.scope, folder)
-    write_change(entropy_change(base, columns[FINAL]), INITIAL, FINAL, folder)
-    write_training(plan.table, asked.run.resolve().name, folder)
-    if asked.temperatures:
-        _megafork(
-            *("analyze", "temperatures", "--model", plan.final, "--data", plan.prompts),
-            *("--output", folder / "temperatures"),
-            f"sweep.threshold={statistics[FINAL].percentiles[80]:.6g}",
-            *plan.eval_settings,
-        )
+@contextmanager
+def _converted(checkpoint: Path, folder: Path) -> Iterator[Path]:
+    """Convert a sharded checkpoint to an HF folder, which is gone at the end, after a signal too,
+    because a folder of weights is the largest thing here."""
+    with ended_by_signals(), TemporaryDirectory(prefix=".converted-", dir=folder) as name:
+        model = Path(name) / "hf"
+        _megafork("convert", "megatron-to-hf", "--hf", model, "--megatron", checkpoint)
+        yield model
 
 
 def _megafork(*arguments: object) -> None:
-    """`megafork ARGUMENTS` in a process of its own, which ends with this one's signals.
+    """Run `megafork ARGUMENTS` in a process of its own, which ends with this one's signals.
 
     Raises UserError when it fails; it has told why.
     """

@@ -1,12 +1,14 @@
-"""Accuracy when forking and other tokens are decoded at two temperatures, one of them varied while
-the other stays 1 (arXiv 2506.01939, section 3)."""
+"""Accuracy when forking and other tokens are decoded at two temperatures (arXiv 2506.01939, section
+3). One of the two is varied while the other stays 1."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy
 
 from megafork.analysis.output import BLUE, GREY, ORANGE, Row, figure, make_folder, write_table
 from megafork.config.rollouts import TemperaturesConfig
@@ -18,21 +20,11 @@ from megafork.rollout.sampling import TwoTemperatures
 from megafork.verifiers.names import check_verifiers
 
 Problems = Sequence[Sequence[estimates.Scored]]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What one pair of temperatures gave, problem by problem in the file's order."""
-
-    temperatures: TwoTemperatures
-    problems: Problems
-
-    def accuracies(self) -> list[float]:
-        return [sum(s.accuracy for s in samples) / len(samples) for samples in self.problems]
+"""samples of each problem, in the file's order"""
 
 
 def pairs_of(config: TemperaturesConfig) -> list[TwoTemperatures]:
-    """The baseline first, then one temperature at a time; no pair twice."""
+    """The baseline, then the pairs that vary one temperature; none twice."""
     sweep = config.sweep
     pairs = [TwoTemperatures(sweep.threshold)]
     pairs += [TwoTemperatures(sweep.threshold, above=t) for t in sweep.above]
@@ -60,7 +52,7 @@ def sweep_temperatures(config: TemperaturesConfig, data: str, output: Path) -> N
     make_folder(output)
     run_judged(given, list(jobs.values()), config, log_path=output / "vllm.log")
     samples = config.rollout.samples
-    found = [Evaluation(pair, problems_of(job.file, samples)) for pair, job in jobs.items()]
+    found = [(pair, problems_of(job.file, samples)) for pair, job in jobs.items()]
     about = {
         "model": str(given.source.folder),
         "data": data,
@@ -74,35 +66,40 @@ def sweep_temperatures(config: TemperaturesConfig, data: str, output: Path) -> N
 
 
 def _settings(given: Input, pair: TwoTemperatures) -> Settings:
-    """Of one pair's samples: the other temperatures of the sweep are none of their business."""
+    """Settings that one pair's samples depend on; the sweep's other temperatures are none."""
     settings = given.settings()
     kept = {key: value for key, value in settings.items() if not key.startswith("sweep.")}
     return kept | {"temperatures": [pair.threshold, pair.above, pair.below]}
 
 
-def table(evaluations: Sequence[Evaluation]) -> list[Row]:
-    """One row for each; the baseline, T = 1 on both sides, is the first. Intervals: 95%, over
-    problems. `change` is from the baseline problem by problem."""
-    baseline = evaluations[0].accuracies()
+def table(evaluations: Sequence[tuple[TwoTemperatures, Problems]]) -> list[Row]:
+    """A row for each pair of temperatures, with 95% intervals over problems.
+
+    The first pair is the baseline, T = 1 on both sides; `change` is from it, problem by problem.
+    """
+    baseline = _accuracies(evaluations[0][1])
     rows = []
-    for evaluation in evaluations:
-        problems = evaluation.problems
-        pairs = zip(evaluation.accuracies(), baseline, strict=True)
+    for pair, problems in evaluations:
+        change = numpy.subtract(_accuracies(problems), baseline).tolist()
         columns = {
             "accuracy": estimates.avg_at_k(problems),
-            "change": _of_differences([ours - theirs for ours, theirs in pairs]),
+            "change": _mean_difference(change),
             "length": estimates.mean_length(problems),
             "truncated": estimates.truncated_fraction(problems),
         }
-        row: Row = {"above": evaluation.temperatures.above, "below": evaluation.temperatures.below}
+        row: Row = {"above": pair.above, "below": pair.below}
         for name, found in columns.items():
             row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
         rows.append(row)
     return rows
 
 
-def _of_differences(values: Sequence[float]) -> estimates.Estimate:
-    """Of differences, which lie in -1..1: Student's t, cut to what is possible."""
+def _accuracies(problems: Problems) -> list[float]:
+    return [sum(s.accuracy for s in samples) / len(samples) for samples in problems]
+
+
+def _mean_difference(values: Sequence[float]) -> estimates.Estimate:
+    """Mean of differences with Student's interval, cut to -1..1 where they lie."""
     found = estimates.estimate(values, is_share=False)
     if found.low is None or found.high is None:
         return found
@@ -110,7 +107,7 @@ def _of_differences(values: Sequence[float]) -> estimates.Estimate:
 
 
 def draw(rows: Sequence[Row], about: dict[str, Any], path: Path) -> None:
-    """Accuracy, length and truncation over the temperature that is varied, a curve a side."""
+    """Draw accuracy, length and truncation over the temperature that is varied, a curve a side."""
     panels = {
         "accuracy": (f"accuracy, avg@{about['samples']} (%)", 100),
         "length": ("response length (tokens)", 1),
@@ -125,16 +122,15 @@ def draw(rows: Sequence[Row], about: dict[str, Any], path: Path) -> None:
             for side, (meaning, color) in curves.items():
                 other = "below" if side == "above" else "above"
                 points = sorted((row for row in rows if row[other] == 1), key=lambda row: row[side])
-                margins = [
-                    [scale * _distance(row[name], row[f"{name}_{end}"]) for row in points]
-                    for end in ("low", "high")
-                ]
-                # Where nothing was truncated, a bound of nothing would dwarf what was.
-                bars = None if name == "truncated" else margins
+                values = scale * numpy.array([row[name] for row in points])
+                ends = [[row[f"{name}_{end}"] for row in points] for end in ("low", "high")]
+                # One problem alone has no interval: its ends are None.
+                bars = numpy.nan_to_num(abs(scale * numpy.array(ends, float) - values))
                 axes.errorbar(
                     [row[side] for row in points],
-                    [scale * row[name] for row in points],
-                    yerr=bars,
+                    values,
+                    # Where nothing was truncated, a bound of nothing would dwarf what was.
+                    yerr=None if name == "truncated" else bars,
                     marker="o",
                     capsize=3,
                     color=color,
@@ -151,8 +147,3 @@ def draw(rows: Sequence[Row], about: dict[str, Any], path: Path) -> None:
             fontsize="small",
         )
         every_axes[-1].set_xlabel("temperature that is varied (0: greedy)")
-
-
-def _distance(value: float, end: float | None) -> float:
-    """To the end of an interval, which one problem alone does not have."""
-    return 0.0 if end is None else abs(value - end)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,9 +23,16 @@ from megafork.parallel.mesh import Mesh, initialize, shutdown
 from megafork.system.disk import naming
 from megafork.system.parsing import parse_json
 
+Batch = Sequence[tuple[dict, Group]]
+"""input objects, each with its response"""
+Scores = Sequence[tuple[list[float], list[float]]]
+"""(logprobs, entropies) of each response of a batch"""
+Write = Callable[[Batch, Scores], None]
+
 
 def score_file(config: ScoreConfig, input_path: Path, output_path: Path) -> None:
-    """Write every input object with "logprobs" and "entropies" added, in input order.
+    """Write every input object with "logprobs" and "entropies" added, in input order: as jsonl, or
+    as parquet if the output's name ends in .parquet.
 
     Collective; rank 0 reads and writes. The output appears under its name when it is complete.
     Raises UserError naming file and line for an input that cannot be scored.
@@ -41,31 +48,67 @@ def score_file(config: ScoreConfig, input_path: Path, output_path: Path) -> None
     partial = output_path.with_name(output_path.name + ".partial")
     with contextlib.ExitStack() as stack:
         source: Iterator[tuple[dict, Group]] = iter(())
-        sink: TextIO | None = None
+        write: Write | None = None
         if mesh.rank == 0:
             lines = stack.enter_context(input_path.open(encoding="utf-8"))
             source = read_responses(lines, input_path, config, scorer.shape.vocab_size)
             stack.callback(partial.unlink, missing_ok=True)
             stack.enter_context(naming(partial))
-            sink = stack.enter_context(partial.open("w", encoding="utf-8"))
+            writer = _parquet_writer if output_path.suffix == ".parquet" else _jsonl_writer
+            opened = stack.enter_context(contextlib.ExitStack())
+            write = opened.enter_context(writer(partial))
         while True:
             batch = mesh.on_rank_zero(lambda: list(islice(source, config.batch_sequences)))
             if not batch:
                 break
             values = _score([group for _, group in batch], scorer, mesh)
-            if sink is not None:
-                for (row, _), (logprobs, entropies) in zip(batch, values, strict=True):
-                    scored = row | {"logprobs": logprobs, "entropies": entropies}
-                    sink.write(json.dumps(scored, ensure_ascii=False) + "\n")
-        if sink is not None:
-            sink.close()
+            if write is not None:
+                write(batch, values)
+        if mesh.rank == 0:
+            opened.close()
             os.replace(partial, output_path)
     shutdown()
 
 
-def _score(
-    groups: list[Group], scorer: Scorer, mesh: Mesh
-) -> list[tuple[list[float], list[float]]]:
+@contextlib.contextmanager
+def _jsonl_writer(path: Path) -> Iterator[Write]:
+    with path.open("w", encoding="utf-8") as file:
+
+        def write(batch: Batch, scores: Scores) -> None:
+            for (row, _), (logprobs, entropies) in zip(batch, scores, strict=True):
+                scored = row | {"logprobs": logprobs, "entropies": entropies}
+                file.write(json.dumps(scored, ensure_ascii=False) + "\n")
+
+        yield write
+
+
+@contextlib.contextmanager
+def _parquet_writer(path: Path) -> Iterator[Write]:
+    """Columns of token ids and scores, and `input`, the rest of the input object as JSON."""
+    import pyarrow
+    from pyarrow import parquet
+
+    ids, numbers = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.float32())
+    columns = {"prompt_ids": ids, "response_ids": ids, "logprobs": numbers, "entropies": numbers}
+    schema = pyarrow.schema({"input": pyarrow.string()} | columns)
+    with parquet.ParquetWriter(path, schema, compression="zstd") as file:
+
+        def write(batch: Batch, scores: Scores) -> None:
+            # The JSON is ASCII, because a lone surrogate has no UTF-8.
+            rest = [{k: v for k, v in row.items() if k not in columns} for row, _ in batch]
+            found = {
+                "input": [json.dumps(row) for row in rest],
+                "prompt_ids": [group.prompt_ids for _, group in batch],
+                "response_ids": [group.samples[0].token_ids for _, group in batch],
+                "logprobs": [logprobs for logprobs, _ in scores],
+                "entropies": [entropies for _, entropies in scores],
+            }
+            file.write_table(pyarrow.table(found, schema=schema))
+
+        yield write
+
+
+def _score(groups: list[Group], scorer: Scorer, mesh: Mesh) -> Scores:
     """Return (logprobs, entropies) of each group's one response on rank 0, elsewhere []."""
     table = token_table(groups)
     scores = scorer.score(table)

@@ -1,4 +1,4 @@
-"""Files of scored responses, and their columns."""
+"""Files of scored responses, as rows and as read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy
 
-from megafork.analysis.columns import Columns, read_scored
+from megafork.analysis.scored import Scored, read_scored
 
 VOCAB = 40
 
@@ -51,9 +51,8 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def columns_of(folder: Path, name: str, rows: list[dict], block_tokens: int = 100) -> Columns:
-    path = write(folder / f"{name}.jsonl", rows)
-    return read_scored(path, folder / name, vocab_size=VOCAB, block_tokens=block_tokens)
+def scored_of(folder: Path, name: str, rows: list[dict]) -> Scored:
+    return read_scored(write(folder / f"{name}.jsonl", rows), vocab_size=VOCAB)
 
 
 def entropies_of(rows: list[dict]) -> numpy.ndarray:

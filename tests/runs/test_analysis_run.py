@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from megafork.config.load import load_config, save_config
 from megafork.data.sample import Group, Sample
 from megafork.errors import UserError
 from megafork.rollout.journal import Journal
+from megafork.system.signals import ended_by_signals
 from tests.helpers.commands import QUICKSTART, lines, megafork
 
 PROMPT = [10, 21, 6, 21, 8, 19, 8, 12]
@@ -127,6 +131,9 @@ def test_one_command_for_a_run(tmp_path):
     for name in ("initial", "step_000001", "final"):
         scored = lines(out / f"scored_{name}.jsonl")
         assert [row["response_ids"] for row in scored] == [r["response_ids"] for r in responses]
+        for row, response in zip(scored, responses, strict=True):
+            assert row.items() >= response.items()
+            assert len(row["logprobs"]) == len(row["entropies"]) == len(row["response_ids"])
     summary = json.loads((out / "analysis.json").read_text())
     assert summary["num_tokens"] == sum(len(row["response_ids"]) for row in responses) == 125
     unchanged, final = json.loads((out / "overlap.json").read_text())["rows"]
@@ -270,6 +277,19 @@ def test_rollouts_as_responses(tmp_path):
     assert [row["accuracy"] for row in rows] == [0.0, 1.0] * 2
     assert {row["step"] for row in rows} == {7}
     assert [row["finish_reason"] for row in rows] == ["stop", "length"] * 2
+
+
+def test_a_signal_leaves_no_converted_checkpoint(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(SystemExit, match="75"),
+        ended_by_signals(),
+        tempfile.TemporaryDirectory(dir=tmp_path) as folder,
+    ):
+        (Path(folder) / "weights").write_bytes(b"much")
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_rollouts_of_aborted_groups_alone(tmp_path):

@@ -7,6 +7,7 @@ import resource
 
 import pytest
 import torch
+from pyarrow import parquet
 
 import megafork.evaluation.scoring
 from tests.helpers import reference
@@ -58,31 +59,39 @@ def test_score_is_the_same_at_every_layout(tmp_path, layout):
 
 
 def test_score_takes_text(tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"prompt": "6 2 4>48:", "response": "6*4=24;2*24=48."}\n')
-    done = megafork(
-        *("score", "--model", QUICKSTART / "model", "--input", tmp_path / "in.jsonl"),
-        *("--output", tmp_path / "out.jsonl", "model.dtype=float32"),
-    )
-    assert done.returncode == 0, done.stderr
+    """As jsonl and as parquet, which has the tokens too: the same numbers."""
+    given = {"prompt": "6 2 4>48:", "response": "6*4=24;2*24=48.", "id": "\u00e9"}
+    (tmp_path / "in.jsonl").write_text(json.dumps(given) + "\n")
+    for name in ("out.jsonl", "out.parquet"):
+        done = megafork(
+            *("score", "--model", QUICKSTART / "model", "--input", tmp_path / "in.jsonl"),
+            *("--output", tmp_path / name, "model.dtype=float32"),
+        )
+        assert done.returncode == 0, done.stderr
     [row] = lines(tmp_path / "out.jsonl")
     assert len(row["entropies"]) == len("6*4=24;2*24=48.")
     assert row["response"] == "6*4=24;2*24=48."
+    [stored] = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert json.loads(stored["input"]) == given
+    assert len(stored["response_ids"]) == len(row["entropies"])
+    assert (stored["logprobs"], stored["entropies"]) == (row["logprobs"], row["entropies"])
 
 
-def test_a_full_disk_is_told_and_leaves_the_former_output(tmp_path):
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_a_full_disk_is_told_and_leaves_the_former_output(tmp_path, name):
     """A limit on the size of files stands for the disk."""
     folder = reference.save_model(tmp_path / "model", tied=False)
     row = json.dumps({"prompt_ids": [4, 5], "response_ids": [6, 7, 8, 9]}) + "\n"
     (tmp_path / "in.jsonl").write_text(row * 300)
-    (tmp_path / "out.jsonl").write_text("former")
-    files = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"]
+    (tmp_path / name).write_text("former")
+    files = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / name]
     done = megafork(
-        *("score", "--model", folder, *files),
+        *("score", "--model", folder, *files, "batch_sequences=8"),
         prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14)),
     )
     assert done.returncode == 2
-    partial = tmp_path / "out.jsonl.partial"
-    assert f"error: [Errno 27] File too large: '{partial}': make room" in done.stderr
+    assert "error: [Errno 27] " in done.stderr and "ile too large" in done.stderr
+    assert f"'{tmp_path / name}.partial': make room" in done.stderr
     assert "Traceback" not in done.stderr
-    assert (tmp_path / "out.jsonl").read_text() == "former"
+    assert (tmp_path / name).read_text() == "former"
     assert not list(tmp_path.glob("*.partial"))

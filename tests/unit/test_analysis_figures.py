@@ -17,7 +17,7 @@ from megafork.analysis.tokens import rank_tokens, write_tokens
 from megafork.errors import UserError
 from megafork.system.printable import as_cell
 from tests.helpers.commands import QUICKSTART
-from tests.helpers.scored import columns_of, entropies_of, make_rows, rescored, write
+from tests.helpers.scored import entropies_of, make_rows, rescored, scored_of, write
 
 CHARACTERS = 22
 """ids of the quickstart's tokenizer, the last one the blank"""
@@ -230,8 +230,15 @@ def test_what_the_font_lacks_is_told(tmp_path, figures):
     names = ["ведь", "因为", "$x$", "same", "same", ""]
     ids = [i for i in range(len(names)) for _ in range(3)]
     rows = [{"response_ids": ids, "entropies": [0.1 * (i + 1) for i in ids]}] * 2
-    found = rank_tokens(columns_of(tmp_path, "a", rows), len(names), names.__getitem__, 1, 1)
-    assert [t.label for t in found.ranked] == ["<5>", "same #4", "same #3", "$x$", "因为", "ведь"]
+    found = rank_tokens(scored_of(tmp_path, "a", rows), len(names), names.__getitem__, 1, 1)
+    assert [row["token"] for row in found.rows] == [
+        "<5>",
+        "same #4",
+        "same #3",
+        "$x$",
+        "因为",
+        "ведь",
+    ]
     write_tokens(found, "a", tmp_path, "tokens", num_words=10, font=Font())
     assert json.loads((tmp_path / "tokens.json").read_text())["not_drawn"] == ["因为"]
     (_, below), (cloud, _) = figures

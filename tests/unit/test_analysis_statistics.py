@@ -1,68 +1,24 @@
-"""Statistics of one file against numpy over all of its numbers at once, with ties and blocks."""
+"""Statistics of one file against numpy over all of its numbers at once, with ties."""
 
 from __future__ import annotations
 
 import numpy
 import pytest
 
-from megafork.analysis.entropy import BIN_NATS, entropy_statistics
-from megafork.analysis.means import ClusteredMeans
-from megafork.analysis.order import order_statistics, quantiles
+from megafork.analysis.entropy import BIN_NATS, entropy_tables
+from megafork.analysis.statistics import clustered_means
 from megafork.analysis.tokens import rank_tokens
 from megafork.errors import UserError
-from tests.helpers.scored import VOCAB, brute_error, columns_of, entropies_of, make_rows
-
-KINDS = ["normal", "ties", "tiny", "one"]
-
-
-def values_of(kind):
-    random = numpy.random.default_rng(3)
-    values = {
-        "normal": random.normal(0, 3, 5000),
-        "ties": random.integers(-2, 3, 5000) * 0.25,
-        "tiny": random.exponential(1, 5000) * 10.0 ** random.integers(-44, 30, 5000),
-        "one": numpy.array([0.7]),
-    }[kind].astype(numpy.float32)
-    values[::7] *= -0.0 if kind == "ties" else 1.0
-    return values
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("parts", [1, 7])
-def test_order_statistics_are_exact(kind, parts):
-    values = values_of(kind)
-    blocks = numpy.array_split(values, parts)
-    found = order_statistics(lambda: blocks, range(len(values)))
-    assert numpy.array_equal(found, numpy.sort(values))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_quantiles_are_numpys(kind):
-    values = values_of(kind)
-    fractions = numpy.linspace(0, 1, 101)
-    found = quantiles(lambda: numpy.array_split(values, 5), len(values), fractions)
-    expected = numpy.quantile(values.astype(numpy.float64), fractions)
-    # The last bits of an interpolation of two float32 in float64.
-    numpy.testing.assert_allclose(found, expected, rtol=1e-13, atol=0)
-
-
-@pytest.mark.parametrize("ranks", [[-1], [3]])
-def test_a_rank_outside_is_refused(ranks):
-    with pytest.raises(ValueError, match="of 3 values"):
-        order_statistics(lambda: [numpy.zeros(3, numpy.float32)], ranks)
+from tests.helpers.scored import VOCAB, brute_error, entropies_of, make_rows, scored_of
 
 
 @pytest.mark.parametrize("num_cells", [1, 3, 500])
 def test_means_and_errors_of_cells(num_cells):
-    """500 cells are more than the tokens of a response, so pairs are found by sorting."""
     random = numpy.random.default_rng(5)
     rows = numpy.sort(random.integers(0, 40, 600))
     cells = random.integers(0, num_cells, 600) // 2 * 2  # odd ones stay empty
     values = random.exponential(1, 600) + rows % 5
-    means = ClusteredMeans(num_cells)
-    for r in range(0, 40, 8):
-        part = (rows >= r) & (rows < r + 8)
-        means.add(values[part], cells[part], rows[part])
+    means = clustered_means(values, cells, rows, num_cells)
     for cell in range(num_cells):
         inside = cells == cell
         assert means.count[cell] == inside.sum()
@@ -78,55 +34,62 @@ def test_means_and_errors_of_cells(num_cells):
 
 def test_with_one_token_a_response_it_is_the_usual_standard_error():
     values = numpy.random.default_rng(0).normal(2, 1, 50)
-    means = ClusteredMeans(1)
-    means.add(values, numpy.zeros(50, numpy.int64), numpy.arange(50))
+    means = clustered_means(values, numpy.zeros(50, numpy.int64), numpy.arange(50), 1)
     assert means.standard_error[0] == pytest.approx(values.std(ddof=1) / 50**0.5, rel=1e-12)
 
 
-@pytest.mark.parametrize("block_tokens", [1, 100, 10**6])
 @pytest.mark.parametrize("ties", [False, True])
-def test_entropy_statistics(tmp_path, block_tokens, ties):
+def test_entropy_tables(tmp_path, ties):
     rows = make_rows(2, ties=ties)
-    found = entropy_statistics(columns_of(tmp_path, "a", rows, block_tokens))
+    found = entropy_tables(scored_of(tmp_path, "a", rows))
     values = entropies_of(rows)
     of_row = numpy.repeat(range(len(rows)), [len(row["entropies"]) for row in rows])
-    assert found.num_tokens == len(values)
-    assert found.mean == pytest.approx(values.mean(), rel=1e-12)
-    assert found.standard_error == pytest.approx(brute_error(values, of_row), rel=1e-9)
-    assert found.below_near_zero == (values < 0.01).mean()
-    p80 = numpy.quantile(values, 0.8)
-    assert found.top_share == pytest.approx(values[values >= p80].sum() / values.sum(), rel=1e-12)
-    for percentile, value in found.percentiles.items():
-        assert value == pytest.approx(numpy.quantile(values, percentile / 100), rel=1e-12)
-    assert list(found.percentiles) == list(range(101))
-    edges = numpy.arange(len(found.counts) + 1) * BIN_NATS
-    assert found.counts == numpy.histogram(values, edges)[0].tolist()
-    assert sum(found.counts) == len(values)
+    about, p80 = found.about, numpy.quantile(values, 0.8)
+    assert (about["responses"], about["tokens"]) == (len(rows), len(values))
+    assert about["mean_nats"] == pytest.approx(values.mean(), rel=1e-12)
+    error = brute_error(values, of_row)
+    assert about["mean_standard_error_nats"] == pytest.approx(error, rel=1e-9)
+    assert about["share_below_0.01_nats"] == (values < 0.01).mean()
+    top_share = values[values >= p80].sum() / values.sum()
+    assert about["share_of_entropy_at_or_above_p80"] == pytest.approx(top_share, rel=1e-12)
+    assert [row["percentile"] for row in found.percentiles] == list(range(101))
+    for row in found.percentiles:
+        expected = numpy.quantile(values, row["percentile"] / 100)
+        assert row["entropy_nats"] == pytest.approx(expected, rel=1e-12)
+    assert found.p80 == pytest.approx(p80, rel=1e-12)
+    counts = [row["tokens"] for row in found.histogram]
+    edges = numpy.arange(len(counts) + 1) * BIN_NATS
+    assert counts == numpy.histogram(values, edges)[0].tolist()
+    assert sum(counts) == len(values)
+
+
+def tables_of(tmp_path, entropies):
+    """(tables, counts of the histogram) of one response"""
+    row = {"response_ids": [1] * len(entropies), "entropies": entropies}
+    found = entropy_tables(scored_of(tmp_path, "a", [row]))
+    return found, [row["tokens"] for row in found.histogram]
 
 
 def test_entropies_that_rounding_left_below_zero_are_counted_at_zero(tmp_path):
-    rows = [{"response_ids": [1, 2, 3], "entropies": [-1e-7, 0.0, 0.02]}]
-    found = entropy_statistics(columns_of(tmp_path, "a", rows))
-    assert found.counts == [3]
-    assert found.percentiles[0] == pytest.approx(-1e-7)
-    assert numpy.isnan(found.standard_error)
+    found, counts = tables_of(tmp_path, [-1e-7, 0.0, 0.02])
+    assert counts == [3]
+    assert found.percentiles[0]["entropy_nats"] == pytest.approx(-1e-7)
+    assert numpy.isnan(found.about["mean_standard_error_nats"])
 
 
 def test_a_model_that_is_sure_of_everything(tmp_path):
-    found = entropy_statistics(
-        columns_of(tmp_path, "a", [{"response_ids": [1, 2], "entropies": [0.0, 0.0]}])
-    )
-    assert found.counts == [2]
-    assert (found.below_near_zero, found.percentiles[99]) == (1.0, 0.0)
-    assert numpy.isnan(found.top_share)
+    found, counts = tables_of(tmp_path, [0.0, 0.0])
+    assert counts == [2]
+    assert found.about["share_below_0.01_nats"] == 1.0
+    assert found.percentiles[99]["entropy_nats"] == 0.0
+    assert numpy.isnan(found.about["share_of_entropy_at_or_above_p80"])
 
 
-@pytest.mark.parametrize("block_tokens", [1, 100, 10**6])
 @pytest.mark.parametrize(("min_count", "min_responses"), [(1, 1), (38, 1), (1, 28)])
-def test_tokens_by_mean_entropy(tmp_path, block_tokens, min_count, min_responses):
+def test_tokens_by_mean_entropy(tmp_path, min_count, min_responses):
     rows = make_rows(4)
-    columns = columns_of(tmp_path, "a", rows, block_tokens)
-    found = rank_tokens(columns, VOCAB, lambda i: f" w{i}", min_count, min_responses)
+    scored = scored_of(tmp_path, "a", rows)
+    found = rank_tokens(scored, VOCAB, lambda i: f" w{i}", min_count, min_responses)
     values = entropies_of(rows)
     ids = numpy.array([i for row in rows for i in row["response_ids"]])
     of_row = numpy.repeat(range(len(rows)), [len(row["entropies"]) for row in rows])
@@ -135,24 +98,25 @@ def test_tokens_by_mean_entropy(tmp_path, block_tokens, min_count, min_responses
     expected = [i for i in often if spread[i] >= min_responses]
     expected.sort(key=lambda i: -values[ids == i].mean())
     assert len(expected) > 1 and (min_count == min_responses == 1 or len(expected) < VOCAB)
-    assert [token.id for token in found.ranked] == expected
-    for token in found.ranked:
-        inside = ids == token.id
-        assert (token.count, token.label) == (inside.sum(), f"·w{token.id}")
-        assert token.responses == len(numpy.unique(of_row[inside]))
-        assert token.mean == pytest.approx(values[inside].mean(), rel=1e-12)
-        assert token.standard_error == pytest.approx(
+    assert [row["id"] for row in found.rows] == expected
+    assert [row["rank"] for row in found.rows] == list(range(1, len(expected) + 1))
+    for row in found.rows:
+        inside = ids == row["id"]
+        assert (row["count"], row["token"]) == (inside.sum(), f"·w{row['id']}")
+        assert row["responses"] == len(numpy.unique(of_row[inside]))
+        assert row["mean_entropy_nats"] == pytest.approx(values[inside].mean(), rel=1e-12)
+        assert row["standard_error_nats"] == pytest.approx(
             brute_error(values[inside], of_row[inside]), rel=1e-8
         )
     half = -(-len(expected) // 2)
-    assert [token.id for token in found.highest(100)] == expected[:half]
-    assert [token.id for token in found.lowest(100)] == expected[half:][::-1]
-    assert [token.id for token in found.lowest(2)] == expected[::-1][:2]
+    assert [row["id"] for row in found.highest(100)] == expected[:half]
+    assert [row["id"] for row in found.lowest(100)] == expected[half:][::-1]
+    assert [row["id"] for row in found.lowest(2)] == expected[::-1][:2]
 
 
 def test_tokens_that_are_too_rare_are_told(tmp_path):
-    columns = columns_of(tmp_path, "a", [{"response_ids": [1, 1, 2], "entropies": [1, 2, 3]}])
+    scored = scored_of(tmp_path, "a", [{"response_ids": [1, 1, 2], "entropies": [1, 2, 3]}])
     with pytest.raises(UserError, match=r"--min-count=3 .*\(the most frequent 2 times"):
-        rank_tokens(columns, VOCAB, str, 3, 1)
+        rank_tokens(scored, VOCAB, str, 3, 1)
     with pytest.raises(UserError, match=r"--min-responses=2: .*most widespread in 1 responses"):
-        rank_tokens(columns, VOCAB, str, 1, 2)
+        rank_tokens(scored, VOCAB, str, 1, 2)

@@ -16,7 +16,7 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megafork.analysis.columns import read_scored
+from megafork.analysis.scored import read_scored
 from megafork.config import DataConfig, ScoreConfig, TrainConfig
 from megafork.config.load import load_config
 from megafork.data.prompts import read_rows
@@ -143,10 +143,7 @@ def test_journal(folder, journal, data):
 @given(content=damaged([SCORED, SCORED]))
 @cases()
 def test_scored_responses(folder, content):
-    with tempfile.TemporaryDirectory(dir=folder) as spool:
-        reads_or_tells(
-            folder / "scored.jsonl", content, lambda path: read_scored(path, Path(spool) / "a")
-        )
+    reads_or_tells(folder / "scored.jsonl", content, read_scored)
 
 
 @pytest.mark.slow

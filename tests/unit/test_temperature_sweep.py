@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from megafork.analysis.temperatures import Evaluation, pairs_of, table
+from megafork.analysis.temperatures import pairs_of, table
 from megafork.config.load import load_config
 from megafork.config.rollouts import TemperaturesConfig
 from megafork.errors import UserError
@@ -22,8 +22,8 @@ def scored(*accuracies: float, length: int = 10, truncated: bool = False) -> lis
 
 
 def test_the_table_by_hand():
-    base = Evaluation(TwoTemperatures(0.5), [scored(1, 0), scored(0, 0), scored(1, 1)])
-    hot = Evaluation(
+    base = (TwoTemperatures(0.5), [scored(1, 0), scored(0, 0), scored(1, 1)])
+    hot = (
         TwoTemperatures(0.5, above=2.0),
         [scored(0, 0), scored(0, 1, length=20, truncated=True), scored(0, 1)],
     )
