@@ -399,6 +399,8 @@ def _assumptions(
         "longest response",
         f"{trainer.num_micro_batches} micro-batches of each rank in an update, ranks alike; bubble "
         "(pp - 1) / (m vpp)",
+        f"{EFFICIENCY.exposed:g} of a collective's time in training waits, the rest hides",
+        "TransformerEngine's attention (causal, over packs) and its ring for cp",
         "weights are bound by the link of the GPU that takes them; gathering them hides behind it",
         "no time for rewards, evaluation, checkpoints, dispatch",
         f"{num_servers(config, nodes)} servers of {tp} GPUs",
