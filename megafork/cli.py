@@ -91,12 +91,12 @@ def train(
         raise UserError("give a config file, or --resume with a run's folder")
     resolved = load_config(TrainConfig, config, settings)
     if dry_run:
-        from megafork.plan.dry_run import rehearse_run
+        from megafork.plan.dry_run import plan_run
 
         if node is None and serve_nodes is None and not _has_gpu():
             node = "this"
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the plan is of other GPUs than this machine's
-        rehearse_run(
+        plan_run(
             resolved,
             node or "h100",
             serve_nodes or 0,

@@ -36,7 +36,7 @@ from megafork.data.token_table import TokenTable, token_table
 from megafork.model.shape import ModelShape
 from megafork.parallel.mesh import Mesh, initialize
 from megafork.plan.memory import training_memory
-from megafork.plan.rehearsal import MicroBatch
+from megafork.plan.trace import MicroBatch
 from megafork.trainer.policy import Policy
 
 MIB = 1 << 20

@@ -14,8 +14,7 @@ from megafork.config import TrainConfig
 from megafork.config.load import load_config
 from megafork.errors import UserError
 from megafork.model.shape import ModelShape
-from megafork.plan.nodes import NodeType, node_type
-from megafork.plan.shapes import named_shape
+from megafork.plan.nodes import Nodes, NodeType, named_shape, node_type
 from megafork.trainer.preflight import check_length
 
 _UNKNOWN = 'run.dir="unset"', 'data.train="unset"', 'reward.verifier="maths"', "training.steps=1"
@@ -76,16 +75,16 @@ def _search(
     *,
     as_json: bool,
 ) -> bool:
-    from megafork.plan import report
+    from megafork.plan import plan_text
     from megafork.plan.search import search
 
     found = search(
         config, shape, node, num_nodes, serve_nodes, mean_response_tokens=mean_response_tokens
     )
     if as_json:
-        _tell_json([report.layout_as_json(layout) for layout in found])
+        _tell_json([plan_text.layout_as_json(layout) for layout in found])
     else:
-        _tell(report.search_lines(found))
+        _tell(plan_text.search_lines(found))
     return bool(found)
 
 
@@ -99,24 +98,25 @@ def _plan(
     *,
     as_json: bool,
 ) -> bool:
-    from megafork.plan import report
+    from megafork.plan import plan_text
     from megafork.plan.memory import plan_memory
-    from megafork.plan.search import Nodes, remedies, timed
+    from megafork.plan.search import remedies
+    from megafork.plan.step_time import step_time
 
     colocated = config.rollout.placement == "colocated"
     serving = 0 if colocated else num_nodes // 2 if serve_nodes is None else serve_nodes
     nodes = Nodes(node, num_nodes - serving, serving)
-    memory = plan_memory(config, shape, node, nodes.train, nodes.serve)
-    time = timed(config, shape, nodes, mean_response_tokens)
+    memory = plan_memory(config, shape, nodes)
+    time = step_time(config, shape, nodes, mean_response_tokens=mean_response_tokens)
     fixes = [] if memory.fits else remedies(config, shape, nodes)
     if as_json:
-        _tell_json(report.as_json(memory, time, fixes))
+        _tell_json(plan_text.as_json(memory, time, fixes))
         return memory.fits
-    _tell(report.memory_lines(memory, shape, node))
+    _tell(plan_text.memory_lines(memory, shape, node))
     if memory.fits:
-        _tell(report.time_lines(time))
-    _tell(report.assumption_lines(time if memory.fits else None))
-    _tell(report.problem_lines(memory, fixes))
+        _tell(plan_text.time_lines(time))
+    _tell(plan_text.assumption_lines(time if memory.fits else None))
+    _tell(plan_text.problem_lines(memory, fixes))
     return memory.fits
 
 

@@ -20,19 +20,17 @@ from megafork.errors import UserError
 from megafork.model.shape import ModelShape
 from megafork.plan.machine import machine_lines, machine_memory, problem
 from megafork.plan.memory import MemoryPlan, plan_memory
-from megafork.plan.nodes import GIB, NodeType, node_type
-from megafork.plan.report import assumption_lines, memory_lines, time_lines
-from megafork.plan.roofline import step_time
+from megafork.plan.nodes import GIB, Nodes, NodeType, node_type
+from megafork.plan.plan_text import assumption_lines, memory_lines, time_lines
+from megafork.plan.step_time import step_time
 from megafork.system.heap import available
 from megafork.trainer.preflight import check_folders, check_train
 
 THIS = "this"
 """As a --node: the machine itself, without a GPU"""
-_ASSUMED_SHARE = 0.25
-"""of the longest response, that the mean one has where nobody says"""
 
 
-def rehearse_run(
+def plan_run(
     config: TrainConfig,
     node_name: str,
     num_serve_nodes: int,
@@ -89,20 +87,13 @@ def _on_nodes(
     facts: _Facts,
 ) -> tuple[dict[str, list[str]], list[str]]:
     node = node_type(node_name)
-    nodes = _Nodes.of(config, node)
-    mean = mean_response_tokens
-    if mean is None:
-        mean = _ASSUMED_SHARE * config.rollout.max_response_tokens
-    memory = plan_memory(
-        config, shape, nodes.node, nodes.number, num_serve_nodes, server_gpus=node.gpus
-    )
+    nodes = _nodes(config, node, num_serve_nodes)
+    memory = plan_memory(config, shape, nodes, server_gpus=node.gpus)
     time = step_time(
         config,
         shape,
-        nodes.node,
-        nodes.number,
-        num_serve_nodes,
-        mean_response_tokens=mean,
+        nodes,
+        mean_response_tokens=mean_response_tokens,
         mean_prompt_tokens=facts.mean_prompt,
     )
     sections = {
@@ -170,24 +161,18 @@ def _span(values: range | list[int]) -> str:
     return f"{values[0]}-{values[-1]}" if len(values) > 1 else f"{values[0]}"
 
 
-@dataclass(frozen=True)
-class _Nodes:
-    node: NodeType
-    number: int
-
-    @classmethod
-    def of(cls, config: TrainConfig, node: NodeType) -> _Nodes:
-        """As many as parallel.dp asks for; a part of one where that is enough."""
-        world = config.parallel.world_size
-        if world < node.gpus:
-            return cls(node.model_copy(update={"gpus": world}), 1)
-        number, rest = divmod(world, node.gpus)
-        if rest:
-            raise UserError(
-                f"parallel.dp * tp * pp * cp = {world} ranks do not fill nodes of {node.gpus} "
-                "GPUs: change parallel.dp or --node"
-            )
-        return cls(node, number)
+def _nodes(config: TrainConfig, node: NodeType, num_serve_nodes: int) -> Nodes:
+    """Return as many nodes as parallel.dp asks for; a part of one where that is enough."""
+    world = config.parallel.world_size
+    if world < node.gpus:
+        return Nodes(node.model_copy(update={"gpus": world}), 1, num_serve_nodes)
+    number, rest = divmod(world, node.gpus)
+    if rest:
+        raise UserError(
+            f"parallel.dp * tp * pp * cp = {world} ranks do not fill nodes of {node.gpus} "
+            "GPUs: change parallel.dp or --node"
+        )
+    return Nodes(node, number, num_serve_nodes)
 
 
 @dataclass(frozen=True)

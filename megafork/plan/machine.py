@@ -11,16 +11,17 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from megafork.config import TrainConfig
 from megafork.errors import UserError
 from megafork.model.shape import ModelShape, padded_vocab_size
 from megafork.ops import bfloat16_products
-from megafork.plan.nodes import GIB
-from megafork.plan.parts import StageMemory
-from megafork.plan.serving import DTYPE_BYTES
-from megafork.plan.work import num_parameters
+from megafork.plan.nodes import DTYPE_BYTES, GIB, num_parameters
 from megafork.system.heap import KEPT, available
+
+if TYPE_CHECKING:
+    from megafork.plan.memory import StageMemory
 
 RANK_PROCESS = int(0.45 * GIB)
 """A rank's interpreter, libraries and buffers: measured"""
@@ -31,7 +32,7 @@ SERVER_PROCESS = int(1.3 * GIB)
 _SERVER_WEIGHTS = 2
 """Copies of a server on the CPU: as they are loaded, and as its kernels pack them; measured"""
 _HEAD_ROWS = 16
-"""that are rehearsed: of thousands, row by row, it takes a minute"""
+"""that are traced: of thousands, row by row, it takes a minute"""
 _HEAD_CHUNK = 4 << 25
 """what a head of many rows has beside them, of the logits at a time (ops/vocab_parallel.py)"""
 
@@ -86,13 +87,13 @@ def _processes(num_ranks: int) -> int:
 def check_machine(config: TrainConfig) -> None:
     """Raise UserError for a run that this machine cannot hold; warn where it is not free now.
 
-    Nothing is rehearsed, which takes seconds, where an upper bound fits.
+    Nothing is traced, which takes seconds, where an upper bound fits.
     """
     shape = ModelShape.from_folder(config.model.path)
     total, free = available()
     if _at_most(config, shape) < min(total, free):
         return
-    # A rehearsal leaves megatron's globals behind, and this process may become a rank.
+    # A trace leaves megatron's globals behind, and this process may become a rank.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         needs = pool.submit(machine_memory, config, shape).result()
     if needs.total > total:
@@ -176,6 +177,6 @@ def _at_most(config: TrainConfig, shape: ModelShape) -> int:
     )
     activations = 4 * config.training.micro_batch_tokens * parallel.pp * of_a_token
     activations += _HEAD_CHUNK + _widened_head(config, shape)
-    state = 36 * num_parameters(shape) * (2 if config.algorithm.advantages == "gae" else 1)
+    state = 36 * num_parameters(shape) * (2 if config.algorithm.uses_critic else 1)
     ranks = parallel.world_size * (activations + KEPT) + _processes(parallel.world_size)
     return state * (parallel.dp or 1) + ranks + _servers(config, shape)

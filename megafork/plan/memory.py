@@ -1,7 +1,7 @@
 """Bytes on each GPU of a layout: the trainer's by pipeline rank, the servers', and the host's.
 
-Parameters and activations come from a rehearsal of the real model (rehearsal.py), everything that
-follows from them by arithmetic is here. What is no tensor of ours is an allowance, named RESERVE or
+Parameters and activations come from a trace of the real model (trace.py), everything that follows
+from them by arithmetic is here. What is no tensor of ours is an allowance, named RESERVE, ENGINE or
 SLEEPING below: CUDA context, NCCL's buffers, cuBLAS workspaces, the allocator's fragmentation.
 """
 
@@ -12,21 +12,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megafork.config import ParallelConfig, TrainConfig
+from megafork.errors import UserError
 from megafork.model.shape import ModelShape, padded_vocab_size
-from megafork.plan.nodes import GIB, NodeType
-from megafork.plan.parts import HostMemory, StageMemory
-from megafork.plan.rehearsal import (
-    ChunkMemory,
-    MicroBatch,
-    Rehearsal,
-    rehearse,
-    rehearse_shallow,
-)
-from megafork.plan.roofline import data_parallel_size
-from megafork.plan.serving import DTYPE_BYTES, ServerMemory, server_memory, server_problems
+from megafork.plan.nodes import DTYPE_BYTES, GIB, Nodes, NodeType, num_parameters
+from megafork.plan.trace import ChunkMemory, MicroBatch, Trace, trace_model
 
 RESERVE = 4 * GIB
 """of a GPU, for the trainer: not measured"""
+ENGINE = 4 * GIB
+"""of a GPU, for a server's activations, CUDA graphs, NCCL and context: not measured"""
 SLEEPING = 2 * GIB
 """of a GPU, for a server that sleeps: its context, NCCL, CUDA graphs; not measured"""
 HOST_PROCESS = 4 * GIB
@@ -37,14 +31,108 @@ _ROW_BYTES, _PROMPT_BYTES = 25, 8
 _COLLECTED_BYTES, _LEADER_BYTES = 8, 12
 """of a response token in a Sample's arrays, where all are collected; and as a replica's first rank
 gets its rows, before they are in the table"""
+_MOST_RESPONSES = 10_000_000
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """The parts of a training GPU's memory at one pipeline rank, in bytes."""
+
+    pp_rank: int
+    num_layers: int
+    num_parameters: int
+    parameters: int
+    gradients: int
+    """float32"""
+    optimizer: int
+    """this rank's share: moments, and in bfloat16 float32 weights"""
+    critic: int
+    """its parameters, gradients and optimizer"""
+    activations: int
+    """held by the micro-batches in flight, when most is needed"""
+    passing: int
+    """beside them at that moment: a layer's temporaries, or the head's"""
+    head: int
+    """at the head's own peak: chunks of logits, the softmax's sums, gradients of its rows"""
+    reduction: int
+    """instead of activations, while gradients are reduced: gloo's copy of them; NCCL makes none"""
+    transfer: int
+    """instead of activations: whole tensors and buckets of a weight sync, the reference's swap"""
+    bucket: int
+    """of a weight sync, the largest; a server that takes it through local memory copies it"""
+    reserve: int
+
+    @property
+    def static(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.critic
+
+    @property
+    def put_away(self) -> int:
+        """Bytes that move to the host for a server's turn: all but gradients, which are dropped."""
+        own = self.parameters + self.optimizer
+        return own + self.critic * own // (own + self.gradients)
+
+    @property
+    def training(self) -> int:
+        """Bytes of tensors at the peak of an update."""
+        return self.static + max(self.activations + self.passing, self.reduction)
+
+    @property
+    def total(self) -> int:
+        return max(self.training, self.static + self.transfer) + self.reserve
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """The parts of a training node's host memory, in bytes."""
+
+    processes: int
+    token_table: int
+    reference: int
+    checkpoint: int
+    """what each rank writes of weights and optimizer state, until it is written"""
+    offload: int
+    """weights and optimizer while the servers have the GPUs"""
+
+    @property
+    def total(self) -> int:
+        return self.processes + self.token_table + self.reference + self.checkpoint + self.offload
+
+
+@dataclass(frozen=True)
+class ServerMemory:
+    """The parts of a server's GPU, in bytes; its responses are those of all its GPUs."""
+
+    total: int
+    """what rollout.gpu_memory_utilization grants it"""
+    weights: int
+    engine: int
+    """an allowance, ENGINE"""
+    kv_cache: int
+    """what is left; negative: it does not start"""
+    kv_bytes_per_token: int
+    response_tokens: int
+    """of the longest prompt with the longest response"""
+    max_num_seqs: int
+
+    @property
+    def kv_tokens(self) -> int:
+        return max(0, self.kv_cache) // self.kv_bytes_per_token
+
+    @property
+    def whole_responses(self) -> int:
+        """The number of responses of full length that the cache holds at once."""
+        return self.kv_tokens // self.response_tokens
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
+    """The memory of a run, all responses at full length."""
+
     dp: int
     micro_batch: MicroBatch
     num_micro_batches: int
-    """of each rank in an update, all responses at full length"""
+    """of each rank in an update"""
     stages: tuple[StageMemory, ...]
     server: ServerMemory
     host: HostMemory
@@ -57,42 +145,27 @@ class MemoryPlan:
     def fits(self) -> bool:
         return not self.problems
 
-    @property
-    def largest_stage(self) -> StageMemory:
-        return max(self.stages, key=lambda stage: stage.total)
-
 
 def plan_memory(
     config: TrainConfig,
     shape: ModelShape,
-    node: NodeType,
-    num_train_nodes: int,
-    num_serve_nodes: int = 0,
+    nodes: Nodes,
     *,
     server_gpus: int | None = None,
-    reserve: int = RESERVE,
     quick: bool = False,
 ) -> MemoryPlan:
-    """What `config` needs of these nodes when all responses have their full length.
+    """Plan what `config` needs of these nodes when all responses have their full length.
 
-    num_serve_nodes: beside the training ones. server_gpus: of a node with servers, if more than
-    train there. quick: by `rehearse_shallow`.
+    server_gpus: of a node with servers, if more than train there. quick: see `trace_model`.
 
     Raises UserError where the model cannot be split this way, where layout and nodes do not go
     together, and in a process that has a world.
     """
     shape.check(config.model, config.parallel)
-    dp = data_parallel_size(config, node, num_train_nodes)
-    micro_batch, num_micro_batches = worst_micro_batch(config, dp)
+    node, dp = nodes.node, data_parallel_size(config, nodes)
+    micro_batch, number = worst_micro_batch(config, dp)
     stages = training_memory(
-        config,
-        shape,
-        dp,
-        micro_batch,
-        num_micro_batches,
-        device="cuda",
-        reserve=reserve,
-        quick=quick,
+        config, shape, dp, micro_batch, number, device="cuda", reserve=RESERVE, quick=quick
     )
     server = server_memory(config, shape, node)
     host = _host_memory(config, node, stages, dp)
@@ -108,13 +181,14 @@ def plan_memory(
             f"reference {host.reference / GIB:.0f}, offload {host.offload / GIB:.0f}): raise "
             "parallel.tp, pp or dp, so that each rank holds less, or lower rollout.prompts_per_step"
         )
-    return MemoryPlan(
-        dp, micro_batch, num_micro_batches, stages, server, host, turns, tuple(problems)
-    )
+    return MemoryPlan(dp, micro_batch, number, stages, server, host, turns, tuple(problems))
 
 
 def worst_micro_batch(config: TrainConfig, dp: int) -> tuple[MicroBatch, int]:
-    """A full micro-batch of the longest sequences with all rows in the head, and their number."""
+    """Return a full micro-batch of the longest sequences and the number of them.
+
+    All of its rows go through the head.
+    """
     parallel = config.parallel
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens - 1
     longest = parallel.tokens_on_one_rank(longest) * parallel.cp
@@ -140,35 +214,38 @@ def training_memory(
     reserve: int = 0,
     quick: bool = False,
 ) -> tuple[StageMemory, ...]:
-    """Of one rank of each pipeline rank. Stages that are alike are rehearsed once."""
+    """Return the memory of a rank at each pipeline rank. Stages that are alike are traced once."""
     parallel = config.parallel
     sizes = [len(layers) for layers in shape.stage_layers(parallel)]
-    rehearsed: dict[tuple[object, ...], Rehearsal] = {}
+    traces: dict[tuple[object, ...], Trace] = {}
     stages = []
     for pp_rank in range(parallel.pp):
         own = tuple(sizes[pp_rank :: parallel.pp])
         kind = (own, pp_rank == 0, pp_rank == parallel.pp - 1)
-        if kind not in rehearsed:
-            rehearsed[kind] = (rehearse_shallow if quick else rehearse)(
-                shape, config.model, parallel, micro_batch, pp_rank=pp_rank, device=device
+        if kind not in traces:
+            traces[kind] = trace_model(
+                *(shape, config.model, parallel, micro_batch),
+                pp_rank=pp_rank,
+                device=device,
+                quick=quick,
             )
-        rehearsal = rehearsed[kind]
-        held, passing = peak_in_flight(rehearsal.chunks, parallel, pp_rank, num_micro_batches)
+        trace = traces[kind]
+        held, passing = peak_in_flight(trace.chunks, parallel, pp_rank, num_micro_batches)
         stages.append(
             StageMemory(
                 pp_rank=pp_rank,
                 num_layers=sum(own),
-                num_parameters=rehearsal.num_parameters,
-                parameters=rehearsal.weights,
-                gradients=_GRADIENT_BYTES * rehearsal.num_parameters,
-                optimizer=_optimizer_bytes(config, dp, rehearsal.num_parameters),
-                critic=_critic_bytes(config, shape, dp, rehearsal, pp_rank),
+                num_parameters=trace.num_parameters,
+                parameters=trace.weights,
+                gradients=_GRADIENT_BYTES * trace.num_parameters,
+                optimizer=_optimizer_bytes(config, dp, trace.num_parameters),
+                critic=_critic_bytes(config, shape, dp, trace, pp_rank),
                 activations=held,
                 passing=passing,
-                head=max(chunk.head for chunk in rehearsal.chunks),
-                reduction=_reduction_bytes(rehearsal) if device == "cpu" else 0,
-                transfer=_transfer_bytes(config, rehearsal),
-                bucket=_bucket_bytes(config, rehearsal),
+                head=max(chunk.head for chunk in trace.chunks),
+                reduction=_reduction_bytes(trace) if device == "cpu" else 0,
+                transfer=_transfer_bytes(config, trace),
+                bucket=_bucket_bytes(config, trace),
                 reserve=reserve,
             )
         )
@@ -178,7 +255,7 @@ def training_memory(
 def peak_in_flight(
     chunks: tuple[ChunkMemory, ...], parallel: ParallelConfig, pp_rank: int, num_micro_batches: int
 ) -> tuple[int, int]:
-    """(bytes held, bytes passing) when their sum is largest in megatron's schedule.
+    """Return (bytes held, bytes passing) when their sum is largest in megatron's schedule.
 
     1F1B: pp - rank - 1 micro-batches go ahead, then forward and backward take turns. Interleaved
     (vpp > 1): rounds of pp micro-batches through each chunk, 2 (pp - rank - 1) + (vpp - 1) pp ahead
@@ -210,16 +287,16 @@ def peak_in_flight(
 
 
 def _optimizer_bytes(config: TrainConfig, dp: int, num_parameters: int) -> int:
-    """In float32 the weights are their own main copy."""
+    """Return the bytes of this rank's share. In float32 the weights are their own main copy."""
     per_parameter = _MASTER_AND_MOMENTS - (4 if config.model.dtype == "float32" else 0)
     return per_parameter * num_parameters // (dp * config.parallel.cp)
 
 
 def _critic_bytes(
-    config: TrainConfig, shape: ModelShape, dp: int, policy: Rehearsal, pp_rank: int
+    config: TrainConfig, shape: ModelShape, dp: int, policy: Trace, pp_rank: int
 ) -> int:
-    """Its layers are the policy's; in place of the vocabulary's head it has one for a value."""
-    if config.algorithm.advantages != "gae":
+    """Return the critic's bytes: the policy's but for its head, which is one for a value."""
+    if not config.algorithm.uses_critic:
         return 0
     parallel, number = config.parallel, policy.num_parameters
     if pp_rank == parallel.pp - 1:
@@ -231,28 +308,31 @@ def _critic_bytes(
     return static + _optimizer_bytes(config, dp, number)
 
 
-def _reduction_bytes(rehearsal: Rehearsal) -> int:
-    """Each chunk has a buffer of its own."""
-    return _GRADIENT_BYTES * max(chunk.num_parameters for chunk in rehearsal.chunks)
+def _reduction_bytes(trace: Trace) -> int:
+    """Return the bytes of the largest chunk's gradients: each chunk has a buffer of its own."""
+    return _GRADIENT_BYTES * max(chunk.num_parameters for chunk in trace.chunks)
 
 
-def _transfer_bytes(config: TrainConfig, rehearsal: Rehearsal) -> int:
-    """The largest tensor, gathered and joined, with two buckets; or the reference's swap of it."""
+def _transfer_bytes(config: TrainConfig, trace: Trace) -> int:
+    """Return the bytes of the largest tensor, gathered and joined, and of two buckets.
+
+    The reference's swap of that tensor may take more.
+    """
     tp = config.parallel.tp
-    gathered = 2 * tp * rehearsal.largest_weight if tp > 1 else 0
-    return max(gathered + 2 * _bucket_bytes(config, rehearsal), rehearsal.largest_weight)
+    gathered = 2 * tp * trace.largest_weight if tp > 1 else 0
+    return max(gathered + 2 * _bucket_bytes(config, trace), trace.largest_weight)
 
 
-def _bucket_bytes(config: TrainConfig, rehearsal: Rehearsal) -> int:
-    """A tensor that is larger than sync.bucket_mib has a bucket of its own."""
+def _bucket_bytes(config: TrainConfig, trace: Trace) -> int:
+    """Return the largest bucket; a tensor larger than sync.bucket_mib has one of its own."""
     most, tp = config.sync.bucket_mib << 20, config.parallel.tp
-    return tp * max(rehearsal.largest_weight, min(most // tp, rehearsal.weights))
+    return tp * max(trace.largest_weight, min(most // tp, trace.weights))
 
 
 def _host_memory(
     config: TrainConfig, node: NodeType, stages: tuple[StageMemory, ...], dp: int
 ) -> HostMemory:
-    """Of the first node, where the responses of all batches under way are collected."""
+    """Return the first node's, where the responses of all batches under way are collected."""
     rollout, largest = config.rollout, max(stages, key=lambda stage: stage.num_parameters)
     responses = rollout.prompts_per_step * rollout.group_size
     prompts = responses * _PROMPT_BYTES * config.data.max_prompt_tokens
@@ -262,7 +342,7 @@ def _host_memory(
     has_reference = bool(config.kl.coefficient or config.forking.compare_every)
     state = largest.parameters + _MASTER_AND_MOMENTS * largest.num_parameters
     state //= dp * config.parallel.cp
-    state *= 2 if config.algorithm.advantages == "gae" else 1  # a critic's
+    state *= 1 + config.algorithm.uses_critic
     return HostMemory(
         processes=node.gpus * HOST_PROCESS,
         token_table=node.gpus * (share * _ROW_BYTES + prompts)
@@ -277,7 +357,7 @@ def _host_memory(
 def _turns(
     config: TrainConfig, stages: tuple[StageMemory, ...], server: ServerMemory
 ) -> dict[str, int]:
-    """Bytes of a GPU: the trainer and a server each have their own, or one after the other."""
+    """Return the bytes of a GPU in each turn; not colocated, trainer and server have their own."""
     trainer = max(stage.total for stage in stages)
     if config.rollout.placement == "disaggregated":
         return {"trainer": trainer, "server": server.total}
@@ -319,7 +399,7 @@ def _training_problems(
 
 
 def _remedy(config: TrainConfig, stage: StageMemory, limit: int, micro_batch: MicroBatch) -> str:
-    """What shrinks the largest part that can be shrunk."""
+    """Say what shrinks the largest part that can be shrunk."""
     model, parallel, training = config.model, config.parallel, config.training
     if stage.static + stage.reserve > 0.9 * limit:
         return (
@@ -339,3 +419,81 @@ def _remedy(config: TrainConfig, stage: StageMemory, limit: int, micro_batch: Mi
             f"needs {longest + 1}"
         )
     return f"{taken}raise parallel.cp={parallel.cp} or tp={parallel.tp}"
+
+
+def data_parallel_size(config: TrainConfig, nodes: Nodes) -> int:
+    """Return the trainer's on these nodes. Raises UserError where the layout does not fit them."""
+    responses = config.rollout.prompts_per_step * config.rollout.group_size
+    if responses > _MOST_RESPONSES:
+        raise UserError(
+            f"rollout.prompts_per_step * rollout.group_size = {responses:,} are more responses "
+            f"than a plan counts ({_MOST_RESPONSES:,}): lower rollout.prompts_per_step"
+        )
+    parallel = config.parallel
+    dp, rest = divmod(nodes.train_gpus, parallel.model_parallel_size)
+    if rest or dp == 0 or parallel.dp not in (None, dp):
+        want = f"parallel.dp={parallel.dp} * " if parallel.dp else ""
+        raise UserError(
+            f"{want}parallel.tp={parallel.tp} * pp={parallel.pp} * cp={parallel.cp} does not fit "
+            f"{nodes.train} nodes of {nodes.node.gpus} GPUs: change the layout or the nodes"
+        )
+    return dp
+
+
+def server_memory(config: TrainConfig, shape: ModelShape, node: NodeType) -> ServerMemory:
+    """Return what rollout.gpu_memory_utilization of a GPU goes to."""
+    rollout = config.rollout
+    value_bytes = DTYPE_BYTES[rollout.dtype or config.model.dtype]
+    total = int(rollout.gpu_memory_utilization * node.gpu_memory)
+    weights = num_parameters(shape) * value_bytes // rollout.tensor_parallel
+    # With more GPUs than key/value heads, vLLM repeats them.
+    shards = min(rollout.tensor_parallel, shape.num_kv_heads)
+    of_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * value_bytes
+    return ServerMemory(
+        total=total,
+        weights=weights,
+        engine=ENGINE,
+        kv_cache=total - weights - ENGINE,
+        kv_bytes_per_token=of_token // shards,
+        response_tokens=config.data.max_prompt_tokens + rollout.max_response_tokens,
+        max_num_seqs=rollout.max_num_seqs,
+    )
+
+
+def server_problems(
+    config: TrainConfig, shape: ModelShape, server: ServerMemory, gpus: int
+) -> list[str]:
+    """Say what keeps a server from starting, or from holding a single response."""
+    rollout, tp = config.rollout, config.rollout.tensor_parallel
+    heads, groups = shape.num_heads, shape.num_kv_heads
+    fits = [
+        n for n in range(1, gpus + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)
+    ]
+    if tp <= gpus and tp not in fits:
+        return [
+            f"rollout.tensor_parallel={tp} does not divide the model's {heads} heads and {groups} "
+            f"key/value heads, so vLLM does not start: use {', '.join(map(str, fits))}"
+        ]
+    change = (
+        f"raise rollout.tensor_parallel={tp} or "
+        f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"
+    )
+    if tp > gpus:
+        return [f"rollout.tensor_parallel={tp} is more than the {gpus} GPUs of a node: lower it"]
+    if rollout.placement == "colocated" and rollout.servers * tp > gpus:
+        return [
+            f"rollout.servers={rollout.servers} * tensor_parallel={tp} GPUs do not fit a node of "
+            f"{gpus}: lower one of them"
+        ]
+    if server.kv_cache <= 0:
+        need = (server.weights + server.engine) / GIB
+        return [
+            f"a server needs {need:.1f} GiB of each GPU before its KV cache, and has "
+            f"{server.total / GIB:.1f}: {change}"
+        ]
+    if not server.whole_responses:
+        return [
+            f"a server's KV cache holds {server.kv_tokens} tokens, less than one response of "
+            f"{server.response_tokens}: {change}, or lower rollout.max_response_tokens"
+        ]
+    return []

@@ -1,7 +1,7 @@
-"""What a node is made of: the common ones by name, any other from a TOML file.
+"""Nodes and models that a plan knows by name; others come from a TOML file or an HF folder.
 
-Numbers are the vendor's, dense (without sparsity) and of one direction; what of them is reached is
-the business of roofline.py. Sources:
+A node's numbers are the vendor's, dense (without sparsity) and of one direction; step_time.py says
+what of them is reached. Sources:
 
 - A100 80 GB (SXM): data sheet "NVIDIA A100 Tensor Core GPU"; DGX A100 640GB: 8 x 200 Gb/s, 2 TB.
 - H100 SXM5: data sheet "NVIDIA H100 Tensor Core GPU", its bf16 figure halved (it is with sparsity);
@@ -13,10 +13,16 @@ the business of roofline.py. Sources:
 
 The memory is what torch.cuda.get_device_properties(0).total_memory is on them, which is what its
 out-of-memory errors call the total capacity: less than the data sheet's, ECC and driver are off.
+
+Shapes are those of config.json of Qwen/Qwen3-8B-Base, Qwen/Qwen3-14B-Base and Qwen/Qwen3-32B on the
+Hugging Face hub. There is no published base model of 32B; all three have the same family,
+vocabulary and head dimension, and heads that are not tied to the embedding. The base models were
+trained for 32,768 positions, the 32B for 40,960.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
@@ -25,8 +31,10 @@ from megafork.config import Section
 from megafork.config.learning import Positive, PositiveFloat
 from megafork.config.load import load_config
 from megafork.errors import UserError
+from megafork.model.shape import ModelShape
 
 GIB = 1 << 30
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 class NodeType(Section):
@@ -52,86 +60,41 @@ class NodeType(Section):
         """Bytes of a node."""
         return int(self.host_memory_gib * GIB)
 
-    @property
-    def flops(self) -> float:
-        """Dense bfloat16 FLOP/s of a GPU."""
-        return self.bf16_tflops * 1e12
+
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes of a plan, all of one type."""
+
+    node: NodeType
+    train: int
+    serve: int = 0
+    """beside them, full of servers; 0 where rollout.placement=colocated"""
 
     @property
-    def hbm(self) -> float:
-        """bytes/s"""
-        return self.hbm_gb_per_s * 1e9
+    def train_gpus(self) -> int:
+        return self.train * self.node.gpus
 
-    @property
-    def nvlink(self) -> float:
-        """bytes/s"""
-        return self.nvlink_gb_per_s * 1e9
 
-    @property
-    def network(self) -> float:
-        """bytes/s"""
-        return self.network_gb_per_s * 1e9
-
-    @property
-    def host_link(self) -> float:
-        """bytes/s"""
-        return self.host_link_gb_per_s * 1e9
-
+_RATES = "bf16_tflops", "hbm_gb_per_s", "nvlink_gb_per_s", "network_gb_per_s", "host_link_gb_per_s"
+_FIGURES = {
+    "a100-80g": (79.15, 312, 2039, 300, 25, 32),
+    "h100": (79.11, 989.4, 3350, 450, 50, 64),
+    "h200": (139.8, 989.4, 4800, 450, 50, 64),
+    "h20": (95.0, 148, 4000, 450, 50, 64),
+    "b200": (178.35, 2250, 8000, 900, 50, 64),
+}
+"""GiB of a GPU, then the rates"""
 
 NODES = {
-    node.name: node
-    for node in (
-        NodeType(
-            name="a100-80g",
-            gpu_memory_gib=79.15,
-            bf16_tflops=312,
-            hbm_gb_per_s=2039,
-            nvlink_gb_per_s=300,
-            network_gb_per_s=25,
-            host_link_gb_per_s=32,
-        ),
-        NodeType(
-            name="h100",
-            gpu_memory_gib=79.11,
-            bf16_tflops=989.4,
-            hbm_gb_per_s=3350,
-            nvlink_gb_per_s=450,
-            network_gb_per_s=50,
-            host_link_gb_per_s=64,
-        ),
-        NodeType(
-            name="h200",
-            gpu_memory_gib=139.8,
-            bf16_tflops=989.4,
-            hbm_gb_per_s=4800,
-            nvlink_gb_per_s=450,
-            network_gb_per_s=50,
-            host_link_gb_per_s=64,
-        ),
-        NodeType(
-            name="h20",
-            gpu_memory_gib=95.0,
-            bf16_tflops=148,
-            hbm_gb_per_s=4000,
-            nvlink_gb_per_s=450,
-            network_gb_per_s=50,
-            host_link_gb_per_s=64,
-        ),
-        NodeType(
-            name="b200",
-            gpu_memory_gib=178.35,
-            bf16_tflops=2250,
-            hbm_gb_per_s=8000,
-            nvlink_gb_per_s=900,
-            network_gb_per_s=50,
-            host_link_gb_per_s=64,
-        ),
+    name: NodeType.model_validate(
+        dict(zip(("name", "gpu_memory_gib", *_RATES), (name, *figures), strict=True))
     )
+    for name, figures in _FIGURES.items()
 }
 
 
 def node_type(name_or_file: str) -> NodeType:
-    """One of NODES, or the TOML file of another with the keys of NodeType. Raises UserError."""
+    """Return one of NODES, or that of a TOML file with the keys of NodeType. Raises UserError."""
     if name_or_file in NODES:
         return NODES[name_or_file]
     if not Path(name_or_file).is_file():
@@ -140,3 +103,64 @@ def node_type(name_or_file: str) -> NodeType:
             f"keys {', '.join(NodeType.model_fields)}"
         )
     return load_config(NodeType, name_or_file, [])
+
+
+def _qwen3(
+    layers: int, hidden: int, inner: int, heads: int, positions: int, eos: int
+) -> ModelShape:
+    return ModelShape(
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        max_positions=positions,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        rope_factor=None,
+        tied_embeddings=False,
+        qkv_bias=False,
+        qk_norm=True,
+        eos_token_ids=(eos,),
+    )
+
+
+SHAPES = {
+    "qwen3-8b": _qwen3(36, 4096, 12288, 32, 32768, 151643),
+    "qwen3-14b": _qwen3(40, 5120, 17408, 40, 32768, 151643),
+    "qwen3-32b": _qwen3(64, 5120, 25600, 64, 40960, 151645),
+}
+
+
+def named_shape(name: str, *, setting: str = "--model") -> ModelShape:
+    """Return one of SHAPES, or that of an HF folder, whose weights are checked if it has any.
+
+    setting: what the user calls it. Raises UserError.
+    """
+    if name in SHAPES:
+        return SHAPES[name]
+    if not name or not Path(name).is_dir():
+        raise UserError(
+            f"{setting}={name} is neither one of {', '.join(SHAPES)} nor a folder with a "
+            "config.json"
+        )
+    from megafork.model.hf_model import check_folder, has_weights
+
+    if has_weights(name):
+        return check_folder(name, setting=setting).shape
+    return ModelShape.from_folder(name, setting=setting)
+
+
+def layer_parameters(shape: ModelShape) -> int:
+    """Return the parameters of one layer's matrices (norms and biases are negligible)."""
+    query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    attention = shape.hidden_size * (query + 2 * key) + query * shape.hidden_size
+    return attention + 3 * shape.hidden_size * shape.intermediate_size
+
+
+def num_parameters(shape: ModelShape) -> int:
+    """Return the parameters of the whole model's matrices, embedding and head included."""
+    vocabulary = shape.vocab_size * shape.hidden_size
+    return shape.num_layers * layer_parameters(shape) + vocabulary * (2 - shape.tied_embeddings)

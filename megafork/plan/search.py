@@ -1,12 +1,11 @@
-"""Layouts that fit a number of nodes, the quickest first.
+"""Layouts that fit a number of nodes, the quickest by the estimate first.
 
-Times are arithmetic, rehearsals take a tenth of a second each: layouts are sorted by their time,
-and rehearsed in that order until as many fit as are wanted.
+Times are arithmetic, traces take a tenth of a second each: layouts are sorted by their time, and
+traced in that order until as many fit as are wanted.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,28 +13,15 @@ from typing import Any
 from megafork.config import TrainConfig
 from megafork.errors import UserError
 from megafork.model.shape import ModelShape
-from megafork.plan.memory import MemoryPlan, plan_memory
-from megafork.plan.nodes import NodeType
-from megafork.plan.passes import DTYPE_BYTES
-from megafork.plan.roofline import StepTime, step_time
-from megafork.plan.serving import server_memory, server_problems
-from megafork.plan.work import num_parameters
+from megafork.plan.memory import MemoryPlan, plan_memory, server_memory, server_problems
+from megafork.plan.nodes import DTYPE_BYTES, Nodes, NodeType, num_parameters
+from megafork.plan.step_time import StepTime, step_time
 
 Changes = dict[str, Any]
 """section.key -> value"""
-_MEAN_SHARE = 0.25
-"""of the longest response, where nobody says how long the mean one is"""
 _SIZES = (1, 2, 4, 8, 16)
 _PACKS = (1, 2, 4)
 """longest sequences in a micro-batch"""
-
-
-@dataclass(frozen=True)
-class Nodes:
-    node: NodeType
-    train: int
-    serve: int
-    """beside them; 0 where rollout.placement=colocated"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +33,7 @@ class Layout:
 
 
 def changed(config: TrainConfig, changes: Changes) -> TrainConfig:
-    """The config with some values replaced, checked. Raises UserError or ValueError (pydantic)."""
+    """Return the config with values replaced, checked. Raises UserError or ValueError."""
     raw = config.model_dump()
     for name, value in changes.items():
         section, key = name.split(".")
@@ -56,17 +42,6 @@ def changed(config: TrainConfig, changes: Changes) -> TrainConfig:
     result = TrainConfig.model_validate(raw)
     result.check()
     return result
-
-
-def mean_response(config: TrainConfig, given: float | None) -> float:
-    return _MEAN_SHARE * config.rollout.max_response_tokens if given is None else given
-
-
-def timed(
-    config: TrainConfig, shape: ModelShape, nodes: Nodes, mean_response_tokens: float | None
-) -> StepTime:
-    mean = mean_response(config, mean_response_tokens)
-    return step_time(config, shape, nodes.node, nodes.train, nodes.serve, mean_response_tokens=mean)
 
 
 def search(
@@ -79,32 +54,31 @@ def search(
     mean_response_tokens: float | None = None,
     wanted: int = 10,
 ) -> list[Layout]:
-    """The `wanted` quickest layouts that fit, by tokens/s/GPU; fewer where fewer fit.
+    """Return the `wanted` quickest layouts that fit, by tokens/s/GPU; fewer where fewer fit.
 
-    Over tp, pp, cp, recompute, micro_batch_tokens, rollout.tensor_parallel and, with serve_nodes
-    unset, the split of the nodes; everything else is the config's.
+    They differ in tp, pp, cp, recompute, micro_batch_tokens, rollout.tensor_parallel and, with
+    serve_nodes unset, the split of the nodes; everything else is the config's.
     """
-    found: list[tuple[float, int, Changes, Nodes, StepTime]] = []
+    found: list[tuple[TrainConfig, Changes, Nodes, StepTime]] = []
     for nodes in _splits(config, node, num_nodes, serve_nodes):
         server = _quickest_server(config, shape, nodes, mean_response_tokens)
-        if server is None:
-            continue
-        for changes in _trainers(config, shape, nodes):
-            both = changes | server
+        for changes in [] if server is None else _trainers(config, shape, nodes):
+            both = changes | (server or {})
             try:
-                time = timed(changed(config, both), shape, nodes, mean_response_tokens)
+                new = changed(config, both)
+                time = step_time(new, shape, nodes, mean_response_tokens=mean_response_tokens)
             except UserError:
                 continue
-            order = (-time.tokens_per_second_per_gpu, len(found), both, nodes, time)
-            heapq.heappush(found, order)
+            found.append((new, both, nodes, time))
+    found.sort(key=lambda layout: -layout[-1].tokens_per_second_per_gpu)
     layouts: list[Layout] = []
-    while found and len(layouts) < wanted:
-        *_, changes, nodes, time = heapq.heappop(found)
-        new = changed(config, changes)
-        plan = plan_memory(new, shape, node, nodes.train, nodes.serve, quick=True)
+    for new, changes, nodes, time in found:
+        plan = plan_memory(new, shape, nodes, quick=True)
         if plan.fits:
             changes |= {"parallel.dp": plan.dp}  # the config may have another
             layouts.append(Layout(changes, nodes, plan, time))
+        if len(layouts) == wanted:
+            break
     return layouts
 
 
@@ -121,11 +95,11 @@ def _splits(
 def _quickest_server(
     config: TrainConfig, shape: ModelShape, nodes: Nodes, mean_response_tokens: float | None
 ) -> Changes | None:
-    """The rollout settings with which generation, which no trainer's layout changes, is quickest.
+    """Return the rollout settings of the quickest generation, which no trainer's layout changes.
 
     None where no server fits.
     """
-    best: tuple[float, Changes] | None = None
+    found: list[tuple[float, int, Changes]] = []
     gpus = nodes.node.gpus
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     for tp in (size for size in _SIZES if gpus % size == 0 and shape.num_heads % size == 0):
@@ -143,15 +117,14 @@ def _quickest_server(
         memory = server_memory(server, shape, nodes.node)
         if server_problems(server, shape, memory, gpus):
             continue
-        seconds = timed(server, shape, nodes, mean_response_tokens).seconds["generate"]
-        if best is None or seconds < best[0]:
-            best = seconds, changes
-    return best[1] if best else None
+        time = step_time(server, shape, nodes, mean_response_tokens=mean_response_tokens)
+        found.append((time.seconds["generate"], tp, changes))
+    return min(found)[-1] if found else None
 
 
 def _trainers(config: TrainConfig, shape: ModelShape, nodes: Nodes) -> Iterator[Changes]:
-    """Layouts that divide the model and the GPUs, and whose static bytes could fit."""
-    gpus = nodes.train * nodes.node.gpus
+    """Yield the layouts that divide the model and the GPUs, and whose static bytes could fit."""
+    gpus = nodes.train_gpus
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     value_bytes = DTYPE_BYTES[config.model.dtype]
     for tp in (size for size in _SIZES if size <= nodes.node.gpus):
@@ -187,7 +160,7 @@ def _trainers(config: TrainConfig, shape: ModelShape, nodes: Nodes) -> Iterator[
 def remedies(
     config: TrainConfig, shape: ModelShape, nodes: Nodes, *, wanted: int = 3
 ) -> list[Changes]:
-    """Changes with which the plan was found to fit, the smallest first."""
+    """Return changes with which the plan was found to fit, the smallest first."""
     parallel, fit, smaller = config.parallel, list[Changes](), list[Changes]()
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     tp = 2 * parallel.tp
@@ -210,7 +183,7 @@ def remedies(
                 continue
             try:
                 new = changed(config, changes)
-                plan = plan_memory(new, shape, nodes.node, nodes.train, nodes.serve, quick=True)
+                plan = plan_memory(new, shape, nodes, quick=True)
             except (UserError, ValueError):
                 continue
             if plan.fits:

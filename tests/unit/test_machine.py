@@ -57,7 +57,7 @@ def with_memory(monkeypatch, total, free):
     monkeypatch.setattr(machine, "available", lambda: (int(total * GIB), int(free * GIB)))
 
 
-def test_a_small_run_is_not_rehearsed(monkeypatch):
+def test_a_small_run_is_not_traced(monkeypatch):
     monkeypatch.setattr(machine, "machine_memory", None)
     with_memory(monkeypatch, 24, 20)
     machine.check_machine(load_config(TrainConfig, QUICKSTART / "config.toml", []))

@@ -10,7 +10,7 @@ import torch
 from megafork.parallel import megatron_jit
 from tests.helpers.commands import ROOT
 
-MODULES = ("trainer.policy", "model.layers", "checkpoint.sharded", "plan.rehearsal")
+MODULES = ("trainer.policy", "model.layers", "checkpoint.sharded", "plan.trace")
 
 
 def test_without_cuda_no_compiler_is_imported():

@@ -18,15 +18,15 @@ from megafork.plan.memory import (
     GIB,
     peak_in_flight,
     plan_memory,
+    server_memory,
     training_memory,
     worst_micro_batch,
 )
-from megafork.plan.nodes import NODES
-from megafork.plan.rehearsal import ChunkMemory, MicroBatch, rehearse, rehearse_shallow
-from megafork.plan.report import overrides
+from megafork.plan.nodes import NODES, SHAPES, Nodes
+from megafork.plan.plan_text import overrides
 from megafork.plan.search import changed, search
-from megafork.plan.serving import server_memory
-from megafork.plan.shapes import SHAPES
+from megafork.plan.step_time import CLAIM
+from megafork.plan.trace import ChunkMemory, MicroBatch, trace_model
 from tests.helpers.commands import QUICKSTART, megafork
 
 SMALL = replace(
@@ -156,8 +156,8 @@ def test_two_and_three_layers_say_what_all_of_them_do(layout, recompute):
     parallel = ParallelConfig(**layout)
     given = SMALL, ModelConfig(path="x", recompute=recompute), parallel, MicroBatch((256, 128), 300)
     for rank in range(parallel.pp):
-        whole = rehearse(*given, pp_rank=rank, device="cuda")
-        assert rehearse_shallow(*given, pp_rank=rank, device="cuda") == whole
+        whole = trace_model(*given, pp_rank=rank, device="cuda")
+        assert trace_model(*given, pp_rank=rank, device="cuda", quick=True) == whole
         assert all(chunk.held > 0 and chunk.layers > 0 for chunk in whole.chunks)
         has = [(chunk.embedding > 0, chunk.head > 0) for chunk in whole.chunks]
         chunks = range(rank, parallel.num_stages, parallel.pp)
@@ -186,12 +186,12 @@ def test_placement_colocated_takes_turns():
     both = "parallel.tp=4", "rollout.tensor_parallel=4", "rollout.gpu_memory_utilization=0.85"
     apart = settings(*both, "model.recompute=full")
     together = changed(apart, {"rollout.placement": "colocated", "rollout.servers": 2})
-    plan = plan_memory(together, SHAPES["qwen3-14b"], NODES["h100"], 2)
+    plan = plan_memory(together, SHAPES["qwen3-14b"], Nodes(NODES["h100"], 2))
     assert sum(plan.turns.values()) > NODES["h100"].gpu_memory
     assert plan.fits, plan.problems
     assert plan.host.offload == 8 * (plan.stages[0].parameters + plan.stages[0].optimizer)
     greedy = changed(together, {"rollout.gpu_memory_utilization": 0.97})
-    [problem] = plan_memory(greedy, SHAPES["qwen3-14b"], NODES["h100"], 2).problems
+    [problem] = plan_memory(greedy, SHAPES["qwen3-14b"], Nodes(NODES["h100"], 2)).problems
     assert "lower rollout.gpu_memory_utilization=0.97 to 0.94" in problem
 
 
@@ -211,7 +211,15 @@ def test_what_does_not_fit_is_named_and_the_advice_fits():
     for advice in fits:
         good = run(*bad, *advice.split())
         assert good.exit_code == 0, good.output
-    for word in ("it fits", "KV cache", "tokens/s/GPU", "data_parallel", "assumed", "optimizer"):
+    for word in (
+        "it fits",
+        "KV cache",
+        "tokens/s/GPU",
+        "data_parallel",
+        "assumed",
+        "optimizer",
+        CLAIM,
+    ):
         assert word in good.output
 
 
@@ -221,7 +229,7 @@ def test_json_holds_the_same_numbers():
     said = json.loads(result.output)
     plan = plan_memory(
         load_config(TrainConfig, None, [*NAMES, "training.steps=1", *layout]),
-        SHAPES["qwen3-8b"], NODES["h100"], 1, 1,
+        SHAPES["qwen3-8b"], Nodes(NODES["h100"], 1, 1),
     )  # fmt: skip
     assert said["fits"] == plan.fits
     assert [s["total"] for s in said["stages"]] == [s.total for s in plan.stages]
@@ -271,5 +279,5 @@ def test_a_search_gives_layouts_that_fit_the_quickest_first():
     assert len(found) == 4 and speeds == sorted(speeds, reverse=True)
     for layout in found:
         said = settings("parallel.dp=8", *overrides(layout.changes).split(), responses=8192)
-        exact = plan_memory(said, shape, node, 1, 1)
+        exact = plan_memory(said, shape, Nodes(node, 1, 1))
         assert exact.fits and exact.stages == layout.memory.stages

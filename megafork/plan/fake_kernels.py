@@ -1,4 +1,4 @@
-"""What a GPU's fused kernels keep and allocate, for the meta device, which would take others.
+"""Fake kernels for the meta device: they keep and allocate what a GPU's fused kernels do.
 
 Each has the shapes, dtypes and lifetimes of its kernel and computes nothing.
 """
@@ -96,7 +96,7 @@ class TritonHead(Function):
 
 @contextmanager
 def in_place(gpts: list[torch.nn.Module]) -> Iterator[None]:
-    """Inside, these models run through the stand-ins."""
+    """Run these models through the fake kernels in this context."""
     for gpt in gpts:
         for module in gpt.modules():
             if isinstance(module, PackedAttention):

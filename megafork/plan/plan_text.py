@@ -7,18 +7,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megafork.model.shape import ModelShape
-from megafork.plan.memory import MemoryPlan
-from megafork.plan.nodes import GIB, NodeType
-from megafork.plan.parts import StageMemory
-from megafork.plan.roofline import StepTime
+from megafork.plan.memory import MemoryPlan, StageMemory
+from megafork.plan.nodes import GIB, NodeType, num_parameters
 from megafork.plan.search import Changes, Layout
-from megafork.plan.work import num_parameters
+from megafork.plan.step_time import CLAIM, StepTime
 
 _PARTS = ("parameters", "gradients", "optimizer", "critic", "activations", "passing", "reserve")
 
 
 def table(rows: Sequence[Sequence[object]]) -> Iterator[str]:
-    """Lines: the first row is the header; numbers are put right, the first column left."""
+    """Yield the lines of a table, the header first: the first column left, all others right."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
@@ -76,7 +74,7 @@ def _stage_row(stage: StageMemory) -> list[object]:
 
 def time_lines(time: StepTime) -> Iterator[str]:
     phases = list(time.seconds)
-    yield "seconds of a step"
+    yield f"seconds of a step: {CLAIM}"
     yield from table(
         [
             (*phases, "total", "tokens/s/GPU"),
@@ -145,12 +143,13 @@ def search_lines(layouts: Sequence[Layout]) -> Iterator[str]:
             )
         )
     yield from table(rows)
+    yield f"times: {CLAIM}"
     yield ""
     yield f"the first: {overrides(layouts[0].changes)}"
 
 
 def overrides(changes: Changes) -> str:
-    """As the command line takes them; what is unset is left out."""
+    """Return changes as the command line takes them; what is unset is left out."""
     return " ".join(
         f"{name}={str(value).lower() if isinstance(value, bool) else value}"
         for name, value in changes.items()
@@ -159,7 +158,7 @@ def overrides(changes: Changes) -> str:
 
 
 def as_json(plan: MemoryPlan, time: StepTime, fixes: Sequence[Changes]) -> dict[str, Any]:
-    """All numbers, bytes and seconds."""
+    """Return all numbers, in bytes and seconds."""
     stages = [
         dataclasses.asdict(stage) | {"total": stage.total, "static": stage.static}
         for stage in plan.stages
