@@ -41,23 +41,23 @@ def run_dir(config: Config, overrides: Overrides = None) -> None:
 def run(
     config: Config,
     overrides: Overrides = None,
-    train: Annotated[str, typer.Option(help="machines with ranks, NAME,NAME; first the head")] = "",
+    train: Annotated[str, typer.Option(help="machines with ranks, NAME,NAME")] = "",
     serve: Annotated[str, typer.Option(help="machines with rollout servers, NAME,NAME")] = "",
     logs: Annotated[Path, typer.Option(help="folder for this attempt's logs")] = Path("logs"),
     resume: Annotated[Path | None, typer.Option(help="the run's folder, to go on with it")] = None,
     ranks: Annotated[int, typer.Option(help="ranks on each training machine", min=1)] = 1,
     servers: Annotated[int, typer.Option(help="servers on each serving machine", min=1)] = 1,
-    port: Annotated[int, typer.Option(help="of the head, for the guards")] = 20_000,
+    port: Annotated[int, typer.Option(help="of the first machine")] = 20_000,
     serve_port: Annotated[int, typer.Option(help="of a machine's first server")] = 20_001,
-    startup_s: Annotated[float, typer.Option(help="seconds for all guards to come")] = 60.0,
+    startup_s: Annotated[float, typer.Option(help="seconds for all launchers to come")] = 60.0,
     lost_after_s: Annotated[float, typer.Option(help="of silence: the machine is lost")] = 30.0,
 ) -> None:
     """Launch and watch this machine, $SLURMD_NODENAME or its host name; --train or --serve has it.
 
     Exits with 0 when the run is complete, 75 when it was asked to stop and has saved, 69 when a
     machine was lost, and otherwise with the status of what failed first, which is told last. The
-    head leaves both in LOGS, as status and cause. $MEGAFORK_API_KEY is the secret that guards,
-    servers and trainer share.
+    first machine leaves both in LOGS, as status and cause. $MEGAFORK_API_KEY is the secret that
+    launchers, servers and trainer share.
     """
     api_key = os.environ.get("MEGAFORK_API_KEY")
     if not api_key:
@@ -73,7 +73,7 @@ def run(
         own = config if resume is None else resume / "config.toml"  # what the ranks go on with
         try:
             works = _servers(own, settings, node, logs, servers, serve_port)
-        except UserError as error:  # the head's to tell: a guard that stays away is a lost machine
+        except UserError as error:  # told by the coordinator: a launcher that stays away is lost
             works, refused = [], Failure(node, USER_ERROR, str(error), None)
     else:
         urls = [f"http://{n}:{serve_port + i}" for n in serving for i in range(servers)]
@@ -118,13 +118,13 @@ def _servers(
 
 
 async def launch_and_tell(plan: Plan, launcher: NodeLauncher) -> int:
-    """Do the guard's work, and on the first machine the head's; return the run's exit status."""
-    if launcher.node != plan.head:
+    """Launch, and on the first machine coordinate; return the run's exit status."""
+    if launcher.node != plan.first_node:
         return await launcher.run()
     own = asyncio.create_task(launcher.run())
     end: End = await Coordinator(plan).run()
     if not (await asyncio.wait([own], timeout=_PATIENCE_S))[0]:
-        own.cancel()  # it never reached the head
+        own.cancel()  # it never reached the coordinator
     if end.cause:
         told = f"error: {end.cause}"
         print(told, file=sys.stderr, flush=True)

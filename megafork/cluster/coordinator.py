@@ -1,4 +1,4 @@
-"""The guard of the first machine decides for all: when to start, when it is over, and why."""
+"""The first machine's launcher decides for all: when to start, when it is over, and why."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class End:
 
 @dataclass
 class Peer:
-    """A machine's guard, as the head sees it."""
+    """A machine's launcher, as the coordinator sees it."""
 
     writer: asyncio.StreamWriter
     heard: float
@@ -53,11 +53,13 @@ class Coordinator:
         self._stop_file = plan.logs / "stop"
 
     async def run(self) -> End:
-        """Lead the run, from the first guard that comes to the last one that leaves."""
+        """Lead the run, from the first launcher that comes to the last one that leaves."""
         try:
             server = await asyncio.start_server(self._listen, port=self.plan.port, limit=MAX_LINE)
         except OSError as error:
-            return End(USER_ERROR, f"{self.plan.head}: port {self.plan.port} (--port): {error}")
+            return End(
+                USER_ERROR, f"{self.plan.first_node}: port {self.plan.port} (--port): {error}"
+            )
         watching = asyncio.create_task(self._watch_stop_file())
         async with server:
             end = await self._all_come()
@@ -77,7 +79,7 @@ class Coordinator:
         return f"{hosts[0]}:{free_port(hosts[0])}"
 
     async def _part(self) -> None:
-        """Wait until the guards that are still heard of have ended their processes and gone."""
+        """Wait until the launchers that are still heard of have ended their processes and gone."""
         now = time.monotonic()
         here = [peer for peer in self.peers.values() if now - peer.heard < _TOGETHER_S]
         while time.monotonic() < now + _FAREWELL_S and not all(peer.gone for peer in here):
@@ -118,8 +120,9 @@ class Coordinator:
             if time.monotonic() > deadline:
                 return End(
                     LOST,
-                    f"{', '.join(absent)} did not come within {self.plan.startup_s:g} s: no guard "
-                    f"runs there, or it cannot reach {self.plan.head}:{self.plan.port}",
+                    f"{', '.join(absent)} did not come within {self.plan.startup_s:g} s: no "
+                    "launcher runs there, or it cannot reach "
+                    f"{self.plan.first_node}:{self.plan.port}",
                 )
             await self._beat()
         return None
@@ -136,7 +139,7 @@ class Coordinator:
         self._stop()
 
     def _stop(self) -> None:
-        """Ask all guards to stop, again with every beat: some may come after it."""
+        """Ask all launchers to stop, again with every beat: some may come after it."""
         self._stopping = True
         self._tell(stop=1)
 
@@ -171,7 +174,7 @@ class Coordinator:
     def _lost(self, now: float) -> str | None:
         gone = [name for name, peer in self.peers.items() if peer.gone]
         if gone:
-            return f"the guard of {', '.join(gone)} ended without a word: was it killed?"
+            return f"the launcher of {', '.join(gone)} ended without a word: was it killed?"
         limit = self.plan.lost_after_s
         if all(now - peer.heard <= limit for peer in self.peers.values()):
             return None

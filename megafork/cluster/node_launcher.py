@@ -1,4 +1,4 @@
-"""The guard of one machine: starts its processes, and ends them when the run is over."""
+"""The launcher of one machine: starts its processes, and ends them when the run is over."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Work:
 
 
 class NodeLauncher:
-    """The guard of one machine. `run` returns the exit status of the whole run."""
+    """The launcher of one machine. `run` returns the exit status of the whole run."""
 
     def __init__(
         self, plan: Plan, node: str, works: list[Work], refused: Failure | None = None
@@ -83,7 +83,7 @@ class NodeLauncher:
         self._heard = time.monotonic()
         self._environment: dict[str, str] = {}  # of the works, once they are started
         self._end: int | None = None
-        self._folder = Path(tempfile.mkdtemp(prefix="megafork-guard-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="megafork-launcher-"))
         self._stop_file = self._folder / "stop"
         self._asked_to_stop = False
         self._not_started = refused
@@ -97,7 +97,7 @@ class NodeLauncher:
         try:
             return await self._run()
         finally:
-            await self._kill_all()  # before the head hears that we are gone
+            await self._kill_all()  # before the coordinator hears that we are gone
             if self._writer is not None:
                 self._writer.close()
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -116,7 +116,7 @@ class NodeLauncher:
             if self._environment and not ended:
                 ended = self._look_after(writer)
             if listening.done():
-                return await self._lose("its guard is gone")
+                return await self._lose("its launcher is gone")
             if time.monotonic() - self._heard > self.plan.lost_after_s:
                 return await self._lose(f"nothing heard for {self.plan.lost_after_s:g} s")
             await asyncio.sleep(BEAT_S / 4)
@@ -128,7 +128,9 @@ class NodeLauncher:
         deadline = time.monotonic() + self.plan.startup_s
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, asyncio.TimeoutError):
-                opening = asyncio.open_connection(self.plan.head, self.plan.port, limit=MAX_LINE)
+                opening = asyncio.open_connection(
+                    self.plan.first_node, self.plan.port, limit=MAX_LINE
+                )
                 connection = await asyncio.wait_for(opening, 5.0)
                 self._heard = time.monotonic()
                 return connection
@@ -148,7 +150,7 @@ class NodeLauncher:
                 self._end = int(message["end"])
 
     def _look_after(self, writer: asyncio.StreamWriter) -> bool:
-        """Restart what may be; return whether the machine's work has ended, and tell the head."""
+        """Restart what may be; tell the coordinator, and return whether the work has ended."""
         if self._not_started is not None:
             writer.write(pack(ended=asdict(self._not_started)))
             return True
@@ -179,7 +181,7 @@ class NodeLauncher:
         self._asked_to_stop = True
 
     async def _lose(self, why: str) -> int:
-        told = f"{self.node} lost touch with {self.plan.head}:{self.plan.port}: {why}"
+        told = f"{self.node} lost touch with {self.plan.first_node}:{self.plan.port}: {why}"
         await self._kill_all()  # first: the logs' file system may be what we are cut off from
         print(f"error: {told}", file=sys.stderr, flush=True)
         writing = threading.Thread(target=self._note, args=(told,), daemon=True)
@@ -189,7 +191,7 @@ class NodeLauncher:
 
     def _note(self, told: str) -> None:
         with contextlib.suppress(OSError):
-            (self.plan.logs / f"guard-{self.node}.log").write_text(told + "\n")
+            (self.plan.logs / f"launcher-{self.node}.log").write_text(told + "\n")
 
     async def _part(self) -> None:
         """Ask the processes that still run to end, and give them a moment for it."""
@@ -218,7 +220,7 @@ class NodeLauncher:
             await asyncio.sleep(0.05)
 
 
-def _as_child(guard: int) -> None:
-    die_with_parent(guard)
+def _as_child(launcher: int) -> None:
+    die_with_parent(launcher)
     # A launcher sends it to all at once; what can act on it sets a handler, the rest goes on.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The plan that every guard of a run has from its command line, and the messages of guards."""
+"""The plan that every launcher has from its command line, and the messages of launchers."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ MAX_LINE = 1 << 16
 @dataclass(frozen=True)
 class Plan:
     training: tuple[str, ...]
-    """Names of the machines with ranks; the first one's guard is the head"""
+    """Names of the machines with ranks; the first one coordinates"""
     serving: tuple[str, ...]
     port: int
-    """The head's port, for the other guards"""
+    """The coordinator's port, for the other launchers"""
     key: bytes
-    """Shared secret of the guards"""
+    """Shared secret of the launchers"""
     logs: Path
     startup_s: float
-    """Seconds for all guards to find each other"""
+    """Seconds for all launchers to find each other"""
     lost_after_s: float
     """A machine that was silent for so long is lost"""
 
     @property
-    def head(self) -> str:
+    def first_node(self) -> str:
         return self.training[0]
 
     @property

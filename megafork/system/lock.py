@@ -31,7 +31,7 @@ NAME = "lock"
 HELD = "MEGAFORK_LOCK"
 """Tells the processes that a holder starts which lock it holds for them"""
 STALE_S = 45.0
-"""Seconds without a touch; the guards of megafork.cluster end a machine that is cut off sooner"""
+"""Seconds without a touch; a node launcher ends a machine that is cut off sooner"""
 _BEAT_S = 5.0
 _LOOK_S = 0.5
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)

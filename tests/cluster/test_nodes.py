@@ -1,4 +1,4 @@
-"""Guards of several machines, here addresses of one: what ends, how soon, and what is told."""
+"""Node launchers, here at addresses of one machine: what ends, how soon, and what is told."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from megafork.parallel.mesh import initialize
 from megafork.parallel.ports import free_port
 from megafork.system.signals import INTERRUPTED, STOP_FILE, Interruption
 from tests.helpers.commands import QUICKSTART, ROOT, environment, left_over
-from tests.helpers.guarded import LOST_AFTER_S
+from tests.helpers.one_node import LOST_AFTER_S
 from tools.benchmarks.ranks import run_ranks
 
 TRAIN, SERVER = ("127.0.0.1", "127.0.0.2"), "127.0.0.3"
-# What `megafork train` leaves for its guard when a rank of its own has failed.
+# What `megafork train` leaves for its launcher when a rank of its own has failed.
 FAILS = (
     "import sys, time; from megafork.system import failure_file; time.sleep(1);"
     'failure_file.leave("rank 1 ended with status 1: RuntimeError: first", status=1, log="/log");'
@@ -38,19 +38,19 @@ FAILS = (
 
 
 class Machines:
-    """Their guards, each with a command; all that they start carries the folder as its mark."""
+    """Their launchers, each with a command; all that they start carries the folder as its mark."""
 
     def __init__(self, folder):
         self.folder, self.port = folder, free_port()
-        self.startup_s = 60  # for all guards to come, on a busy machine
-        self.guards = {}
+        self.startup_s = 60  # for all launchers to come, on a busy machine
+        self.launchers = {}
 
     def start(self, node, *command, key="secret"):
         names = {"SLURMD_NODENAME": node, "MEGAFORK_API_KEY": key, "PYTHONPATH": str(ROOT)}
         plan = [",".join(TRAIN), SERVER, str(self.folder), str(self.port), str(self.startup_s)]
         with (self.folder / f"{node}.told").open("w") as told:
-            self.guards[node] = subprocess.Popen(
-                [sys.executable, "-m", "tests.helpers.guarded", *plan, *command],
+            self.launchers[node] = subprocess.Popen(
+                [sys.executable, "-m", "tests.helpers.one_node", *plan, *command],
                 cwd=ROOT,
                 env=environment(self.folder) | names,
                 stderr=told,
@@ -59,8 +59,8 @@ class Machines:
     def statuses(self, seconds=90):
         deadline = time.monotonic() + seconds
         return {
-            node: guard.wait(max(deadline - time.monotonic(), 0.1))
-            for node, guard in self.guards.items()
+            node: launcher.wait(max(deadline - time.monotonic(), 0.1))
+            for node, launcher in self.launchers.items()
         }
 
     def until(self, name):
@@ -74,7 +74,7 @@ class Machines:
         return (self.folder / "cause").read_text()
 
     def wait_for_commands(self, *nodes):
-        """Until those machines' guards have started their commands."""
+        """Until those machines' launchers have started their commands."""
         deadline = time.monotonic() + 60
         while not all(self._runs(node) for node in nodes):
             assert time.monotonic() < deadline
@@ -82,7 +82,7 @@ class Machines:
 
     def _runs(self, node):
         with contextlib.suppress(psutil.Error):
-            children = psutil.Process(self.guards[node].pid).children()
+            children = psutil.Process(self.launchers[node].pid).children()
             return bool(children) and children[0].name() in ("sleep", "bash")
 
 
@@ -90,10 +90,10 @@ class Machines:
 def machines(tmp_path):
     found = Machines(tmp_path)
     yield found
-    for guard in found.guards.values():
-        if guard.poll() is None:
-            guard.kill()
-        guard.wait()
+    for launcher in found.launchers.values():
+        if launcher.poll() is None:
+            launcher.kill()
+        launcher.wait()
     assert left_over(tmp_path) == []
 
 
@@ -141,34 +141,34 @@ def test_a_machine_that_does_not_come_is_named(machines):
     assert not (machines.folder / "ran").exists()
 
 
-@pytest.mark.parametrize("silent", [TRAIN[0], TRAIN[1]], ids=["head", "other"])
+@pytest.mark.parametrize("silent", [TRAIN[0], TRAIN[1]], ids=["coordinator", "other"])
 def test_silence_ends_all(machines, silent):
     for node in (*TRAIN, SERVER):
         machines.start(node, "sleep", "600")
     machines.wait_for_commands(*TRAIN, SERVER)
-    machines.guards[silent].send_signal(signal.SIGSTOP)
+    machines.launchers[silent].send_signal(signal.SIGSTOP)
     started = time.monotonic()
-    others = {node: guard for node, guard in machines.guards.items() if node != silent}
-    assert {guard.wait(30) for guard in others.values()} == {LOST}
+    others = {node: launcher for node, launcher in machines.launchers.items() if node != silent}
+    assert {launcher.wait(30) for launcher in others.values()} == {LOST}
     assert time.monotonic() - started < LOST_AFTER_S + 10
     if silent == TRAIN[0]:
         told = machines.told(SERVER)
         assert f"127.0.0.3 lost touch with 127.0.0.1:{machines.port}: nothing heard for 6 s" in told
     else:
         assert "nothing was heard of 127.0.0.2 for 6 s" in machines.cause()
-    machines.guards[silent].send_signal(signal.SIGCONT)  # and finds that it was given up
-    assert machines.guards[silent].wait(30) == LOST
+    machines.launchers[silent].send_signal(signal.SIGCONT)  # and finds that it was given up
+    assert machines.launchers[silent].wait(30) == LOST
 
 
 def test_logs_that_cannot_be_written_keep_nothing_alive(machines):
     """They may lie behind the link that was cut: here nobody reads what is written."""
-    os.mkfifo(machines.folder / f"guard-{SERVER}.log")
+    os.mkfifo(machines.folder / f"launcher-{SERVER}.log")
     for node in (*TRAIN, SERVER):
         machines.start(node, "sleep", "600")
     machines.wait_for_commands(*TRAIN, SERVER)
-    sleeping = psutil.Process(machines.guards[SERVER].pid).children()
-    machines.guards[TRAIN[0]].send_signal(signal.SIGSTOP)
-    assert machines.guards[SERVER].wait(LOST_AFTER_S + 15) == LOST
+    sleeping = psutil.Process(machines.launchers[SERVER].pid).children()
+    machines.launchers[TRAIN[0]].send_signal(signal.SIGSTOP)
+    assert machines.launchers[SERVER].wait(LOST_AFTER_S + 15) == LOST
     assert not any(process.is_running() for process in sleeping)
 
 
@@ -181,7 +181,7 @@ def test_settings_that_a_serving_machine_refuses_are_the_cause(tmp_path):
         QUICKSTART / "config.toml", f"run.dir={tmp_path}/run",
     ]  # fmt: skip
     names = {"MEGAFORK_API_KEY": "secret", "CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(ROOT)}
-    guards = [
+    launchers = [
         subprocess.Popen(
             [sys.executable, "-m", "megafork.cluster", "run", *map(str, arguments)],
             cwd=ROOT,
@@ -191,8 +191,8 @@ def test_settings_that_a_serving_machine_refuses_are_the_cause(tmp_path):
         )
         for node in (train, serve)
     ]
-    told = [guard.communicate(timeout=60)[1] for guard in guards]
-    assert [guard.returncode for guard in guards] == [2, 2], told
+    told = [launcher.communicate(timeout=60)[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [2, 2], told
     cause = "error: 127.0.0.3: --servers 2 on 1 GPUs of 127.0.0.3: ask for fewer"
     assert (tmp_path / "cause").read_text().startswith(cause)
     assert told[0].splitlines()[-1].startswith(cause)
@@ -203,9 +203,9 @@ def test_a_killed_head_ends_all(machines):
     for node in (*TRAIN, SERVER):
         machines.start(node, "sleep", "600")
     machines.wait_for_commands(*TRAIN, SERVER)
-    machines.guards[TRAIN[0]].kill()
-    assert machines.guards[TRAIN[1]].wait(20) == LOST
-    assert machines.guards[SERVER].wait(20) == LOST
+    machines.launchers[TRAIN[0]].kill()
+    assert machines.launchers[TRAIN[1]].wait(20) == LOST
+    assert machines.launchers[SERVER].wait(20) == LOST
 
 
 def test_the_request_to_stop_reaches_every_machine(machines):
@@ -246,13 +246,13 @@ def test_a_stranger_changes_nothing(machines):
         with socket.create_connection(("127.0.0.1", machines.port)) as stranger:
             stranger.settimeout(60)
             stranger.sendall(words + b"\n")
-            assert stranger.recv(1) == b""  # the head has read it, and hangs up
+            assert stranger.recv(1) == b""  # the coordinator has read it, and hangs up
     (machines.folder / "done").touch()
     assert set(machines.statuses().values()) == {0}
 
 
 def test_long_words_are_cut(machines):
-    """To the first line, which the head takes and a job's last line holds."""
+    """To the first line, which the coordinator takes and a job's last line holds."""
     words = (
         "from megafork.system import failure_file; "
         "failure_file.leave('why ' * 20_000 + '\\nmore', status=2)"
@@ -270,7 +270,7 @@ def test_a_signal_to_a_guard_is_a_request_to_stop(machines):
         machines.start(node, "bash", "-c", waits)
     machines.start(SERVER, "sleep", "600")
     machines.wait_for_commands(*TRAIN, SERVER)
-    machines.guards[TRAIN[1]].send_signal(signal.SIGUSR1)
+    machines.launchers[TRAIN[1]].send_signal(signal.SIGUSR1)
     assert set(machines.statuses().values()) == {INTERRUPTED}
 
 
@@ -325,7 +325,7 @@ def test_a_wrong_address_is_named():
 
 @pytest.mark.slow
 def test_ranks_of_two_machines_meet_at_one_address(tmp_path):
-    """Started as guards start them; the store listens at the endpoint's address alone."""
+    """Started as launchers start them; the store listens at the endpoint's address alone."""
     rows = [{"prompt_ids": [4, 5], "response_ids": [6, 7, 8]}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     endpoint = f"127.0.0.1:{free_port()}"

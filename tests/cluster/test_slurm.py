@@ -160,7 +160,7 @@ def test_a_job_outlives_its_nodes(cluster, tmp_path):
 
 def guard_log(job, attempt, node):
     folder = job.run_dir / "logs" / f"job-{job.id}-attempt-{attempt}"
-    return (folder / f"guard-{node}.log").read_text()
+    return (folder / f"launcher-{node}.log").read_text()
 
 
 def test_a_pre_empted_chain(cluster, tmp_path):

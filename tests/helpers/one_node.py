@@ -1,4 +1,4 @@
-"""One guard: python -m tests.helpers.guarded TRAIN SERVE LOGS PORT STARTUP_S COMMAND...
+"""One node launcher: python -m tests.helpers.one_node TRAIN SERVE LOGS PORT STARTUP_S COMMAND...
 
 Machines are addresses of this one (127.0.0.1, 127.0.0.2, ...), named in $SLURMD_NODENAME.
 """
@@ -20,7 +20,7 @@ LOST_AFTER_S = 6.0
 
 if __name__ == "__main__":
     coordinator._SETTLE_S = 0.2  # what follows a cause changes nothing here
-    launcher_module._NOTE_S = 0.5  # nobody reads the log of a guard that is cut off
+    launcher_module._NOTE_S = 0.5  # nobody reads the log of a launcher that is cut off
     train, serve, logs, port, startup_s, *command = sys.argv[1:]
     names = [tuple(filter(None, text.split(","))) for text in (train, serve)]
     key = os.environ["MEGAFORK_API_KEY"].encode()
