@@ -28,6 +28,7 @@ from megafork.rollout.client import RolloutClient
 from megafork.rollout.ends import check_ends, stop_token_ids
 from megafork.rollout.engine import Served, api_key_of, check_server, start_here
 from megafork.rollout.fleet import Fleet
+from megafork.rollout.placement import NodeDevices
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.vllm_server import log_paths
 from megafork.system.signals import Interruption
@@ -207,12 +208,11 @@ def run_jobs(given: Input, jobs: Sequence[Job], make_rows: MakeRows, *, log_path
         scratch = log_path.with_name(log_path.name.removesuffix("vllm.log") + "converted_model")
         folder = stack.enter_context(given.source.as_hf(scratch))
         interruption.defer()
-        device = _device()
         knows_two = any(job.sampling and job.sampling.forking_temperatures for job in jobs)
         served = replace(given.served(folder), two_temperatures=knows_two)
         try:
             clients = stack.enter_context(
-                _clients(given.config.rollout, served, device, log_path, interruption)
+                _clients(given.config.rollout, served, log_path, interruption)
             )
             interruption.run(_generate(given, clients, folder, todo, make_rows))
         except Interrupted as signal:
@@ -225,14 +225,15 @@ def run_jobs(given: Input, jobs: Sequence[Job], make_rows: MakeRows, *, log_path
 
 @contextlib.contextmanager
 def _clients(
-    rollout: GenerationConfig, served: Served, device: str, log: Path, interruption: Interruption
+    rollout: GenerationConfig, served: Served, log: Path, interruption: Interruption
 ) -> Iterator[list[RolloutClient]]:
     """Clients of rollout.url's servers, or of rollout.servers that are started and ended here."""
     if rollout.url is not None:
         key, timeout_s = api_key_of(rollout), rollout.request_timeout_s
         yield [RolloutClient(url, key, timeout_s=timeout_s) for url in rollout.urls]
         return
-    with start_here(served, rollout, device, log_paths(log, rollout.servers)) as local:
+    devices = NodeDevices(_device())
+    with start_here(served, rollout, devices, log_paths(log, rollout.servers)) as local:
         local.wait(interruption.check)
         yield local.clients(rollout.request_timeout_s)
 

@@ -17,6 +17,7 @@ from megafork.config import RewardConfig
 from megafork.evaluation import estimates
 from megafork.evaluation.estimates import Scored, majority_at_k, pass_at_k, vote
 from megafork.evaluation.intervals import covers, mean_margin, share_interval
+from megafork.verifiers.names import load_verifier
 from tests.helpers.layouts import ci_run
 from tools.benchmark_intervals import (
     ACCURACIES,
@@ -311,6 +312,26 @@ def test_lengths_and_truncation():
 )
 def test_what_votes(how, response, truncated, answer):
     assert vote(response, how, RewardConfig(verifier="maths"), truncated=truncated) == answer
+
+
+@pytest.mark.parametrize("answer_from", [None, ["boxed", "answer_line"]])
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        (r"\boxed{3}", 1.0),
+        (r"\boxed{2}, no: \boxed{ 3 }.", 1.0),
+        (r"\boxed{3}. Checking: \boxed{", 0.0),
+        (r"\boxed{3}. Checking: \boxed{2", 0.0),
+        (r"\boxed{3} and \boxed{}", 0.0),
+        (r"\boxed 3", 0.0),
+    ],
+)
+def test_reward_and_vote_take_the_same_answer(response, reward, answer_from):
+    """A response votes for the right answer where the verifier says that it is right, only."""
+    config = RewardConfig(verifier="maths", answer_from=answer_from)
+    assert load_verifier("maths", config.places)("p", response, "3") == reward
+    voted = vote(response, "boxed", config, truncated=False)
+    assert voted == (canonical_answer("3") if reward else None)
 
 
 def test_other_verifiers_votes_are_counted_by_their_spelling():
