@@ -32,7 +32,6 @@ from megafork.evaluation.generation import (
     row_of,
     run_jobs,
 )
-from megafork.evaluation.intervals import CONFIDENCE
 from megafork.evaluation.sample_file import (
     SETTINGS,
     SampleFile,
@@ -69,7 +68,7 @@ def evaluate(config: EvaluateConfig, benchmarks: Sequence[str], output: Path) ->
             prompts, SampleFile(target, given.settings() | digest(prompts), len(prompts))
         )
     run_judged(given, list(jobs.values()), config, log_path=_log(output))
-    results |= {"model": str(given.source.folder), "confidence": CONFIDENCE}
+    results |= {"model": str(given.source.folder), "confidence": estimates.CONFIDENCE}
     results |= {"interval": _INTERVAL, "settings": given.settings()}
     found = {
         name: {"file": files[name]}

@@ -2,7 +2,10 @@
 
 For problem p, n samples with accuracies a_1..a_n (1.0: right) and extracted answers. Every estimate
 is a mean over problems of a number for each problem, and problems are the units of its interval:
-docs/evaluation.md.
+docs/evaluation.md, with the intervals' coverage, whose table tools/benchmark_intervals.py makes.
+
+scipy.special is imported within the functions: it takes half a second, and every controller
+imports this file.
 """
 
 from __future__ import annotations
@@ -17,11 +20,18 @@ import numpy
 from megafork.answers.comparison import canonical_answer
 from megafork.answers.places import BOXED, find_answer
 from megafork.config import RewardConfig
-from megafork.evaluation.intervals import mean_margin, share_interval
 
+CONFIDENCE = 0.95
 EXACT_SAMPLES = 128
 """Up to as many samples of a problem maj@k is computed exactly."""
 _DRAWS = 4096
+_FEW, _MANY = 8.0, 12.0
+"""Problems that have what is rarer: up to _FEW the variance is not believed, from _MANY on it is"""
+_MOST_TRIALS = 1e6
+_LEAST = 1e-12
+"""In place of 0, of which there is no Beta distribution; the bound is then 0 or 1 anyway"""
+Array = Any
+"""numpy's, float64"""
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class Estimate:
 def estimate(values: Sequence[float], *, is_share: bool = True) -> Estimate:
     """Mean of one number for each problem.
 
-    is_share: the numbers lie between 0 and 1, and the interval is `share_interval`'s; else it is
+    is_share: the numbers lie between 0 and 1, and the interval is `share_intervals`'; else it is
     Student's t.
     """
     count = len(values)
@@ -54,10 +64,51 @@ def estimate(values: Sequence[float], *, is_share: bool = True) -> Estimate:
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     error = math.sqrt(variance / count)
     if is_share:
-        low, high = share_interval(values)
+        low, high = (float(end[0]) for end in share_intervals(numpy.array([values])))
         return Estimate(mean, min(low, mean), max(high, mean), error)
     margin = mean_margin(count, error)
     return Estimate(mean, mean - margin, mean + margin, error)
+
+
+def share_intervals(values: Array) -> tuple[Array, Array]:
+    """Return low and high of the mean share of each row of `values` [repetitions, problems].
+
+    P problems (two at least) with numbers between 0 and 1, mean m and variance v say as much as
+    n_eff = P m (1 - m) / v trials that are right or wrong: between P (all samples of a problem
+    agree) and P k (problems are equally hard). The interval is that of a binomial share of n_eff
+    trials, between Clopper and Pearson's and Jeffreys', with Student's t for the estimated
+    variance. Where few problems have what is rarer, right or wrong samples, v says little: of 30
+    problems with 1% accuracy most draws have no right sample, or one. n_eff is then P.
+    """
+    from scipy.special import betaincinv
+
+    problems = values.shape[1]
+    mean, variance = values.mean(1), values.var(1, ddof=1)
+    rarer = numpy.where((mean <= 0.5)[:, None], values, 1 - values)
+    squares = (rarer**2).sum(1)
+    having = numpy.divide(rarer.sum(1) ** 2, squares, out=numpy.zeros_like(mean), where=squares > 0)
+    doubt = numpy.clip((_MANY - having) / (_MANY - _FEW), 0, 1)
+
+    largest = mean * (1 - mean)
+    spread = numpy.divide(variance, largest, out=numpy.ones_like(mean), where=largest > 0)
+    spread = numpy.minimum(spread, 1)
+    spread = numpy.maximum(spread + (1 - spread) * doubt, problems / _MOST_TRIALS)
+    trials = problems / spread
+    right, wrong = mean * trials, (1 - mean) * trials
+
+    students = 0.5 * math.erfc(mean_margin(problems, 1.0) / math.sqrt(2))
+    tail = (1 - CONFIDENCE) / 2 * doubt + students * (1 - doubt)
+    shift = 0.5 + 0.5 * doubt  # from Jeffreys' bound (1/2) towards Clopper and Pearson's (1)
+    low = betaincinv(numpy.maximum(right + 1 - shift, _LEAST), wrong + shift, tail)
+    high = betaincinv(right + shift, numpy.maximum(wrong + 1 - shift, _LEAST), 1 - tail)
+    return numpy.where(right > 0, low, 0.0), numpy.where(wrong > 0, high, 1.0)
+
+
+def mean_margin(num_values: int, standard_error: float) -> float:
+    """Half the width of Student's 95% interval of the mean of `num_values` numbers."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(num_values - 1, 0.5 + CONFIDENCE / 2)) * standard_error
 
 
 def sampling_error(accuracies: Sequence[Sequence[float]]) -> float | None:
