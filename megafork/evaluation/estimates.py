@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy
@@ -44,9 +44,6 @@ class Estimate:
     """None: one problem has no interval"""
     standard_error: float | None
     """For new problems with new samples: both components"""
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def estimate(values: Sequence[float], *, is_share: bool = True) -> Estimate:

@@ -232,7 +232,9 @@ def _clients(
         key, timeout_s = api_key_of(rollout), rollout.request_timeout_s
         yield [RolloutClient(url, key, timeout_s=timeout_s) for url in rollout.urls]
         return
-    devices = NodeDevices(_device())
+    from megafork.parallel.backend import has_cuda
+
+    devices = NodeDevices("cuda" if has_cuda() else "cpu")
     with start_here(served, rollout, devices, log_paths(log, rollout.servers)) as local:
         local.wait(interruption.check)
         yield local.clients(rollout.request_timeout_s)
@@ -249,7 +251,8 @@ async def _generate(
     rollout = given.config.rollout
     async with Fleet(clients, max_num_seqs=rollout.max_num_seqs) as fleet:
         await fleet.wait_until_up(rollout.startup_timeout_s, rollout.api_key_env)
-        await _check_weights(clients, rollout, folder)
+        if rollout.url is not None:
+            await _check_weights(clients, folder)
         await _generate_all(given, fleet, todo, make_rows)
 
 
@@ -305,12 +308,8 @@ async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_
         await asyncio.gather(*takers, return_exceptions=True)
 
 
-async def _check_weights(
-    clients: Sequence[RolloutClient], rollout: GenerationConfig, folder: Path
-) -> None:
+async def _check_weights(clients: Sequence[RolloutClient], folder: Path) -> None:
     """Check that a server of somebody else's has this model, and no weights of a training run."""
-    if rollout.url is None:
-        return
     for client in clients:
         serves, version = await client.model_path(), await client.weight_version()
         if Path(serves).resolve() != folder.resolve():
@@ -323,9 +322,3 @@ async def _check_weights(
                 f"rollout.url={client.url} has weights that a training run pushed (version "
                 f"{version}), not those of {folder}: use another server, or unset rollout.url"
             )
-
-
-def _device() -> str:
-    from megafork.parallel.backend import has_cuda
-
-    return "cuda" if has_cuda() else "cpu"
