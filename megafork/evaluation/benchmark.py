@@ -71,7 +71,7 @@ def evaluate(config: EvaluateConfig, benchmarks: Sequence[str], output: Path) ->
     results |= {"interval": _INTERVAL, "settings": settings}
     found = {
         name: {"file": files[name]}
-        | measure(problems_of(job.file, config.rollout.samples))
+        | measure(judged_of(job.file, config.rollout.samples))
         | {"verifier_failures": dict(Counter(filter(None, _failures_of(job.file))))}
         for name, job in jobs.items()
     }
@@ -187,35 +187,33 @@ def _rows_by(judge: Judge, config: EvaluateConfig, given: Input) -> MakeRows:
     return make_rows
 
 
-def problems_of(file: SampleFile, samples: int) -> list[list[estimates.Scored]]:
-    """Return the judged samples, `samples` of each problem."""
-    scored = [
-        estimates.Scored(
-            row["accuracy"], row["extracted"], row["length"], row["finish_reason"] != "stop"
-        )
+def judged_of(file: SampleFile, num_samples: int) -> estimates.Judged:
+    """Return the judged samples of a complete file."""
+    samples = (
+        (row["accuracy"], row["extracted"], row["length"], row["finish_reason"] != "stop")
         for row in file.rows()
-    ]
-    return [scored[i : i + samples] for i in range(0, len(scored), samples)]
+    )
+    return estimates.Judged.of(samples, num_samples)
 
 
-def measure(problems: Sequence[Sequence[estimates.Scored]]) -> Results:
+def measure(judged: estimates.Judged) -> Results:
     """Return all metrics of one benchmark; each with value, low, high and standard_error."""
-    samples = len(problems[0])
+    problems, samples = judged.accuracy.shape
     powers = estimates.powers_up_to(samples)
-    noise = estimates.sampling_error([[s.accuracy for s in group] for group in problems])
-    majorities = {k: estimates.majorities(problems, k) for k in powers}
+    noise = estimates.sampling_error(judged.accuracy)
+    majorities = {k: estimates.majorities(judged, k) for k in powers}
     return {
-        "problems": len(problems),
+        "problems": problems,
         "samples": samples,
-        f"avg@{samples}": asdict(estimates.avg_at_k(problems)) | {"sampling_error": noise},
-        "pass@k": {str(k): asdict(estimates.passes(problems, k)) for k in powers},
+        f"avg@{samples}": asdict(estimates.avg_at_k(judged)) | {"sampling_error": noise},
+        "pass@k": {str(k): asdict(estimates.passes(judged, k)) for k in powers},
         "maj@k": {
             str(k): asdict(found) | {"monte_carlo_error": error}
             for k, (found, error) in majorities.items()
         },
-        "length_mean": asdict(estimates.mean_length(problems)),
-        "length_max": max(sample.length for group in problems for sample in group),
-        "truncated_fraction": asdict(estimates.truncated_fraction(problems)),
+        "length_mean": asdict(estimates.mean_length(judged)),
+        "length_max": int(judged.length.max()),
+        "truncated_fraction": asdict(estimates.truncated_fraction(judged)),
     }
 
 

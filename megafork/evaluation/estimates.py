@@ -11,9 +11,9 @@ imports this file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy
 
@@ -46,7 +46,7 @@ class Estimate:
     """For new problems with new samples: both components"""
 
 
-def estimate(values: Sequence[float], *, is_share: bool = True) -> Estimate:
+def estimate(values: Sequence[float] | Array, *, is_share: bool = True) -> Estimate:
     """Mean of one number for each problem.
 
     is_share: the numbers lie between 0 and 1, and the interval is `share_intervals`'; else it is
@@ -108,17 +108,57 @@ def mean_margin(num_values: int, standard_error: float) -> float:
     return float(stdtrit(num_values - 1, 0.5 + CONFIDENCE / 2)) * standard_error
 
 
-def sampling_error(accuracies: Sequence[Sequence[float]]) -> float | None:
-    """Standard error of avg@k if the problems stay and only the samples are drawn anew.
+@dataclass(frozen=True)
+class Judged:
+    """The judged samples of P problems, n of each: columns [P, n]."""
+
+    accuracy: Array
+    """float64, 1.0: right"""
+    extracted: Array
+    """The answers that vote, str, or None"""
+    length: Array
+    """int64, tokens"""
+    truncated: Array
+    """bool: it did not end by itself"""
+
+    @classmethod
+    def of(cls, samples: Iterable[tuple[float, str | None, int, bool]], num_samples: int) -> Self:
+        """Make the columns of (accuracy, extracted, length, truncated), problem after problem."""
+        dtypes = (numpy.float64, object, numpy.int64, numpy.bool_)
+        columns = zip(zip(*samples, strict=True), dtypes, strict=True)
+        return cls(*(numpy.array(c, dtype).reshape(-1, num_samples) for c, dtype in columns))
+
+
+def avg_at_k(judged: Judged) -> Estimate:
+    return estimate(judged.accuracy.mean(1))
+
+
+def sampling_error(accuracy: Array) -> float | None:
+    """Standard error of avg@k if the problems stay and only the samples [P, n] are drawn anew.
 
     None where a problem has a single sample.
     """
-    variances = []
-    for scores in accuracies:
-        if len(scores) < 2:
-            return None
-        variances.append(float(numpy.var(scores, ddof=1)) / len(scores))
-    return math.sqrt(math.fsum(variances)) / len(accuracies)
+    problems, samples = accuracy.shape
+    if samples < 2:
+        return None
+    return math.sqrt(math.fsum(accuracy.var(1, ddof=1) / samples)) / problems
+
+
+def mean_length(judged: Judged) -> Estimate:
+    """Tokens of a response."""
+    found = estimate(judged.length.mean(1), is_share=False)
+    return found if found.low is None else replace(found, low=max(0.0, found.low))
+
+
+def truncated_fraction(judged: Judged) -> Estimate:
+    """Responses that did not end by themselves."""
+    return estimate(judged.truncated.mean(1))
+
+
+def passes(judged: Judged, k: int) -> Estimate:
+    """pass@k; a sample counts as right when its accuracy is 1."""
+    num_right = (judged.accuracy >= 1.0).sum(1).tolist()
+    return estimate([pass_at_k(judged.accuracy.shape[1], right, k) for right in num_right])
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
@@ -168,6 +208,14 @@ def majority_at_k(
     if n <= EXACT_SAMPLES:
         return Majority(_expected_majority(sizes, means, n, k), 0.0)
     return _drawn_majority(sizes, means, n, k, seed)
+
+
+def majorities(judged: Judged, k: int) -> tuple[Estimate, float]:
+    """maj@k, and the Monte Carlo error of its value (0: exact)."""
+    pairs = zip(judged.extracted.tolist(), judged.accuracy.tolist(), strict=True)
+    found = [majority_at_k(answers, accuracies, k) for answers, accuracies in pairs]
+    error = math.sqrt(math.fsum(each.error**2 for each in found)) / len(found)
+    return estimate([each.value for each in found]), error
 
 
 def _expected_majority(sizes: list[int], means: list[float], n: int, k: int) -> float:
@@ -237,62 +285,3 @@ def vote(
 def powers_up_to(n: int) -> list[int]:
     """1, 2, 4, ... and n."""
     return sorted({*(2**i for i in range(n.bit_length()) if 2**i <= n), n})
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The judged sample, as far as the metrics need it."""
-
-    accuracy: float
-    extracted: str | None
-    length: int
-    truncated: bool
-
-
-def avg_at_k(problems: Sequence[Sequence[Scored]]) -> Estimate:
-    return _over(problems, lambda samples: _mean(sample.accuracy for sample in samples))
-
-
-def passes(problems: Sequence[Sequence[Scored]], k: int) -> Estimate:
-    """pass@k; a sample counts as right when its accuracy is 1."""
-    return _over(
-        problems,
-        lambda samples: pass_at_k(len(samples), sum(s.accuracy >= 1.0 for s in samples), k),
-    )
-
-
-def majorities(problems: Sequence[Sequence[Scored]], k: int) -> tuple[Estimate, float]:
-    """maj@k, and the Monte Carlo error of its value (0: exact)."""
-    found = [
-        majority_at_k(
-            [sample.extracted for sample in samples], [sample.accuracy for sample in samples], k
-        )
-        for samples in problems
-    ]
-    error = math.sqrt(math.fsum(each.error**2 for each in found)) / len(found)
-    return estimate([each.value for each in found]), error
-
-
-def mean_length(problems: Sequence[Sequence[Scored]]) -> Estimate:
-    """Tokens of a response."""
-    found = _over(problems, lambda samples: _mean(s.length for s in samples), is_share=False)
-    return found if found.low is None else replace(found, low=max(0.0, found.low))
-
-
-def truncated_fraction(problems: Sequence[Sequence[Scored]]) -> Estimate:
-    """Responses that did not end by themselves."""
-    return _over(problems, lambda samples: _mean(float(s.truncated) for s in samples))
-
-
-def _over(
-    problems: Sequence[Sequence[Scored]],
-    value: Callable[[Sequence[Scored]], float],
-    *,
-    is_share: bool = True,
-) -> Estimate:
-    return estimate([value(samples) for samples in problems], is_share=is_share)
-
-
-def _mean(values: Any) -> float:
-    values = list(values)
-    return math.fsum(values) / len(values)

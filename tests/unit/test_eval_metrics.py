@@ -16,7 +16,7 @@ from megafork.answers.comparison import canonical_answer
 from megafork.config import RewardConfig
 from megafork.evaluation import estimates
 from megafork.evaluation.estimates import (
-    Scored,
+    Judged,
     majority_at_k,
     mean_margin,
     pass_at_k,
@@ -152,10 +152,8 @@ def test_t_quantiles_are_those_of_the_tables(degrees, expected):
 def problems_of(generator, count, samples):
     """Problems of different difficulty, with samples that are right by chance."""
     chances = generator.beta(0.6, 0.9, size=count)
-    return [
-        [Scored(float(x), None, 1, False) for x in generator.random(samples) < chance]
-        for chance in chances
-    ]
+    right = [x for chance in chances for x in generator.random(samples) < chance]
+    return Judged.of(((float(x), None, 1, False) for x in right), samples)
 
 
 @pytest.mark.parametrize("metric", [estimates.avg_at_k, lambda p: estimates.passes(p, 4)])
@@ -163,7 +161,8 @@ def test_intervals_are_those_of_a_bootstrap_over_problems(metric):
     generator = numpy.random.default_rng(0)
     problems = problems_of(generator, 60, 8)
     found = metric(problems)
-    values = numpy.array([metric([samples]).value for samples in problems])
+    columns = zip(*vars(problems).values(), strict=True)
+    values = numpy.array([metric(Judged(*(c[None] for c in each))).value for each in columns])
     means = generator.choice(values, (20_000, len(values))).mean(axis=1)
     low, high = numpy.quantile(means, [0.025, 0.975])
     # t is 2% wider than a bootstrap of 60, whose ends are off by 1% of the width in 20,000 draws.
@@ -260,7 +259,7 @@ def test_the_sampling_error_is_that_of_drawing_the_samples_anew():
     truth = drawn.mean(axis=(1, 2)).std()
     errors = [estimates.sampling_error(sample.astype(float)) for sample in drawn[:400]]
     assert numpy.mean(errors) == pytest.approx(truth, rel=0.05)
-    assert estimates.sampling_error([[1.0], [0.0]]) is None
+    assert estimates.sampling_error(numpy.array([[1.0], [0.0]])) is None
 
 
 def test_where_all_problems_agree_the_interval_still_has_a_width():
@@ -287,10 +286,8 @@ def test_one_problem_has_no_interval():
 
 
 def test_lengths_and_truncation():
-    problems = [
-        [Scored(0, None, 10, False), Scored(0, None, 30, True)],
-        [Scored(0, None, 60, True), Scored(0, None, 100, True)],
-    ]
+    samples = [(0, None, 10, False), (0, None, 30, True), (0, None, 60, True), (0, None, 100, True)]
+    problems = Judged.of(samples, 2)
     length = estimates.mean_length(problems)
     assert length.value == 50
     assert length.high > 100  # 20 and 80, two problems: 50 +- 12.7 * 30, not cut to 1
