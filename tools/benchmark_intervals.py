@@ -15,7 +15,7 @@ import math
 
 import numpy
 
-from megafork.evaluation.intervals import covers, mean_margin, share_intervals
+from megafork.evaluation.estimates import mean_margin, share_intervals
 
 PROBLEMS = (30, 60, 100, 200, 500)
 SAMPLES = (1, 4, 16, 64)
@@ -33,6 +33,12 @@ def draw(generator, repetitions, problems, samples, accuracy, concentration):
     else:
         chances = generator.beta(accuracy * concentration, (1 - accuracy) * concentration, size)
     return generator.binomial(samples, chances) / samples
+
+
+def covers(shares, truth):
+    """Whether the interval of each row of `shares` [repetitions, problems] holds `truth`."""
+    low, high = share_intervals(shares)
+    return (low <= truth) & (truth <= high)
 
 
 def students(shares):

@@ -20,6 +20,7 @@ from megafork.data.token_table import hash64
 from megafork.ops.top_fraction import largest_keys, top_fraction_threshold, top_k
 
 if TYPE_CHECKING:
+    from megafork.algorithms.rules import Tokens
     from megafork.config import ForkingConfig
 
 _TIES = torch.tensor(1)
@@ -73,37 +74,30 @@ class Selection:
 
 
 def select_tokens(
-    entropy_T: Tensor,
-    loss_mask_T: Tensor,
-    key_T2: Tensor,
+    tokens: Tokens,
     config: ForkingConfig,
     *,
     seed: int,
     step: int,
-    groups: Sequence[dist.ProcessGroup] = (),
     boundary_eps: float = 0.0,
-    sequence_T: Tensor | None = None,
-    num_sequences: int = 1,
     scores_T: Tensor | None = None,
 ) -> Selection:
     """Select among the response tokens of one threshold scope; call it once for each scope.
 
-    entropy_T: float32 nats; loss_mask_T: bool; key_T2: int64 (sample uid, position); each rank of
-    `groups` passes its own tokens. rho is the step's, a fraction of the loss tokens or, with
-    population = "response", of all. "bottom" is the complement of "top" at the same rho; "random"
-    takes the top rho of a hash of (seed, step, key), so the same tokens at every layout. Tokens
-    whose entropy has the threshold's bits are all in the top, or with ties = "hash" as many as are
-    missing, by another hash of (seed, step, key). (Equal on paper, as of a prefix that responses
-    share, they may differ in the last bit: num_boundary counts those.)
-    sequence_T: int64, which of num_sequences sequences a token is of, for scope = "sequence".
+    Each rank of tokens.groups passes its own tokens. rho is the step's, a fraction of the loss
+    tokens or, with population = "response", of all. "bottom" is the complement of "top" at the same
+    rho; "random" takes the top rho of a hash of (seed, step, key), so the same tokens at every
+    layout. Tokens whose entropy has the threshold's bits are all in the top, or with ties = "hash"
+    as many as are missing, by another hash of (seed, step, key). (Equal on paper, as of a prefix
+    that responses share, they may differ in the last bit: num_boundary counts those.)
     scores_T: float32 without NaN, a plug-in's: its top rho is taken in place of the entropies'.
     """
+    loss_mask_T, key_T2 = tokens.loss_mask_T, tokens.key_T2
     if config.scope == "sequence":
-        assert sequence_T is not None, "scope = sequence asks which sequence a token is of"
-        scope = _Segments(sequence_T, num_sequences, groups)
+        scope = _Segments(tokens.sequence_T, tokens.num_sequences, tokens.groups)
     else:
-        scope = _Segments(torch.zeros_like(loss_mask_T, dtype=torch.int64), 1, groups)
-    values_T = entropy_T if scores_T is None else scores_T
+        scope = _Segments(torch.zeros_like(tokens.sequence_T), 1, tokens.groups)
+    values_T = tokens.entropy_T if scores_T is None else scores_T
     if config.select == "random":
         values_T = random_scores(key_T2, seed=seed, step=step)
     among_T = torch.ones_like(loss_mask_T) if config.population == "response" else loss_mask_T

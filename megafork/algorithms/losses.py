@@ -63,30 +63,42 @@ class LossSettings:
     entropy_bonus: EntropyBonusConfig
 
 
+@dataclass(frozen=True)
+class ScoredRows:
+    """A rank's rows of a mini-batch, with what scoring, selection and credit say of each."""
+
+    rows_N: Tensor
+    """int64: rows of the token table"""
+    old_logprobs_N: Tensor
+    """float32: the ratio's denominator"""
+    mask_N: Tensor
+    """bool: the forking mask"""
+    credit_N: Tensor | float = 1.0
+    """float32 on the loss's device: the weight of each row"""
+    ref_logprobs_N: Tensor | None = None
+    """float32, the reference policy's: needed where kl has a coefficient"""
+
+
 def loss_rows(
     table: TokenTable,
-    rows_N: Tensor,
-    old_logprobs_N: Tensor,
-    mask_N: Tensor,
+    scored: ScoredRows,
     settings: LossSettings,
     *,
     device: torch.device,
-    credit_N: Tensor | float = 1.0,
-    ref_logprobs_N: Tensor | None = None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> LossRows:
     """Return the columns of one rank's rows of a mini-batch, on `device`.
 
-    mask_N: the forking mask. credit_N: float32 on `device`, a weight for each row.
-    ref_logprobs_N: needed where kl has a coefficient. cp_group: the ranks that share each sequence,
-    which all call this together; None: each sequence is whole on its rank.
+    cp_group: the ranks that share each sequence, which all call this together; None: each sequence
+    is whole on its rank.
     """
+    rows_N, ref_logprobs_N = scored.rows_N, scored.ref_logprobs_N
     assert ref_logprobs_N is not None or not settings.kl.coefficient, "no reference has scored"
     _, needs = load_objective(settings.algorithm.objective)
     sequence_N = table.sample_R[rows_N].to(device)
     advantages_N = table.advantage_R[rows_N].to(device)
     loss_mask_N = table.loss_mask_R[rows_N].to(device)
-    old_logprobs_N, mask_N = old_logprobs_N.to(device), mask_N.to(device)
+    old_logprobs_N, mask_N = scored.old_logprobs_N.to(device), scored.mask_N.to(device)
     num_tokens_N = table.num_loss_tokens_B.to(device)[sequence_N]
     rollout_logprobs_N = table.rollout_logprob_R[rows_N].to(device)
     weights = importance_weights(
@@ -98,7 +110,7 @@ def loss_rows(
         num_sequences=table.num_samples,
         cp_group=cp_group,
     )
-    selected_N = mask_N & (credit_N != 0) & ((advantages_N != 0) | (needs == "all"))
+    selected_N = mask_N & (scored.credit_N != 0) & ((advantages_N != 0) | (needs == "all"))
     gradient_N = selected_N & ~weights.masked_T
     per_sequence = settings.algorithm.denominator == "sequence_tokens"
     divisor_N = num_tokens_N.clamp(min=1) if per_sequence else torch.ones_like(num_tokens_N)
@@ -111,7 +123,7 @@ def loss_rows(
         old_logprobs_N=old_logprobs_N,
         rollout_logprobs_N=rollout_logprobs_N,
         advantages_N=advantages_N,
-        weight_N=weights.weight_T * credit_N / divisor_N,
+        weight_N=weights.weight_T * scored.credit_N / divisor_N,
         sequence_N=sequence_N,
         num_tokens_N=num_tokens_N,
         gradient_N=gradient_N,

@@ -13,14 +13,11 @@ import numpy
 from megafork.analysis.output import BLUE, GREY, ORANGE, Row, figure, make_folder, write_table
 from megafork.config.rollouts import TemperaturesConfig
 from megafork.evaluation import estimates
-from megafork.evaluation.benchmark import problems_of, run_judged
+from megafork.evaluation.benchmark import judged_of, run_judged
 from megafork.evaluation.generation import Input, Job, check_input, digest
 from megafork.evaluation.sample_file import SampleFile, Settings
 from megafork.rollout.sampling import TwoTemperatures
 from megafork.verifiers.names import check_verifiers
-
-Problems = Sequence[Sequence[estimates.Scored]]
-"""samples of each problem, in the file's order"""
 
 
 def pairs_of(config: TemperaturesConfig) -> list[TwoTemperatures]:
@@ -52,7 +49,7 @@ def sweep_temperatures(config: TemperaturesConfig, data: str, output: Path) -> N
     make_folder(output)
     run_judged(given, list(jobs.values()), config, log_path=output / "vllm.log")
     samples = config.rollout.samples
-    found = [(pair, problems_of(job.file, samples)) for pair, job in jobs.items()]
+    found = [(pair, judged_of(job.file, samples)) for pair, job in jobs.items()]
     about = {
         "model": str(given.source.folder),
         "data": data,
@@ -72,30 +69,26 @@ def _settings(given: Input, pair: TwoTemperatures) -> Settings:
     return kept | {"temperatures": [pair.threshold, pair.above, pair.below]}
 
 
-def table(evaluations: Sequence[tuple[TwoTemperatures, Problems]]) -> list[Row]:
+def table(evaluations: Sequence[tuple[TwoTemperatures, estimates.Judged]]) -> list[Row]:
     """A row for each pair of temperatures, with 95% intervals over problems.
 
     The first pair is the baseline, T = 1 on both sides; `change` is from it, problem by problem.
     """
-    baseline = _accuracies(evaluations[0][1])
+    baseline = evaluations[0][1].accuracy.mean(1)
     rows = []
-    for pair, problems in evaluations:
-        change = numpy.subtract(_accuracies(problems), baseline).tolist()
+    for pair, judged in evaluations:
+        change = (judged.accuracy.mean(1) - baseline).tolist()
         columns = {
-            "accuracy": estimates.avg_at_k(problems),
+            "accuracy": estimates.avg_at_k(judged),
             "change": _mean_difference(change),
-            "length": estimates.mean_length(problems),
-            "truncated": estimates.truncated_fraction(problems),
+            "length": estimates.mean_length(judged),
+            "truncated": estimates.truncated_fraction(judged),
         }
         row: Row = {"above": pair.above, "below": pair.below}
         for name, found in columns.items():
             row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
         rows.append(row)
     return rows
-
-
-def _accuracies(problems: Problems) -> list[float]:
-    return [sum(s.accuracy for s in samples) / len(samples) for samples in problems]
 
 
 def _mean_difference(values: Sequence[float]) -> estimates.Estimate:

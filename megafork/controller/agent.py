@@ -21,6 +21,7 @@ from megafork.controller.ranks import settings_digest
 from megafork.errors import UserError
 from megafork.rollout.engine import LocalServers, served_policy, start_here
 from megafork.rollout.messages import Header, Link, connect
+from megafork.rollout.placement import NodeDevices
 from megafork.rollout.vllm_server import log_paths
 from megafork.verifiers.verifier import Judge
 from megafork.weights.reach import is_local
@@ -74,17 +75,20 @@ def _start_servers(config: TrainConfig, order: dict[str, Any]) -> tuple[LocalSer
     logs = log_paths(Path(config.run.dir) / "vllm.log", order["num_nodes"] * rollout.servers)
     logs = logs[node * rollout.servers : (node + 1) * rollout.servers]
     colocated = rollout.placement == "colocated"
+    devices = NodeDevices(
+        order["device"],
+        num_trainers=order["num_trainers"],
+        shared=colocated,
+        sees_trainers=is_local(config.sync, colocated),
+    )
     servers = start_here(
         served_policy(config),
         rollout,
-        order["device"],
+        devices,
         logs,
         api_key=order["key"],
         host=order["host"],
         max_restarts=rollout.max_restarts,
-        num_trainers=order["num_trainers"],
-        shared=colocated,
-        sees_trainers=is_local(config.sync, colocated),
     )
     return servers, logs
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def read_table(path: str | Path, columns: Sequence[str]) -> Table:
         raise UserError(f"data file {path} does not exist: give {_KINDS}")
     if path.suffix == ".parquet":
         return _from_parquet(path, columns)
-    return _from_jsonl(path)
+    return read_jsonl(path)
 
 
 def read_with(reader: str, path: str | Path) -> Table:
@@ -96,19 +96,26 @@ def look_up(row: dict[str, Any], key: str) -> Any:
     return value
 
 
-def _from_jsonl(path: Path) -> Table:
+def read_jsonl(
+    path: Path, *, number: Callable[[str], Any] | None = Number, kinds: str = _KINDS
+) -> Table:
+    """Yield the rows of the lines that are not blank.
+
+    number: see `parse_json`. kinds: what can be given in place of this file. Raises UserError,
+    naming the file and line, for what is not UTF-8 or not JSON.
+    """
     with path.open(encoding="utf-8", errors="strict") as lines:
         try:
-            for number, line in enumerate(lines, 1):
+            for count, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _parsed(line, f"{path}, line {number}")
+                    yield _parsed(line, f"{path}, line {count}", number)
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8: {error}: give {_KINDS}") from None
+            raise UserError(f"{path} is not UTF-8: {error}: give {kinds}") from None
 
 
-def _parsed(line: str, where: str) -> tuple[str, Any]:
+def _parsed(line: str, where: str, number: Callable[[str], Any] | None) -> tuple[str, Any]:
     try:
-        return where, parse_json(line, number=Number)
+        return where, parse_json(line, number)
     except ValueError as error:
         raise UserError(f"{where}: not JSON ({error})") from None
 

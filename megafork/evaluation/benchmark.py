@@ -32,10 +32,10 @@ from megafork.evaluation.generation import (
     row_of,
     run_jobs,
 )
-from megafork.evaluation.intervals import CONFIDENCE
 from megafork.evaluation.sample_file import (
     SETTINGS,
     SampleFile,
+    Settings,
     check_same,
     files_with_samples,
     read_settings,
@@ -59,22 +59,20 @@ def evaluate(config: EvaluateConfig, benchmarks: Sequence[str], output: Path) ->
     files = _files_of(benchmarks, output)
     check_verifiers(config.reward.verifiers)
     given = check_input(config, files.values())
-    _check_folder(output, given)
-    results = _results_before(output, given)
+    settings = given.settings()
+    results = _results_before(output, settings)
     jobs = {}
     for name, path in files.items():
         prompts = given.prompts(path)
         target = output / "samples" / f"{name}.jsonl"
-        jobs[name] = Job(
-            prompts, SampleFile(target, given.settings() | digest(prompts), len(prompts))
-        )
-    run_judged(given, list(jobs.values()), config, log_path=_log(output))
-    results |= {"model": str(given.source.folder), "confidence": CONFIDENCE}
-    results |= {"interval": _INTERVAL, "settings": given.settings()}
+        jobs[name] = Job(prompts, SampleFile(target, settings | digest(prompts), len(prompts)))
+    run_judged(given, list(jobs.values()), config, log_path=output / "vllm.log")
+    results |= {"model": str(given.source.folder), "confidence": estimates.CONFIDENCE}
+    results |= {"interval": _INTERVAL, "settings": settings}
     found = {
         name: {"file": files[name]}
-        | measure(problems_of(job.file, config.rollout.samples))
-        | {"verifier_failures": _failures_of(job.file)}
+        | measure(judged_of(job.file, config.rollout.samples))
+        | {"verifier_failures": dict(Counter(filter(None, _failures_of(job.file))))}
         for name, job in jobs.items()
     }
     results["benchmarks"] = results.get("benchmarks", {}) | found
@@ -85,10 +83,6 @@ def evaluate(config: EvaluateConfig, benchmarks: Sequence[str], output: Path) ->
     told = f"results  {target}\nsamples  {output / 'samples'}"
     console.print(told, soft_wrap=True, markup=False)
     return results
-
-
-def _log(output: Path) -> Path:
-    return output / "vllm.log"
 
 
 def _files_of(benchmarks: Sequence[str], output: Path) -> dict[str, str]:
@@ -109,24 +103,20 @@ def _files_of(benchmarks: Sequence[str], output: Path) -> dict[str, str]:
     return files
 
 
-def _check_folder(output: Path, given: Input) -> None:
-    """Other benchmarks of the folder must be of the same settings: results.json has one for all."""
+def _results_before(output: Path, settings: Settings) -> Results:
+    """Read the folder's results of other benchmarks, whose samples may be gone.
+
+    Raises UserError where samples or results are of other settings: results.json has one for all.
+    """
     for path in sorted((output / "samples").glob(f"*{SETTINGS}")):
         if files_with_samples(path.with_name(path.name.removesuffix(SETTINGS))):
-            check_same(read_settings(path), given.settings(), f"{output}: {path.name}")
-
-
-def _results_before(output: Path, given: Input) -> Results:
-    """Results of other benchmarks in the same folder.
-
-    Their samples may be gone, but their settings must be the same.
-    """
+            check_same(read_settings(path), settings, f"{output}: {path.name}")
     path = output / "results.json"
     if not path.is_file():
         return {}
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
-        check_same(found["settings"], given.settings(), str(path))
+        check_same(found["settings"], settings, str(path))
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is not what eval wrote ({error}): remove it") from None
     return found
@@ -148,7 +138,7 @@ def run_judged(
         run_jobs(given, jobs, _rows_by(judge, config, given), log_path=log_path)
         for job in jobs:
             try:
-                judge.check_failures([row["failure"] for row in job.file.rows()])
+                judge.check_failures(_failures_of(job.file))
             except UserError as error:
                 raise UserError(
                     f"{error}. The samples are kept in {job.file.path}: the same command judges "
@@ -158,7 +148,7 @@ def run_judged(
 
 def _judge_again(judge: Judge, file: SampleFile) -> None:
     """Judge the rows without a verdict, where an evaluation ended because there were too many."""
-    if not judge.has_failed([row["failure"] for row in file.rows()]):
+    if not judge.has_failed(_failures_of(file)):
         return
 
     async def judged(row: dict[str, Any]) -> dict[str, Any]:
@@ -175,9 +165,9 @@ def _judge_again(judge: Judge, file: SampleFile) -> None:
     file.rewrite(row for part in parts for row in asyncio.run(all_of(part)))
 
 
-def _failures_of(file: SampleFile) -> dict[str, int]:
-    """Number of samples without a verdict by cause; they count as wrong."""
-    return dict(Counter(row["failure"] for row in file.rows() if row["failure"] is not None))
+def _failures_of(file: SampleFile) -> list[str | None]:
+    """Return why each sample has no verdict; None where it has one."""
+    return [row["failure"] for row in file.rows()]
 
 
 def _rows_by(judge: Judge, config: EvaluateConfig, given: Input) -> MakeRows:
@@ -188,55 +178,42 @@ def _rows_by(judge: Judge, config: EvaluateConfig, given: Input) -> MakeRows:
         verdicts = await asyncio.gather(
             *(judge(prompt.text, row["response"], prompt.answer) for row in rows)
         )
+        how = config.metrics.extract
         for row, verdict, sample in zip(rows, verdicts, samples, strict=True):
-            row["extracted"] = estimates.vote(
-                row["response"],
-                config.metrics.extract,
-                config.reward,
-                truncated=sample.truncated,
-            )
-            row |= {"reward": verdict.reward, "accuracy": verdict.accuracy}
-            row["failure"] = verdict.failure
-            row["length"] = len(sample.token_ids)
+            voted = estimates.vote(row["response"], how, config.reward, truncated=sample.truncated)
+            row |= {"extracted": voted} | asdict(verdict) | {"length": sample.num_tokens}
         return rows
 
     return make_rows
 
 
-def problems_of(file: SampleFile, samples: int) -> list[list[estimates.Scored]]:
-    """The judged samples, `samples` of each problem, read row by row."""
-    scored = (
-        estimates.Scored(
-            row["accuracy"], row["extracted"], row["length"], row["finish_reason"] != "stop"
-        )
+def judged_of(file: SampleFile, num_samples: int) -> estimates.Judged:
+    """Return the judged samples of a complete file."""
+    samples = (
+        (row["accuracy"], row["extracted"], row["length"], row["finish_reason"] != "stop")
         for row in file.rows()
     )
-    groups = iter(lambda: list(itertools.islice(scored, samples)), [])
-    return list(groups)
+    return estimates.Judged.of(samples, num_samples)
 
 
-def measure(problems: Sequence[Sequence[estimates.Scored]]) -> Results:
+def measure(judged: estimates.Judged) -> Results:
     """Return all metrics of one benchmark; each with value, low, high and standard_error."""
-    samples = len(problems[0])
-    avg = estimates.avg_at_k(problems).as_dict()
-    avg["sampling_error"] = estimates.sampling_error(
-        [[sample.accuracy for sample in group] for group in problems]
-    )
-    majority = {}
-    for k in estimates.powers_up_to(samples):
-        found, error = estimates.majorities(problems, k)
-        majority[str(k)] = found.as_dict() | {"monte_carlo_error": error}
+    problems, samples = judged.accuracy.shape
+    powers = estimates.powers_up_to(samples)
+    noise = estimates.sampling_error(judged.accuracy)
+    majorities = {k: estimates.majorities(judged, k) for k in powers}
     return {
-        "problems": len(problems),
+        "problems": problems,
         "samples": samples,
-        f"avg@{samples}": avg,
-        "pass@k": {
-            str(k): estimates.passes(problems, k).as_dict() for k in estimates.powers_up_to(samples)
+        f"avg@{samples}": asdict(estimates.avg_at_k(judged)) | {"sampling_error": noise},
+        "pass@k": {str(k): asdict(estimates.passes(judged, k)) for k in powers},
+        "maj@k": {
+            str(k): asdict(found) | {"monte_carlo_error": error}
+            for k, (found, error) in majorities.items()
         },
-        "maj@k": majority,
-        "length_mean": estimates.mean_length(problems).as_dict(),
-        "length_max": max(sample.length for group in problems for sample in group),
-        "truncated_fraction": estimates.truncated_fraction(problems).as_dict(),
+        "length_mean": asdict(estimates.mean_length(judged)),
+        "length_max": int(judged.length.max()),
+        "truncated_fraction": asdict(estimates.truncated_fraction(judged)),
     }
 
 
@@ -248,7 +225,7 @@ def _table(benchmarks: Results) -> Table:
     )
     table.add_column("benchmark")
     for column in ("problems", "k", "avg@k", "pass@k", "maj@k", "tokens", "cut off"):
-        width = len("10.0-20.0") if "@" in column else None
+        width = len("60.0-100.0") if "@" in column else None
         table.add_column(column, justify="right", min_width=width)
     for name, found in benchmarks.items():
         n = found["samples"]

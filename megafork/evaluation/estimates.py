@@ -2,26 +2,36 @@
 
 For problem p, n samples with accuracies a_1..a_n (1.0: right) and extracted answers. Every estimate
 is a mean over problems of a number for each problem, and problems are the units of its interval:
-docs/evaluation.md.
+docs/evaluation.md, with the intervals' coverage, whose table tools/benchmark_intervals.py makes.
+
+scipy.special is imported within the functions: it takes half a second, and every controller
+imports this file.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import numpy
 
 from megafork.answers.comparison import canonical_answer
 from megafork.answers.places import BOXED, find_answer
 from megafork.config import RewardConfig
-from megafork.evaluation.intervals import mean_margin, share_interval
 
+CONFIDENCE = 0.95
 EXACT_SAMPLES = 128
 """Up to as many samples of a problem maj@k is computed exactly."""
 _DRAWS = 4096
+_FEW, _MANY = 8.0, 12.0
+"""Problems that have what is rarer: up to _FEW the variance is not believed, from _MANY on it is"""
+_MOST_TRIALS = 1e6
+_LEAST = 1e-12
+"""In place of 0, of which there is no Beta distribution; the bound is then 0 or 1 anyway"""
+Array = Any
+"""numpy's, float64"""
 
 
 @dataclass(frozen=True)
@@ -35,14 +45,11 @@ class Estimate:
     standard_error: float | None
     """For new problems with new samples: both components"""
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def estimate(values: Sequence[float], *, is_share: bool = True) -> Estimate:
+def estimate(values: Sequence[float] | Array, *, is_share: bool = True) -> Estimate:
     """Mean of one number for each problem.
 
-    is_share: the numbers lie between 0 and 1, and the interval is `share_interval`'s; else it is
+    is_share: the numbers lie between 0 and 1, and the interval is `share_intervals`'; else it is
     Student's t.
     """
     count = len(values)
@@ -54,23 +61,104 @@ def estimate(values: Sequence[float], *, is_share: bool = True) -> Estimate:
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     error = math.sqrt(variance / count)
     if is_share:
-        low, high = share_interval(values)
+        low, high = (float(end[0]) for end in share_intervals(numpy.array([values])))
         return Estimate(mean, min(low, mean), max(high, mean), error)
     margin = mean_margin(count, error)
     return Estimate(mean, mean - margin, mean + margin, error)
 
 
-def sampling_error(accuracies: Sequence[Sequence[float]]) -> float | None:
-    """Standard error of avg@k if the problems stay and only the samples are drawn anew.
+def share_intervals(values: Array) -> tuple[Array, Array]:
+    """Return low and high of the mean share of each row of `values` [repetitions, problems].
+
+    P problems (two at least) with numbers between 0 and 1, mean m and variance v say as much as
+    n_eff = P m (1 - m) / v trials that are right or wrong: between P (all samples of a problem
+    agree) and P k (problems are equally hard). The interval is that of a binomial share of n_eff
+    trials, between Clopper and Pearson's and Jeffreys', with Student's t for the estimated
+    variance. Where few problems have what is rarer, right or wrong samples, v says little: of 30
+    problems with 1% accuracy most draws have no right sample, or one. n_eff is then P.
+    """
+    from scipy.special import betaincinv
+
+    problems = values.shape[1]
+    mean, variance = values.mean(1), values.var(1, ddof=1)
+    rarer = numpy.where((mean <= 0.5)[:, None], values, 1 - values)
+    squares = (rarer**2).sum(1)
+    having = numpy.divide(rarer.sum(1) ** 2, squares, out=numpy.zeros_like(mean), where=squares > 0)
+    doubt = numpy.clip((_MANY - having) / (_MANY - _FEW), 0, 1)
+
+    largest = mean * (1 - mean)
+    spread = numpy.divide(variance, largest, out=numpy.ones_like(mean), where=largest > 0)
+    spread = numpy.minimum(spread, 1)
+    spread = numpy.maximum(spread + (1 - spread) * doubt, problems / _MOST_TRIALS)
+    trials = problems / spread
+    right, wrong = mean * trials, (1 - mean) * trials
+
+    students = 0.5 * math.erfc(mean_margin(problems, 1.0) / math.sqrt(2))
+    tail = (1 - CONFIDENCE) / 2 * doubt + students * (1 - doubt)
+    shift = 0.5 + 0.5 * doubt  # from Jeffreys' bound (1/2) towards Clopper and Pearson's (1)
+    low = betaincinv(numpy.maximum(right + 1 - shift, _LEAST), wrong + shift, tail)
+    high = betaincinv(right + shift, numpy.maximum(wrong + 1 - shift, _LEAST), 1 - tail)
+    return numpy.where(right > 0, low, 0.0), numpy.where(wrong > 0, high, 1.0)
+
+
+def mean_margin(num_values: int, standard_error: float) -> float:
+    """Half the width of Student's 95% interval of the mean of `num_values` numbers."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(num_values - 1, 0.5 + CONFIDENCE / 2)) * standard_error
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The judged samples of P problems, n of each: columns [P, n]."""
+
+    accuracy: Array
+    """float64, 1.0: right"""
+    extracted: Array
+    """The answers that vote, str, or None"""
+    length: Array
+    """int64, tokens"""
+    truncated: Array
+    """bool: it did not end by itself"""
+
+    @classmethod
+    def of(cls, samples: Iterable[tuple[float, str | None, int, bool]], num_samples: int) -> Self:
+        """Make the columns of (accuracy, extracted, length, truncated), problem after problem."""
+        dtypes = (numpy.float64, object, numpy.int64, numpy.bool_)
+        columns = zip(zip(*samples, strict=True), dtypes, strict=True)
+        return cls(*(numpy.array(c, dtype).reshape(-1, num_samples) for c, dtype in columns))
+
+
+def avg_at_k(judged: Judged) -> Estimate:
+    return estimate(judged.accuracy.mean(1))
+
+
+def sampling_error(accuracy: Array) -> float | None:
+    """Standard error of avg@k if the problems stay and only the samples [P, n] are drawn anew.
 
     None where a problem has a single sample.
     """
-    variances = []
-    for scores in accuracies:
-        if len(scores) < 2:
-            return None
-        variances.append(float(numpy.var(scores, ddof=1)) / len(scores))
-    return math.sqrt(math.fsum(variances)) / len(accuracies)
+    problems, samples = accuracy.shape
+    if samples < 2:
+        return None
+    return math.sqrt(math.fsum(accuracy.var(1, ddof=1) / samples)) / problems
+
+
+def mean_length(judged: Judged) -> Estimate:
+    """Tokens of a response."""
+    found = estimate(judged.length.mean(1), is_share=False)
+    return found if found.low is None else replace(found, low=max(0.0, found.low))
+
+
+def truncated_fraction(judged: Judged) -> Estimate:
+    """Responses that did not end by themselves."""
+    return estimate(judged.truncated.mean(1))
+
+
+def passes(judged: Judged, k: int) -> Estimate:
+    """pass@k; a sample counts as right when its accuracy is 1."""
+    num_right = (judged.accuracy >= 1.0).sum(1).tolist()
+    return estimate([pass_at_k(judged.accuracy.shape[1], right, k) for right in num_right])
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
@@ -120,6 +208,14 @@ def majority_at_k(
     if n <= EXACT_SAMPLES:
         return Majority(_expected_majority(sizes, means, n, k), 0.0)
     return _drawn_majority(sizes, means, n, k, seed)
+
+
+def majorities(judged: Judged, k: int) -> tuple[Estimate, float]:
+    """maj@k, and the Monte Carlo error of its value (0: exact)."""
+    pairs = zip(judged.extracted.tolist(), judged.accuracy.tolist(), strict=True)
+    found = [majority_at_k(answers, accuracies, k) for answers, accuracies in pairs]
+    error = math.sqrt(math.fsum(each.error**2 for each in found)) / len(found)
+    return estimate([each.value for each in found]), error
 
 
 def _expected_majority(sizes: list[int], means: list[float], n: int, k: int) -> float:
@@ -189,62 +285,3 @@ def vote(
 def powers_up_to(n: int) -> list[int]:
     """1, 2, 4, ... and n."""
     return sorted({*(2**i for i in range(n.bit_length()) if 2**i <= n), n})
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The judged sample, as far as the metrics need it."""
-
-    accuracy: float
-    extracted: str | None
-    length: int
-    truncated: bool
-
-
-def avg_at_k(problems: Sequence[Sequence[Scored]]) -> Estimate:
-    return _over(problems, lambda samples: _mean(sample.accuracy for sample in samples))
-
-
-def passes(problems: Sequence[Sequence[Scored]], k: int) -> Estimate:
-    """pass@k; a sample counts as right when its accuracy is 1."""
-    return _over(
-        problems,
-        lambda samples: pass_at_k(len(samples), sum(s.accuracy >= 1.0 for s in samples), k),
-    )
-
-
-def majorities(problems: Sequence[Sequence[Scored]], k: int) -> tuple[Estimate, float]:
-    """maj@k, and the Monte Carlo error of its value (0: exact)."""
-    found = [
-        majority_at_k(
-            [sample.extracted for sample in samples], [sample.accuracy for sample in samples], k
-        )
-        for samples in problems
-    ]
-    error = math.sqrt(math.fsum(each.error**2 for each in found)) / len(found)
-    return estimate([each.value for each in found]), error
-
-
-def mean_length(problems: Sequence[Sequence[Scored]]) -> Estimate:
-    """Tokens of a response."""
-    found = _over(problems, lambda samples: _mean(s.length for s in samples), is_share=False)
-    return found if found.low is None else replace(found, low=max(0.0, found.low))
-
-
-def truncated_fraction(problems: Sequence[Sequence[Scored]]) -> Estimate:
-    """Responses that did not end by themselves."""
-    return _over(problems, lambda samples: _mean(float(s.truncated) for s in samples))
-
-
-def _over(
-    problems: Sequence[Sequence[Scored]],
-    value: Callable[[Sequence[Scored]], float],
-    *,
-    is_share: bool = True,
-) -> Estimate:
-    return estimate([value(samples) for samples in problems], is_share=is_share)
-
-
-def _mean(values: Any) -> float:
-    values = list(values)
-    return math.fsum(values) / len(values)

@@ -28,6 +28,7 @@ from megafork.rollout.client import RolloutClient
 from megafork.rollout.ends import check_ends, stop_token_ids
 from megafork.rollout.engine import Served, api_key_of, check_server, start_here
 from megafork.rollout.fleet import Fleet
+from megafork.rollout.placement import NodeDevices
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.vllm_server import log_paths
 from megafork.system.signals import Interruption
@@ -207,12 +208,11 @@ def run_jobs(given: Input, jobs: Sequence[Job], make_rows: MakeRows, *, log_path
         scratch = log_path.with_name(log_path.name.removesuffix("vllm.log") + "converted_model")
         folder = stack.enter_context(given.source.as_hf(scratch))
         interruption.defer()
-        device = _device()
         knows_two = any(job.sampling and job.sampling.forking_temperatures for job in jobs)
         served = replace(given.served(folder), two_temperatures=knows_two)
         try:
             clients = stack.enter_context(
-                _clients(given.config.rollout, served, device, log_path, interruption)
+                _clients(given.config.rollout, served, log_path, interruption)
             )
             interruption.run(_generate(given, clients, folder, todo, make_rows))
         except Interrupted as signal:
@@ -225,14 +225,17 @@ def run_jobs(given: Input, jobs: Sequence[Job], make_rows: MakeRows, *, log_path
 
 @contextlib.contextmanager
 def _clients(
-    rollout: GenerationConfig, served: Served, device: str, log: Path, interruption: Interruption
+    rollout: GenerationConfig, served: Served, log: Path, interruption: Interruption
 ) -> Iterator[list[RolloutClient]]:
     """Clients of rollout.url's servers, or of rollout.servers that are started and ended here."""
     if rollout.url is not None:
         key, timeout_s = api_key_of(rollout), rollout.request_timeout_s
         yield [RolloutClient(url, key, timeout_s=timeout_s) for url in rollout.urls]
         return
-    with start_here(served, rollout, device, log_paths(log, rollout.servers)) as local:
+    from megafork.parallel.backend import has_cuda
+
+    devices = NodeDevices("cuda" if has_cuda() else "cpu")
+    with start_here(served, rollout, devices, log_paths(log, rollout.servers)) as local:
         local.wait(interruption.check)
         yield local.clients(rollout.request_timeout_s)
 
@@ -248,7 +251,8 @@ async def _generate(
     rollout = given.config.rollout
     async with Fleet(clients, max_num_seqs=rollout.max_num_seqs) as fleet:
         await fleet.wait_until_up(rollout.startup_timeout_s, rollout.api_key_env)
-        await _check_weights(clients, rollout, folder)
+        if rollout.url is not None:
+            await _check_weights(clients, folder)
         await _generate_all(given, fleet, todo, make_rows)
 
 
@@ -304,12 +308,8 @@ async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_
         await asyncio.gather(*takers, return_exceptions=True)
 
 
-async def _check_weights(
-    clients: Sequence[RolloutClient], rollout: GenerationConfig, folder: Path
-) -> None:
+async def _check_weights(clients: Sequence[RolloutClient], folder: Path) -> None:
     """Check that a server of somebody else's has this model, and no weights of a training run."""
-    if rollout.url is None:
-        return
     for client in clients:
         serves, version = await client.model_path(), await client.weight_version()
         if Path(serves).resolve() != folder.resolve():
@@ -322,9 +322,3 @@ async def _check_weights(
                 f"rollout.url={client.url} has weights that a training run pushed (version "
                 f"{version}), not those of {folder}: use another server, or unset rollout.url"
             )
-
-
-def _device() -> str:
-    from megafork.parallel.backend import has_cuda
-
-    return "cuda" if has_cuda() else "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 from megafork.data.prompts import Prompt
@@ -22,12 +23,12 @@ async def sample(
     num_samples: int,
     max_num_seqs: int,
     tally: Tally,
-) -> list[list[estimates.Scored]]:
+) -> estimates.Judged:
     """`num_samples` responses to each prompt, judged, in the prompts' order.
 
     Raises UserError when the verifier failed on too many of them.
     """
-    found: dict[int, list[estimates.Scored]] = {}
+    found: dict[int, list[tuple[float, None, int, bool]]] = {}
     failures: list[str | None] = []
 
     async def of_prompt(prompt: Prompt) -> None:
@@ -38,28 +39,29 @@ async def sample(
         tally.add(sum(sample.num_tokens for sample in samples))
         failures.extend(verdict.failure for verdict in verdicts)
         found[prompt.index] = [
-            estimates.Scored(verdict.accuracy, None, sample.num_tokens, sample.truncated)
+            (verdict.accuracy, None, sample.num_tokens, sample.truncated)
             for verdict, sample in zip(verdicts, samples, strict=True)
         ]
 
     await for_each(prompts, of_prompt, groups_at_once(max_num_seqs, num_samples))
     judging.judge.check_failures(failures)
-    return [found[prompt.index] for prompt in prompts]
+    ordered = itertools.chain.from_iterable(found[prompt.index] for prompt in prompts)
+    return estimates.Judged.of(ordered, num_samples)
 
 
-def row(problems: list[list[estimates.Scored]]) -> dict[str, Any]:
+def row(judged: estimates.Judged) -> dict[str, Any]:
     """The row of eval.jsonl; eval/accuracy is avg@k, eval/samples counts all responses."""
-    samples = len(problems[0])
-    accuracy = estimates.avg_at_k(problems)
+    problems, samples = judged.accuracy.shape
+    accuracy = estimates.avg_at_k(judged)
     found: dict[str, Any] = {
         "eval/accuracy": accuracy.value,
         "eval/accuracy_low": accuracy.low,
         "eval/accuracy_high": accuracy.high,
-        "eval/problems": len(problems),
-        "eval/samples": len(problems) * samples,
-        "eval/length_mean": estimates.mean_length(problems).value,
-        "eval/truncated_fraction": estimates.truncated_fraction(problems).value,
+        "eval/problems": problems,
+        "eval/samples": problems * samples,
+        "eval/length_mean": estimates.mean_length(judged).value,
+        "eval/truncated_fraction": estimates.truncated_fraction(judged).value,
     }
     for k in estimates.powers_up_to(samples)[1:]:
-        found[f"eval/pass@{k}"] = estimates.passes(problems, k).value
+        found[f"eval/pass@{k}"] = estimates.passes(judged, k).value
     return found

@@ -8,20 +8,20 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 
 from megafork.config import ScoreConfig
 from megafork.data.sample import Group, Sample
+from megafork.data.tables import read_jsonl
 from megafork.data.token_table import token_table
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.errors import UserError
 from megafork.model.scorer import Scorer
 from megafork.parallel.mesh import Mesh, initialize, shutdown
 from megafork.system.disk import naming
-from megafork.system.parsing import parse_json
 
 Batch = Sequence[tuple[dict, Group]]
 """input objects, each with its response"""
@@ -50,8 +50,7 @@ def score_file(config: ScoreConfig, input_path: Path, output_path: Path) -> None
         source: Iterator[tuple[dict, Group]] = iter(())
         write: Write | None = None
         if mesh.rank == 0:
-            lines = stack.enter_context(input_path.open(encoding="utf-8"))
-            source = read_responses(lines, input_path, config, scorer.shape.vocab_size)
+            source = read_responses(input_path, config, scorer.shape.vocab_size)
             stack.callback(partial.unlink, missing_ok=True)
             stack.enter_context(naming(partial))
             writer = _parquet_writer if output_path.suffix == ".parquet" else _jsonl_writer
@@ -131,19 +130,14 @@ def _score(groups: list[Group], scorer: Scorer, mesh: Mesh) -> Scores:
 
 
 def read_responses(
-    lines: TextIO, path: Path, config: ScoreConfig, vocab_size: int
+    path: Path, config: ScoreConfig, vocab_size: int
 ) -> Iterator[tuple[dict, Group]]:
     """Yield each object with its response, as the only sample of a group.
 
     Raises UserError for a line that cannot be scored.
     """
     tokenizer: Tokenizer | None = None
-    for number, line in _numbered(lines, path):
-        where = f"{path}, line {number}"
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error})") from None
+    for index, (where, row) in enumerate(read_jsonl(path, number=None, kinds=".jsonl")):
         if not isinstance(row, dict):
             raise UserError(f"{where}: not an object")
         if "prompt_ids" in row and "response_ids" in row:
@@ -166,18 +160,8 @@ def read_responses(
                 f"{where}: {len(prompt) + len(response)} tokens do not fit micro_batch_tokens="
                 f"{config.micro_batch_tokens}: raise it to at least {on_one_rank}"
             )
-        sample = Sample(number, np.array(response), np.zeros(len(response)), truncated=False)
-        yield row, Group(number, prompt, 0, [sample])
-
-
-def _numbered(lines: TextIO, path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not blank, with their numbers."""
-    try:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, line
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from None
+        sample = Sample(index, np.array(response), np.zeros(len(response)), truncated=False)
+        yield row, Group(index, prompt, 0, [sample])
 
 
 def _check_ids(ids: Any, where: str, vocab_size: int) -> None:

@@ -23,7 +23,7 @@ from megafork.errors import UserError
 from megafork.parallel.addresses import LOOPBACK, is_loopback
 from megafork.parallel.ports import free_port
 from megafork.rollout.client import RolloutClient
-from megafork.rollout.placement import gpus_of_servers, visible_gpus, with_trainers
+from megafork.rollout.placement import NodeDevices
 from megafork.rollout.vllm_server import VllmServer, cpu_threads
 
 _SETTLED_S = 20.0
@@ -229,28 +229,18 @@ class _Kept:
 def start_here(
     served: Served,
     rollout: ServerConfig,
-    device: str,
+    devices: NodeDevices,
     logs: Sequence[Path],
     *,
     api_key: str | None = None,
     host: str = LOOPBACK,
     max_restarts: int = 0,
-    num_trainers: int = 0,
-    shared: bool = False,
-    sees_trainers: bool = False,
 ) -> LocalServers:
-    """Make this machine's rollout.servers servers, to be entered.
+    """Make this machine's rollout.servers servers, a log for each, to be entered.
 
-    api_key: the servers' common one; None makes a random one. num_trainers, shared: see
-    gpus_of_servers. sees_trainers: whether they open memory of other GPUs than their own. Raises
-    UserError for too few GPUs.
+    api_key: the servers' common one; None makes a random one. Raises UserError for too few GPUs.
     """
-    environments: list[dict[str, str]] = [{} for _ in logs]
-    if device == "cuda":
-        visible = visible_gpus()
-        gpus = gpus_of_servers(rollout, visible, num_trainers=num_trainers, shared=shared)
-        seen = [with_trainers(own, visible) if sees_trainers else own for own in gpus]
-        environments = [{"CUDA_VISIBLE_DEVICES": ",".join(names)} for names in seen]
+    environments = devices.environments(rollout)
     ports: set[int] = set()
     while len(ports) < len(logs):
         ports.add(free_port(host))
@@ -261,7 +251,7 @@ def start_here(
                 build_server,
                 served,
                 rollout,
-                device,
+                devices.kind,
                 log,
                 host=host,
                 port=port,
@@ -271,7 +261,7 @@ def start_here(
             for log, port, environment in zip(logs, sorted(ports), environments, strict=True)
         ],
         max_restarts,
-        when_asked=shared,
+        when_asked=devices.shared,
     )
 
 

@@ -5,9 +5,36 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 from megafork.config import ServerConfig
 from megafork.errors import UserError
+
+
+@dataclass(frozen=True)
+class NodeDevices:
+    """The devices of a node: their kind, and how servers and trainers divide them."""
+
+    kind: str
+    """cuda or cpu"""
+    num_trainers: int = 0
+    """Ranks that train on the node, on its first GPUs"""
+    shared: bool = False
+    """Servers and trainers take turns on the same GPUs (rollout.placement = "colocated")"""
+    sees_trainers: bool = False
+    """Servers open memory of other GPUs than their own (sync.transport = "local")"""
+
+    def environments(self, rollout: ServerConfig) -> list[dict[str, str]]:
+        """Return the variables that give each of the node's `rollout.servers` its GPUs.
+
+        Raises UserError where there are too few.
+        """
+        if self.kind != "cuda":
+            return [{} for _ in range(rollout.servers)]
+        visible = visible_gpus()
+        gpus = gpus_of_servers(rollout, visible, num_trainers=self.num_trainers, shared=self.shared)
+        seen = [with_trainers(own, visible) if self.sees_trainers else own for own in gpus]
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(names)} for names in seen]
 
 
 def gpus_of_servers(

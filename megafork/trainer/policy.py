@@ -75,16 +75,11 @@ class Policy(Scorer, Learner):
             return [torch.zeros(0, dtype=torch.bool) for _ in tables], None
         tokens = self._tokens(tables, scores)
         selection = forking.select_tokens(
-            tokens.entropy_T,
-            tokens.loss_mask_T,
-            tokens.key_T2,
+            tokens,
             self.forking,
             seed=self.training.seed,
             step=step,
-            groups=tokens.groups,
             boundary_eps=self.boundary_eps,
-            sequence_T=tokens.sequence_T,
-            num_sequences=tokens.num_sequences,
             scores_T=None if self._selector is None else self._selector(tokens, step=step),
         )
         # Entropies are bit-identical over tp by construction; were they not, ranks would compute
@@ -252,15 +247,18 @@ class Policy(Scorer, Learner):
         if self._credit:
             tokens = self._tokens([table], [scores])
             credit_N = self._from_first_tp_rank(credit_weights(self._credit, tokens, step=step))
-        all_rows = losses.loss_rows(
-            table,
+        scored = losses.ScoredRows(
             scores.rows_N,
             self._old_logprobs(table, scores),
             mask_N,
-            losses.LossSettings(self.algorithm, self.mismatch, self.kl, self.entropy_bonus),
-            device=self.mesh.device,
             credit_N=credit_N,
             ref_logprobs_N=scores.reference.old_logprobs_N if scores.reference else None,
+        )
+        all_rows = losses.loss_rows(
+            table,
+            scored,
+            losses.LossSettings(self.algorithm, self.mismatch, self.kl, self.entropy_bonus),
+            device=self.mesh.device,
             cp_group=self._cp_group,
         )
         packs, rows_of = [], {}

@@ -13,6 +13,7 @@ from megafork.errors import UserError
 from megafork.rollout import engine as engine_module
 from megafork.rollout.client import RolloutClient
 from megafork.rollout.engine import Served, start_here
+from megafork.rollout.placement import NodeDevices
 from megafork.rollout.vllm_server import log_paths
 from tests.helpers.blocking import Blocking
 from tests.helpers.commands import QUICKSTART, gone_within, members
@@ -25,10 +26,10 @@ SERVED = Served(str(QUICKSTART / "model"), "float32", 64)
 def start(tmp_path):
     python = stand_in_for_python(tmp_path)
 
-    def of(count, **options):
+    def of(count, shared=False, **options):
         rollout = ServerConfig(servers=count, python=str(python), startup_timeout_s=60)
         logs = log_paths(tmp_path / "vllm.log", count)
-        return start_here(SERVED, rollout, "cpu", logs, **options)
+        return start_here(SERVED, rollout, NodeDevices("cpu", shared=shared), logs, **options)
 
     return of
 

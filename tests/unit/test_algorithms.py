@@ -9,6 +9,7 @@ import torch
 
 from megafork.algorithms.advantages import group_advantages
 from megafork.algorithms.forking import random_scores, select_tokens, warn_of_ties
+from megafork.algorithms.rules import Tokens
 from megafork.config import ForkingConfig
 
 
@@ -41,10 +42,29 @@ IN_LOSS = torch.tensor([True, True, True, True, False, True])
 KEYS = torch.stack([torch.arange(6) // 3, torch.arange(6) % 3], 1)
 
 
-def select(**config):
-    return select_tokens(
-        ENTROPY, IN_LOSS, KEYS, ForkingConfig(**config), seed=1, step=2, boundary_eps=1e-5
+def tokens_of(entropy, in_loss, keys, num_sequences=None):
+    """Tokens of which selection alone is asked; a sequence for each sample uid."""
+    zeros = torch.zeros_like(entropy)
+    return Tokens(
+        entropy_T=entropy,
+        logprobs_T=zeros,
+        rollout_logprobs_T=zeros,
+        ref_logprobs_T=None,
+        token_T=zeros.long(),
+        advantages_T=zeros,
+        loss_mask_T=in_loss,
+        key_T2=keys,
+        length_T=torch.ones_like(keys[:, 0]),
+        reward_T=zeros,
+        sequence_T=keys[:, 0],
+        num_sequences=num_sequences or int(keys[:, 0].max()) + 1,
+        groups=(),
     )
+
+
+def select(**config):
+    tokens = tokens_of(ENTROPY, IN_LOSS, KEYS)
+    return select_tokens(tokens, ForkingConfig(**config), seed=1, step=2, boundary_eps=1e-5)
 
 
 def test_top_and_bottom_are_complements():
@@ -62,10 +82,8 @@ def test_the_fraction_is_the_steps(scope):
     config = ForkingConfig(rho=0.4, rho_end=0.15, rho_steps=6, scope=scope)
 
     def kept(step):
-        found = select_tokens(
-            torch.arange(10.0), torch.ones(10).bool(), keys, config, seed=0, step=step,
-            sequence_T=torch.zeros(10).long(), num_sequences=1,
-        )  # fmt: skip
+        tokens = tokens_of(torch.arange(10.0), torch.ones(10).bool(), keys)
+        found = select_tokens(tokens, config, seed=0, step=step)
         assert found.num_wanted == found.num_kept
         return found.mask_T.nonzero()[:, 0].tolist()
 
@@ -81,10 +99,9 @@ CUT = torch.tensor([False, False, False, False, True, True, True])
 
 def select_of(population, seed=0, **config):
     keys = torch.stack([CUT.long(), torch.arange(7)], 1)
-    return select_tokens(
-        POPULATION, ~CUT, keys, ForkingConfig(population=population, **config),
-        seed=seed, step=1, boundary_eps=1e-5,
-    )  # fmt: skip
+    config = ForkingConfig(population=population, **config)
+    tokens = tokens_of(POPULATION, ~CUT, keys)
+    return select_tokens(tokens, config, seed=seed, step=1, boundary_eps=1e-5)
 
 
 def test_the_population_may_have_the_filtered_responses_too():
@@ -124,10 +141,8 @@ def test_all_keeps_the_loss_mask():
 def test_boundary_counts_company_at_the_threshold():
     entropy = torch.tensor([1.0, 1.0 + 5e-6, 1.0 - 5e-6, 0.0, 0.1])
     keys = torch.stack([torch.zeros(5).long(), torch.arange(5)], 1)
-    arguments = {"seed": 0, "step": 0, "boundary_eps": 1e-5}
-    crowded = select_tokens(
-        entropy, torch.ones(5).bool(), keys, ForkingConfig(rho=0.4), **arguments
-    )
+    tokens = tokens_of(entropy, torch.ones(5).bool(), keys)
+    crowded = select_tokens(tokens, ForkingConfig(rho=0.4), seed=0, step=0, boundary_eps=1e-5)
     assert crowded.num_boundary == 3
     assert select(rho=0.4).num_boundary == 0
 
@@ -143,13 +158,10 @@ def collapsed(num_tokens, share_of_zeros):
 @pytest.mark.parametrize("select", ["top", "bottom"])
 def test_ties_by_hash_keep_exactly_k(select):
     entropy, keys = collapsed(100_000, 0.85)
-    everything = torch.ones(100_000).bool()
-    arguments = {"seed": 0, "step": 0}
-    keep = select_tokens(
-        entropy, everything, keys, ForkingConfig(rho=0.2, select=select), **arguments
-    )
+    tokens = tokens_of(entropy, torch.ones(100_000).bool(), keys)
+    keep = select_tokens(tokens, ForkingConfig(rho=0.2, select=select), seed=0, step=0)
     config = ForkingConfig(rho=0.2, ties="hash", select=select)
-    exact = select_tokens(entropy, everything, keys, config, **arguments)
+    exact = select_tokens(tokens, config, seed=0, step=0)
     wanted = {"top": 20_000, "bottom": 80_000}[select]
     assert keep.num_kept == int(keep.mask_T.sum()) == {"top": 100_000, "bottom": 0}[select]
     assert keep.num_wanted == exact.num_wanted == wanted
@@ -165,9 +177,8 @@ def test_ties_by_hash_are_a_function_of_the_key():
     config = ForkingConfig(rho=0.2, ties="hash")
 
     def chosen(order, step):
-        mask = select_tokens(
-            entropy[order], torch.ones(1000).bool(), keys[order], config, seed=0, step=step
-        ).mask_T
+        tokens = tokens_of(entropy[order], torch.ones(1000).bool(), keys[order])
+        mask = select_tokens(tokens, config, seed=0, step=step).mask_T
         return {tuple(key) for key in keys[order][mask].tolist()}
 
     in_order, shuffled = torch.arange(1000), torch.randperm(1000)
@@ -182,10 +193,8 @@ def test_every_sequence_has_its_own_threshold(ties):
     entropy = (torch.rand(62, generator=generator) * 6).round() / 6  # with ties
     in_loss = sequence != 4  # a response that overlong filtering took out
     keys = torch.stack([sequence, torch.arange(62)], 1)
-    found = select_tokens(
-        entropy, in_loss, keys, ForkingConfig(scope="sequence", ties=ties),
-        seed=0, step=0, sequence_T=sequence, num_sequences=5,
-    )  # fmt: skip
+    tokens = tokens_of(entropy, in_loss, keys, num_sequences=5)
+    found = select_tokens(tokens, ForkingConfig(scope="sequence", ties=ties), seed=0, step=0)
     thresholds = []
     for s, k in ((0, 1), (1, 1), (3, 10)):
         inside = sequence == s
@@ -207,9 +216,8 @@ def test_random_selection_is_a_function_of_the_key():
     everything = torch.ones(1000).bool()
 
     def chosen(order, step):
-        mask = select_tokens(
-            torch.zeros(1000), everything, keys[order], config, seed=3, step=step
-        ).mask_T
+        tokens = tokens_of(torch.zeros(1000), everything, keys[order])
+        mask = select_tokens(tokens, config, seed=3, step=step).mask_T
         return {tuple(key) for key in keys[order][mask].tolist()}
 
     in_order, shuffled = torch.arange(1000), torch.randperm(1000)

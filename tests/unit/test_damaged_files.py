@@ -153,8 +153,7 @@ def test_responses_to_score(folder, content):
     config = ScoreConfig(model={"path": str(QUICKSTART / "model")})
 
     def read(path):
-        with path.open(encoding="utf-8") as lines:
-            list(read_responses(lines, path, config, 32))
+        list(read_responses(path, config, 32))
 
     reads_or_tells(folder / "input.jsonl", content, read)
 

@@ -15,14 +15,22 @@ import pytest
 from megafork.answers.comparison import canonical_answer
 from megafork.config import RewardConfig
 from megafork.evaluation import estimates
-from megafork.evaluation.estimates import Scored, majority_at_k, pass_at_k, vote
-from megafork.evaluation.intervals import covers, mean_margin, share_interval
+from megafork.evaluation.estimates import (
+    Judged,
+    majority_at_k,
+    mean_margin,
+    pass_at_k,
+    share_intervals,
+    vote,
+)
+from megafork.verifiers.names import load_verifier
 from tests.helpers.layouts import ci_run
 from tools.benchmark_intervals import (
     ACCURACIES,
     CONCENTRATIONS,
     PROBLEMS,
     SAMPLES,
+    covers,
     draw,
     students,
 )
@@ -144,10 +152,8 @@ def test_t_quantiles_are_those_of_the_tables(degrees, expected):
 def problems_of(generator, count, samples):
     """Problems of different difficulty, with samples that are right by chance."""
     chances = generator.beta(0.6, 0.9, size=count)
-    return [
-        [Scored(float(x), None, 1, False) for x in generator.random(samples) < chance]
-        for chance in chances
-    ]
+    right = [x for chance in chances for x in generator.random(samples) < chance]
+    return Judged.of(((float(x), None, 1, False) for x in right), samples)
 
 
 @pytest.mark.parametrize("metric", [estimates.avg_at_k, lambda p: estimates.passes(p, 4)])
@@ -155,7 +161,8 @@ def test_intervals_are_those_of_a_bootstrap_over_problems(metric):
     generator = numpy.random.default_rng(0)
     problems = problems_of(generator, 60, 8)
     found = metric(problems)
-    values = numpy.array([metric([samples]).value for samples in problems])
+    columns = zip(*vars(problems).values(), strict=True)
+    values = numpy.array([metric(Judged(*(c[None] for c in each))).value for each in columns])
     means = generator.choice(values, (20_000, len(values))).mean(axis=1)
     low, high = numpy.quantile(means, [0.025, 0.975])
     # t is 2% wider than a bootstrap of 60, whose ends are off by 1% of the width in 20,000 draws.
@@ -226,22 +233,19 @@ def test_intervals_hold_the_truth_over_the_whole_table(problems):
     assert wrong == []
 
 
-def test_the_interval_says_what_covers_says():
+def test_an_interval_holds_the_mean():
     generator = numpy.random.default_rng(3)
     for problems, samples, accuracy in ((2, 4, 0.5), (30, 8, 0.02), (60, 4, 0.97), (200, 16, 0.3)):
         shares = draw(generator, 4, problems, samples, accuracy, 1.0)
-        for row in shares:
-            low, high = share_interval(row)
-            assert 0 <= low <= row.mean() <= high <= 1
-            for truth in (low - 1e-6, low + 1e-6, high - 1e-6, high + 1e-6):
-                if 0 < truth < 1:
-                    assert covers(row[None], truth)[0] == (low < truth < high)
+        low, high = share_intervals(shares)
+        means = shares.mean(1)
+        assert ((low >= 0) & (low <= means) & (means <= high) & (high <= 1)).all()
 
 
 @pytest.mark.parametrize(("count", "right"), [(30, 1), (30, 29), (40, 3), (60, 8), (500, 5)])
 def test_the_bounds_leave_the_tails_that_mpmath_integrates(count, right):
     """Up to eight of the rarer kind and one sample each: Clopper and Pearson's definition."""
-    low, high = share_interval([1.0] * right + [0.0] * (count - right))
+    [low], [high] = share_intervals(numpy.array([[1.0] * right + [0.0] * (count - right)]))
     above = mpmath.betainc(right, count - right + 1, 0, low, regularized=True)
     below = mpmath.betainc(right + 1, count - right, high, 1, regularized=True)
     assert float(above) == pytest.approx(0.025, abs=1e-11)
@@ -255,7 +259,7 @@ def test_the_sampling_error_is_that_of_drawing_the_samples_anew():
     truth = drawn.mean(axis=(1, 2)).std()
     errors = [estimates.sampling_error(sample.astype(float)) for sample in drawn[:400]]
     assert numpy.mean(errors) == pytest.approx(truth, rel=0.05)
-    assert estimates.sampling_error([[1.0], [0.0]]) is None
+    assert estimates.sampling_error(numpy.array([[1.0], [0.0]])) is None
 
 
 def test_where_all_problems_agree_the_interval_still_has_a_width():
@@ -282,10 +286,8 @@ def test_one_problem_has_no_interval():
 
 
 def test_lengths_and_truncation():
-    problems = [
-        [Scored(0, None, 10, False), Scored(0, None, 30, True)],
-        [Scored(0, None, 60, True), Scored(0, None, 100, True)],
-    ]
+    samples = [(0, None, 10, False), (0, None, 30, True), (0, None, 60, True), (0, None, 100, True)]
+    problems = Judged.of(samples, 2)
     length = estimates.mean_length(problems)
     assert length.value == 50
     assert length.high > 100  # 20 and 80, two problems: 50 +- 12.7 * 30, not cut to 1
@@ -311,6 +313,26 @@ def test_lengths_and_truncation():
 )
 def test_what_votes(how, response, truncated, answer):
     assert vote(response, how, RewardConfig(verifier="maths"), truncated=truncated) == answer
+
+
+@pytest.mark.parametrize("answer_from", [None, ["boxed", "answer_line"]])
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        (r"\boxed{3}", 1.0),
+        (r"\boxed{2}, no: \boxed{ 3 }.", 1.0),
+        (r"\boxed{3}. Checking: \boxed{", 0.0),
+        (r"\boxed{3}. Checking: \boxed{2", 0.0),
+        (r"\boxed{3} and \boxed{}", 0.0),
+        (r"\boxed 3", 0.0),
+    ],
+)
+def test_reward_and_vote_take_the_same_answer(response, reward, answer_from):
+    """A response votes for the right answer where the verifier says that it is right, only."""
+    config = RewardConfig(verifier="maths", answer_from=answer_from)
+    assert load_verifier("maths", config.places)("p", response, "3") == reward
+    voted = vote(response, "boxed", config, truncated=False)
+    assert voted == (canonical_answer("3") if reward else None)
 
 
 def test_other_verifiers_votes_are_counted_by_their_spelling():

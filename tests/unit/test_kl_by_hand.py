@@ -123,9 +123,12 @@ def test_rows_that_the_terms_need(kl, bonus, needed):
     table = table.with_loss_mask(in_loss)
     found = losses.loss_rows(
         table,
-        rows,
-        torch.zeros(6),
-        torch.tensor([False, True, True, False, False, False]),
+        losses.ScoredRows(
+            rows,
+            torch.zeros(6),
+            torch.tensor([False, True, True, False, False, False]),
+            ref_logprobs_N=torch.zeros(6),
+        ),
         losses.LossSettings(
             AlgorithmConfig(denominator="sequence_tokens"),
             MismatchConfig(),
@@ -133,7 +136,6 @@ def test_rows_that_the_terms_need(kl, bonus, needed):
             EntropyBonusConfig(**bonus),
         ),
         device=torch.device("cpu"),
-        ref_logprobs_N=torch.zeros(6),
     )
     assert found.needed_N.int().tolist() == needed
     assert found.gradient_N.tolist() == [False, True, False, False, False, False]

@@ -59,6 +59,23 @@ LIGHT = [
 ]
 """Modules that a command needs before it has found its mistake, a process for each response, or the
 controller."""
+MOST_PARAMETERS = 7
+COMMAND = "a command: typer makes an option of each parameter"
+KERNEL = "a Triton kernel: it takes pointers, strides and sizes one by one"
+PUBLIC = "the public API, whose signature is kept"
+MANY_PARAMETERS = {
+    "algorithms.surrogates.clipped_policy_loss": PUBLIC,
+    "analysis.commands.run_command": COMMAND,
+    "analysis.commands.tokens": COMMAND,
+    "cluster.__main__.run": COMMAND,
+    "ops.kernels.linear_head._forward_kernel": KERNEL,
+    "ops.kernels.linear_head._gradient_kernel": KERNEL,
+    "ops.kernels.linear_head._logits": KERNEL,
+    "ops.vocab_parallel.forward": "an autograd Function's: tensors are its own arguments",
+    "ops.vocab_parallel.linear_logprob_and_entropy": PUBLIC,
+    "plan.command.plan": COMMAND,
+}
+"""Functions that may have more parameters, and why"""
 
 
 def name_of(path: Path) -> str:
@@ -141,6 +158,23 @@ def test_functions_fit_a_page():
         and (lines := node.end_lineno - node.lineno + 1) > 60
     ]
     assert too_large == []
+
+
+def test_functions_have_few_parameters():
+    """Parameters beside self and cls."""
+    many = {
+        f"{name}.{node.name}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and num_parameters(node.args) > MOST_PARAMETERS
+    }
+    assert many - set(MANY_PARAMETERS) == set()
+
+
+def num_parameters(arguments: ast.arguments) -> int:
+    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    return sum(each.arg not in ("self", "cls") for each in every)
 
 
 def test_light_modules_stay_light():

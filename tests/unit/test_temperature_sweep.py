@@ -11,23 +11,21 @@ from megafork.analysis.temperatures import pairs_of, table
 from megafork.config.load import load_config
 from megafork.config.rollouts import TemperaturesConfig
 from megafork.errors import UserError
-from megafork.evaluation.estimates import Scored
+from megafork.evaluation.estimates import Judged
 from megafork.rollout.sampling import TwoTemperatures
 
 NEEDED = ["model.path=m", "reward.verifier=megafork.verifiers.countdown:verify"]
 
 
-def scored(*accuracies: float, length: int = 10, truncated: bool = False) -> list[Scored]:
-    return [Scored(accuracy, None, length, truncated) for accuracy in accuracies]
+def scored(*accuracies: float, length: int = 10, truncated: bool = False) -> list[tuple]:
+    return [(accuracy, None, length, truncated) for accuracy in accuracies]
 
 
 def test_the_table_by_hand():
-    base = (TwoTemperatures(0.5), [scored(1, 0), scored(0, 0), scored(1, 1)])
-    hot = (
-        TwoTemperatures(0.5, above=2.0),
-        [scored(0, 0), scored(0, 1, length=20, truncated=True), scored(0, 1)],
-    )
-    first, second = table([base, hot])
+    base = Judged.of(scored(1, 0, 0, 0, 1, 1), 2)
+    hot = [*scored(0, 0), *scored(0, 1, length=20, truncated=True), *scored(0, 1)]
+    pairs = TwoTemperatures(0.5), TwoTemperatures(0.5, above=2.0)
+    first, second = table(list(zip(pairs, (base, Judged.of(hot, 2)), strict=True)))
     assert (first["above"], first["below"], second["above"]) == (1.0, 1.0, 2.0)
     assert (first["accuracy"], first["change"], first["change_high"]) == (0.5, 0.0, 0.0)
     assert second["accuracy"] == pytest.approx(1 / 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -27,8 +28,12 @@ def take_the_threshold_over_tp_too():
     from megatron.core import parallel_state
 
     exact = forking.select_tokens
-    forking.select_tokens = lambda *args, groups, **options: exact(
-        *args, groups=(*groups, parallel_state.get_tensor_model_parallel_group()), **options
+    forking.select_tokens = lambda tokens, *args, **options: exact(
+        dataclasses.replace(
+            tokens, groups=(*tokens.groups, parallel_state.get_tensor_model_parallel_group())
+        ),
+        *args,
+        **options,
     )
 
 
