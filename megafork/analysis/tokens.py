@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 
 from megafork.analysis.glyphs import Font, token_label
-from megafork.analysis.output import BLUE, GREY, ORANGE, Row, figure, write_table
+from megafork.analysis.output import BLUE, GREY, ORANGE, Row, figure, rows_of, write_table
 from megafork.analysis.scored import Scored
 from megafork.analysis.statistics import clustered_means
 from megafork.errors import UserError
@@ -69,23 +69,19 @@ def rank_tokens(
             f"often in {scored.path} (the most frequent {means.count.max()} times, the most "
             f"widespread in {means.num_responses.max()} responses): lower them"
         )
-    mean, error = means.mean, means.standard_error
-    ids = frequent[numpy.argsort(-mean[frequent], kind="stable")].tolist()
-    texts = {i: name(i) for i in ids}
+    id_R = frequent[numpy.argsort(-means.mean[frequent], kind="stable")]
+    texts = {i: name(i) for i in id_R.tolist()}
     labels = {i: token_label(i, text, _LONGEST) for i, text in texts.items()}
     times = Counter(labels.values())
-    rows = [
-        {
-            "rank": rank,
-            "id": i,
-            "token": labels[i] if times[labels[i]] == 1 else f"{labels[i]} #{i}",
-            "count": int(means.count[i]),
-            "responses": int(means.num_responses[i]),
-            "mean_entropy_nats": float(mean[i]),
-            "standard_error_nats": float(error[i]),
-        }
-        for rank, i in enumerate(ids, 1)
-    ]
+    rows = rows_of(
+        rank=range(1, len(id_R) + 1),
+        id=id_R,
+        token=[text if times[text] == 1 else f"{text} #{i}" for i, text in labels.items()],
+        count=means.count[id_R],
+        responses=means.num_responses[id_R],
+        mean_entropy_nats=means.mean[id_R],
+        standard_error_nats=means.standard_error[id_R],
+    )
     about = {
         "tokens": scored.num_tokens,
         "ids_that_occur": int((means.count > 0).sum()),
