@@ -28,7 +28,7 @@ class EntropyTables:
 
     @property
     def p80(self) -> float:
-        """nats"""
+        """80th percentile, in nats"""
         return self.percentiles[_FORKING]["entropy_nats"]
 
 

@@ -50,7 +50,7 @@ def overlap(base: Scored, model: Scored, rho: float, scope: Scope) -> Row:
 
 
 def _top(scored: Scored, rho: float, scope: Scope) -> tuple[numpy.ndarray, float]:
-    """(bool [T]: the positions at or above their threshold, the file's threshold or NaN)"""
+    """Positions at or above their threshold (bool [T]), and the file's threshold or NaN."""
     import torch
 
     from megafork.ops.top_fraction import top_k
@@ -117,7 +117,7 @@ def step_of(label: str) -> int | None:
 
 
 def entropy_change(base: Scored, trained: Scored) -> tuple[list[Row], Row]:
-    """(rows, about) of change.csv: the change of entropy in 20 bins by rank of the base's entropy.
+    """Rows and description of change.csv: the change in 20 bins by rank of the base's entropy.
 
     Edge i is the base's ceil(i n / 20)-th smallest entropy; a bin is above its lower edge up to and
     with its upper edge, and the first has its lower edge too. Each bin has 5% of the tokens unless

@@ -26,8 +26,8 @@ class RankedTokens:
     id first."""
 
     rows: list[Row]
-    """The table's. `token` is legible and unique: blanks and line ends are shown, an id stands for
-    what has no text."""
+    """rows of the table; `token` is legible and unique: blanks and line ends are shown, an id
+    stands for what has no text"""
     texts: dict[int, str]
     """each id as the tokenizer has it"""
     about: Row
@@ -159,7 +159,10 @@ def _draw_bars(found: RankedTokens, source: str, path: Path, font: Font) -> None
 
 
 def _error_bars(tokens: Sequence[Row]) -> numpy.ndarray:
-    """[below, above]; below it ends within the logarithmic axis, none where it is unknown"""
+    """Length of the error bars, float64 [2, tokens]: below the mean and above it.
+
+    Below it ends within the logarithmic axis; it is 0 where the error is unknown.
+    """
     mean = numpy.array([t["mean_entropy_nats"] for t in tokens])
     error = numpy.nan_to_num([t["standard_error_nats"] for t in tokens])
     return numpy.stack([numpy.minimum(error, 0.9 * mean.clip(min=0.0)), error])
@@ -173,8 +176,8 @@ def _draw_cloud(
     path: Path,
     font: Font,
 ) -> None:
-    """Size: the mean entropy among the highest, the rank among the lowest (their entropies may
-    differ by powers of ten)."""
+    """Draw both word clouds. The size is the mean entropy among the highest, the rank among the
+    lowest, as their entropies may differ by powers of ten."""
     legible = [[t for t in tokens if font.can_draw(t["token"])] for tokens in (highest, lowest)]
     # wordcloud takes no word of size 0
     by_mean = {t["token"]: max(t["mean_entropy_nats"], 1e-9) for t in legible[0]}
