@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy
 
-from megafork.analysis.output import BLUE, ORANGE, Row, figure, write_table
+from megafork.analysis.output import BLUE, ORANGE, Row, figure, rows_of, write_table
 from megafork.analysis.scored import Scored
 from megafork.analysis.statistics import overall_mean
 
@@ -28,7 +28,7 @@ class EntropyTables:
 
     @property
     def p80(self) -> float:
-        """nats"""
+        """80th percentile, in nats"""
         return self.percentiles[_FORKING]["entropy_nats"]
 
 
@@ -55,16 +55,14 @@ def entropy_tables(scored: Scored) -> EntropyTables:
         "percentiles_are": "exact, linear between two order statistics",
         "standard_errors": "over responses",
     }
-    bins = [
-        {
-            "from_nats": round(i * BIN_NATS, 6),
-            "to_nats": round((i + 1) * BIN_NATS, 6),
-            "tokens": count,
-            "share": count / scored.num_tokens,
-        }
-        for i, count in enumerate(counts.tolist())
-    ]
-    rows = [{"percentile": p, "entropy_nats": value} for p, value in enumerate(percentiles)]
+    rows = rows_of(percentile=range(101), entropy_nats=percentiles)
+    left = numpy.arange(num_bins)
+    bins = rows_of(
+        from_nats=(left * BIN_NATS).round(6),
+        to_nats=((left + 1) * BIN_NATS).round(6),
+        tokens=counts,
+        share=counts / scored.num_tokens,
+    )
     return EntropyTables(about, rows, bins)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import io
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import msgspec
+import numpy
 
 from megafork.errors import UserError
 from megafork.system.disk import naming
@@ -31,25 +32,43 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def write_table(folder: Path, name: str, rows: Sequence[Row], about: Row) -> list[Path]:
+def rows_of(**columns: numpy.ndarray | Sequence[Any]) -> list[Row]:
+    """Rows of a table from its columns, all of one length; numbers of arrays become Python's."""
+    values = [c.tolist() if isinstance(c, numpy.ndarray) else c for c in columns.values()]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
+
+
+def write_table(folder: Path, name: str, rows: Sequence[Row], about: Row) -> None:
     """Write NAME.csv with the rows, NAME.json with `about` and the rows; NaN is empty or null.
 
     In the CSV, text that a spreadsheet would take for a formula begins with an apostrophe.
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
-    writer.writeheader()
-    writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
-    document = {**about, "rows": list(rows)}
-    return [
-        _write(folder / f"{name}.csv", text.getvalue()),
-        write_json(folder / f"{name}.json", document),
-    ]
+    with (
+        whole_file(folder / f"{name}.csv") as path,
+        path.open("w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
+    write_json(folder / f"{name}.json", {**about, "rows": list(rows)})
 
 
-def write_json(path: Path, document: Any) -> Path:
-    text = json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False)
-    return _write(path, text + "\n")
+def write_json(path: Path, document: Row) -> None:
+    """Write an object as JSON, indented by one; NaN is null."""
+    with whole_file(path) as partial:
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Name of a file to write, which becomes `path` at the end; after an error it is removed."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with naming(partial):
+            yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -72,33 +91,13 @@ def figure(path: Path, rows: Sequence[int] = (1,), *, height: float = 4.2) -> It
         for one in axes[:, 0]:
             one.spines[["top", "right"]].set_visible(False)
         yield list(axes[:, 0])
-        partial = path.with_name(path.name + ".partial")
-        drawn.savefig(partial, dpi=110, format="png")
-        partial.replace(path)
+        with whole_file(path) as partial:
+            drawn.savefig(partial, dpi=110, format="png")
     finally:
         pyplot.close(drawn)
-
-
-def _write(path: Path, text: str) -> Path:
-    partial = path.with_name(path.name + ".partial")
-    with naming(partial):
-        partial.write_text(text, encoding="utf-8")
-    return partial.replace(path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if _is_nan(value) else value
 
 
 def _cell(value: Any) -> Any:
     if isinstance(value, str):
         return as_cell(value)
-    return "" if _is_nan(value) else value
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+    return "" if isinstance(value, float) and math.isnan(value) else value

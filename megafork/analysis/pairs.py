@@ -13,12 +13,13 @@ from typing import Literal
 
 import numpy
 
-from megafork.analysis.output import BLUE, GREY, Row, figure, write_table
+from megafork.analysis.output import BLUE, GREY, Row, figure, rows_of, write_table
 from megafork.analysis.scored import Scored, check_same_responses
 from megafork.analysis.statistics import clustered_means, overall_mean
 
 Scope = Literal["batch", "sequence"]
 NUM_BINS = 20
+BIN_PERCENT = 100 // NUM_BINS
 _NAMED_POINTS = 10
 """At most as many have their numbers and steps written, as more would overlap."""
 
@@ -49,22 +50,21 @@ def overlap(base: Scored, model: Scored, rho: float, scope: Scope) -> Row:
 
 
 def _top(scored: Scored, rho: float, scope: Scope) -> tuple[numpy.ndarray, float]:
-    """(bool [T]: the positions at or above their threshold, the file's threshold or NaN)"""
+    """Positions at or above their threshold (bool [T]), and the file's threshold or NaN."""
     import torch
 
     from megafork.ops.top_fraction import top_k
 
-    in_batch = scope == "batch"
-    length_S = numpy.array([scored.num_tokens]) if in_batch else scored.length_B
-    threshold_S = numpy.full(len(length_S), numpy.nan, numpy.float32)
-    end_S = length_S.cumsum()
-    for segment, k in enumerate(top_k(torch.from_numpy(length_S), rho).tolist()):
-        own_T = scored.entropy_T[end_S[segment] - length_S[segment] : end_S[segment]]
-        if len(own_T):
-            threshold_S[segment] = numpy.partition(own_T, -k)[-k]
-    if in_batch:
-        return scored.entropy_T >= threshold_S[0], float(threshold_S[0])
-    return scored.entropy_T >= numpy.repeat(threshold_S, length_S), float("nan")
+    if scope == "batch":
+        parts = [scored.entropy_T]
+    else:
+        responses = numpy.split(scored.entropy_T, scored.length_B.cumsum()[:-1])
+        parts = [part_T for part_T in responses if len(part_T)]
+    lengths = [len(part_T) for part_T in parts]
+    ks = top_k(torch.tensor(lengths), rho).tolist()
+    thresholds = [numpy.partition(p_T, -k)[-k] for p_T, k in zip(parts, ks, strict=True)]
+    top_T = scored.entropy_T >= numpy.repeat(thresholds, lengths)
+    return top_T, float(thresholds[0]) if scope == "batch" else float("nan")
 
 
 def write_overlap(
@@ -117,7 +117,7 @@ def step_of(label: str) -> int | None:
 
 
 def entropy_change(base: Scored, trained: Scored) -> tuple[list[Row], Row]:
-    """(rows, about) of change.csv: the change of entropy in 20 bins by rank of the base's entropy.
+    """Rows and description of change.csv: the change in 20 bins by rank of the base's entropy.
 
     Edge i is the base's ceil(i n / 20)-th smallest entropy; a bin is above its lower edge up to and
     with its upper edge, and the first has its lower edge too. Each bin has 5% of the tokens unless
@@ -134,21 +134,18 @@ def entropy_change(base: Scored, trained: Scored) -> tuple[list[Row], Row]:
     before = clustered_means(base.entropy_T, bin_T, response_T, NUM_BINS)
     change = clustered_means(change_T, bin_T, response_T, NUM_BINS)
     mean_change, mean_change_error = overall_mean(change_T, response_T)
-    width = 100 // NUM_BINS
-    rows = [
-        {
-            "bin": i + 1,
-            "from_percentile": i * width,
-            "to_percentile": (i + 1) * width,
-            "base_above_nats": float(edges[i]),
-            "base_up_to_nats": float(edges[i + 1]),
-            "tokens": int(change.count[i]),
-            "mean_base_nats": float(before.mean[i]),
-            "mean_change_nats": float(change.mean[i]),
-            "standard_error_nats": float(change.standard_error[i]),
-        }
-        for i in range(NUM_BINS)
-    ]
+    index = numpy.arange(NUM_BINS)
+    rows = rows_of(
+        bin=index + 1,
+        from_percentile=index * BIN_PERCENT,
+        to_percentile=(index + 1) * BIN_PERCENT,
+        base_above_nats=edges[:-1],
+        base_up_to_nats=edges[1:],
+        tokens=change.count,
+        mean_base_nats=before.mean,
+        mean_change_nats=change.mean,
+        standard_error_nats=change.standard_error,
+    )
     about = {
         "tokens": n,
         "mean_change_nats": mean_change,
@@ -164,12 +161,11 @@ def write_change(rows: list[Row], about: Row, base: str, trained: str, folder: P
     """Write change.csv, .json, .png from what entropy_change found."""
     write_table(folder, "change", rows, {"base": base, "trained": trained, **about})
     filled = [row for row in rows if row["tokens"]]
-    width = 100 // NUM_BINS
     with figure(folder / "change.png") as [axes]:
         axes.bar(
-            [row["from_percentile"] + width / 2 for row in filled],
+            [row["from_percentile"] + BIN_PERCENT / 2 for row in filled],
             [row["mean_change_nats"] for row in filled],
-            0.8 * width,
+            0.8 * BIN_PERCENT,
             yerr=numpy.nan_to_num([row["standard_error_nats"] for row in filled]),
             color=BLUE,
             ecolor="black",

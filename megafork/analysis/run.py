@@ -20,14 +20,8 @@ from typing import Any
 from megafork.analysis.entropy import entropy_tables, write_entropy
 from megafork.analysis.from_run import eval_settings, generate_settings, score_settings
 from megafork.analysis.glyphs import Font
-from megafork.analysis.output import make_folder, write_json
-from megafork.analysis.pairs import (
-    Scope,
-    entropy_change,
-    overlap,
-    write_change,
-    write_overlap,
-)
+from megafork.analysis.output import make_folder, whole_file, write_json
+from megafork.analysis.pairs import Scope, entropy_change, overlap, write_change, write_overlap
 from megafork.analysis.scored import Scored, read_scored
 from megafork.analysis.tokens import rank_tokens, write_tokens
 from megafork.analysis.training import training_table, write_training
@@ -38,7 +32,6 @@ from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.errors import USER_ERROR, PeerError, UserError
 from megafork.model.hf_model import check_folder
 from megafork.rollout.journal import journalled_steps, journals_of, read_step
-from megafork.system.disk import naming
 from megafork.system.signals import ended_by_signals
 
 ROLLOUTS, GENERATE = "rollouts", "generate"
@@ -70,7 +63,7 @@ class RunAnalysis:
     num_words: int
     font: Font
     overrides: Sequence[str]
-    """`megafork score`'s"""
+    """settings of `megafork score`"""
 
 
 @dataclass(frozen=True)
@@ -84,8 +77,10 @@ class _Run:
     """(step, folder), sharded"""
     steps: list[int]
     """steps whose rollouts are taken"""
+    prompts: str
+    """data to generate responses to: held-out prompts where the run has some"""
     table: list[dict[str, Any]]
-    """training_table's"""
+    """rows of training.csv"""
     score_settings: list[str]
     vocab_size: int
     tokenizer: Tokenizer
@@ -124,7 +119,7 @@ def analyze_run(asked: RunAnalysis) -> None:
     write_training(run.table, asked.run.resolve().name, folder)
     if asked.temperatures:
         _megafork(
-            *("analyze", "temperatures", "--model", run.final, "--data", _prompts(run.config)),
+            *("analyze", "temperatures", "--model", run.final, "--data", run.prompts),
             *("--output", folder / "temperatures", f"sweep.threshold={tables.p80:.6g}"),
             *(*eval_settings(run.config), f"rollout.samples={asked.samples}"),
         )
@@ -189,6 +184,7 @@ def _checked(asked: RunAnalysis) -> _Run:
         final,
         checkpoints=_checkpoints(asked.run, table[-1]["step"]) if asked.all_checkpoints else [],
         steps=_steps(asked.run, asked.last_steps) if asked.responses == ROLLOUTS else [],
+        prompts=config.data.eval or config.data.train,
         table=table,
         score_settings=settings,
         vocab_size=shape.vocab_size,
@@ -211,11 +207,6 @@ def _checkpoints(run: Path, last_step: int) -> list[tuple[int, Path]]:
     return [(step, path) for step, path in steps if 0 < step < last_step]
 
 
-def _prompts(config: TrainConfig) -> str:
-    """The data to generate responses to: held-out prompts where the run has some."""
-    return config.data.eval or config.data.train
-
-
 def _responses(asked: RunAnalysis, run: _Run) -> Path:
     """The jsonl to score: the user's, or one written into the output folder."""
     if asked.responses not in (ROLLOUTS, GENERATE):
@@ -223,7 +214,7 @@ def _responses(asked: RunAnalysis, run: _Run) -> Path:
     path = asked.output / "responses.jsonl"
     if asked.responses == GENERATE:
         _megafork(
-            *("generate", "--model", run.final, "--data", _prompts(run.config)),
+            *("generate", "--model", run.final, "--data", run.prompts),
             *("--output", path, *generate_settings(run.config)),
             f"rollout.samples={asked.samples}",
         )
@@ -239,8 +230,7 @@ def write_rollouts(folder: Path, steps: Sequence[int], output: Path) -> None:
     A damaged group is left out with a warning. Raises UserError where none has a response.
     """
     count = 0
-    partial = output.with_name(output.name + ".partial")
-    with naming(partial), partial.open("w", encoding="utf-8") as sink:
+    with whole_file(output) as partial, partial.open("w", encoding="utf-8") as sink:
         for step in steps:
             for group in read_step(folder, step).values():
                 for sample in group.samples if group.is_whole else []:
@@ -255,10 +245,9 @@ def write_rollouts(folder: Path, steps: Sequence[int], output: Path) -> None:
                     }
                     sink.write(json.dumps(row) + "\n")
                     count += 1
-    if not count:
-        partial.unlink()
-        raise UserError(f"{folder}, step {', '.join(map(str, steps))}: no whole group of responses")
-    partial.replace(output)
+        if not count:
+            numbers = ", ".join(map(str, steps))
+            raise UserError(f"{folder}, step {numbers}: no whole group of responses")
 
 
 def _scored(model: Path, responses: Path, label: str, folder: Path, run: _Run) -> Scored:

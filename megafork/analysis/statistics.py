@@ -62,7 +62,7 @@ def clustered_means(value_T: Array, cell_T: Array, response_T: Array, num_cells:
 
 
 def overall_mean(value_T: Array, response_T: Array) -> tuple[float, float]:
-    """(mean, its standard error) of all values."""
+    """Mean of all values, and its standard error."""
     one_T = numpy.zeros(len(value_T), numpy.int8)
     found = clustered_means(value_T, one_T, response_T, 1)
     return float(found.mean[0]), float(found.standard_error[0])

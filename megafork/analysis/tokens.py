@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 
 from megafork.analysis.glyphs import Font, token_label
-from megafork.analysis.output import BLUE, GREY, ORANGE, Row, figure, write_table
+from megafork.analysis.output import BLUE, GREY, ORANGE, Row, figure, rows_of, write_table
 from megafork.analysis.scored import Scored
 from megafork.analysis.statistics import clustered_means
 from megafork.errors import UserError
@@ -26,8 +26,8 @@ class RankedTokens:
     id first."""
 
     rows: list[Row]
-    """The table's. `token` is legible and unique: blanks and line ends are shown, an id stands for
-    what has no text."""
+    """rows of the table; `token` is legible and unique: blanks and line ends are shown, an id
+    stands for what has no text"""
     texts: dict[int, str]
     """each id as the tokenizer has it"""
     about: Row
@@ -69,23 +69,19 @@ def rank_tokens(
             f"often in {scored.path} (the most frequent {means.count.max()} times, the most "
             f"widespread in {means.num_responses.max()} responses): lower them"
         )
-    mean, error = means.mean, means.standard_error
-    ids = frequent[numpy.argsort(-mean[frequent], kind="stable")].tolist()
-    texts = {i: name(i) for i in ids}
+    id_R = frequent[numpy.argsort(-means.mean[frequent], kind="stable")]
+    texts = {i: name(i) for i in id_R.tolist()}
     labels = {i: token_label(i, text, _LONGEST) for i, text in texts.items()}
     times = Counter(labels.values())
-    rows = [
-        {
-            "rank": rank,
-            "id": i,
-            "token": labels[i] if times[labels[i]] == 1 else f"{labels[i]} #{i}",
-            "count": int(means.count[i]),
-            "responses": int(means.num_responses[i]),
-            "mean_entropy_nats": float(mean[i]),
-            "standard_error_nats": float(error[i]),
-        }
-        for rank, i in enumerate(ids, 1)
-    ]
+    rows = rows_of(
+        rank=range(1, len(id_R) + 1),
+        id=id_R,
+        token=[text if times[text] == 1 else f"{text} #{i}" for i, text in labels.items()],
+        count=means.count[id_R],
+        responses=means.num_responses[id_R],
+        mean_entropy_nats=means.mean[id_R],
+        standard_error_nats=means.standard_error[id_R],
+    )
     about = {
         "tokens": scored.num_tokens,
         "ids_that_occur": int((means.count > 0).sum()),
@@ -163,7 +159,10 @@ def _draw_bars(found: RankedTokens, source: str, path: Path, font: Font) -> None
 
 
 def _error_bars(tokens: Sequence[Row]) -> numpy.ndarray:
-    """[below, above]; below it ends within the logarithmic axis, none where it is unknown"""
+    """Length of the error bars, float64 [2, tokens]: below the mean and above it.
+
+    Below it ends within the logarithmic axis; it is 0 where the error is unknown.
+    """
     mean = numpy.array([t["mean_entropy_nats"] for t in tokens])
     error = numpy.nan_to_num([t["standard_error_nats"] for t in tokens])
     return numpy.stack([numpy.minimum(error, 0.9 * mean.clip(min=0.0)), error])
@@ -177,8 +176,8 @@ def _draw_cloud(
     path: Path,
     font: Font,
 ) -> None:
-    """Size: the mean entropy among the highest, the rank among the lowest (their entropies may
-    differ by powers of ten)."""
+    """Draw both word clouds. The size is the mean entropy among the highest, the rank among the
+    lowest, as their entropies may differ by powers of ten."""
     legible = [[t for t in tokens if font.can_draw(t["token"])] for tokens in (highest, lowest)]
     # wordcloud takes no word of size 0
     by_mean = {t["token"]: max(t["mean_entropy_nats"], 1e-9) for t in legible[0]}
