@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megafork.errors import UserError
-from megafork.report import palette
-from megafork.report.page import duration, write_report
-from megafork.report.shaded_tokens import sampled_steps, visible
+from megafork.metrics import palette
+from megafork.metrics.page import duration, write_report
+from megafork.metrics.shaded_tokens import sampled_steps, visible
 from tests.helpers.commands import megafork
 from tests.helpers.pages import (
     Element,

@@ -6,8 +6,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megafork.report.palette import shade_of
-from megafork.report.run_files import Row
+from megafork.metrics.palette import shade_of
+from megafork.metrics.run_files import Row
 
 _MOST_TOKENS = 100_000
 """On the page; a browser takes seconds for as many."""
