@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megafork", "megafork.*"]),
-    package_data={"megafork.report": ["*.jinja"]},
+    package_data={"megafork.metrics": ["*.jinja"]},
     entry_points={"console_scripts": ["megafork=megafork.__main__:main"]},
     # For the functions of `from megafork import ...`; the commands need an extra.
     install_requires=["numpy", "torch>=2.6"],

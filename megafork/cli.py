@@ -292,7 +292,7 @@ def report(
     ] = None,
 ) -> None:
     """Write a run's report: curves, entropies, and responses token by token, in one HTML file."""
-    from megafork.report.page import write_report
+    from megafork.metrics.page import write_report
 
     typer.echo(write_report(run, output))
 

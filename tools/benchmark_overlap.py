@@ -16,7 +16,7 @@ import sys
 from itertools import accumulate
 from pathlib import Path
 
-from megafork.logging.metrics import read_rows
+from megafork.metrics.log import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "examples" / "quickstart" / "config.toml"

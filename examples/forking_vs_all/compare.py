@@ -13,7 +13,6 @@ import argparse
 import csv
 import ctypes
 import fcntl
-import math
 import os
 import signal
 import statistics
@@ -27,7 +26,8 @@ from types import FrameType
 from megafork.config import TrainConfig
 from megafork.config.load import load_config
 from megafork.errors import UserError
-from megafork.logging.metrics import read_rows
+from megafork.metrics.catalogue import Chart
+from megafork.metrics.charts import Curve, deviation, draw_panels, mean_curve, read_curve
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIG = ROOT / "examples" / "quickstart" / "config.toml"
@@ -87,10 +87,9 @@ class Run:
                         f"{value}: choose another --out, or remove it"
                     )
 
-    def curve(self, file: str, name: str) -> dict[int, float]:
-        """Step -> value of one of the run's files; NaN where it was no number."""
-        rows = read_rows(self.dir / file)
-        return {r["step"]: math.nan if r[name] is None else r[name] for r in rows}
+    def curve(self, name: str) -> Curve:
+        """Return one of the run's metrics; NaN where it was no number."""
+        return read_curve(self.dir, name)
 
 
 def plan(arguments: argparse.Namespace) -> list[Run]:
@@ -180,34 +179,6 @@ def _start(run: Run, lock: int) -> subprocess.Popen:
         )
 
 
-@dataclass(frozen=True)
-class Band:
-    """Mean and standard error over the seeds, step by step."""
-
-    steps: list[int]
-    mean: list[float]
-    error: list[float]
-    """standard deviation (n - 1) / sqrt(n); 0 for one seed, which shows no spread"""
-
-
-def band(curves: list[dict[int, float]]) -> Band:
-    """Over the steps that all curves have."""
-    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    columns = [[curve[step] for curve in curves] for step in steps]
-    return Band(
-        steps,
-        [statistics.fmean(column) for column in columns],
-        [_deviation(column) / math.sqrt(len(column)) for column in columns],
-    )
-
-
-def _deviation(values: list[float]) -> float:
-    """Of a sample, n - 1."""
-    if any(map(math.isnan, values)):
-        return math.nan
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def label(arm: str, rho: float) -> str:
     return {
         "top": f"top {rho:.0%} (forking tokens)",
@@ -218,35 +189,20 @@ def label(arm: str, rho: float) -> str:
 
 
 def draw(runs: list[Run], rho: float, path: Path) -> None:
-    """Held-out accuracy and mean entropy against steps, a line and a band for each arm."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(2, 1, figsize=(7, 7), sharex=True)
-    sources = (("eval.jsonl", ACCURACY, "o-"), ("metrics.jsonl", ENTROPY, "-"))
-    for axes, (file, name, style) in zip(panels, sources, strict=True):
-        for index, (arm, members) in enumerate(by_arm(runs).items()):
-            found = band([run.curve(file, name) for run in members])
-            color = f"C{index}"
-            axes.plot(found.steps, found.mean, style, ms=4, color=color, label=label(arm, rho))
-            low = [m - e for m, e in zip(found.mean, found.error, strict=True)]
-            high = [m + e for m, e in zip(found.mean, found.error, strict=True)]
-            axes.fill_between(found.steps, low, high, color=color, alpha=0.2, linewidth=0)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize="small")
-    seeds = len(next(iter(by_arm(runs).values())))
-    panels[0].set_title(
+    """Draw held-out accuracy and mean entropy over the steps, a line and a band for each arm."""
+    arms = by_arm(runs)
+    panels = [
+        (
+            Chart("", unit, ((name, unit),), is_from_zero=name != ACCURACY),
+            [mean_curve(label(arm, rho), [r.curve(name) for r in arms[arm]]) for arm in arms],
+        )
+        for name, unit in ((ACCURACY, "held-out accuracy"), (ENTROPY, "mean entropy (nats)"))
+    ]
+    seeds = len(next(iter(arms.values())))
+    title = (
         f"mean of {seeds} seeds, band: standard error" if seeds > 1 else "one seed, no error known"
     )
-    panels[0].set_ylabel("held-out accuracy")
-    panels[1].set_ylabel("mean entropy (nats)")
-    panels[1].set_ylim(bottom=0.0)
-    panels[1].set_xlabel("step")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    draw_panels(path, panels, title)
 
 
 def by_arm(runs: list[Run]) -> dict[str, list[Run]]:
@@ -260,26 +216,21 @@ def table(runs: list[Run], rho: float) -> str:
     lines = [header, ["---"] * len(header)]
     for arm, members in by_arm(runs).items():
         accuracies, entropies = (
-            {run.seed: _last(run, *source) for run in members}
-            for source in (("eval.jsonl", ACCURACY), ("metrics.jsonl", ENTROPY))
+            {run.seed: run.curve(name).values[-1] for run in members}
+            for name in (ACCURACY, ENTROPY)
         )
         several = len(members) > 1
         lines.append(
             [
                 label(arm, rho),
                 f"{statistics.fmean(accuracies.values()):.1%}",
-                f"{_deviation(list(accuracies.values())):.1%}" if several else "",
+                f"{deviation(list(accuracies.values())):.1%}" if several else "",
                 *(f"{accuracies[s]:.1%}" for s in seeds),
                 f"{statistics.fmean(entropies.values()):.3f}",
-                f"{_deviation(list(entropies.values())):.3f}" if several else "",
+                f"{deviation(list(entropies.values())):.3f}" if several else "",
             ]
         )
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def _last(run: Run, file: str, name: str) -> float:
-    curve = run.curve(file, name)
-    return curve[max(curve)]
 
 
 def write_csv(runs: list[Run], path: Path) -> None:
@@ -288,9 +239,10 @@ def write_csv(runs: list[Run], path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["arm", "seed", "step", "heldout_accuracy", "mean_entropy_nats"])
         for run in runs:
-            entropy = run.curve("metrics.jsonl", ENTROPY)  # none before the first step
-            for step, accuracy in run.curve("eval.jsonl", ACCURACY).items():
-                writer.writerow([run.arm, run.seed, step, accuracy, entropy.get(step, "")])
+            accuracy, entropy = run.curve(ACCURACY), run.curve(ENTROPY)
+            entropies = dict(zip(entropy.steps, entropy.values, strict=True))  # none of step 0
+            for step, value in zip(accuracy.steps, accuracy.values, strict=True):
+                writer.writerow([run.arm, run.seed, step, value, entropies.get(step, "")])
 
 
 def report(runs: list[Run], rho: float, out: Path) -> None:

@@ -148,7 +148,7 @@ def training(run: Annotated[Path, typer.Argument(help="folder of a run")], outpu
     from megafork.analysis.training import training_table, write_training
 
     table = training_table(run)
-    write_training(table, run.resolve().name, make_folder(output))
+    write_training(table, run, make_folder(output))
     _tell(output)
 
 

@@ -1,15 +1,15 @@
-"""Tokens as text that can be seen, and what a font can draw of it."""
+"""Labels of tokens whose every character can be seen, and the fonts that draw them."""
 
 from __future__ import annotations
 
-import unicodedata
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megafork.errors import UserError
+from megafork.system.printable import escaped, token_text
 
-_SHOWN = {" ": "·", "·": "\\xb7", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}
+_SIGNS = {" ": "·", "·": "\\xb7", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}
 _UNDECODED = "\ufffd"
 
 
@@ -20,22 +20,8 @@ def token_label(token_id: int, text: str, longest: int) -> str:
     """
     if not text or _UNDECODED in text:
         return f"<{token_id}>"
-    shown = "".join(_shown(character) for character in text)
+    shown = token_text(text, _SIGNS)
     return shown if len(shown) <= longest else shown[: longest - 1] + "…"
-
-
-def _shown(character: str) -> str:
-    if character in _SHOWN:
-        return _SHOWN[character]
-    # Separators, controls, formats and surrogates leave no mark, or one on their neighbours.
-    if unicodedata.category(character)[0] in "ZC":
-        return _escaped(character)
-    return character
-
-
-def _escaped(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 class Font:
@@ -58,8 +44,8 @@ class Font:
         return all(ord(character) in self._characters for character in text)
 
     def drawable(self, text: str) -> str:
-        """The text, with an escape for each character that the font lacks."""
-        return "".join(c if ord(c) in self._characters else _escaped(c) for c in text)
+        """Return the text, with an escape for each character that the font lacks."""
+        return "".join(c if ord(c) in self._characters else escaped(c) for c in text)
 
     def properties(self, size: float) -> Any:
         from matplotlib.font_manager import FontProperties

@@ -116,7 +116,7 @@ def analyze_run(asked: RunAnalysis) -> None:
         name = f"tokens_{label}"
         write_tokens(ranked, label, folder, name, num_words=asked.num_words, font=asked.font)
     write_change(*entropy_change(base, final), INITIAL, FINAL, folder)
-    write_training(run.table, asked.run.resolve().name, folder)
+    write_training(run.table, asked.run, folder)
     if asked.temperatures:
         _megafork(
             *("analyze", "temperatures", "--model", run.final, "--data", run.prompts),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megafork.analysis.output import BLUE, GREEN, GREY, ORANGE, figure, write_table
+from megafork.analysis.output import write_table
 from megafork.errors import UserError
-from megafork.logging.metrics import read_rows
+from megafork.metrics.charts import draw_run
+from megafork.metrics.run_files import read_metrics
 
 _COLUMNS = {
     "entropy/p50": "entropy_p50_nats",
@@ -24,9 +25,9 @@ _HELD_OUT = "held_out_accuracy"
 
 
 def training_table(run: Path) -> list[dict[str, Any]]:
-    """One row a step, with the evaluations' (step 0 is before training); None where nothing was
-    logged. Raises UserError for a folder without metrics, or damaged ones."""
-    metrics, evaluations = _rows(run / "metrics.jsonl"), _rows(run / "eval.jsonl")
+    """Return one row a step, with the evaluations' (step 0 is before training); None where nothing
+    was logged. Raises UserError for a folder without metrics, or damaged ones."""
+    metrics, evaluations = read_metrics(run)
     if not metrics:
         raise UserError(f"{run}: no metrics.jsonl with a step: give the folder of a run")
     table: dict[int, dict[str, Any]] = {
@@ -40,59 +41,8 @@ def training_table(run: Path) -> list[dict[str, Any]]:
     return list(table.values())
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = read_rows(path)
-        if any(type(row["step"]) is not int for row in rows):
-            raise ValueError("a step is no integer")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-    return rows
-
-
-def write_training(rows: list[dict[str, Any]], source: str, folder: Path) -> None:
-    """training.csv, .json, .png"""
+def write_training(rows: list[dict[str, Any]], run: Path, folder: Path) -> None:
+    """Write training.csv and training.json with the table's rows, and the run's training.png."""
+    source = run.resolve().name
     write_table(folder, "training", rows, {"source": source})
-    panels = (
-        (
-            "entropy (nats)",
-            (
-                ("95th percentile", "entropy_p95_nats", ORANGE, "-"),
-                ("80th percentile", "entropy_p80_nats", BLUE, "-"),
-                ("median", "entropy_p50_nats", GREEN, "-"),
-                ("mean", "entropy_mean_nats", GREY, "--"),
-                ("threshold of the forking tokens", "threshold_nats", "black", ":"),
-            ),
-        ),
-        (
-            "response length (tokens)",
-            (("mean of the sampled responses", "response_length_mean_tokens", BLUE, "-"),),
-        ),
-        (
-            "accuracy",
-            (
-                ("training prompts (before dynamic sampling)", "training_accuracy", BLUE, "-"),
-                ("held-out prompts", _HELD_OUT, ORANGE, "o-"),
-            ),
-        ),
-    )
-    with figure(folder / "training.png", [1] * len(panels), height=9.0) as axes:
-        for one, (unit, lines) in zip(axes, panels, strict=True):
-            for label, column, colour, style in lines:
-                points = [(row["step"], row[column]) for row in rows if row[column] is not None]
-                if points:
-                    one.plot(*zip(*points, strict=True), style, color=colour, label=label)
-            one.set_ylabel(unit)
-            one.set_ylim(0.0, 1.05 * one.get_ylim()[1])
-            one.set_xlim(left=0.0)
-            one.grid(alpha=0.3)
-            if one.lines:
-                one.legend(
-                    frameon=False,
-                    fontsize="small",
-                    ncols=3,
-                    loc="lower left",
-                    bbox_to_anchor=(0.0, 1.0),
-                )
-        axes[0].figure.suptitle(source, fontsize="medium")
-        axes[-1].set_xlabel("training step")
+    draw_run(run, folder / "training.png", source)

@@ -11,9 +11,8 @@ from typing import Any
 from megafork.config import TrainConfig
 from megafork.data.sample import Group
 from megafork.data.tokenizer import Tokenizer
-from megafork.logging.figure import draw_curves
-from megafork.logging.metrics import MetricsLog, read_rows
-from megafork.logging.writers import Writers
+from megafork.metrics.log import MetricsLog, read_rows
+from megafork.metrics.writers import Writers
 from megafork.rollout.journal import SUFFIX, Journal
 from megafork.rollout.tally import Tally, tell_regularly
 
@@ -127,8 +126,10 @@ class RunLog:
     def end(self, final: Path | None) -> None:
         """Write the report. final: the folder of the last policy, of a run that is complete."""
         if final is not None:
+            from megafork.metrics.charts import draw_run  # matplotlib takes a second
+
             self.note(f"checkpoint  {final}")
-            self.note(f"curves      {draw_curves(self.run_dir)}")
+            self.note(f"curves      {draw_run(self.run_dir, self.run_dir / 'curves.png')}")
         self._write_report()
         evaluations = read_rows(self.run_dir / "eval.jsonl")
         if final is not None and evaluations:
@@ -137,7 +138,7 @@ class RunLog:
 
     def _write_report(self) -> None:
         """Write RUN/report.html; a run does not fail where this does."""
-        from megafork.report.page import write_report  # matplotlib and jinja2 take a second
+        from megafork.metrics.page import write_report  # matplotlib and jinja2 take a second
 
         try:
             self.note(f"report      {write_report(self.run_dir)}")

@@ -12,7 +12,7 @@ from typing import Literal
 from megafork.config import TrainConfig
 from megafork.config.load import load_config
 from megafork.errors import UserError
-from megafork.logging.metrics import read_rows
+from megafork.metrics.log import read_rows
 from megafork.model.hf_config import read_json
 from megafork.model.shape import ModelShape
 

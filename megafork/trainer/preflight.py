@@ -15,7 +15,7 @@ from megafork.data.prompts import read_both
 from megafork.data.tokenizer import check_tokenizer
 from megafork.data.unchanged import check_unchanged, identity
 from megafork.errors import UserError
-from megafork.logging.writers import load_writers
+from megafork.metrics.writers import load_writers
 from megafork.model.hf_config import read_json
 from megafork.model.shape import ModelShape
 from megafork.rollout.ends import check_ends

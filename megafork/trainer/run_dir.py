@@ -9,7 +9,7 @@ from pathlib import Path
 from megafork.config import TrainConfig
 from megafork.config.load import save_config
 from megafork.errors import UserError
-from megafork.logging.metrics import APPENDED
+from megafork.metrics.log import APPENDED
 from megafork.system.disk import naming
 from megafork.system.lock import held
 

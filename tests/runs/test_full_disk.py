@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megafork.logging.metrics import read_rows
+from megafork.metrics.log import read_rows
 from tests.helpers.commands import left_over, megafork, tiny_run
 from tests.helpers.live_runs import middle_of
 from tests.helpers.replays import assert_kept, journalled, resume

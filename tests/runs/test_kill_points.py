@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megafork.logging.metrics import read_rows
+from megafork.metrics.log import read_rows
 from megafork.parallel.progress import FileBoard
 from megafork.system.rendezvous import STORE
 from megafork.system.signals import INTERRUPTED

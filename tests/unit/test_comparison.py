@@ -12,6 +12,7 @@ import pytest
 from megafork.config import TrainConfig
 from megafork.config.load import load_config, save_config
 from megafork.errors import UserError
+from megafork.metrics.charts import Curve, mean_curve
 from tests.helpers.commands import ROOT
 
 FILE = ROOT / "examples" / "forking_vs_all" / "compare.py"
@@ -75,13 +76,18 @@ def test_runs_of_other_settings_are_not_compared(compare, tmp_path):
         planned(compare, tmp_path, "--steps", "8")[0].check()
 
 
-def test_means_and_errors_by_hand(compare):
+def test_means_and_errors_by_hand():
     # Deviations of 1, 2, 6 from their mean 3: 4 + 1 + 9 = 14; of 0, 0, 3 from 1: 1 + 1 + 4 = 6.
-    found = compare.band([{0: 1.0, 10: 0.0}, {0: 2.0, 10: 0.0, 20: 9.0}, {10: 3.0, 0: 6.0}])
+    curves = [
+        Curve("", [0, 10], [1.0, 0.0]),
+        Curve("", [0, 10, 20], [2.0, 0.0, 9.0]),
+        Curve("", [10, 0], [3.0, 6.0]),
+    ]
+    found = mean_curve("arm", curves)
     assert found.steps == [0, 10]
-    assert found.mean == pytest.approx([3.0, 1.0])
-    assert found.error == pytest.approx([math.sqrt(14 / 2 / 3), math.sqrt(6 / 2 / 3)])
-    assert compare.band([{0: 1.0}]).error == [0.0]
+    assert found.values == pytest.approx([3.0, 1.0])
+    assert found.errors == pytest.approx([math.sqrt(14 / 2 / 3), math.sqrt(6 / 2 / 3)])
+    assert mean_curve("arm", [Curve("", [0], [1.0])]).errors == [0.0]
 
 
 def test_the_report_is_of_the_seeds_that_all_arms_have(compare, tmp_path):

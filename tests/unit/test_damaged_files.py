@@ -24,8 +24,8 @@ from megafork.data.sample import Group, Sample
 from megafork.errors import UserError
 from megafork.evaluation.sample_file import SampleFile
 from megafork.evaluation.scoring import read_responses
-from megafork.report.page import write_report
-from megafork.report.run_files import read_run
+from megafork.metrics.page import write_report
+from megafork.metrics.run_files import read_run
 from megafork.rollout.journal import Journal
 from tests.helpers.commands import QUICKSTART
 from tests.helpers.damage import damaged, torn

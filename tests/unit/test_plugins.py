@@ -17,7 +17,7 @@ from megafork.config import AlgorithmConfig, PromptConfig, TrainConfig
 from megafork.config.load import load_config
 from megafork.data.prompts import read_rows
 from megafork.errors import UserError
-from megafork.logging.writers import Writers
+from megafork.metrics.writers import Writers
 from megafork.system.plugins import load_plugin
 from megafork.trainer.preflight import check_plugins
 from tests.helpers.loss_rows import rows_of

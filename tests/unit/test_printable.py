@@ -13,7 +13,7 @@ from rich.console import Console
 
 from megafork.analysis.output import write_table
 from megafork.errors import UserError
-from megafork.logging.metrics import MetricsLog
+from megafork.metrics.log import MetricsLog
 from megafork.system import failure_file
 from megafork.system.disk import naming, refuse_links
 from megafork.system.printable import as_cell, printable

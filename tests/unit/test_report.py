@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megafork.errors import UserError
-from megafork.report import palette
-from megafork.report.page import duration, write_report
-from megafork.report.shaded_tokens import sampled_steps, visible
+from megafork.metrics import palette
+from megafork.metrics.page import duration, write_report
+from megafork.metrics.shaded_tokens import sampled_steps, visible
 from tests.helpers.commands import megafork
 from tests.helpers.pages import (
     Element,
@@ -323,3 +323,9 @@ def test_times_and_signs_are_written_for_people():
     seconds = (0.25, 61, 7500, 90061)
     assert [duration(s) for s in seconds] == ["0.2 s", "1 min 1 s", "2 h 5 min", "1 d 1 h"]
     assert visible("\u2028") == "↵\u2028"
+    assert [visible(text) for text in (" a", "  ", "\u00a0", "\u3000")] == [
+        " a",
+        "··",
+        "⟨U+00A0⟩",
+        "⟨U+3000⟩",
+    ]

@@ -11,8 +11,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "megafork"
 ROOMS = (
     *("answers", "errors", "ops", "system", "config", "parallel", "data", "algorithms", "model"),
-    *("checkpoint", "verifiers", "rollout", "cluster", "weights", "vllm_plugin", "logging"),
-    *("report", "evaluation", "controller", "trainer", "train", "plan", "analysis", "cli"),
+    *("checkpoint", "verifiers", "rollout", "cluster", "weights", "vllm_plugin", "metrics"),
+    *("evaluation", "controller", "trainer", "train", "plan", "analysis", "cli"),
     *("__init__", "__main__"),
 )
 """A module may import from its own room and from those before it; docs/design.md has the table."""
@@ -26,13 +26,12 @@ LIGHT = [
     "data.tokenizer",
     "data.unchanged",
     "evaluation.heldout",
-    "logging.figure",
-    "logging.metrics",
-    "logging.tensorboard_events",
-    "logging.writers",
+    "metrics.log",
+    "metrics.page",
+    "metrics.tensorboard_events",
+    "metrics.writers",
     "model.shape",
     "parallel.addresses",
-    "report.page",
     "controller.agent",
     "controller.process",
     "rollout.batch_metrics",

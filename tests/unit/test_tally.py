@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from megafork.logging.metrics import MetricsLog
+from megafork.metrics.log import MetricsLog
 from megafork.rollout import tally
 from megafork.rollout.tally import Tally, tell_regularly
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
 
-from megafork.logging.metrics import MetricsLog
+from megafork.metrics.log import MetricsLog
 from tests.helpers.commands import ROOT
 
 ROWS = {
@@ -73,7 +73,7 @@ def test_neither_torch_nor_tensorflow_is_needed(tmp_path):
     program = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from megafork.logging.metrics import MetricsLog\n"
+        "from megafork.metrics.log import MetricsLog\n"
         "with MetricsLog(Path(sys.argv[1]), 1, tensorboard=True, steps_done=1) as log:\n"
         "    log.write(2, {'reward/mean': 0.5})\n"
         "heavy = {'torch', 'tensorflow', 'transformers'} & sys.modules.keys()\n"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megafork.config import ParallelConfig
-from megafork.logging.metrics import MetricsLog, read_rows
+from megafork.metrics.log import MetricsLog, read_rows
 from megafork.trainer.clock import Clock
 from megafork.trainer.histogram import EDGES, entropy_histogram
 from megafork.trainer.outcome import Optimized

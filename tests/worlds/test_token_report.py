@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megafork.config import ParallelConfig
-from megafork.logging.metrics import MetricsLog
+from megafork.metrics.log import MetricsLog
 from megafork.trainer.clock import Clock
 from megafork.trainer.step import optimize
 from megafork.trainer.token_report import TokenCounts, most_forking, token_report

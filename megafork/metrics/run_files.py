@@ -11,11 +11,11 @@ from typing import Any, TypedDict
 import msgspec
 
 from megafork.errors import UserError
-from megafork.logging.metrics import read_rows
+from megafork.metrics.log import read_rows
 
 Row = dict[str, Any]
 Numbers = dict[str, float | None]
-"""Of metrics.jsonl and eval.jsonl"""
+"""a row of metrics.jsonl or eval.jsonl"""
 
 
 class _Token(TypedDict):
@@ -112,7 +112,8 @@ class RunFiles:
 
 
 def read_run(run_dir: Path) -> RunFiles:
-    """Raises UserError where there is no run, and for a damaged line, which it names."""
+    """Read a run's folder. Raises UserError where there is no run, and for a damaged line, which it
+    names."""
     config, metrics = run_dir / _CONFIG, run_dir / "metrics.jsonl"
     if not config.is_file() and not metrics.is_file():
         what = "no run in this folder" if run_dir.is_dir() else "no such folder"
@@ -134,6 +135,17 @@ def read_run(run_dir: Path) -> RunFiles:
         is_exported=(run_dir / "checkpoints" / "final").is_dir(),
         missing=missing | {name: why for name, why in _JSONL.items() if not rows[name]},
     )
+
+
+def read_metrics(run_dir: Path) -> tuple[list[Row], list[Row]]:
+    """Return the rows of metrics.jsonl and of eval.jsonl, one a step; none of a missing file.
+
+    Raises UserError for a damaged line, which it names.
+    """
+    metrics, evaluations = (
+        _once(_rows_of_steps(run_dir / name), "step") for name in ("metrics.jsonl", "eval.jsonl")
+    )
+    return metrics, evaluations
 
 
 def _rows_of_steps(path: Path) -> list[Row]:

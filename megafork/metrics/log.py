@@ -17,7 +17,7 @@ from megafork.system.parsing import parse_json
 from megafork.system.printable import printable
 
 if TYPE_CHECKING:
-    from megafork.logging.tensorboard_events import TensorBoardEvents
+    from megafork.metrics.tensorboard_events import TensorBoardEvents
 
 _LINE = (
     ("acc", "reward/accuracy", "{:.3f}"),
@@ -47,7 +47,7 @@ class MetricsLog:
         (run_dir / "metrics.jsonl").touch()
         self._events: TensorBoardEvents | None = None
         if tensorboard:
-            from megafork.logging.tensorboard_events import TensorBoardEvents  # takes half a second
+            from megafork.metrics.tensorboard_events import TensorBoardEvents  # takes half a second
 
             folder = run_dir / "tensorboard"
             with naming(folder):

@@ -1,4 +1,4 @@
-"""The curves of a report; a run's own metrics decide which of them are drawn."""
+"""The charts of a run's metrics; what the run has logged decides which of them are drawn."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ class Chart:
     curves: tuple[tuple[str, str], ...]
     """(metric, what it is called)"""
     is_log: bool = False
+    is_from_zero: bool = True
+    """whether the scale of values that are all positive begins at 0"""
     needs: tuple[str, ...] = ()
     """metrics of which one has to be above 0 somewhere: they are 0 in runs without such a thing"""
     note: str = ""
@@ -23,7 +25,10 @@ CHARTS = (
     Chart(
         "Accuracy",
         "share of responses",
-        (("reward/accuracy", "training prompts"), ("eval/accuracy", "held-out prompts")),
+        (
+            ("reward/accuracy", "training prompts (before dynamic sampling)"),
+            ("eval/accuracy", "held-out prompts"),
+        ),
         note="Training: of all that was generated, before dynamic sampling drops groups.",
     ),
     Chart("Reward", "mean reward", (("reward/mean", "reward"),)),
@@ -171,3 +176,9 @@ CHARTS = (
         needs=("overlap/hidden_seconds",),
     ),
 )
+OVERVIEW = tuple(
+    chart
+    for chart in CHARTS
+    if chart.title in ("Accuracy", "Entropy", "Threshold and percentiles of the entropy", "Length")
+)
+"""the charts of curves.png and training.png"""

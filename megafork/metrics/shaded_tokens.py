@@ -1,19 +1,17 @@
-"""Responses as a reader sees them: every token visible, shaded by its entropy, forking or not."""
+"""Responses for the page: every token visible, shaded by its entropy, forking or not."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megafork.report.palette import shade_of
-from megafork.report.run_files import Row
+from megafork.metrics.palette import shade_of
+from megafork.metrics.run_files import Row
+from megafork.system.printable import token_text
 
 _MOST_TOKENS = 100_000
-"""On the page; a browser takes seconds for as many."""
-_SIGNS = {"\n": "\u21b5\n", "\r": "\u240d", "\t": "\u21e5\t", "\u2028": "\u21b5\u2028"}
-_UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
-"""Unicode categories without a picture, the marks that turn text around among them."""
+"""on the page; a browser takes seconds for as many"""
+_SIGNS = {"\n": "\u21b5\n", "\r": "\u240d", "\t": "\u21e5\t", "\u2028": "\u21b5\u2028", " ": " "}
 
 
 @dataclass(frozen=True)
@@ -42,27 +40,21 @@ class SampledStep:
 
 
 def visible(text: str) -> str:
-    """The token with signs for what has no picture; of blanks alone, dots.
+    """Return the token with signs for what has no picture; of blanks alone, dots.
 
     A newline keeps its break after its sign. Controls, marks that reorder text and characters that
-    no font has are written as their code.
+    no font has, blanks other than the space among them, are written as their code.
     """
     if not text:
         return "\u2205"
     if not text.strip(" "):
         return "\u00b7" * len(text)
-    return "".join(_SIGNS.get(character) or _named(character) for character in text)
-
-
-def _named(character: str) -> str:
-    if unicodedata.category(character) in _UNSEEN:
-        return f"\u27e8U+{ord(character):04X}\u27e9"
-    return character
+    return token_text(text, _SIGNS, lambda character: f"\u27e8U+{ord(character):04X}\u27e9")
 
 
 def sampled_steps(samples: Sequence[Row], most_tokens: int = _MOST_TOKENS) -> list[SampledStep]:
-    """The steps whose responses the page shows, each response whole: the last and the first, then
-    the latest of the others while they fit. In the order of the steps."""
+    """Return the steps whose responses the page shows, each response whole: the last and the first,
+    then the latest of the others while they fit. In the order of the steps."""
     steps: dict[int, list[Row]] = {}
     for row in samples:
         steps.setdefault(row["step"], []).append(row)

@@ -11,10 +11,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from megafork.report import palette
-from megafork.report.charts import drawings, histogram
-from megafork.report.run_files import Row, RunFiles, read_run
-from megafork.report.shaded_tokens import sampled_steps, visible
+from megafork.metrics import palette
+from megafork.metrics.charts import drawings, histogram
+from megafork.metrics.run_files import Row, RunFiles, read_run
+from megafork.metrics.shaded_tokens import sampled_steps, visible
 from megafork.system.disk import naming, refuse_links
 
 
@@ -52,7 +52,7 @@ def write_report(run_dir: Path, target: Path | None = None) -> Path:
 
 def render(run: RunFiles) -> str:
     environment = Environment(
-        loader=PackageLoader("megafork.report", package_path=""),
+        loader=PackageLoader("megafork.metrics", package_path=""),
         autoescape=True,  # the text of a model is in it
         undefined=StrictUndefined,
         trim_blocks=True,
