@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +18,7 @@ from megafork.plan.nodes import Nodes, NodeType, named_shape, node_type
 from megafork.trainer.preflight import check_length
 
 _UNKNOWN = 'run.dir="unset"', 'data.train="unset"', 'reward.verifier="maths"', "training.steps=1"
-"""What a config needs and a plan without one does not know."""
+"""Settings that a config needs and that a plan without one does not know."""
 
 
 def plan(
@@ -54,15 +54,27 @@ def plan(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     config = _config(list(arguments or []), model)
     _check_nodes(nodes, serve_nodes, colocated=config.rollout.placement == "colocated")
-    if model is None:
-        shape = named_shape(config.model.path, setting="model.path")
-    else:
-        shape = named_shape(model)
+    shape = named_shape(model or config.model.path, setting="--model" if model else "model.path")
     check_length(config, shape)
     kind = node_type(node)
-    tell = _search if find else _plan
-    fits = tell(config, shape, kind, nodes, serve_nodes, mean_response_tokens, as_json=as_json)
+    if find:
+        fits, figures, sections = _search(
+            config, shape, kind, nodes, serve_nodes, mean_response_tokens
+        )
+    else:
+        serving = nodes // 2 if serve_nodes is None else serve_nodes
+        serving = 0 if config.rollout.placement == "colocated" else serving
+        split = Nodes(kind, nodes - serving, serving)
+        fits, figures, sections = _plan(config, shape, split, mean_response_tokens)
+    if as_json:
+        typer.echo(json.dumps(figures, indent=2))
+    else:
+        typer.echo("\n\n".join("\n".join(lines) for lines in sections) + "\n")
     raise typer.Exit(0 if fits else 1)
+
+
+_Result = tuple[bool, object, list[Iterator[str]]]
+"""whether anything fits, the figures for --json, and the sections of the text"""
 
 
 def _search(
@@ -72,52 +84,35 @@ def _search(
     num_nodes: int,
     serve_nodes: int | None,
     mean_response_tokens: float | None,
-    *,
-    as_json: bool,
-) -> bool:
+) -> _Result:
     from megafork.plan import plan_text
     from megafork.plan.search import search
 
     found = search(
         config, shape, node, num_nodes, serve_nodes, mean_response_tokens=mean_response_tokens
     )
-    if as_json:
-        _tell_json([plan_text.layout_as_json(layout) for layout in found])
-    else:
-        _tell(plan_text.search_lines(found))
-    return bool(found)
+    figures = [plan_text.layout_as_json(layout) for layout in found]
+    return bool(found), figures, [plan_text.search_lines(found)]
 
 
 def _plan(
-    config: TrainConfig,
-    shape: ModelShape,
-    node: NodeType,
-    num_nodes: int,
-    serve_nodes: int | None,
-    mean_response_tokens: float | None,
-    *,
-    as_json: bool,
-) -> bool:
+    config: TrainConfig, shape: ModelShape, nodes: Nodes, mean_response_tokens: float | None
+) -> _Result:
     from megafork.plan import plan_text
     from megafork.plan.memory import plan_memory
     from megafork.plan.search import remedies
     from megafork.plan.step_time import step_time
 
-    colocated = config.rollout.placement == "colocated"
-    serving = 0 if colocated else num_nodes // 2 if serve_nodes is None else serve_nodes
-    nodes = Nodes(node, num_nodes - serving, serving)
     memory = plan_memory(config, shape, nodes)
     time = step_time(config, shape, nodes, mean_response_tokens=mean_response_tokens)
     fixes = [] if memory.fits else remedies(config, shape, nodes)
-    if as_json:
-        _tell_json(plan_text.as_json(memory, time, fixes))
-        return memory.fits
-    _tell(plan_text.memory_lines(memory, shape, node))
-    if memory.fits:
-        _tell(plan_text.time_lines(time))
-    _tell(plan_text.assumption_lines(time if memory.fits else None))
-    _tell(plan_text.problem_lines(memory, fixes))
-    return memory.fits
+    sections = [
+        plan_text.memory_lines(memory, shape, nodes.node),
+        *([plan_text.time_lines(time)] if memory.fits else []),
+        plan_text.assumption_lines(time if memory.fits else None),
+        plan_text.problem_lines(memory, fixes),
+    ]
+    return memory.fits, plan_text.as_json(memory, time, fixes), sections
 
 
 def _config(arguments: list[str], model: str | None) -> TrainConfig:
@@ -143,11 +138,3 @@ def _check_nodes(nodes: int, serve_nodes: int | None, *, colocated: bool) -> Non
             f"--nodes {nodes}{given} leaves no node to train or none to serve: give two nodes or "
             "more, of which some serve, or set rollout.placement=colocated"
         )
-
-
-def _tell(lines: Iterable[str]) -> None:
-    typer.echo("\n".join(lines) + "\n")
-
-
-def _tell_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2))

@@ -47,8 +47,11 @@ def plan_run(
     _check_is_writable(Path(config.run.dir))
     shape = ModelShape.from_folder(config.model.path)
     facts = _Facts.of(config)
-    plan = _on_this_machine if node_name == THIS else _on_nodes
-    planned, problems = plan(config, shape, node_name, num_serve_nodes, mean_response_tokens, facts)
+    if node_name == THIS:
+        planned, problems = _on_this_machine(config, shape)
+    else:
+        mean = mean_response_tokens, facts.mean_prompt
+        planned, problems = _on_nodes(config, shape, node_type(node_name), num_serve_nodes, mean)
     sections = {
         "config": [tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)).rstrip()],
         "found": facts.lines(),
@@ -61,14 +64,9 @@ def plan_run(
 
 
 def _on_this_machine(
-    config: TrainConfig,
-    shape: ModelShape,
-    node_name: str,
-    num_serve_nodes: int,
-    mean_response_tokens: float | None,
-    facts: _Facts,
+    config: TrainConfig, shape: ModelShape
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """Sections and problems. Nothing is known of the time that its processors take."""
+    """Return sections and problems. Nothing is known of the time that its processors take."""
     parallel, total = config.parallel, available()[0]
     needs = machine_memory(config, shape)
     sections = {
@@ -81,21 +79,15 @@ def _on_this_machine(
 def _on_nodes(
     config: TrainConfig,
     shape: ModelShape,
-    node_name: str,
+    node: NodeType,
     num_serve_nodes: int,
-    mean_response_tokens: float | None,
-    facts: _Facts,
+    mean_tokens: tuple[float | None, int],
 ) -> tuple[dict[str, list[str]], list[str]]:
-    node = node_type(node_name)
+    """Return sections and problems. mean_tokens: of a response, None if unknown; of a prompt."""
     nodes = _nodes(config, node, num_serve_nodes)
     memory = plan_memory(config, shape, nodes, server_gpus=node.gpus)
-    time = step_time(
-        config,
-        shape,
-        nodes,
-        mean_response_tokens=mean_response_tokens,
-        mean_prompt_tokens=facts.mean_prompt,
-    )
+    response, prompt = mean_tokens
+    time = step_time(config, shape, nodes, mean_response_tokens=response, mean_prompt_tokens=prompt)
     sections = {
         "layout": list(layout(shape, config.parallel, memory.dp, nodes.node.gpus)),
         "memory": list(memory_lines(memory, shape, nodes.node)),
@@ -111,7 +103,7 @@ def _on_nodes(
 def _problems_beside_ranks(
     config: TrainConfig, node: NodeType, ranks: int, memory: MemoryPlan
 ) -> list[str]:
-    """Of servers that each training node starts beside its ranks (rollout/placement.py)."""
+    """Say what servers lack that a training node starts beside its ranks (rollout/placement.py)."""
     rollout = config.rollout
     if rollout.url is not None:
         return []
@@ -122,7 +114,7 @@ def _problems_beside_ranks(
             f"rollout.servers={rollout.servers} * tensor_parallel={rollout.tensor_parallel} GPUs "
             f"do not fit the {left or node.gpus} that a node's {ranks} ranks leave: {elsewhere}"
         ]
-    both = memory.turns["trainer"] + memory.turns["server"]
+    both = memory.phases["trainer"] + memory.phases["server"]
     if left == 0 and both > node.gpu_memory:
         return [
             f"the servers share the GPUs of the {ranks} ranks, at the same time: "
@@ -132,7 +124,7 @@ def _problems_beside_ranks(
 
 
 def layout(shape: ModelShape, parallel: ParallelConfig, dp: int, gpus: int) -> Iterator[str]:
-    """Which rank is where, a line for each node, in megatron's order: tp, cp, dp, pp."""
+    """Yield a line for each node with its ranks, in megatron's order: tp, cp, dp, pp."""
     stages = shape.stage_layers(parallel)
     ranks = range(parallel.model_parallel_size * dp)
     for first in range(0, len(ranks), gpus):
@@ -150,7 +142,7 @@ def layout(shape: ModelShape, parallel: ParallelConfig, dp: int, gpus: int) -> I
 
 
 def place(rank: int, parallel: ParallelConfig, dp: int) -> tuple[int, int, int, int]:
-    """(tp, cp, dp, pp) of a rank."""
+    """Return (tp, cp, dp, pp) of a rank."""
     rest, tp = divmod(rank, parallel.tp)
     rest, cp = divmod(rest, parallel.cp)
     pp, of_dp = divmod(rest, dp)
@@ -177,7 +169,7 @@ def _nodes(config: TrainConfig, node: NodeType, num_serve_nodes: int) -> Nodes:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What the files say."""
+    """Facts that the run's files say."""
 
     weights: list[str]
     """A line for each model folder"""

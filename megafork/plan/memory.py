@@ -57,7 +57,8 @@ class StageMemory:
     reduction: int
     """instead of activations, while gradients are reduced: gloo's copy of them; NCCL makes none"""
     transfer: int
-    """instead of activations: whole tensors and buckets of a weight sync, the reference's swap"""
+    """instead of activations: a weight sync's largest tensor, gathered and joined, and two buckets;
+    or the reference's swap of that tensor"""
     bucket: int
     """of a weight sync, the largest; a server that takes it through local memory copies it"""
     reserve: int
@@ -68,7 +69,7 @@ class StageMemory:
 
     @property
     def put_away(self) -> int:
-        """Bytes that move to the host for a server's turn: all but gradients, which are dropped."""
+        """Bytes that move to the host while colocated servers run: gradients are dropped."""
         own = self.parameters + self.optimizer
         return own + self.critic * own // (own + self.gradients)
 
@@ -136,8 +137,8 @@ class MemoryPlan:
     stages: tuple[StageMemory, ...]
     server: ServerMemory
     host: HostMemory
-    turns: dict[str, int]
-    """bytes of a GPU in each turn; the largest counts"""
+    phases: dict[str, int]
+    """bytes of a GPU while it trains, takes weights (colocated) and serves; the largest counts"""
     problems: tuple[str, ...]
     """what does not fit, and what to change"""
 
@@ -164,14 +165,12 @@ def plan_memory(
     shape.check(config.model, config.parallel)
     node, dp = nodes.node, data_parallel_size(config, nodes)
     micro_batch, number = worst_micro_batch(config, dp)
-    stages = training_memory(
-        config, shape, dp, micro_batch, number, device="cuda", reserve=RESERVE, quick=quick
-    )
+    stages = training_memory(config, shape, dp, micro_batch, number, device="cuda", quick=quick)
     server = server_memory(config, shape, node)
     host = _host_memory(config, node, stages, dp)
-    turns = _turns(config, stages, server)
+    phases = _phases(config, stages, server)
     problems = [
-        *_training_problems(config, node, stages, turns, micro_batch),
+        *_training_problems(config, node, stages, phases, micro_batch),
         *server_problems(config, shape, server, server_gpus or node.gpus),
     ]
     if host.total > node.host_memory:
@@ -181,7 +180,7 @@ def plan_memory(
             f"reference {host.reference / GIB:.0f}, offload {host.offload / GIB:.0f}): raise "
             "parallel.tp, pp or dp, so that each rank holds less, or lower rollout.prompts_per_step"
         )
-    return MemoryPlan(dp, micro_batch, number, stages, server, host, turns, tuple(problems))
+    return MemoryPlan(dp, micro_batch, number, stages, server, host, phases, tuple(problems))
 
 
 def worst_micro_batch(config: TrainConfig, dp: int) -> tuple[MicroBatch, int]:
@@ -211,10 +210,12 @@ def training_memory(
     num_micro_batches: int,
     *,
     device: Literal["cpu", "cuda"],
-    reserve: int = 0,
     quick: bool = False,
 ) -> tuple[StageMemory, ...]:
-    """Return the memory of a rank at each pipeline rank. Stages that are alike are traced once."""
+    """Return the memory of a rank at each pipeline rank. Stages that are alike are traced once.
+
+    device: on "cuda" it has RESERVE too, on "cpu" gloo's copy of the gradients.
+    """
     parallel = config.parallel
     sizes = [len(layers) for layers in shape.stage_layers(parallel)]
     traces: dict[tuple[object, ...], Trace] = {}
@@ -229,7 +230,13 @@ def training_memory(
                 device=device,
                 quick=quick,
             )
-        trace = traces[kind]
+        trace, tp = traces[kind], parallel.tp
+        # A tensor larger than sync.bucket_mib has a bucket of its own.
+        in_bucket = min((config.sync.bucket_mib << 20) // tp, trace.weights)
+        bucket = tp * max(trace.largest_weight, in_bucket)
+        gathered = 2 * tp * trace.largest_weight if tp > 1 else 0
+        # Each chunk has a gradient buffer of its own.
+        largest_buffer = _GRADIENT_BYTES * max(chunk.num_parameters for chunk in trace.chunks)
         held, passing = peak_in_flight(trace.chunks, parallel, pp_rank, num_micro_batches)
         stages.append(
             StageMemory(
@@ -243,10 +250,10 @@ def training_memory(
                 activations=held,
                 passing=passing,
                 head=max(chunk.head for chunk in trace.chunks),
-                reduction=_reduction_bytes(trace) if device == "cpu" else 0,
-                transfer=_transfer_bytes(config, trace),
-                bucket=_bucket_bytes(config, trace),
-                reserve=reserve,
+                reduction=largest_buffer if device == "cpu" else 0,
+                transfer=max(gathered + 2 * bucket, trace.largest_weight),
+                bucket=bucket,
+                reserve=RESERVE if device == "cuda" else 0,
             )
         )
     return tuple(stages)
@@ -257,7 +264,7 @@ def peak_in_flight(
 ) -> tuple[int, int]:
     """Return (bytes held, bytes passing) when their sum is largest in megatron's schedule.
 
-    1F1B: pp - rank - 1 micro-batches go ahead, then forward and backward take turns. Interleaved
+    1F1B: pp - rank - 1 micro-batches go ahead, then forward and backward alternate. Interleaved
     (vpp > 1): rounds of pp micro-batches through each chunk, 2 (pp - rank - 1) + (vpp - 1) pp ahead
     (megatron-core's get_pp_rank_microbatches and get_schedule_table).
     """
@@ -308,27 +315,6 @@ def _critic_bytes(
     return static + _optimizer_bytes(config, dp, number)
 
 
-def _reduction_bytes(trace: Trace) -> int:
-    """Return the bytes of the largest chunk's gradients: each chunk has a buffer of its own."""
-    return _GRADIENT_BYTES * max(chunk.num_parameters for chunk in trace.chunks)
-
-
-def _transfer_bytes(config: TrainConfig, trace: Trace) -> int:
-    """Return the bytes of the largest tensor, gathered and joined, and of two buckets.
-
-    The reference's swap of that tensor may take more.
-    """
-    tp = config.parallel.tp
-    gathered = 2 * tp * trace.largest_weight if tp > 1 else 0
-    return max(gathered + 2 * _bucket_bytes(config, trace), trace.largest_weight)
-
-
-def _bucket_bytes(config: TrainConfig, trace: Trace) -> int:
-    """Return the largest bucket; a tensor larger than sync.bucket_mib has one of its own."""
-    most, tp = config.sync.bucket_mib << 20, config.parallel.tp
-    return tp * max(trace.largest_weight, min(most // tp, trace.weights))
-
-
 def _host_memory(
     config: TrainConfig, node: NodeType, stages: tuple[StageMemory, ...], dp: int
 ) -> HostMemory:
@@ -354,10 +340,10 @@ def _host_memory(
     )
 
 
-def _turns(
+def _phases(
     config: TrainConfig, stages: tuple[StageMemory, ...], server: ServerMemory
 ) -> dict[str, int]:
-    """Return the bytes of a GPU in each turn; not colocated, trainer and server have their own."""
+    """Return the bytes of a GPU in each phase; not colocated, each phase has GPUs of its own."""
     trainer = max(stage.total for stage in stages)
     if config.rollout.placement == "disaggregated":
         return {"trainer": trainer, "server": server.total}
@@ -374,25 +360,25 @@ def _training_problems(
     config: TrainConfig,
     node: NodeType,
     stages: tuple[StageMemory, ...],
-    turns: dict[str, int],
+    phases: dict[str, int],
     micro_batch: MicroBatch,
 ) -> list[str]:
     limit, problems = node.gpu_memory, []
     have = f"a GPU of {node.name} has {limit / GIB:.1f} GiB"
-    if (trainer := turns["trainer"]) > limit:
+    if (trainer := phases["trainer"]) > limit:
         worst = max(stages, key=lambda stage: stage.total)
         needs = f"training needs {trainer / GIB:.1f} GiB (pipeline rank {worst.pp_rank}); {have}"
         problems.append(f"{needs}: {_remedy(config, worst, limit, micro_batch)}")
-    if turns.get("handover", 0) > limit:
+    if phases.get("handover", 0) > limit:
         problems.append(
-            f"handing the weights over needs {turns['handover'] / GIB:.1f} GiB (the policy's and "
+            f"handing the weights over needs {phases['handover'] / GIB:.1f} GiB (the policy's and "
             f"the server's); {have}: raise parallel.tp, pp or rollout.tensor_parallel"
         )
-    if turns["server"] > limit:
+    if phases["server"] > limit:
         share = config.rollout.gpu_memory_utilization
-        most = math.floor(100 * (share - (turns["server"] - limit) / limit)) / 100
+        most = math.floor(100 * (share - (phases["server"] - limit) / limit)) / 100
         problems.append(
-            f"the servers' turn needs {turns['server'] / GIB:.1f} GiB; {have}: lower "
+            f"the servers' phase needs {phases['server'] / GIB:.1f} GiB; {have}: lower "
             f"rollout.gpu_memory_utilization={share:g} to {most:g}"
         )
     return problems
@@ -479,11 +465,15 @@ def server_problems(
         f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization:g}"
     )
     if tp > gpus:
-        return [f"rollout.tensor_parallel={tp} is more than the {gpus} GPUs of a node: lower it"]
+        return [
+            f"rollout.tensor_parallel={tp} is more than the {gpus} GPUs of a node: lower it to "
+            f"{fits[-1]} or less"
+        ]
     if rollout.placement == "colocated" and rollout.servers * tp > gpus:
         return [
-            f"rollout.servers={rollout.servers} * tensor_parallel={tp} GPUs do not fit a node of "
-            f"{gpus}: lower one of them"
+            f"rollout.servers={rollout.servers} * tensor_parallel={tp} = {rollout.servers * tp} "
+            f"GPUs do not fit a node of {gpus}: lower rollout.servers to {gpus // tp}, or "
+            "tensor_parallel"
         ]
     if server.kv_cache <= 0:
         need = (server.weights + server.engine) / GIB

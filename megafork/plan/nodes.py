@@ -38,7 +38,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 class NodeType(Section):
-    """One node. Rates are of one GPU and one direction."""
+    """Figures of one node. Rates are of one GPU and one direction."""
 
     name: str = Field(description="what the plan calls it")
     gpus: Positive = Field(8, description="GPUs of a node")

@@ -59,11 +59,10 @@ def memory_lines(plan: MemoryPlan, shape: ModelShape, node: NodeType) -> Iterato
     yield from table(
         [[name.replace("_", " ") for name in names], [gib(getattr(host, name)) for name in names]]
     )
-    if "handover" in plan.turns:
+    if "handover" in plan.phases:
+        parts = [f"{name} {gib(count)}" for name, count in plan.phases.items()]
         yield ""
-        yield "GiB of a GPU in each turn: " + ", ".join(
-            f"{name} {gib(count)}" for name, count in plan.turns.items()
-        )
+        yield f"GiB of a GPU in each phase: {', '.join(parts)}"
 
 
 def _stage_row(stage: StageMemory) -> list[object]:
@@ -139,7 +138,7 @@ def search_lines(layouts: Sequence[Layout]) -> Iterator[str]:
                 changes["model.recompute"],
                 changes["training.micro_batch_tokens"],
                 changes["rollout.tensor_parallel"],
-                gib(max(layout.memory.turns.values())),
+                gib(max(layout.memory.phases.values())),
             )
         )
     yield from table(rows)
@@ -175,7 +174,8 @@ def as_json(plan: MemoryPlan, time: StepTime, fixes: Sequence[Changes]) -> dict[
         "stages": stages,
         "server": server,
         "host": dataclasses.asdict(plan.host) | {"total": plan.host.total},
-        "turns": plan.turns,
+        "phases": plan.phases,
+        "turns": plan.phases,  # the older name of "phases"
         "time": dataclasses.asdict(time)
         | {"tokens_per_second_per_gpu": time.tokens_per_second_per_gpu},
     }

@@ -6,6 +6,7 @@ traced in that order until as many fit as are wanted.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -107,12 +108,7 @@ def _quickest_server(
         if config.rollout.placement == "colocated":
             changes["rollout.servers"] = gpus // tp
         # A trainer that goes onto any node, so that only the server decides.
-        alone: Changes = {
-            "parallel.tp": 1, "parallel.pp": 1, "parallel.cp": 1, "parallel.vpp": 1,
-            "parallel.dp": None, "parallel.sequence_parallel": False,
-            "parallel.pipeline_layers": None,
-            "training.micro_batch_tokens": longest,
-        }  # fmt: skip
+        alone = _layout(tp=1, pp=1, cp=1) | {"training.micro_batch_tokens": longest}
         server = changed(config, changes | alone)
         memory = server_memory(server, shape, nodes.node)
         if server_problems(server, shape, memory, gpus):
@@ -122,39 +118,41 @@ def _quickest_server(
     return min(found)[-1] if found else None
 
 
+def _layout(*, tp: int, pp: int, cp: int) -> Changes:
+    return {
+        "parallel.tp": tp, "parallel.pp": pp, "parallel.cp": cp, "parallel.vpp": 1,
+        "parallel.dp": None, "parallel.sequence_parallel": tp > 1,
+        "parallel.pipeline_layers": None,
+    }  # fmt: skip
+
+
 def _trainers(config: TrainConfig, shape: ModelShape, nodes: Nodes) -> Iterator[Changes]:
     """Yield the layouts that divide the model and the GPUs, and whose static bytes could fit."""
     gpus = nodes.train_gpus
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     value_bytes = DTYPE_BYTES[config.model.dtype]
-    for tp in (size for size in _SIZES if size <= nodes.node.gpus):
-        for pp in range(1, gpus + 1):
-            for cp in _SIZES:
-                if gpus % (tp * pp * cp):
-                    continue
-                layout: Changes = {
-                    "parallel.tp": tp, "parallel.pp": pp, "parallel.cp": cp, "parallel.vpp": 1,
-                    "parallel.dp": None, "parallel.sequence_parallel": tp > 1,
-                    "parallel.pipeline_layers": None,
-                }  # fmt: skip
-                # Not yet a valid config: a micro-batch may have to be smaller or larger.
-                parallel = config.parallel.model_copy(
-                    update={name.split(".")[1]: value for name, value in layout.items()}
-                )
-                try:
-                    shape.check_layout(parallel)
-                except UserError:
-                    continue
-                of_rank = num_parameters(shape) / (tp * pp)
-                if of_rank * (value_bytes + 4 + 8 * tp * pp / gpus) > nodes.node.gpu_memory:
-                    continue
-                shortest = parallel.tokens_on_one_rank(longest)
-                for recompute in ("none", "full"):
-                    for packs in _PACKS:
-                        yield layout | {
-                            "model.recompute": recompute,
-                            "training.micro_batch_tokens": packs * shortest,
-                        }
+    tensor_sizes = [size for size in _SIZES if size <= nodes.node.gpus]
+    for tp, pp, cp in itertools.product(tensor_sizes, range(1, gpus + 1), _SIZES):
+        if gpus % (tp * pp * cp):
+            continue
+        layout = _layout(tp=tp, pp=pp, cp=cp)
+        # Not yet a valid config: a micro-batch may have to be smaller or larger.
+        parallel = config.parallel.model_copy(
+            update={name.split(".")[1]: value for name, value in layout.items()}
+        )
+        try:
+            shape.check_layout(parallel)
+        except UserError:
+            continue
+        of_rank = num_parameters(shape) / (tp * pp)
+        if of_rank * (value_bytes + 4 + 8 * tp * pp / gpus) > nodes.node.gpu_memory:
+            continue
+        shortest = parallel.tokens_on_one_rank(longest)
+        for recompute, packs in itertools.product(("none", "full"), _PACKS):
+            yield layout | {
+                "model.recompute": recompute,
+                "training.micro_batch_tokens": packs * shortest,
+            }
 
 
 def remedies(
@@ -163,32 +161,30 @@ def remedies(
     """Return changes with which the plan was found to fit, the smallest first."""
     parallel, fit, smaller = config.parallel, list[Changes](), list[Changes]()
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    tp = 2 * parallel.tp
-    single: list[Changes] = [
-        {"model.recompute": "full"},
+    recompute: Changes = {"model.recompute": "full"}
+    wider: Changes = {"parallel.tp": 2 * parallel.tp, "parallel.sequence_parallel": True}
+    deeper: Changes = {"parallel.pp": 2 * parallel.pp}
+    others: list[Changes] = [
         {"training.micro_batch_tokens": parallel.tokens_on_one_rank(longest)},
-        {"parallel.tp": tp, "parallel.sequence_parallel": True},
-        {"parallel.pp": 2 * parallel.pp},
+        wider,
+        deeper,
         {"parallel.cp": 2 * parallel.cp},
     ]
+    trainers: list[Changes] = [{}, recompute, *others, *(recompute | other for other in others)]
+    trainers.append(recompute | wider | deeper)
     own = config.rollout.tensor_parallel
     servers: list[Changes] = [{}, *({"rollout.tensor_parallel": own * n} for n in (2, 4))]
-    trainers = [{}, *single]
-    trainers += [single[0] | other for other in single[1:]]
-    trainers += [single[0] | {"parallel.tp": tp, "parallel.sequence_parallel": True} | single[3]]
-    for server in servers:
-        for trainer in trainers:
-            changes = trainer | server | {"parallel.dp": None}
-            if any(known.items() <= changes.items() for known in smaller):
-                continue
-            try:
-                new = changed(config, changes)
-                plan = plan_memory(new, shape, nodes, quick=True)
-            except (UserError, ValueError):
-                continue
-            if plan.fits:
-                smaller.append(trainer | server)
-                fit.append(changes | {"parallel.dp": plan.dp})
-            if len(fit) == wanted:
-                return fit
+    for server, trainer in itertools.product(servers, trainers):
+        changes = trainer | server | {"parallel.dp": None}
+        if any(known.items() <= changes.items() for known in smaller):
+            continue
+        try:
+            plan = plan_memory(changed(config, changes), shape, nodes, quick=True)
+        except (UserError, ValueError):
+            continue
+        if plan.fits:
+            smaller.append(trainer | server)
+            fit.append(changes | {"parallel.dp": plan.dp})
+        if len(fit) == wanted:
+            break
     return fit

@@ -18,7 +18,7 @@ from megafork.config import TrainConfig
 from megafork.errors import UserError
 from megafork.model.shape import ModelShape
 from megafork.plan.memory import data_parallel_size, server_memory
-from megafork.plan.nodes import DTYPE_BYTES, Nodes, NodeType, layer_parameters, num_parameters
+from megafork.plan.nodes import DTYPE_BYTES, Nodes, layer_parameters, num_parameters
 
 CLAIM = "estimate, within a factor of 2 of published points of 800 tokens a response or more"
 MEAN_SHARE = 0.25
@@ -34,8 +34,9 @@ last three written. The weight itself comes on top."""
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What is reached of a node's rates: round numbers from what well-kept stacks report on dense
-    models. None is fitted to the published points that tests/unit/test_step_time.py compares with.
+    """Shares of a node's rates that are reached: round numbers that well-kept stacks report.
+
+    None is fitted to the published points that tests/unit/test_step_time.py compares with.
     """
 
     matrices: float = 0.5
@@ -107,7 +108,7 @@ def attention_flops(shape: ModelShape, sum_of_squares: float) -> float:
 
 @dataclass(frozen=True)
 class Pass:
-    """How often a pass goes through what one forward pass goes through once."""
+    """Counts of the parts of a pass over a mini-batch; one forward pass has 1 of each."""
 
     matrices: float = 1
     attention: float = 1
@@ -130,7 +131,7 @@ def update_pass(recompute: str) -> Pass:
 
 @dataclass(frozen=True)
 class StepTime:
-    """One step (rollout batch) in the steady state."""
+    """Seconds, bytes and tokens of a step (one rollout batch) in the steady state."""
 
     seconds: dict[str, float]
     """by phase: generate, score, update, optimizer, sync; reference, critic, move where they are.
@@ -173,123 +174,104 @@ def step_time(
             f"rollout.placement=colocated with {nodes.serve} serving nodes: colocated servers "
             "take the trainer's; give none, or rollout.placement=disaggregated"
         )
-    mean = mean_response_tokens
-    mean = MEAN_SHARE * rollout.max_response_tokens if mean is None else mean
-    lengths = Lengths(mean_prompt_tokens, mean, rollout.max_response_tokens)
-    trainer = _Trainer(config, shape, nodes, lengths)
-    seconds = {"generate": generation_seconds(config, shape, nodes, lengths)} | trainer.step()
-    weights = num_parameters(shape) * DTYPE_BYTES[rollout.dtype or config.model.dtype]
-    # On several nodes the first replica alone sends, to the servers of all of them.
-    inside = colocated and nodes.train == 1
-    seconds["sync"] = weights / link_rate(nodes.node, 1 if inside else math.inf)
+    if mean_response_tokens is None:
+        mean_response_tokens = MEAN_SHARE * rollout.max_response_tokens
+    lengths = Lengths(mean_prompt_tokens, mean_response_tokens, rollout.max_response_tokens)
+    step = Step(config, shape, nodes, lengths)
+    generate, sync = step.generate(), step.sync()
+    seconds = {"generate": generate} | step.train() | {"sync": sync}
     if colocated:
-        moved = 2 * (1 + config.algorithm.uses_critic) * trainer.state_bytes
-        seconds["move"] = moved / (nodes.node.host_link_gb_per_s * 1e9 * EFFICIENCY.host_link)
-    training = sum(seconds.values()) - seconds["generate"] - seconds["sync"]
+        seconds["move"] = step.move()
+    training = sum(seconds.values()) - generate - sync
     overlaps = rollout.max_policy_lag > 0 and not colocated
-    both = (seconds["generate"], training)
-    responses = rollout.prompts_per_step * rollout.group_size
-    wire = dict(trainer.wire_bytes) | {
-        "rollout": responses * mean * _RESPONSE_BYTES,
-        "sync": weights,
+    wire = step.wire_bytes | {
+        "rollout": step.num_responses * lengths.mean * _RESPONSE_BYTES,
+        "sync": step.model_bytes,
     }
-    servers = num_servers(config, nodes)
+    servers = 0 if colocated else step.num_servers * rollout.tensor_parallel
     return StepTime(
         seconds=seconds,
-        waiting=dict(trainer.waiting),
+        waiting=dict(step.waiting),
         wire_bytes={name: count for name, count in wire.items() if count},
-        total=seconds["sync"] + (max(both) if overlaps else sum(both)),
-        num_gpus=nodes.train_gpus + (0 if colocated else servers * rollout.tensor_parallel),
-        num_tokens=responses * (mean_prompt_tokens + mean),
-        assumptions=_assumptions(config, shape, nodes, lengths, trainer)
+        total=sync + (max(generate, training) if overlaps else generate + training),
+        num_gpus=nodes.train_gpus + servers,
+        num_tokens=step.num_responses * (lengths.prompt + lengths.mean),
+        assumptions=step.assumptions()
         + ["generation of the next batch hides behind training"] * overlaps,
     )
 
 
-def num_servers(config: TrainConfig, nodes: Nodes) -> int:
-    of_node = nodes.node.gpus // config.rollout.tensor_parallel
-    return of_node * nodes.serve or config.rollout.servers * nodes.train
+class Step:
+    """One step on its nodes, a method for each of its phases that returns seconds.
 
-
-def responses_at_once(
-    config: TrainConfig, shape: ModelShape, nodes: Nodes, lengths: Lengths
-) -> int:
-    """Return how many a server runs: max_num_seqs, or what its cache holds on average."""
-    sample = lengths.responses(_SAMPLE)
-    held = lengths.prompt + sum(n * n for n in sample) / (2 * sum(sample))
-    in_cache = int(server_memory(config, shape, nodes.node).kv_tokens / held)
-    return max(1, min(config.rollout.max_num_seqs, in_cache))
-
-
-def generation_seconds(
-    config: TrainConfig, shape: ModelShape, nodes: Nodes, lengths: Lengths
-) -> float:
-    """Return the seconds until the last response of a batch is done, prompts included.
-
-    A server runs b responses at once as long as there are others to start, then those that are
-    left: n mean / b + longest - mean decoding steps. Each takes a fixed time and the time to read
-    the weights, or that of the products if it is longer; every token's keys and values are read at
-    each later token of its response.
-    """
-    rollout, node, tp = config.rollout, nodes.node, config.rollout.tensor_parallel
-    server = server_memory(config, shape, node)
-    number = -(-rollout.prompts_per_step * rollout.group_size // num_servers(config, nodes))
-    hbm = node.hbm_gb_per_s * 1e9 * EFFICIENCY.hbm
-    read = shape.num_layers * layer_parameters(shape) + shape.vocab_size * shape.hidden_size
-    weights = read * DTYPE_BYTES[rollout.dtype or config.model.dtype] / tp / hbm
-    product = 2 * read / tp / (node.bf16_tflops * 1e12 * EFFICIENCY.matrices)
-    all_reduces = 2 * shape.num_layers if tp > 1 else 0
-    fixed = EFFICIENCY.engine_iteration_s + all_reduces * EFFICIENCY.all_reduce_s
-    spread = lengths.responses(number)
-    at_once = min(number, responses_at_once(config, shape, nodes, lengths))
-    iterations = sum(spread) / at_once + spread[-1] - sum(spread) / number
-    running = sum(spread) / iterations
-    cached = sum(n * (lengths.prompt + n / 2) for n in spread)
-    prefill = -(-number // rollout.group_size) * lengths.prompt * product
-    cache = cached * server.kv_bytes_per_token / hbm
-    return prefill + iterations * (fixed + max(weights, running * product)) + cache
-
-
-def link_rate(node: NodeType, extent: float) -> float:
-    """Return bytes/s of a group whose ranks lie within `extent` neighbours."""
-    if extent <= node.gpus:
-        return node.nvlink_gb_per_s * 1e9 * EFFICIENCY.nvlink
-    return node.network_gb_per_s * 1e9 * EFFICIENCY.network
-
-
-class _Trainer:
-    """The trainer's ranks with a mini-batch of average length in front of them.
-
-    Ranks lie as megatron lays them: tp, then cp, then dp, then pp.
+    Mini-batches and sequences are average ones. Ranks lie as megatron lays them: tp, then cp, then
+    dp, then pp. `train` counts what its phases wait (`waiting`) and send (`wire_bytes`), by kind.
     """
 
     def __init__(
         self, config: TrainConfig, shape: ModelShape, nodes: Nodes, lengths: Lengths
     ) -> None:
-        self.config, self.shape, self.node = config, shape, nodes.node
-        self.num_gpus, self.dp = nodes.train_gpus, data_parallel_size(config, nodes)
+        self.config, self.shape, self.nodes, self.lengths = config, shape, nodes, lengths
+        parallel, rollout, training = config.parallel, config.rollout, config.training
+        self.node, self.dp = nodes.node, data_parallel_size(config, nodes)
+        self.peak, self.hbm = self.node.bf16_tflops * 1e12, self.node.hbm_gb_per_s * 1e9
         self.value_bytes = DTYPE_BYTES[config.model.dtype]
-        parallel, training = config.parallel, config.training
-        self.of_rank = num_parameters(shape) / (parallel.tp * parallel.pp)
-        responses = training.prompts_per_minibatch * config.rollout.group_size
+        self.served_bytes = DTYPE_BYTES[rollout.dtype or config.model.dtype]
+        self.num_parameters = num_parameters(shape)
+        self.model_bytes = self.num_parameters * self.served_bytes
+        self.of_rank = self.num_parameters / (parallel.tp * parallel.pp)
+        self.num_responses = rollout.prompts_per_step * rollout.group_size
+
+        of_node = self.node.gpus // rollout.tensor_parallel
+        self.num_servers = of_node * nodes.serve or rollout.servers * nodes.train
+        self.server = server_memory(config, shape, self.node)
         sample = lengths.responses(_SAMPLE)
-        self.rows = responses * lengths.mean
-        self.tokens = responses * (lengths.prompt + lengths.mean - 1)
-        self.squares = responses * sum((lengths.prompt + n - 1) ** 2 for n in sample) / _SAMPLE
+        held = lengths.prompt + sum(n * n for n in sample) / (2 * sum(sample))
+        in_cache = int(self.server.kv_tokens / held)
+        self.responses_at_once = max(1, min(rollout.max_num_seqs, in_cache))
+
+        of_update = training.prompts_per_minibatch * rollout.group_size
+        self.rows = of_update * lengths.mean
+        self.tokens = of_update * (lengths.prompt + lengths.mean - 1)
+        self.squares = of_update * sum((lengths.prompt + n - 1) ** 2 for n in sample) / _SAMPLE
         micro_batches = self.tokens / self.dp / parallel.cp / training.micro_batch_tokens
         multiple = parallel.pp if parallel.vpp > 1 else 1
         self.num_micro_batches = multiple * math.ceil(micro_batches / multiple)
         self.waiting = defaultdict[str, float](float)
         self.wire_bytes = defaultdict[str, float](float)
 
-    def step(self) -> dict[str, float]:
-        """Return the seconds of a step's training phases; count what they wait and send."""
+    def generate(self) -> float:
+        """Return the seconds until the last response of a batch is done, prompts included.
+
+        A server runs b responses at once as long as there are others to start, then those that are
+        left: n mean / b + longest - mean decoding steps. Each takes a fixed time and the time to
+        read the weights, or that of the products if it is longer; every token's keys and values are
+        read at each later token of its response.
+        """
+        shape, rollout, lengths = self.shape, self.config.rollout, self.lengths
+        tp, hbm = rollout.tensor_parallel, self.hbm * EFFICIENCY.hbm
+        read = shape.num_layers * layer_parameters(shape) + shape.vocab_size * shape.hidden_size
+        weights = read * self.served_bytes / tp / hbm
+        product = 2 * read / tp / (self.peak * EFFICIENCY.matrices)
+        all_reduces = 2 * shape.num_layers if tp > 1 else 0
+        fixed = EFFICIENCY.engine_iteration_s + all_reduces * EFFICIENCY.all_reduce_s
+        number = -(-self.num_responses // self.num_servers)
+        spread, at_once = lengths.responses(number), min(number, self.responses_at_once)
+        iterations = sum(spread) / at_once + spread[-1] - sum(spread) / number
+        running = sum(spread) / iterations
+        cached = sum(n * (lengths.prompt + n / 2) for n in spread)
+        prefill = -(-number // rollout.group_size) * lengths.prompt * product
+        cache = cached * self.server.kv_bytes_per_token / hbm
+        return prefill + iterations * (fixed + max(weights, running * product)) + cache
+
+    def train(self) -> dict[str, float]:
+        """Return the seconds of score, update and optimizer; reference and critic if there are."""
         config, forward = self.config, Pass()
         updates = config.rollout.prompts_per_step // config.training.prompts_per_minibatch
-        update, rows = update_pass(config.model.recompute), head_share(config)
+        update = update_pass(config.model.recompute)
         seconds = {
             "score": self._pass(forward, 1.0, _scoring_passes(config, updates)),
-            "update": self._pass(update, rows, updates),
+            "update": self._pass(update, head_share(config), updates),
             "optimizer": self._optimizer(updates),
         }
         if config.kl.coefficient:
@@ -301,18 +283,36 @@ class _Trainer:
             seconds["critic"] = passes + self._optimizer(updates)
         return seconds
 
+    def sync(self) -> float:
+        """Return the seconds of a weight transfer to a server, at its link's rate.
+
+        On several nodes the first replica alone sends, to the servers of all of them.
+        """
+        inside = self.config.rollout.placement == "colocated" and self.nodes.train == 1
+        return self.model_bytes / self._link_rate(1 if inside else math.inf)
+
+    def move(self) -> float:
+        """Return the seconds of offloading a rank's weights and optimizer and of loading them.
+
+        In float32 the weights are their own main copy.
+        """
+        of_share = (12 if self.value_bytes == 2 else 8) / (self.config.parallel.cp * self.dp)
+        models = 1 + self.config.algorithm.uses_critic
+        moved = 2 * models * self.of_rank * (self.value_bytes + of_share)
+        return moved / (self.node.host_link_gb_per_s * 1e9 * EFFICIENCY.host_link)
+
     def _pass(self, kind: Pass, head_share: float, times: float) -> float:
         """Return the seconds of `times` passes over a mini-batch, the slowest stage's.
 
         head_share: of the response tokens, that the head sees.
         """
-        shape, parallel, peak = self.shape, self.config.parallel, self.node.bf16_tflops * 1e12
+        shape, parallel = self.shape, self.config.parallel
         matrices = kind.matrices * 2 * layer_parameters(shape) * self.tokens / EFFICIENCY.matrices
         attention = kind.attention * attention_flops(shape, self.squares) / EFFICIENCY.attention
         head = kind.head * 2 * shape.vocab_size * shape.hidden_size * self.rows * head_share
         head /= EFFICIENCY.head
         layers = parallel.vpp * max(map(len, shape.stage_layers(parallel)))
-        seconds = (layers * (matrices + attention) + head) / peak
+        seconds = (layers * (matrices + attention) + head) / self.peak
         seconds /= parallel.tp * parallel.cp * self.dp
         activations = self.tokens * shape.hidden_size * self.value_bytes
         values = 2 * shape.num_kv_heads * shape.head_dim * self.value_bytes * self.tokens
@@ -332,32 +332,53 @@ class _Trainer:
         """Return the seconds of AdamW's step on each rank's share, gradients and weights sent."""
         sharers = self.config.parallel.cp * self.dp
         traffic = self.of_rank / sharers * (_OPTIMIZER_TRAFFIC + self.value_bytes)
-        seconds = traffic / (self.node.hbm_gb_per_s * 1e9 * EFFICIENCY.hbm)
-        sent = num_parameters(self.shape) * (sharers - 1) * (_GRADIENT_BYTES + self.value_bytes)
+        sent = self.num_parameters * (sharers - 1) * (_GRADIENT_BYTES + self.value_bytes)
+        seconds = traffic / (self.hbm * EFFICIENCY.hbm)
         return updates * (seconds + self._send(sent, "data_parallel", updates))
 
     def _send(self, count: float, kind: str, times: float) -> float:
         """Return the seconds that `count` bytes, sent by all ranks together, are waited for."""
-        parallel = self.config.parallel
+        parallel, num_gpus = self.config.parallel, self.nodes.train_gpus
         extent = {
             "tensor_parallel": parallel.tp,
             "context_parallel": parallel.tp * parallel.cp,
             "data_parallel": parallel.tp * parallel.cp * self.dp,
-            "pipeline": self.num_gpus,
+            "pipeline": num_gpus,
         }[kind]
-        seconds = EFFICIENCY.exposed * count / self.num_gpus / link_rate(self.node, extent)
+        seconds = EFFICIENCY.exposed * count / num_gpus / self._link_rate(extent)
         self.wire_bytes[kind] += times * count
         self.waiting[kind] += times * seconds
         return seconds
 
-    @property
-    def state_bytes(self) -> float:
-        """Bytes of a rank's weights and optimizer state, which move to the host and back.
+    def _link_rate(self, extent: float) -> float:
+        """Return bytes/s of a group whose ranks lie within `extent` neighbours."""
+        if extent <= self.node.gpus:
+            return self.node.nvlink_gb_per_s * 1e9 * EFFICIENCY.nvlink
+        return self.node.network_gb_per_s * 1e9 * EFFICIENCY.network
 
-        In float32 the weights are their own main copy.
-        """
-        of_share = (12 if self.value_bytes == 2 else 8) / (self.config.parallel.cp * self.dp)
-        return self.of_rank * (self.value_bytes + of_share)
+    def assumptions(self) -> list[str]:
+        """Return what the seconds take for granted, a line each."""
+        node, rollout, lengths = self.node, self.config.rollout, self.lengths
+        efficiencies = ", ".join(f"{name} {value:g}" for name, value in asdict(EFFICIENCY).items())
+        return [
+            f"not measured: data-sheet rates times efficiencies ({efficiencies})",
+            f"{node.name}: {node.bf16_tflops:g} TFLOP/s, HBM {node.hbm_gb_per_s:g}, NVLink "
+            f"{node.nvlink_gb_per_s:g}, network {node.network_gb_per_s:g} GB/s of each GPU",
+            f"prompts of {lengths.prompt} tokens; responses exponential with mean "
+            f"{lengths.mean:g}, cut at {lengths.longest}; dynamic sampling keeps every group",
+            f"a server runs {self.responses_at_once} responses at once (max_num_seqs "
+            f"{rollout.max_num_seqs}, and what its KV cache holds); a group's prompt is computed "
+            "once; the batch ends with its longest response",
+            f"{self.num_micro_batches} micro-batches of each rank in an update, ranks alike; "
+            "bubble (pp - 1) / (m vpp)",
+            f"{EFFICIENCY.exposed:g} of a collective's time in training waits, the rest hides",
+            "TransformerEngine's attention (causal, over packs) and its ring for cp",
+            "weights are bound by the link of the GPU that takes them; gathering them hides behind "
+            "it",
+            "no time for rewards, evaluation, checkpoints, dispatch",
+            f"{self.num_servers} servers of {rollout.tensor_parallel} GPUs",
+            *["float32 goes at bfloat16's rate, which is too fast"] * (self.value_bytes == 4),
+        ]
 
 
 def _scoring_passes(config: TrainConfig, updates: int) -> int:
@@ -380,29 +401,3 @@ def head_share(config: TrainConfig) -> float:
         return 1.0
     shares = [forking.rho] if forking.rho_end is None else [forking.rho, forking.rho_end]
     return 1 - min(shares) if forking.select == "bottom" else max(shares)
-
-
-def _assumptions(
-    config: TrainConfig, shape: ModelShape, nodes: Nodes, lengths: Lengths, trainer: _Trainer
-) -> list[str]:
-    node, tp = nodes.node, config.rollout.tensor_parallel
-    at_once = responses_at_once(config, shape, nodes, lengths)
-    efficiencies = ", ".join(f"{name} {value:g}" for name, value in asdict(EFFICIENCY).items())
-    return [
-        f"not measured: data-sheet rates times efficiencies ({efficiencies})",
-        f"{node.name}: {node.bf16_tflops:g} TFLOP/s, HBM {node.hbm_gb_per_s:g}, NVLink "
-        f"{node.nvlink_gb_per_s:g}, network {node.network_gb_per_s:g} GB/s of each GPU",
-        f"prompts of {lengths.prompt} tokens; responses exponential with mean {lengths.mean:g}, "
-        f"cut at {lengths.longest}; dynamic sampling keeps every group",
-        f"a server runs {at_once} responses at once (max_num_seqs {config.rollout.max_num_seqs}, "
-        "and what its KV cache holds); a group's prompt is computed once; the batch ends with its "
-        "longest response",
-        f"{trainer.num_micro_batches} micro-batches of each rank in an update, ranks alike; bubble "
-        "(pp - 1) / (m vpp)",
-        f"{EFFICIENCY.exposed:g} of a collective's time in training waits, the rest hides",
-        "TransformerEngine's attention (causal, over packs) and its ring for cp",
-        "weights are bound by the link of the GPU that takes them; gathering them hides behind it",
-        "no time for rewards, evaluation, checkpoints, dispatch",
-        f"{num_servers(config, nodes)} servers of {tp} GPUs",
-        *["float32 goes at bfloat16's rate, which is too fast"] * (trainer.value_bytes == 4),
-    ]

@@ -182,12 +182,12 @@ def test_a_server_has_what_its_weights_leave():
     assert server.whole_responses == whole > 0
 
 
-def test_placement_colocated_takes_turns():
+def test_colocated_phases_share_a_gpu():
     both = "parallel.tp=4", "rollout.tensor_parallel=4", "rollout.gpu_memory_utilization=0.85"
     apart = settings(*both, "model.recompute=full")
     together = changed(apart, {"rollout.placement": "colocated", "rollout.servers": 2})
     plan = plan_memory(together, SHAPES["qwen3-14b"], Nodes(NODES["h100"], 2))
-    assert sum(plan.turns.values()) > NODES["h100"].gpu_memory
+    assert sum(plan.phases.values()) > NODES["h100"].gpu_memory
     assert plan.fits, plan.problems
     assert plan.host.offload == 8 * (plan.stages[0].parameters + plan.stages[0].optimizer)
     greedy = changed(together, {"rollout.gpu_memory_utilization": 0.97})

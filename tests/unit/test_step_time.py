@@ -16,8 +16,8 @@ from megafork.plan.nodes import NODES, Nodes, layer_parameters, node_type, num_p
 from megafork.plan.step_time import (
     CLAIM,
     Lengths,
+    Step,
     attention_flops,
-    generation_seconds,
     head_share,
     step_time,
     update_pass,
@@ -144,7 +144,7 @@ def test_generation_is_near_its_decoding_steps_one_by_one(at_once):
         held = sum(prompt + done for done, _ in running)
         seconds += fixed + max(weights, len(running) * product) + cache * held
         running = [[done + 1, length] for done, length in running if done + 1 < length]
-    found = generation_seconds(settings, QWEN3_32B, Nodes(NODES["h100"], 1), lengths)
+    found = Step(settings, QWEN3_32B, Nodes(NODES["h100"], 1), lengths).generate()
     assert found == pytest.approx(seconds, rel=0.1)
 
 
