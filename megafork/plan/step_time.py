@@ -202,7 +202,7 @@ def step_time(
 
 
 class Step:
-    """One step on its nodes, a method for each of its phases that returns seconds.
+    """Costs of one step on its nodes: a method for each phase, which returns its seconds.
 
     Mini-batches and sequences are average ones. Ranks lie as megatron lays them: tp, then cp, then
     dp, then pp. `train` counts what its phases wait (`waiting`) and send (`wire_bytes`), by kind.
