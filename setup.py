@@ -31,6 +31,7 @@ setup(
             "mpmath",
             "msgspec",
             "psutil",
+            "pyarrow",
             "pydantic>=2",
             "rich",
             "safetensors",
