@@ -231,7 +231,6 @@ def assert_as_if_undisturbed(run_dir, folder, steps):
     assert weights == other_weights
 
 
-@pytest.mark.exhaustive
 def test_an_array_of_seeds(cluster, tmp_path):
     """Each task has a seed and a folder of its own."""
     settings = ("training.steps=1", "parallel.tp=1")
@@ -326,7 +325,6 @@ def test_what_slurm_has_requeued_is_left_alone(cluster, tmp_path):
     assert state()["Restarts"] == "1"
 
 
-@pytest.mark.exhaustive
 def test_nodes_of_two_kinds(cluster, tmp_path):
     """The second component serves. Asked to stop before it has a folder, the job is requeued."""
     kinds = ("--nodes=1", ":", "--nodes=1", "--exclusive", "--ntasks-per-node=1")

@@ -8,27 +8,9 @@ from typing import Any
 import pytest
 
 
-def default_run(
-    cases: Iterable[Any], taken: Collection[Any], left: Collection[Any] = ()
-) -> list[Any]:
-    """`cases` for parametrize; those that are not in `taken` are slow, so CI alone runs them.
-
-    left: cases that only vary another one; `bash tests/run.sh -m exhaustive` runs them.
-    """
-    params = []
-    for case in cases:
-        marks = () if case in taken else (pytest.mark.slow,)
-        marks += (pytest.mark.exhaustive,) if case in left else ()
-        params.append(pytest.param(case, marks=marks))
-    assert sum(not param.marks for param in params) == len(taken), "taken names an unknown case"
-    return params
-
-
-def ci_run(cases: Iterable[Any], taken: Collection[Any]) -> list[Any]:
-    """`cases` for parametrize; those that are not in `taken` vary one that is, and are left to
-    `bash tests/run.sh -m exhaustive`."""
-    left = (pytest.mark.slow, pytest.mark.exhaustive)
-    params = [pytest.param(case, marks=() if case in taken else left) for case in cases]
+def default_run(cases: Iterable[Any], taken: Collection[Any]) -> list[Any]:
+    """`cases` for parametrize; those that are not in `taken` are slow, so CI alone runs them."""
+    params = [pytest.param(c, marks=() if c in taken else (pytest.mark.slow,)) for c in cases]
     assert sum(not param.marks for param in params) == len(taken), "taken names an unknown case"
     return params
 

@@ -18,8 +18,8 @@ from tests.helpers.commands import QUICKSTART, lines, megafork
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(["parallel.tp=1"], marks=pytest.mark.exhaustive),
-        pytest.param(["parallel.tp=2", "parallel.pp=2"], marks=pytest.mark.exhaustive),
+        ["parallel.tp=1"],
+        ["parallel.tp=2", "parallel.pp=2"],
         ["parallel.dp=2"],
         ["parallel.cp=2", "parallel.pp=2", "parallel.vpp=2"],
     ],

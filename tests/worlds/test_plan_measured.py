@@ -9,14 +9,12 @@ import sys
 import pytest
 
 from tests.helpers.commands import ROOT, environment
-from tests.helpers.layouts import ci_run
 from tools.benchmark_plan import LAYOUTS, MODELS
 
 WITHIN = 0.05
 """Tensors are planned; what is measured has interpreter, libraries and small blocks too."""
 EVERY_LAYOUT = ("tp1", "tp2-sp-full", "pp2")
 CASES = list(itertools.product(MODELS, EVERY_LAYOUT))
-IN_CI = [*itertools.product(["qwen3"], EVERY_LAYOUT), ("tied", "tp1")]
 
 
 def compared(model, layout):
@@ -48,7 +46,7 @@ def assert_planned(model, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ci_run(CASES, IN_CI), ids="-".join)
+@pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_planned_memory_is_measured(case):
     assert_planned(*case)
 

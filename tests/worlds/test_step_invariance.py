@@ -73,17 +73,6 @@ BY_DEFAULT = {
 }  # fmt: skip
 
 
-# A tied weight is one more sum between the first and the last stage. On a single stage it is used
-# twice and no more, so that there CI has one kind of each layout.
-LEFT = [
-    (case, tied)
-    for index, (case, (layout, _)) in enumerate(CASES.items())
-    for tied in (True, False)
-    if "pp" not in layout
-    and ((case, not tied) in BY_DEFAULT or ((case, tied) not in BY_DEFAULT and tied == index % 2))
-]
-
-
 @functools.cache
 def expected_of(folder):
     return reference_step(folder)
@@ -91,7 +80,7 @@ def expected_of(folder):
 
 @pytest.mark.parametrize(
     "case_and_tied",
-    default_run([(case, tied) for case in CASES for tied in (True, False)], BY_DEFAULT, LEFT),
+    default_run([(case, tied) for case in CASES for tied in (True, False)], BY_DEFAULT),
     ids=lambda value: f"{value[0]}-{'tied' if value[1] else 'untied'}",
 )
 def test_one_step_matches_the_paper_at_every_layout(model_of, case_and_tied):
