@@ -1,7 +1,7 @@
 """A few responses of a step with every token's entropy and whether it was selected, to be read.
 
-Which responses is a function of their uids and the step; their values come from the ranks that hold
-their tokens. The same at every layout.
+Which responses is a function of their uids and the step, the same at every layout. Their values
+come from the ranks that hold their tokens, by the reductions of entropy_record.py.
 """
 
 from __future__ import annotations
@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megafork.config import ForkingConfig
 from megafork.data.token_table import TokenTable, hash64
 from megafork.ops.top_fraction import top_fraction_threshold
-from megafork.parallel.mesh import Mesh
 from megafork.trainer.outcome import Optimized
 
 
 @dataclass(frozen=True)
-class _Picked:
+class Picked:
     """A response of one of the step's mini-batches."""
 
     minibatch: int
@@ -34,33 +32,11 @@ class _Picked:
 
 
 def is_sampled(step: int, *, every: int, last: int) -> bool:
-    """Every so many steps, and the first and the last of the run; with 0 never."""
+    """Tell whether a step's responses are kept: every so many, the first and the last; 0: never."""
     return every > 0 and (step in (1, last) or step % every == 0)
 
 
-def sampled_responses(
-    done: Optimized, count: int, forking: ForkingConfig, mesh: Mesh, *, step: int
-) -> list[dict[str, Any]]:
-    """`count` responses on every rank, all ranks together; one all-reduce of their tokens.
-
-    reward, accuracy and advantage are as trained on (advantage: the mean over the response's tokens
-    with a critic, null where there are none), entropies those that the tokens were selected by or
-    null where they are unknown, rollout_logprobs the engine's. threshold is the one that the
-    response's tokens were compared with, null where entropy decides nothing. loss: whether the
-    response takes part in the loss.
-    """
-    picked = pick_responses(done.tables, count, step=step)
-    responses = None
-    if picked and mesh.is_last_stage:
-        values = _gathered(done, picked, mesh)
-        responses = [
-            _response(done, one, forking, tokens, step)
-            for one, tokens in zip(picked, values, strict=True)
-        ]
-    return mesh.broadcast_object(responses, src=mesh.last_stage_rank) or []
-
-
-def pick_responses(tables: Sequence[TokenTable], count: int, *, step: int) -> list[_Picked]:
+def pick_responses(tables: Sequence[TokenTable], count: int, *, step: int) -> list[Picked]:
     """Return responses in the order of a hash of uid and step.
 
     The first right one and the first wrong one of another group come first, where there are such,
@@ -68,7 +44,7 @@ def pick_responses(tables: Sequence[TokenTable], count: int, *, step: int) -> li
     filtering has taken out of it.
     """
     candidates = [
-        (not in_loss, order, _Picked(number, sample, uid, group, accuracy >= 1.0))
+        (not in_loss, order, Picked(number, sample, uid, group, accuracy >= 1.0))
         for number, table in enumerate(tables)
         for sample, (order, uid, group, accuracy, in_loss) in enumerate(
             zip(
@@ -95,59 +71,54 @@ def pick_responses(tables: Sequence[TokenTable], count: int, *, step: int) -> li
     return picked[:count]
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """The columns of one response's rows (float64, exact)."""
+def response_columns(done: Optimized, one: Picked) -> Tensor:
+    """Return this rank's part of a response's rows, float64 [6, R], each value exact.
 
-    entropy_R: Tensor
-    selected_R: Tensor
-    id_R: Tensor
-    rollout_logprob_R: Tensor
-    in_loss_R: Tensor
-    advantage_R: Tensor
-
-
-def _gathered(done: Optimized, picked: Sequence[_Picked], mesh: Mesh) -> list[_Tokens]:
-    """Every token is on one rank of dp_cp and zero on the others, so the sum has its bits."""
-    own = []
-    for one in picked:
-        table, scores = done.tables[one.minibatch], done.scores[one.minibatch]
-        columns = torch.zeros(6, int(table.response_lengths_B[one.sample]), dtype=torch.float64)
-        here_N = table.sample_R[scores.rows_N] == one.sample
-        rows = scores.rows_N[here_N]
-        columns[:, table.position_R[rows]] = torch.stack(
-            [
-                scores.entropy_N[here_N].double(),
-                done.masks[one.minibatch][here_N].double(),
-                table.token_R[rows].double(),
-                table.rollout_logprob_R[rows].double(),
-                table.loss_mask_R[rows].double(),
-                table.advantage_R[rows].double(),
-            ]
-        )
-        own.append(columns)
-    summed = torch.cat(own, 1).to(mesh.device)
-    dist.all_reduce(summed, group=mesh.groups.dp_cp)
-    return [_Tokens(*part) for part in summed.cpu().split([len(c[0]) for c in own], 1)]
+    Entropy, whether selected, id, rollout_logprob, whether in the loss, advantage. A token is on
+    one rank of dp_cp and zero on the others, so the sum over the ranks has its bits.
+    """
+    table, scores = done.tables[one.minibatch], done.scores[one.minibatch]
+    columns = torch.zeros(6, int(table.response_lengths_B[one.sample]), dtype=torch.float64)
+    here_N = table.sample_R[scores.rows_N] == one.sample
+    rows = scores.rows_N[here_N]
+    columns[:, table.position_R[rows]] = torch.stack(
+        [
+            scores.entropy_N[here_N].double(),
+            done.masks[one.minibatch][here_N].double(),
+            table.token_R[rows].double(),
+            table.rollout_logprob_R[rows].double(),
+            table.loss_mask_R[rows].double(),
+            table.advantage_R[rows].double(),
+        ]
+    )
+    return columns
 
 
-def _response(
-    done: Optimized, one: _Picked, forking: ForkingConfig, tokens: _Tokens, step: int
+def response_row(
+    done: Optimized, one: Picked, forking: ForkingConfig, columns: Tensor, step: int
 ) -> dict[str, Any]:
+    """Return a response's row of samples.jsonl but for its text.
+
+    columns: the sum of `response_columns` over the ranks. reward, accuracy and advantage are as
+    trained on (advantage: the mean over the response's tokens with a critic, null where there are
+    none), entropies those that the tokens were selected by or null where they are unknown,
+    rollout_logprobs the engine's. threshold is the one that the response's tokens were compared
+    with, null where entropy decides nothing. loss: whether the response takes part in the loss.
+    """
     table = done.tables[one.minibatch]
+    entropy_R, selected_R, id_R, rollout_logprob_R, in_loss_R, advantage_R = columns
     has_entropies = done.scores[one.minibatch].has_entropies
-    in_loss_R = tokens.in_loss_R.bool()
-    threshold = _threshold(done, one, forking, tokens.entropy_R.float(), in_loss_R)
-    advantage = float(tokens.advantage_R.mean())
+    threshold = _threshold(done, one, forking, entropy_R.float(), in_loss_R.bool())
+    advantage = float(advantage_R.mean())
     return {
         "step": step,
         "uid": one.uid,
         "group": one.group,
         "prompt_ids": table.prompt(one.sample).tolist(),
-        "token_ids": tokens.id_R.long().tolist(),
-        "entropies": _shortest(tokens.entropy_R) if has_entropies else None,
-        "selected": tokens.selected_R.bool().tolist(),
-        "rollout_logprobs": _shortest(tokens.rollout_logprob_R),
+        "token_ids": id_R.long().tolist(),
+        "entropies": _shortest(entropy_R) if has_entropies else None,
+        "selected": selected_R.bool().tolist(),
+        "rollout_logprobs": _shortest(rollout_logprob_R),
         "reward": _shortest(table.reward_B)[one.sample],
         "accuracy": float(table.accuracy_B[one.sample]),
         "advantage": None if math.isnan(advantage) else advantage,
@@ -159,12 +130,13 @@ def _response(
 
 def _threshold(
     done: Optimized,
-    one: _Picked,
+    one: Picked,
     forking: ForkingConfig,
     entropy_R: Tensor,
     in_loss_R: Tensor,
 ) -> float:
-    """NaN where there is none; with scope = "sequence" the selection knows only their mean."""
+    """Return the response's threshold, NaN where there is none; with scope = "sequence" it is
+    computed again, for the selection knows only the mean."""
     if forking.scope == "batch":
         return done.selections[0].threshold
     selection = done.selections[one.minibatch]

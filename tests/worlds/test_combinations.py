@@ -14,10 +14,10 @@ import torch
 from megafork.algorithms.advantages import group_advantages
 from megafork.config import ParallelConfig
 from megafork.model.weights import export_weights
-from megafork.trainer import telemetry
 from megafork.trainer.clock import Clock
+from megafork.trainer.entropy_record import entropy_record
 from megafork.trainer.step import optimize
-from megafork.trainer.token_report import token_report
+from megafork.trainer.step_record import critic_metrics, update_metrics
 from tests.helpers import reference
 from tests.helpers.ppo import make_critic, make_ppo_table, save_critic
 from tests.helpers.reference import near
@@ -113,26 +113,16 @@ def three_minibatches(folders, layout, combination, settings):
         critic = make_critic(folders[1], layout, policy.mesh, adam_eps=1e-2, critic=own, **settings)
     minibatches = batch(policy, critic is not None, spoilt)
     done = optimize(policy, minibatches, step=2, clock=Clock(), critic=critic)
+    record = entropy_record(policy, done, policy_version=1, step=2)
     metrics = {}
     if policy.mesh.is_last_stage:
-        metrics = telemetry.token_metrics(
-            done.tables,
-            done.scores,
-            done.masks,
-            done.selections,
-            policy_version=1,
-            large_difference=0.1,
-            mesh=policy.mesh,
-        )
-        metrics |= telemetry.update_metrics(done.updates, policy.terms)
-        metrics |= telemetry.reference_metrics(done, policy.kl.tokens, policy.mesh)
+        metrics = record.metrics | update_metrics(done.updates, policy.terms)
         if critic is not None:
-            metrics |= telemetry.critic_metrics(done.values, done.critic_updates)
-    report = token_report(done, policy.forking, policy.mesh)
+            metrics |= critic_metrics(done.values, done.critic_updates)
     weights = exported(policy)
     if critic is not None:
         weights |= {f"critic.{name}": weight for name, weight in exported(critic).items()}
-    return metrics, weights, [(s.number, s.reason) for s in done.skipped], report
+    return metrics, weights, [(s.number, s.reason) for s in done.skipped], record.forking_tokens
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)

@@ -9,9 +9,8 @@ from megafork.config import ParallelConfig, TrainConfig
 from megafork.config.load import load_config
 from megafork.errors import UserError
 from megafork.trainer.clock import Clock
+from megafork.trainer.entropy_record import entropy_record
 from megafork.trainer.step import optimize
-from megafork.trainer.telemetry import token_metrics
-from megafork.trainer.token_report import token_report
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART
 from tests.helpers.step import (
@@ -46,19 +45,10 @@ def one_update(folder, layout, forking):
     policy.score = lambda table: calls.append(1) or score(table)
     table = engines_table(folder)
     done = optimize(policy, [table], step=1, clock=Clock())
-    metrics = {}
-    if policy.mesh.is_last_stage:
-        metrics = token_metrics(
-            done.tables,
-            done.scores,
-            done.masks,
-            done.selections,
-            policy_version=int(table.policy_version_R.max()),
-            large_difference=0.1,
-            mesh=policy.mesh,
-        )
-    report = token_report(done, policy.forking, policy.mesh)
-    return len(calls), whole_gradients(policy), done.updates[0], metrics, report
+    version = int(table.policy_version_R.max())
+    record = entropy_record(policy, done, policy_version=version, step=1)
+    metrics = record.metrics if policy.mesh.is_last_stage else {}
+    return len(calls), whole_gradients(policy), done.updates[0], metrics, record.forking_tokens
 
 
 LAYOUTS = [{}, {"tp": 2}, {"pp": 2}, {"cp": 2}, {"dp": 2}]

@@ -15,9 +15,10 @@ from megafork.data.token_table import token_table
 from megafork.errors import UserError
 from megafork.model.shape import ModelShape
 from megafork.trainer.clock import Clock
+from megafork.trainer.entropy_record import entropy_record
 from megafork.trainer.outcome import Optimized
 from megafork.trainer.step import optimize
-from megafork.trainer.telemetry import reference_metrics, update_metrics
+from megafork.trainer.step_record import update_metrics
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART, left_over, lines, megafork, tiny_run
 from tests.helpers.layouts import depth_for
@@ -119,6 +120,13 @@ def test_the_reference_comes_and_goes_bit_for_bit(model_of, case, dtype):
     assert sum(moved for _, moved, _ in ranks) > 0.1  # the policy was another one by then
 
 
+def of_reference(policy, done, step=1):
+    """The record's metrics of the reference policy."""
+    metrics = entropy_record(policy, done, policy_version=0, step=step).metrics
+    names = ("kl/reference", "forking/overlap_initial")
+    return {name: metrics[name] for name in names if name in metrics}
+
+
 def first_step(folder, layout):
     """A whole step of two mini-batches with KL, and what the metrics say."""
     policy = make_policy(
@@ -129,10 +137,10 @@ def first_step(folder, layout):
     for step in (1, 2):
         clock = Clock()
         done = optimize(policy, make_table().minibatches(3, seed=0), step=step, clock=clock)
+        of_record = of_reference(policy, done, step)
         metrics = {}
         if policy.mesh.is_last_stage:
-            metrics = update_metrics(done.updates, policy.terms)
-            metrics |= reference_metrics(done, policy.kl.tokens, policy.mesh)
+            metrics = of_record | update_metrics(done.updates, policy.terms)
         equal = all(
             torch.equal(s.reference.old_logprobs_N, s.old_logprobs_N)
             and torch.equal(s.reference.entropy_N, s.entropy_N)
@@ -169,7 +177,7 @@ def test_a_reference_that_is_the_policy_says_so(model_of, layout):
 def without_terms(folder):
     policy = make_policy(folder, {}, kl={"reference": str(folder / "nowhere")})
     done = optimize(policy, [make_table()], step=1, clock=(clock := Clock()))
-    found = reference_metrics(done, "all", policy.mesh)
+    found = of_reference(policy, done)
     return policy.reference, found, set(clock.seconds), update_metrics(done.updates, policy.terms)
 
 
@@ -264,10 +272,10 @@ def score_by_hand(own, other, in_loss, rho, scope):
         scores = policy.score(table)
         by_reference = replace(scores, entropy_N=torch.tensor(other)[scores.rows_N])
         scores = replace(scores, entropy_N=torch.tensor(own)[scores.rows_N], reference=by_reference)
-        masks, _ = policy.select([table], [scores], step=1)
+        masks, selection = policy.select([table], [scores], step=1)
         theirs, _ = policy.select([table], [by_reference], step=1)
-        done = Optimized([table], [scores], masks, theirs)
-        return reference_metrics(done, "forking", policy.mesh)["forking/overlap_initial"]
+        done = Optimized([table], [scores], masks, theirs, [selection])
+        return of_reference(policy, done)["forking/overlap_initial"]
 
     return function
 
@@ -296,13 +304,13 @@ def test_the_overlap_by_hand(model_of, rho, scope, share):
 
 def overlap_at(folder, ref_folder, layout, forking):
     policy = make_policy(
-        folder, layout, kl={"reference": str(ref_folder)}, lr=1e-30, micro_batch_tokens=24,
-        forking=forking | {"compare_every": 3},
+        folder, layout, kl={"reference": str(ref_folder), "tokens": "forking"}, lr=1e-30,
+        micro_batch_tokens=24, forking=forking | {"compare_every": 3},
     )  # fmt: skip
     done = optimize(policy, make_table(seed=15).minibatches(2, seed=0), step=3, clock=Clock())
+    metrics = of_reference(policy, done, step=3)
     if not policy.mesh.is_last_stage:
         return None
-    metrics = reference_metrics(done, "forking", policy.mesh)
     parts = zip(done.tables, done.scores, done.masks, done.reference_masks, strict=True)
     return metrics, [
         (t.key_R[s.rows_N], s.old_logprobs_N, s.reference.old_logprobs_N, s.entropy_N,

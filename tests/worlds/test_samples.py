@@ -12,9 +12,9 @@ import torch
 from megafork.config import ParallelConfig
 from megafork.metrics.log import MetricsLog, read_rows
 from megafork.trainer.clock import Clock
-from megafork.trainer.histogram import EDGES, entropy_histogram
+from megafork.trainer.entropy_record import EDGES, entropy_record
 from megafork.trainer.outcome import Optimized
-from megafork.trainer.samples import is_sampled, pick_responses, sampled_responses
+from megafork.trainer.samples import is_sampled, pick_responses
 from megafork.trainer.step import optimize
 from tests.helpers import reference
 from tests.helpers.step import RHO, make_policy, make_table, score_all
@@ -49,12 +49,12 @@ def kept(folder, layout, scope="minibatch", select="top", **algorithm):
         forking={"scope": scope, "select": select},
     )  # fmt: skip
     done = optimize(policy, make_minibatches(), step=STEP, clock=Clock())
-    responses = sampled_responses(done, COUNT, policy.forking, policy.mesh, step=STEP)
+    record = entropy_record(policy, done, policy_version=0, step=STEP, num_responses=COUNT)
     own = torch.cat([s.entropy_N for s in done.scores])
     in_loss = torch.cat(
         [t.loss_mask_R[s.rows_N] for t, s in zip(done.tables, done.scores, strict=True)]
     )
-    return responses, entropy_histogram(done, policy.mesh), own[in_loss]
+    return record.responses, record.histogram, own[in_loss]
 
 
 @functools.cache
@@ -146,8 +146,9 @@ def histogram_of(folder, values):
     for row, value in enumerate(values):
         entropies[scores.rows_N == row] = value
     scores = replace(scores, entropy_N=entropies)
-    done = Optimized([table], [scores], [torch.zeros(len(entropies), dtype=torch.bool)])
-    return entropy_histogram(done, policy.mesh)["tokens"]
+    masks, selection = policy.select([table], [scores], step=1)
+    done = Optimized([table], [scores], masks, selections=[selection])
+    return entropy_record(policy, done, policy_version=0, step=1).histogram["tokens"]
 
 
 def test_each_response_has_its_own_threshold_with_scope_sequence(folder, expected):

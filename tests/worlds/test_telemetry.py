@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megafork.config import ParallelConfig
-from megafork.trainer.telemetry import token_metrics
+from megafork.trainer.entropy_record import entropy_record
+from megafork.trainer.outcome import Optimized
 from tests.helpers import reference
 from tests.helpers.step import make_policy, make_table
 from tools.benchmarks.ranks import run_ranks
@@ -28,17 +29,13 @@ def make_mismatched():
 
 
 def measure(folder, layout, version):
-    policy = make_policy(folder, layout)
+    policy = make_policy(folder, layout, mismatch={"large_difference": 0.1})
     table = make_mismatched()
     scores = policy.score(table)
     [mask], selection = policy.select([table], [scores], step=1)
-    if selection is None:
-        return None
     scores = replace(scores, old_logprobs_N=torch.full_like(scores.old_logprobs_N, -2.0))
-    return token_metrics(
-        [table], [scores], [mask], [selection],
-        policy_version=version, large_difference=0.1, mesh=policy.mesh,
-    )  # fmt: skip
+    done = Optimized([table], [scores], [mask], selections=[selection])
+    return entropy_record(policy, done, policy_version=version, step=1).metrics
 
 
 @pytest.mark.parametrize("layout", [{}, {"dp": 2}, {"pp": 2, "cp": 2}], ids=str)
@@ -55,8 +52,7 @@ def test_mismatch_is_measured_over_the_fresh_tokens(tmp_path, layout):
     }
     assert 0.2 < expected["mismatch/large_fraction"] < 0.9
     world = ParallelConfig(**layout).world_size
-    found = [m for m in run_ranks(world, measure, folder, layout, CURRENT) if m is not None]
-    for metrics in found:
+    for metrics in run_ranks(world, measure, folder, layout, CURRENT):
         for name, value in expected.items():
             assert metrics[name] == pytest.approx(float(value), abs=1e-6), name
 

@@ -12,8 +12,8 @@ import torch
 from megafork.config import ParallelConfig
 from megafork.metrics.log import MetricsLog
 from megafork.trainer.clock import Clock
+from megafork.trainer.entropy_record import TokenCounts, entropy_record, most_forking
 from megafork.trainer.step import optimize
-from megafork.trainer.token_report import TokenCounts, most_forking, token_report
 from tests.helpers import reference
 from tests.helpers.step import RHO, make_policy, make_table, score_all
 from tools.benchmarks.ranks import run_ranks
@@ -33,7 +33,7 @@ def reported(folder, layout, scope):
     forking = {"report_tokens": 5, "report_min_count": 3, "scope": scope}
     policy = make_policy(folder, layout, forking=forking, micro_batch_tokens=40, lr=1e-5)
     done = optimize(policy, make_minibatches(), step=1, clock=Clock())
-    return token_report(done, policy.forking, policy.mesh)
+    return entropy_record(policy, done, policy_version=0, step=1).forking_tokens
 
 
 def expected_report(folder):
