@@ -125,23 +125,21 @@ class RunLog:
 
     def end(self, final: Path | None) -> None:
         """Write the report. final: the folder of the last policy, of a run that is complete."""
-        if final is not None:
-            from megafork.metrics.charts import draw_run  # matplotlib takes a second
+        from megafork.metrics.charts import draw_run  # matplotlib and jinja2 take a second
+        from megafork.metrics.page import write_report
 
+        if final is not None:
             self.note(f"checkpoint  {final}")
-            self.note(f"curves      {draw_run(self.run_dir, self.run_dir / 'curves.png')}")
-        self._write_report()
+            self._draw("curves", draw_run, self.run_dir / "curves.png")
+        self._draw("report", write_report, self.run_dir / "report.html")
         evaluations = read_rows(self.run_dir / "eval.jsonl")
         if final is not None and evaluations:
             first, last = (evaluations[i]["eval/accuracy"] for i in (0, -1))
             self.note(f"held-out accuracy  {first:.1%} before, {last:.1%} after")
 
-    def _write_report(self) -> None:
-        """Write RUN/report.html; a run does not fail where this does."""
-        from megafork.metrics.page import write_report  # matplotlib and jinja2 take a second
-
+    def _draw(self, name: str, draw: Callable[[Path, Path], Path], path: Path) -> None:
+        """Write a picture of the run to `path`; a run does not fail where this does."""
         try:
-            self.note(f"report      {write_report(self.run_dir)}")
+            self.note(f"{name:<10}  {draw(self.run_dir, path)}")
         except Exception as error:  # a picture of what is safe on disk is worth no run
-            cause = f"{type(error).__name__}: {error}"
-            self.note(f"warning: {self.run_dir}/report.html was not written: {cause}")
+            self.note(f"warning: {path} was not written: {type(error).__name__}: {error}")

@@ -42,7 +42,7 @@ class Served:
     two_temperatures: bool = False
     """Whether requests may ask for `Sampling.forking_temperatures`"""
     sleeps: bool = False
-    """Whether its GPUs are another's in turns"""
+    """Whether it sleeps while a trainer uses its GPUs"""
 
 
 def served_policy(config: TrainConfig) -> Served:

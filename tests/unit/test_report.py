@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
 import pytest
 
+from megafork.controller.run_log import RunLog
 from megafork.errors import UserError
 from megafork.metrics import palette
 from megafork.metrics.page import duration, write_report
@@ -21,6 +23,7 @@ from tests.helpers.pages import (
     token_row,
     write_rows,
 )
+from tools.benchmarks.configs import learner_config
 
 HOSTILE = {
     "</script><script>alert(1)</script>": None,
@@ -277,6 +280,22 @@ def test_a_folder_without_a_run_and_a_damaged_line_are_told(tmp_path):
         with pytest.raises(UserError, match=rf"metrics\.jsonl.*{cause}"):
             write_report(run_dir)
     assert (run_dir / "report.html").read_bytes() == whole
+
+
+def test_a_run_ends_although_its_pictures_fail(tmp_path, capsys):
+    """What it has learnt is on disk: a page that cannot be drawn is a warning."""
+    run_dir = make_run(tmp_path / "run")
+    config = learner_config(tmp_path, run={"dir": str(run_dir), "tensorboard": False})
+    with contextlib.closing(RunLog(config, tokenizer=None, steps_done=3)) as log:
+        log.end(run_dir / "final")
+        for name in ("curves.png", "report.html"):
+            assert (run_dir / name).exists()
+        assert "warning" not in (told := capsys.readouterr()).err + told.out
+        (run_dir / "metrics.jsonl").write_text('{"tokens": 5}\n')
+        log.end(run_dir / "final")
+    told = capsys.readouterr()
+    for name in ("curves.png", "report.html"):
+        assert f"warning: {run_dir}/{name} was not written: UserError" in told.err + told.out
 
 
 def test_the_command_writes_where_it_is_told(tmp_path):
