@@ -276,7 +276,8 @@ def _megafork(*arguments: object) -> None:
     Raises UserError when it fails; it has told why.
     """
     command = [sys.executable, "-m", "megafork", *map(str, arguments)]
-    with ended_by_signals(), subprocess.Popen(command) as process:
+    # In a session of its own: Ctrl-C is this process's to pass on, and to tell.
+    with ended_by_signals(), subprocess.Popen(command, start_new_session=True) as process:
         try:
             status = process.wait()
         except BaseException:

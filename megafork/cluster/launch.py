@@ -25,7 +25,7 @@ from megafork.system.child_process import die_with_parent
 from megafork.system.heap import told_of_a_kill
 from megafork.system.lock import STALE_S, held
 from megafork.system.printable import printable
-from megafork.system.signals import INTERRUPTED, SIGNALS
+from megafork.system.signals import INTERRUPTED, LEFT, SIGNALS, name_of, tell_first_ctrl_c
 
 _LAUNCHER = "MEGAFORK_LAUNCHER_PID"
 _MACHINES = "MEGAFORK_MACHINES"
@@ -88,8 +88,9 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str], run_dir: str = 
     run_dir: a training run's folder, whose lock is held as long as its ranks live.
 
     Returns the exit status of the rank that failed first by itself, having told why; 0 when none
-    did, and 75 after a signal. What the ranks print goes through, or under megafork.cluster into a
-    log for each. SIGTERM and SIGUSR1 are passed on to them; they end with this process.
+    did, 75 after a signal, and 130 after a second Ctrl-C. What the ranks print goes through, or
+    under megafork.cluster into a log for each. SIGTERM and SIGUSR1 are passed on to them, the
+    first Ctrl-C as a SIGTERM; a second one kills them. They end with this process.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -98,9 +99,16 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str], run_dir: str = 
     for module in ("multiprocessing.api", "agent.server.api"):  # the ranks tell it themselves
         logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)
     machines = Machines.from_environment()
+    received: list[int] = []
     passed_on: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if number == signal.SIGINT:  # Python answers it with a traceback while it starts
+            is_first = received.count(number) == 1
+            number = signal.SIGTERM if is_first else signal.SIGKILL
+            if is_first:
+                tell_first_ctrl_c()
         passed_on.append(number)
         _signal_ranks(number)
 
@@ -109,7 +117,7 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str], run_dir: str = 
     folder = tempfile.TemporaryDirectory(prefix="megafork-ranks-")  # of this user alone
     config = LaunchConfig(
         max_restarts=0,
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # its grace of 30 s is too short for the others
+        signals_to_handle="SIGHUP,SIGQUIT",  # its grace of 30 s is too short for the others
         **_of_ranks(parallel, machines, folder.name),
     )
     with folder, _hold(run_dir, machines), _ends_noted() as times:
@@ -118,8 +126,11 @@ def launch_ranks(parallel: ParallelConfig, arguments: list[str], run_dir: str = 
             return 0
         except ChildFailedError as error:
             first = first_end(error.failures, times)
+    if signal.SIGKILL in passed_on:
+        print("left at once after a second Ctrl-C", file=sys.stderr)
+        return LEFT
     if -first.status in passed_on:
-        print("stopped by a signal", file=sys.stderr)
+        print(f"stopped by {name_of(received[0])}", file=sys.stderr)
         return INTERRUPTED
     if machines is not None:
         _leave_words_of(first, machines.log_of(first.rank))
@@ -256,6 +267,7 @@ def _signal_ranks(number: int) -> None:
                 child.send_signal(number)
                 found = True
     if not found:
+        print(f"stopped by {name_of(number)}", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

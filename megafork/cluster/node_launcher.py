@@ -23,7 +23,7 @@ from megafork.cluster.launch import ENDPOINT
 from megafork.cluster.node_messages import BEAT_S, LOST, MAX_LINE, Failure, Plan, pack, receive
 from megafork.system import failure_file
 from megafork.system.child_process import adopt_orphans, die_with_parent
-from megafork.system.signals import INTERRUPTED, STOP_FILE
+from megafork.system.signals import INTERRUPTED, SIGNALS, STOP_FILE
 
 _GRACE_S = 10.0
 """For servers to end by themselves when all went well"""
@@ -92,7 +92,7 @@ class NodeLauncher:
     async def run(self) -> int:
         adopt_orphans()  # what loses its parent stays ours
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in SIGNALS:
             loop.add_signal_handler(number, self._ask_to_stop)
         try:
             return await self._run()

@@ -90,7 +90,7 @@ def read_order() -> dict[str, Any]:
     Where its rank ended before it had said all, the child ends too, without a word.
     """
     # Slurm and a terminal signal every process: the trainer alone decides what follows from it.
-    for number in {*SIGNALS, signal.SIGINT, signal.SIGTERM}:
+    for number in SIGNALS:
         signal.signal(number, lambda number, frame: None)
     line = sys.stdin.buffer.readline()
     if not line.endswith(b"\n"):

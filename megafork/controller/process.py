@@ -34,7 +34,7 @@ from megafork.rollout.engine import api_key_of
 from megafork.rollout.fleet import Fleet
 from megafork.rollout.judging import Judging
 from megafork.rollout.messages import Arrays, Header, Link, serve
-from megafork.system.signals import SIGNALS, STOP_FILE
+from megafork.system.signals import SIGNALS, STOP_FILE, name_of
 from megafork.verifiers.verifier import Judge
 
 _MOST_BYTES = 64 << 20
@@ -99,8 +99,7 @@ class RolloutController:
     async def watch(self) -> None:
         """Look for the stop file, for ever; our own signals ask the run to stop too."""
         for number in SIGNALS:
-            name = signal.Signals(number).name
-            self._loop.add_signal_handler(number, self.stop.ask, name)
+            self._loop.add_signal_handler(number, self.stop.ask, name_of(number))
         path = os.environ.get(STOP_FILE)
         while path is None or not os.path.exists(path):
             await asyncio.sleep(_LOOK_S)

@@ -1,4 +1,5 @@
-"""SIGTERM and SIGUSR1 ask a run to end: Slurm and clouds send them before they kill."""
+"""Signals that ask a run to end: SIGTERM and SIGUSR1, which Slurm and clouds send before they kill,
+and SIGINT, which a terminal sends at Ctrl-C. A second Ctrl-C ends the process at once."""
 
 from __future__ import annotations
 
@@ -10,17 +11,34 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 from megafork.errors import Interrupted
 
 T = TypeVar("T")
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 INTERRUPTED = 75
 """Exit status of a run that a signal ended and that can go on (EX_TEMPFAIL of sysexits.h)."""
+LEFT = 128 + signal.SIGINT
+"""Exit status after a second Ctrl-C"""
 STOP_FILE = "MEGAFORK_STOP_FILE"
 """Names a file; when it appears, that is a SIGUSR1, which would be lost during the imports"""
 _LOOK_S = 0.5
+
+
+def name_of(number: int) -> str:
+    """Return a signal's name as people know it."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def tell_first_ctrl_c() -> None:
+    print("Ctrl-C: the run is ending; a second Ctrl-C leaves at once", file=sys.stderr, flush=True)
+
+
+def leave_at_once(*_: object) -> NoReturn:
+    """End this process as if it were killed: what it started notices, and ends too."""
+    print("left at once after a second Ctrl-C", file=sys.stderr, flush=True)
+    os._exit(LEFT)
 
 
 class Interruption:
@@ -28,7 +46,8 @@ class Interruption:
 
     The first one ends the process, wherever the main thread is. After `defer` it is only noted, and
     cancels what `run` runs. Outside, the signals have the meaning that they had before; but once a
-    run was interrupted they are ignored, so that a second one does not cut its end short.
+    run was interrupted they are ignored, so that a second one does not cut its end short: but for a
+    second Ctrl-C, which leaves at once.
     """
 
     def __init__(self) -> None:
@@ -54,7 +73,8 @@ class Interruption:
             self._watcher.join()
         interrupted = self.received is not None or kind is Interrupted  # by another rank's signal
         for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if interrupted else handler)
+            after = leave_at_once if number == signal.SIGINT else signal.SIG_IGN
+            signal.signal(number, after if interrupted else handler)
 
     def _watch(self, path: str) -> None:
         while not self._left.wait(_LOOK_S):
@@ -79,12 +99,16 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            if number == signal.SIGINT:
+                leave_at_once()
             return
-        self.received = signal.Signals(number).name
+        self.received = name_of(number)
         if not self._is_deferred:
             if os.environ.get("RANK", "0") == "0":
                 print(f"stopped by {self.received} while it started", file=sys.stderr, flush=True)
             sys.exit(INTERRUPTED)  # no `except Exception` on the way may take it for a fault
+        if number == signal.SIGINT and "RANK" not in os.environ:
+            tell_first_ctrl_c()
         self._tell(self.received)
         if self._give_up is not None:
             with contextlib.suppress(RuntimeError):  # the loop has just been closed
@@ -117,6 +141,7 @@ def ended_by_signals() -> Iterator[None]:
     """Have a signal raise SystemExit, so that what is under way is ended and cleaned up."""
 
     def end(number: int, frame: FrameType | None) -> None:
+        print(f"stopped by {name_of(number)}", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
 
     before = {number: signal.signal(number, end) for number in SIGNALS}
