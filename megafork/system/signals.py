@@ -86,7 +86,9 @@ class Interruption:
         """Only note signals from here on, because there is something to save first.
 
         tell: is called with the signal's name; the stop file is then another process's to watch.
+        Raises Interrupted where a signal came, whose end of the process a destructor has swallowed.
         """
+        self.check()
         if tell is not None:
             self._tell = tell
             self._left.set()
