@@ -50,6 +50,7 @@ setup(
         "test": [
             "httpx",
             "hypothesis",
+            "mkdocs-material>=9.7",
             "mypy",
             "pytest",
             "pytest-timeout",

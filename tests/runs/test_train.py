@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from megafork.config import TrainConfig
 from megafork.config.load import load_config
+from megafork.metrics.catalogue import METRICS
 from megafork.rollout.journal import Journal
 from tests.helpers.commands import (
     QUICKSTART,
@@ -131,6 +133,7 @@ def test_metrics(run):
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
         assert set(row) >= STEP_METRICS
+        assert set(row) <= {metric.name for metric in METRICS}
         # The entropies spread, so about rho of the tokens is kept, and the same ones are inside.
         assert 1 <= row["forking/kept_fraction"] / row["forking/rho"] <= 1.1
         assert row["entropy/p50"] <= row["entropy/p80"] <= row["entropy/p95"]
@@ -243,7 +246,10 @@ def test_the_final_checkpoint_is_the_trained_model(run):
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(moved) > 0.9 * len(before)
     assert AutoTokenizer.from_pretrained(final).decode([1, 2, 3])
-    assert [row["step"] for row in lines(run_dir / "eval.jsonl")] == [0, 2]
+    evaluations = lines(run_dir / "eval.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 2]
+    names = {re.sub(r"@\d+", "@N", name) for row in evaluations for name in row}
+    assert names <= {metric.name for metric in METRICS}
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((run_dir / "tensorboard").iterdir())
 

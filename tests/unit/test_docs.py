@@ -1,10 +1,14 @@
-"""Links, commands and settings that the documentation names are there."""
+"""The site builds, and the links, commands, settings, metrics and messages it names are there."""
 
 from __future__ import annotations
 
+import ast
 import functools
 import itertools
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +22,11 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from megafork.cli import Command, app
+from megafork.metrics.catalogue import CHARTS, METRICS
+from tools.write_reference import FOLDER, pages
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
 _MARKDOWN = MarkdownIt("commonmark").enable("table")
 
 
@@ -103,7 +109,7 @@ def _settings_in(text: str) -> list[str]:
 @functools.cache
 def known_settings() -> set[str]:
     listed = [CliRunner().invoke(app, ["keys", command]).output for command in Command]
-    return {line.split()[0] for text in listed for line in text.splitlines()}
+    return {line.split()[0] for text in listed for line in text.splitlines() if line[0] != " "}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -142,3 +148,87 @@ def test_what_is_wrong_is_found(tmp_path):
         ["analyse"],
         [],
     ]
+
+
+@functools.cache
+def texts_of_the_package() -> list[str]:
+    """Return every string constant in the package's code; the parts of f-strings are such, too."""
+    trees = [ast.parse(path.read_text()) for path in ROOT.glob("megafork/**/*.py")]
+    nodes = itertools.chain.from_iterable(map(ast.walk, trees))
+    return [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+
+
+def foreign_parts(message: str) -> list[str]:
+    """Return the parts of a message that the package never says. Capitals stand for any word."""
+    parts = re.split(r"\b[A-Z]+\b(?:-[A-Z]+)*|\.\.\.|'[a-z]+'|[(:]$", message)
+    known = [part.strip(" :;,.()'=`") for part in parts]
+    package = "\0".join(texts_of_the_package())
+    return [part for part in known if len(part) > 3 and part not in package]
+
+
+def test_troubleshooting_has_messages_that_are_printed():
+    headings = re.findall(r"(?m)^\*\*`.*$", (ROOT / "docs/troubleshooting.md").read_text())
+    messages = [text for line in headings for text in re.findall(r"\*\*`(.+?)`\*\*", line)]
+    assert len(messages) > 30
+    assert {text: parts for text in messages if (parts := foreign_parts(text))} == {}
+    assert foreign_parts("the vLLM server took a day off: CAUSE") == [
+        "the vLLM server took a day off"
+    ]
+
+
+def test_the_reference_is_what_the_config_and_the_catalogue_say():
+    """tools/write_reference.py writes it."""
+    assert {path.name: path.read_text() for path in FOLDER.iterdir()} == pages()
+
+
+def test_every_metric_is_in_the_catalogue():
+    known = {metric.name for metric in METRICS}
+    groups = {name.split("/")[0] for name in known if "/" in name}
+    named = {
+        text
+        for text in texts_of_the_package()
+        if re.fullmatch(rf"({'|'.join(sorted(groups))})/[a-z_0-9]+", text)
+    }
+    assert named - known == set()
+    assert {metric for chart in CHARTS for metric, _ in chart.curves} <= known
+    assert len(named) > 60
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the built site."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_site_has_every_page(site):
+    own = [path.relative_to(ROOT / "docs") for path in ROOT.glob("docs/**/*.md")]
+    examples = [
+        Path("repository") / path.relative_to(ROOT) for path in ROOT.glob("examples/*/*.md")
+    ]
+    missing = [page for page in own + examples if not (site / html_of(page)).is_file()]
+    assert missing == []
+
+
+def html_of(page: Path) -> Path:
+    return page.with_name("index.html") if page.name == "README.md" else page.with_suffix(".html")
+
+
+def test_the_site_asks_for_nothing_from_other_hosts(site):
+    asked = r"<(?:script|img|link|iframe)[^>]*?(?:src|href)=\"?https?:[^\">]*"
+    loaded = {
+        found
+        for page in site.rglob("*.html")
+        for found in re.findall(asked, page.read_text())
+        if 'rel="canonical"' not in found
+    }
+    assert loaded == set()
