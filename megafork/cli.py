@@ -28,8 +28,9 @@ from megafork.config import (
     Section,
     TrainConfig,
 )
-from megafork.config.load import known_keys, load_config
+from megafork.config.load import load_config
 from megafork.config.rollouts import TemperaturesConfig
+from megafork.config.settings import known_settings, named_by
 from megafork.errors import UserError
 from megafork.plan.command import plan
 
@@ -340,14 +341,26 @@ _SETTINGS: dict[Command, type[Section]] = {
 
 @app.command()
 def keys(
-    command: Annotated[
-        Command,
-        typer.Argument(help="whose settings; temperatures: `megafork analyze temperatures`"),
-    ] = Command.train,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="whose settings (train, score, generate, eval, temperatures; unset: train), and "
+            "words that their keys or else their meanings hold",
+            metavar="[COMMAND] [FILTER]...",
+        ),
+    ] = None,
 ) -> None:
-    """List the settings of a command with their meaning."""
-    for key, description in known_keys(_SETTINGS[command]):
-        typer.echo(f"{key:38} {description}")
+    """List the settings of a command: default, type, choices or bounds, and meaning.
+
+    `megafork keys forking` and `megafork keys eval rollout.temp` show those of that name.
+    """
+    filters = words or []
+    command = Command.train
+    if filters and filters[0] in list(Command):
+        command, *filters = Command(filters[0]), *filters[1:]
+    settings = list(known_settings(_SETTINGS[command]))
+    for setting in named_by(filters, settings, command):
+        typer.echo(setting.text())
 
 
 def main() -> None:

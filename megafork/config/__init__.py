@@ -1,7 +1,7 @@
 """Every setting of a run: typed, described, with its default, which stands here and nowhere else.
 
-Imports no torch, so `megafork --help` and a mistyped key answer at once. file.py reads TOML and
-overrides.
+Imports no torch, so `megafork --help` and a mistyped key answer at once. load.py reads TOML and
+overrides; settings.py says in words what there is.
 """
 
 from __future__ import annotations

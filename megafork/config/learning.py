@@ -126,6 +126,7 @@ class AlgorithmConfig(Section):
         "ppo",
         description="what is clipped: each token's ratio (ppo: GRPO, DAPO); its sequence's (gspo); "
         "the token's as a constant factor of its log-probability (cispo); or MODULE:FUNCTION",
+        examples=[*OBJECTIVES, "MODULE:FUNCTION"],
     )
     old_logprobs: Literal["trainer", "engine"] = Field(
         "trainer",
@@ -156,11 +157,13 @@ class AlgorithmConfig(Section):
         "group",
         description="a response's reward against its group's (group: GRPO); GAE with a critic "
         "(gae: PPO); or MODULE:FUNCTION",
+        examples=[*ADVANTAGES, "MODULE:FUNCTION"],
     )
     credit: list[str] = Field(
         [],
         description="rules that weigh or leave out tokens after the selection, each as "
         "MODULE:FUNCTION; weights are multiplied",
+        examples=["MODULE:FUNCTION"],
     )
     normalize_advantage: bool = Field(
         True,
@@ -201,6 +204,7 @@ class ForkingConfig(Section):
         "top",
         description="which response tokens carry the policy gradient: top, bottom, random or all; "
         "or MODULE:FUNCTION, whose scores stand for the entropies",
+        examples=[*SELECTIONS, "MODULE:FUNCTION"],
     )
     rho: Fraction = Field(0.2, description="fraction of the tokens, by entropy")
     rho_end: Fraction | None = Field(
@@ -364,6 +368,7 @@ class LoggingConfig(Section):
     writers: list[str] = Field(
         [],
         description="where the metrics of each step go beside metrics.jsonl, each as MODULE:CLASS",
+        examples=["MODULE:CLASS"],
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from megafork.config import GenerateConfig, Section, TrainConfig
+from megafork.config.settings import known_settings, nearest
 from megafork.errors import UserError
 from megafork.system.disk import naming, sync
 
@@ -53,15 +53,6 @@ def save_config(config: Section, path: Path) -> None:
     partial.replace(path)  # whole at every moment: a resumed run reads it
 
 
-def known_keys(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the (dotted key, description) pairs of a config, depth first."""
-    for name, field in kind.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from known_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field.description or ""
-
-
 def settings_of(config: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the (dotted key, value) pairs of a config, depth first."""
     for name, value in config:
@@ -101,17 +92,14 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _explain(kind: type[Section], error: ValidationError, source: str) -> str:
-    keys = [key for key, _ in known_keys(kind)]
+    keys = [setting.key for setting in known_settings(kind)]
     lines = []
     for problem in error.errors():
         if problem["type"] == "default_factory_not_called":  # of another key's mistake
             continue
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            candidates = keys + sorted({k.split(".")[0] for k in keys})
-            near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
-            leaf = key.split(".")[-1]
-            near = near or [k for k in keys if k.split(".")[-1] == leaf][:1]
+            near = nearest(key, keys)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(keys)}"
             lines.append(f"unknown key {key}{hint}")
         elif problem["type"] == "missing":

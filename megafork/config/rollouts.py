@@ -54,6 +54,7 @@ class PromptConfig(Section):
         None,
         description="MODULE:FUNCTION that gives a file's rows as dicts, (path) -> rows; unset: by "
         "the kind of the file",
+        examples=["MODULE:FUNCTION"],
     )
 
     @field_validator("template")
@@ -209,7 +210,8 @@ class RolloutConfig(ServerConfig):
 class RewardConfig(Section):
     verifier: str | Annotated[list[str], Field(min_length=1)] = Field(
         description="maths, countdown, exact, reasoning-gym:TASK, or a function of (prompt, "
-        "response, answer) -> reward as MODULE:FUNCTION; or a list of them"
+        "response, answer) -> reward as MODULE:FUNCTION; or a list of them",
+        examples=["maths", "countdown", "exact", "reasoning-gym:TASK", "MODULE:FUNCTION"],
     )
     answer_from: Place | Annotated[list[Place], Field(min_length=1)] | None = Field(
         None,

@@ -11,10 +11,15 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 # Imported before the forks, so that no command pays for them again.
 import megafork.evaluation.scoring
 import megafork.train
+from megafork.cli import app
+from megafork.config import TrainConfig
+from megafork.config.settings import known_settings
+from megafork.errors import UserError
 from tests.helpers.commands import (
     QUICKSTART,
     ROOT,
@@ -227,10 +232,41 @@ def test_as_many_files_are_allowed_as_may_be():
     assert megafork("keys", prepare=prepare).returncode == 0
 
 
+def keys(*words):
+    """The settings that `megafork keys` lists: {key: (default, type, meaning)}."""
+    done = CliRunner().invoke(app, ["keys", *words], catch_exceptions=False)
+    assert done.exit_code == 0
+    listed = re.findall(r"^(\S+) +(\S+) +(.+)\n((?: +.+\n)+)", done.output, re.MULTILINE)
+    return {key: (default, kind, " ".join(text.split())) for key, default, kind, text in listed}
+
+
 def test_keys_lists_every_setting():
-    done = megafork("keys")
-    assert done.returncode == 0
-    assert "forking.rho" in done.stdout
+    assert keys() == keys("train")
+    assert keys().keys() == {setting.key for setting in known_settings(TrainConfig)}
+    rho = ("0.2", "float > 0, <= 1", "fraction of the tokens, by entropy")
+    assert keys()["forking.rho"] == rho
+    assert keys("eval").keys() > {"metrics.extract", "data.id_key"}
+
+
+def test_keys_are_found_by_words():
+    of_selection = keys("forking")
+    assert of_selection.keys() == {key for key in keys() if key.startswith("forking.")}
+    assert keys("train", "rollout.temp").keys() == {"rollout.temperature"}
+    assert keys("eval", "rollout", "url").keys() == {"rollout.url"}
+    assert keys("Clip-higher").keys() == {"algorithm.clip_high"}  # by its meaning
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["forking.roh"], "'forking.roh': the nearest are forking.rho"),
+        (["eval", "temprature"], "`megafork eval` .* 'temprature': .* rollout.temperature"),
+        (["qqq"], "'qqq': `megafork keys train` lists them all"),
+    ],
+)
+def test_keys_that_are_not_found_name_the_nearest(words, message):
+    with pytest.raises(UserError, match=message):
+        CliRunner().invoke(app, ["keys", *words], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megafork.config import EvaluateConfig, TrainConfig
-from megafork.config.load import known_keys, load_config, save_config, settings_of
+from megafork.config import EvaluateConfig, GenerateConfig, ScoreConfig, TrainConfig
+from megafork.config.load import load_config, save_config, settings_of
+from megafork.config.rollouts import TemperaturesConfig
+from megafork.config.settings import Setting, known_settings
 from megafork.errors import UserError
 from tests.helpers.commands import QUICKSTART, REQUIRED
 
@@ -79,15 +81,55 @@ def test_a_saved_config_reads_back_equal(tmp_path):
 
 def test_the_settings_of_a_config_are_its_keys():
     found = dict(settings_of(load("forking.rho=0.3", "data.eval=e.jsonl")))
-    assert found.keys() == dict(known_keys(TrainConfig)).keys()
+    assert found.keys() == {setting.key for setting in known_settings(TrainConfig)}
     some = [found[key] for key in ("forking.rho", "data.eval", "parallel.dp")]
     assert some == [0.3, "e.jsonl", None]
 
 
-def test_every_key_is_described():
-    keys = dict(known_keys(TrainConfig))
-    assert "forking.rho" in keys
-    assert all(keys.values())
+KINDS = (TrainConfig, ScoreConfig, GenerateConfig, EvaluateConfig, TemperaturesConfig)
+
+
+def test_a_setting_is_told_in_words():
+    found = {setting.key: setting for kind in KINDS for setting in known_settings(kind)}
+    plugin = "MODULE:FUNCTION"
+    verifiers = ("maths", "countdown", "exact", "reasoning-gym:TASK", plugin)
+    for key, *facts in (
+        ("forking.rho", "float", "0.2", (), "> 0, <= 1"),
+        ("forking.compare_every", "int", "0", (), ">= 0"),
+        ("forking.scope", "str", "minibatch", ("minibatch", "batch", "sequence"), ""),
+        ("forking.select", "str", "top", ("top", "bottom", "random", "all", plugin), ""),
+        ("run.silence_s", "float", "60.0", (), ">= 5"),
+        ("training.steps", "int", "required", (), "> 0"),
+        ("training.beta1", "float", "0.9", (), ">= 0, < 1"),
+        ("parallel.sequence_parallel", "bool", "false", (), ""),
+        ("parallel.pipeline_layers", "list[int]", "unset", (), "> 0"),
+        ("algorithm.clip_low", "float", "unset", (), "> 0, <= 1"),
+        ("algorithm.objective", "str", "ppo", ("ppo", "gspo", "cispo", plugin), ""),
+        ("reward.verifier", "str or list[str]", "required", verifiers, "not empty"),
+        ("reward.weights", "list[float]", "unset", (), ""),
+        ("sweep.below", "list[float]", "[0.6, 0.8, 1.0, 1.2, 1.4]", (), ">= 0"),
+    ):
+        assert found[key] == Setting(key, *facts, found[key].meaning)
+    assert all(setting.meaning for setting in found.values())
+
+
+def test_a_default_that_is_told_is_the_default():
+    told = [s for s in known_settings(TrainConfig) if s.default not in ("required", "unset")]
+    assert len(told) > 80
+    assert load(*(f"{setting.key}={setting.default}" for setting in told)) == load()
+
+
+def test_a_bound_that_is_told_is_the_bound():
+    """The nearest integer outside is refused."""
+    checked = 0
+    for setting in known_settings(TrainConfig):
+        for sign, number in re.findall(r"([<>]=?) (\d+)", setting.bounds):
+            outside = int(number) + {">": 0, ">=": -1, "<": 0, "<=": 1}[sign]
+            value = f"[{outside}]" if setting.type.startswith("list") else outside
+            with pytest.raises(UserError, match=rf"{setting.key}[.\d]*={outside}: "):
+                load(f"{setting.key}={value}")
+            checked += 1
+    assert checked > 60
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def _settings_in(text: str) -> list[str]:
 @functools.cache
 def known_settings() -> set[str]:
     listed = [CliRunner().invoke(app, ["keys", command]).output for command in Command]
-    return {line.split()[0] for text in listed for line in text.splitlines()}
+    return {line.split()[0] for text in listed for line in text.splitlines() if line[0] != " "}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
