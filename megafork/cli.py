@@ -18,6 +18,7 @@ from typing import Annotated
 
 import typer
 
+from megafork import __version__
 from megafork.analysis.commands import analyze
 from megafork.cluster import exits, launch
 from megafork.config import (
@@ -36,10 +37,9 @@ from megafork.plan.command import plan
 
 app = typer.Typer(
     name="megafork",
-    help="RLVR training where only the forking tokens carry the policy gradient.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Overrides = Annotated[
@@ -64,6 +64,24 @@ MeanResponse = Annotated[
     float | None,
     typer.Option(help="of --dry-run: tokens; unset: a quarter of the longest response"),
 ]
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"megafork {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_tell_version, is_eager=True, help="show the version and exit"
+        ),
+    ] = False,
+) -> None:
+    """RLVR training where only the forking tokens carry the policy gradient."""
 
 
 @app.command()
@@ -346,7 +364,7 @@ def keys(
         typer.Argument(
             help="whose settings (train, score, generate, eval, temperatures; unset: train), and "
             "words that their keys or else their meanings hold",
-            metavar="[COMMAND] [FILTER]...",
+            metavar="COMMAND | FILTER",
         ),
     ] = None,
 ) -> None:
@@ -370,7 +388,7 @@ def main() -> None:
     # It also calls collectives by names that torch is about to rename.
     for module in (r"torch\.distributed", r"megatron\."):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-    exits.run(app)
+    exits.run(lambda: app(prog_name="megafork"))
 
 
 def _has_gpu() -> bool:

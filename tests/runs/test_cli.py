@@ -11,11 +11,13 @@ import sys
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 # Imported before the forks, so that no command pays for them again.
 import megafork.evaluation.scoring
 import megafork.train
+from megafork import __version__
 from megafork.cli import app
 from megafork.config import TrainConfig
 from megafork.config.settings import known_settings
@@ -230,6 +232,38 @@ def test_as_many_files_are_allowed_as_may_be():
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
 
     assert megafork("keys", prepare=prepare).returncode == 0
+
+
+def test_the_version_is_that_of_the_package():
+    assert CliRunner().invoke(app, ["--version"]).output == f"megafork {__version__}\n"
+
+
+def commands(chosen, *path):
+    """Yield the words of every command, groups included."""
+    yield path
+    for name, command in getattr(chosen, "commands", {}).items():
+        yield from commands(command, *path, name)
+
+
+@pytest.mark.parametrize("path", [*commands(typer.main.get_command(app))], ids=" ".join)
+def test_every_command_has_its_help_behind_h(path):
+    short, long = (CliRunner().invoke(app, [*path, option]) for option in ("-h", "--help"))
+    assert short.exit_code == 0 and "Usage: " in short.output
+    assert short.output == long.output
+
+
+@pytest.mark.parametrize(
+    ("line", "completions"),
+    [("megafork tr", ["train"]), ("megafork convert v", ["verify"]), ("megafork x", [])],
+)
+def test_a_shell_completes_commands(line, completions):
+    variables = {
+        "_MEGAFORK_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(line.count(" ")),
+    }
+    done = CliRunner().invoke(app, [], prog_name="megafork", env=variables)
+    assert done.output.split() == completions
 
 
 def keys(*words):
