@@ -109,28 +109,25 @@ def train(
     elif config is None:
         raise UserError("give a config file, or --resume with a run's folder")
     resolved = load_config(TrainConfig, config, settings)
+    if not dry_run and (node, serve_nodes, mean_response_tokens) != (None, None, None):
+        raise UserError(
+            "--node, --serve-nodes and --mean-response-tokens are for --dry-run: add it"
+        )
+    if resume is not None and launch.starts_on_this_machine() and _is_done(resolved):
+        return
+    from megafork.trainer.preflight import check_folders, check_train
+
+    check_train(resolved, resume=resume is not None)
     if dry_run:
         from megafork.plan.dry_run import plan_run
 
         if node is None and serve_nodes is None and not _has_gpu():
             node = "this"
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the plan is of other GPUs than this machine's
-        plan_run(
-            resolved,
-            node or "h100",
-            serve_nodes or 0,
-            mean_response_tokens,
-            resume=resume is not None,
-            tell=typer.echo,
-        )
+        plan_run(resolved, node or "h100", serve_nodes or 0, mean_response_tokens, tell=typer.echo)
         return
-    if (node, serve_nodes, mean_response_tokens) != (None, None, None):
-        raise UserError(
-            "--node, --serve-nodes and --mean-response-tokens are for --dry-run: add it"
-        )
-    from megafork.trainer.preflight import check_start
-
-    check_start(resolved, resume=resume is not None)
+    if launch.tells():
+        check_folders(resolved)
     if launch.starts_on_this_machine() and not _has_gpu():
         from megafork.plan.machine import check_machine
 
@@ -142,6 +139,22 @@ def train(
         train_on_this_rank(resolved, resume=resume is not None)
 
     _on_ranks(resolved.parallel, work, resolved.run.dir)
+
+
+def _is_done(config: TrainConfig) -> bool:
+    """Return whether a run has nothing left to do; if so, tell it and how to train longer."""
+    from megafork.system.lock import refuse_held
+    from megafork.trainer.run_dir import final_model
+
+    run, steps = config.run.dir, config.training.steps
+    refuse_held(Path(run), "run.dir")
+    if (final := final_model(config)) is None:
+        return False
+    typer.echo(
+        f"{run} has done all of training.steps={steps}; its model is in {final}. To train longer: "
+        f"megafork train --resume {run} training.steps={2 * steps}"
+    )
+    return True
 
 
 @app.command()
