@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from megafork import __version__
+import megafork
 from megafork.analysis.commands import analyze
 from megafork.cluster import exits, launch
 from megafork.config import (
@@ -68,7 +68,7 @@ MeanResponse = Annotated[
 
 def _tell_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"megafork {__version__}")
+        typer.echo(f"megafork {megafork.__version__}")
         raise typer.Exit()
 
 
@@ -155,6 +155,28 @@ def _is_done(config: TrainConfig) -> bool:
         f"megafork train --resume {run} training.steps={2 * steps}"
     )
     return True
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="folder for config.toml; made if missing")],
+    model: Annotated[Path, typer.Option(help="HF folder: config.json, tokenizer, safetensors")],
+    data: Annotated[
+        str, typer.Option(help="rows to train on: jsonl, parquet, HF data set folder, hf:NAME")
+    ],
+    verifier: Annotated[
+        str | None,
+        typer.Option(
+            help="maths, countdown, exact, reasoning-gym:TASK or MODULE:FUNCTION; unset: guessed "
+            "from the answers"
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write a first config, minimal and commented, after a look at the model and the data."""
+    from megafork.plan.first_config import write_first_config
+
+    write_first_config(folder, model, data, verifier, overrides or [], tell=typer.echo)
 
 
 @app.command()
