@@ -18,6 +18,7 @@ from typing import Annotated
 
 import typer
 
+import megafork
 from megafork.analysis.commands import analyze
 from megafork.cluster import exits, launch
 from megafork.config import (
@@ -36,10 +37,9 @@ from megafork.plan.command import plan
 
 app = typer.Typer(
     name="megafork",
-    help="RLVR training where only the forking tokens carry the policy gradient.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Overrides = Annotated[
@@ -64,6 +64,24 @@ MeanResponse = Annotated[
     float | None,
     typer.Option(help="of --dry-run: tokens; unset: a quarter of the longest response"),
 ]
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"megafork {megafork.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_tell_version, is_eager=True, help="show the version and exit"
+        ),
+    ] = False,
+) -> None:
+    """RLVR training where only the forking tokens carry the policy gradient."""
 
 
 @app.command()
@@ -91,28 +109,25 @@ def train(
     elif config is None:
         raise UserError("give a config file, or --resume with a run's folder")
     resolved = load_config(TrainConfig, config, settings)
+    if not dry_run and (node, serve_nodes, mean_response_tokens) != (None, None, None):
+        raise UserError(
+            "--node, --serve-nodes and --mean-response-tokens are for --dry-run: add it"
+        )
+    if resume is not None and launch.starts_on_this_machine() and _is_done(resolved):
+        return
+    from megafork.trainer.preflight import check_folders, check_train
+
+    check_train(resolved, resume=resume is not None)
     if dry_run:
         from megafork.plan.dry_run import plan_run
 
         if node is None and serve_nodes is None and not _has_gpu():
             node = "this"
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the plan is of other GPUs than this machine's
-        plan_run(
-            resolved,
-            node or "h100",
-            serve_nodes or 0,
-            mean_response_tokens,
-            resume=resume is not None,
-            tell=typer.echo,
-        )
+        plan_run(resolved, node or "h100", serve_nodes or 0, mean_response_tokens, tell=typer.echo)
         return
-    if (node, serve_nodes, mean_response_tokens) != (None, None, None):
-        raise UserError(
-            "--node, --serve-nodes and --mean-response-tokens are for --dry-run: add it"
-        )
-    from megafork.trainer.preflight import check_start
-
-    check_start(resolved, resume=resume is not None)
+    if launch.tells():
+        check_folders(resolved)
     if launch.starts_on_this_machine() and not _has_gpu():
         from megafork.plan.machine import check_machine
 
@@ -124,6 +139,44 @@ def train(
         train_on_this_rank(resolved, resume=resume is not None)
 
     _on_ranks(resolved.parallel, work, resolved.run.dir)
+
+
+def _is_done(config: TrainConfig) -> bool:
+    """Return whether a run has nothing left to do; if so, tell it and how to train longer."""
+    from megafork.system.lock import refuse_held
+    from megafork.trainer.run_dir import final_model
+
+    run, steps = config.run.dir, config.training.steps
+    refuse_held(Path(run), "run.dir")
+    if (final := final_model(config)) is None:
+        return False
+    typer.echo(
+        f"{run} has done all of training.steps={steps}; its model is in {final}. To train longer: "
+        f"megafork train --resume {run} training.steps={2 * steps}"
+    )
+    return True
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="folder for config.toml; made if missing")],
+    model: Annotated[Path, typer.Option(help="HF folder: config.json, tokenizer, safetensors")],
+    data: Annotated[
+        str, typer.Option(help="rows to train on: jsonl, parquet, HF data set folder, hf:NAME")
+    ],
+    verifier: Annotated[
+        str | None,
+        typer.Option(
+            help="maths, countdown, exact, reasoning-gym:TASK or MODULE:FUNCTION; unset: guessed "
+            "from the answers"
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write a first config, minimal and commented, after a look at the model and the data."""
+    from megafork.plan.first_config import write_first_config
+
+    write_first_config(folder, model, data, verifier, overrides or [], tell=typer.echo)
 
 
 @app.command()
@@ -346,7 +399,7 @@ def keys(
         typer.Argument(
             help="whose settings (train, score, generate, eval, temperatures; unset: train), and "
             "words that their keys or else their meanings hold",
-            metavar="[COMMAND] [FILTER]...",
+            metavar="COMMAND | FILTER",
         ),
     ] = None,
 ) -> None:
@@ -370,7 +423,7 @@ def main() -> None:
     # It also calls collectives by names that torch is about to rename.
     for module in (r"torch\.distributed", r"megatron\."):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-    exits.run(app)
+    exits.run(lambda: app(prog_name="megafork"))
 
 
 def _has_gpu() -> bool:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from megafork.config.counterparts import counterpart
 from megafork.config.learning import (
     ADVANTAGES,
     CLIPS,
@@ -134,9 +135,12 @@ class TrainConfig(Section):
     def _check_names(self) -> None:
         """Raise UserError for a plug-in that is neither a known name nor MODULE:FUNCTION, which is
         loaded later."""
-        find_plugin("algorithm.objective", self.algorithm.objective, OBJECTIVES)
-        find_plugin("algorithm.advantages", self.algorithm.advantages, ADVANTAGES)
-        find_plugin("forking.select", self.forking.select, SELECTIONS)
+        for setting, name, built_ins in (
+            ("algorithm.objective", self.algorithm.objective, OBJECTIVES),
+            ("algorithm.advantages", self.algorithm.advantages, ADVANTAGES),
+            ("forking.select", self.forking.select, SELECTIONS),
+        ):
+            find_plugin(setting, name, built_ins, counterpart=counterpart(setting, name))
         for setting, names in (
             ("algorithm.credit", self.algorithm.credit),
             ("logging.writers", self.logging.writers),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,18 +13,22 @@ import tomli_w
 from pydantic import ValidationError
 
 from megafork.config import GenerateConfig, Section, TrainConfig
+from megafork.config.counterparts import counterpart
 from megafork.config.settings import known_settings, nearest
 from megafork.errors import UserError
 from megafork.system.disk import naming, sync
 
 C = TypeVar("C", bound=Section)
+_PREFIX = "MEGAFORK_"
 
 
 def load_config(kind: type[C], toml_path: str | Path | None, overrides: Sequence[str]) -> C:
     """Read `toml_path` (None: no file), apply `section.key=value` overrides, validate.
 
-    Raises UserError that names the file or override, the key, the value and the nearest known key.
+    Raises UserError that names the file or override, the key, the value and the nearest known key;
+    also for an environment variable that stands for a setting, which would have no effect.
     """
+    _refuse_variables(kind)
     raw: dict[str, Any] = {}
     source = "the command line"
     if toml_path is not None:
@@ -60,6 +66,29 @@ def settings_of(config: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from settings_of(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def _refuse_variables(kind: type[Section]) -> None:
+    """Raise UserError for $MEGAFORK_SECTION_NAME and $MEGAFORK_SECTION__NAME of a setting.
+
+    With two underlines behind a section the name may be misspelt. Others are not of settings.
+    """
+    keys = [setting.key for setting in known_settings(kind)]
+    plain = {key.replace(".", "_"): key for key in keys}
+    sections = {key.split(".")[0] for key in keys}
+    for name, value in os.environ.items():
+        if not name.startswith(_PREFIX):
+            continue
+        said = name.removeprefix(_PREFIX).lower()
+        key = plain.get(said) or plain.get(said.replace("__", "_"))
+        if key is None and said.split("__")[0] in sections and "__" in said:
+            key = nearest(said.replace("__", "."), keys)[0]
+        if key is not None:
+            raise UserError(
+                f"environment variable {name}={value}: settings are not read from the environment; "
+                f"write {key}={shlex.quote(value)} behind the command, or in its TOML file, and "
+                f"unset {name}"
+            )
 
 
 def _needed(kind: type[Section], where: Sequence[int | str]) -> list[str]:
@@ -101,10 +130,13 @@ def _explain(kind: type[Section], error: ValidationError, source: str) -> str:
         if problem["type"] == "extra_forbidden":
             near = nearest(key, keys)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(keys)}"
-            lines.append(f"unknown key {key}{hint}")
+            meant = counterpart(near[0], problem["input"]) if near else ""
+            lines.append(f"unknown key {key}{hint}" + (f" {meant}" if meant else ""))
         elif problem["type"] == "missing":
             needed = _needed(kind, problem["loc"])
             lines += [f"{k} is missing: set it in the file or as {k}=VALUE" for k in needed]
         else:
-            lines.append(f"{key}={problem['input']!r}: {problem['msg']}")
+            meant = counterpart(key, problem["input"])
+            rest = f" ({meant})" if meant else ""
+            lines.append(f"{key}={problem['input']!r}: {problem['msg']}{rest}")
     return f"config from {source}: " + "; ".join(lines)

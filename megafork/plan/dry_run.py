@@ -6,10 +6,8 @@ missed where they are not, so that a run can be planned before 65 GB are fetched
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import tomli_w
 
@@ -24,7 +22,7 @@ from megafork.plan.nodes import GIB, Nodes, NodeType, node_type
 from megafork.plan.plan_text import assumption_lines, memory_lines, time_lines
 from megafork.plan.step_time import step_time
 from megafork.system.heap import available
-from megafork.trainer.preflight import check_folders, check_train
+from megafork.trainer.preflight import check_folders
 
 THIS = "this"
 """As a --node: the machine itself, without a GPU"""
@@ -36,15 +34,12 @@ def plan_run(
     num_serve_nodes: int,
     mean_response_tokens: float | None,
     *,
-    resume: bool,
     tell: Callable[[str], object],
 ) -> None:
-    """Check the config, its files and folders, and tell config, layout, memory and time.
+    """Tell config, layout, memory and time of a run that passed `check_train`.
 
     Raises UserError, last of all where the plan does not fit the node.
     """
-    check_train(config, resume=resume)
-    _check_is_writable(Path(config.run.dir))
     shape = ModelShape.from_folder(config.model.path)
     facts = _Facts.of(config)
     if node_name == THIS:
@@ -208,11 +203,3 @@ class _Facts:
             f"{self.longest_prompt} at most",
             f"held out  {self.heldout} prompts",
         ]
-
-
-def _check_is_writable(run_dir: Path) -> None:
-    existing = next(path for path in (run_dir, *run_dir.resolve().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"run.dir={run_dir} cannot be written: {existing} is no folder that one may write to"
-        )

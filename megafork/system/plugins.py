@@ -61,8 +61,12 @@ def find_plugin(
     *,
     spellings: Mapping[str, str] | None = None,
     forms: str = "",
+    counterpart: str = "",
 ) -> str:
-    """Return the MODULE:FUNCTION of a value without importing it, as `load_plugin` finds it."""
+    """Return the MODULE:FUNCTION of a value without importing it, as `load_plugin` finds it.
+
+    counterpart: what to write for the value, should it be unknown; empty: the nearest name.
+    """
     if value in built_ins:
         return built_ins[value]
     if ":" in value:
@@ -74,6 +78,7 @@ def find_plugin(
     spelled = {name: name for name in known} | dict(spellings or {})
     near = difflib.get_close_matches(value.lower(), spelled, n=1, cutoff=0.6)
     hint = f"did you mean {spelled[near[0]]}? " if near else ""
+    hint = f"{counterpart}. " if counterpart else hint
     choices = ", ".join([*known, *([forms] if forms else [])])
     rest = f"There are {choices}, and any" if choices else "It takes any"
     raise UserError(f"{setting}={value!r} is unknown: {hint}{rest} function as MODULE:FUNCTION")

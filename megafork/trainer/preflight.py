@@ -23,17 +23,10 @@ from megafork.rollout.engine import check_server
 from megafork.system.disk import refuse_links
 from megafork.system.lock import refuse_held
 from megafork.system.plugins import load_plugin
-from megafork.trainer.run_dir import refuse_other_run
+from megafork.trainer.run_dir import refuse_other_run, refuse_unwritable
 from megafork.verifiers.names import check_answers, check_verifiers
 
 _TRUNCATING = {"top_k": (None, 0, -1), "top_p": (None, 1, 1.0), "min_p": (None, 0, 0.0)}
-
-
-def check_start(config: TrainConfig, *, resume: bool) -> None:
-    """`check_train`, then the weights, once; each rank checks them again when it loads them."""
-    check_train(config, resume=resume)
-    if tells():
-        check_folders(config)
 
 
 def check_train(config: TrainConfig, *, resume: bool = False) -> None:
@@ -47,6 +40,7 @@ def check_train(config: TrainConfig, *, resume: bool = False) -> None:
         refuse_held(run_dir, "run.dir")
     if not resume:
         refuse_other_run(run_dir)
+    refuse_unwritable(run_dir)
     shape = ModelShape.from_folder(config.model.path)
     shape.check(config.model, config.parallel)
     if config.kl.reference is not None:

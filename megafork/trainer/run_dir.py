@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,35 @@ def refuse_other_run(run_dir: Path) -> None:
             f"run.dir={run_dir} holds another run ({found[0].relative_to(run_dir)}): go on with it "
             f"(megafork train --resume {run_dir}), choose another folder or remove it"
         )
+
+
+def refuse_unwritable(run_dir: Path) -> None:
+    """Raise UserError when the folder cannot be made or written to, without trying it."""
+    existing = next(path for path in (run_dir, *run_dir.resolve().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"run.dir={run_dir} cannot be written: {existing} is no folder that one may write to"
+        )
+
+
+def final_model(config: TrainConfig) -> Path | None:
+    """Return the model of a run that has done all of its steps; None where any work is left.
+
+    A run that was made longer keeps its former model until it ends again, so the model must not be
+    older than the newest checkpoint, which is written before it.
+    """
+    checkpoints = Path(config.run.dir) / "checkpoints"
+    steps = {
+        int(manifest.parent.name[5:]): manifest
+        for manifest in checkpoints.glob("step_*/manifest.json")
+        if manifest.parent.name[5:].isdigit()
+    }
+    final = checkpoints / "final"
+    written = final / "config.json"
+    if max(steps, default=0) < config.training.steps or not written.is_file():
+        return None
+    is_last = written.stat().st_mtime >= steps[max(steps)].stat().st_mtime
+    return final if is_last else None
 
 
 def _has_content(path: Path) -> bool:

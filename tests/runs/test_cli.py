@@ -11,15 +11,19 @@ import sys
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 # Imported before the forks, so that no command pays for them again.
 import megafork.evaluation.scoring
 import megafork.train
+from megafork import __version__
 from megafork.cli import app
 from megafork.config import TrainConfig
+from megafork.config.load import load_config, save_config
 from megafork.config.settings import known_settings
 from megafork.errors import UserError
+from megafork.trainer.run_dir import final_model
 from tests.helpers.commands import (
     QUICKSTART,
     ROOT,
@@ -85,30 +89,95 @@ def test_a_plan_tells_nothing_of_its_libraries(tmp_path):
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_another_run_is_refused_before_torch_is_imported(tmp_path):
-    """And so before a rank or a server is started, at a layout of two ranks."""
-    group = tmp_path / "run" / "rollouts" / "step_000001.journal"
-    group.parent.mkdir(parents=True)
-    group.touch()
+def told_without_torch(tmp_path, *commands):
+    """Run the commands one after the other in one Python, which must not import torch.
+
+    Returns their (exit status, lines on stdout, lines on stderr).
+    """
     program = (
-        "import sys\nfrom megafork.cli import main\n"
-        "try: main()\n"
-        "finally: print('torch' in sys.modules)"
+        "import contextlib, io, json, sys\n"
+        "from megafork.cli import main\n"
+        "def run(arguments):\n"
+        "    sys.argv[1:] = arguments\n"
+        "    out, err = io.StringIO(), io.StringIO()\n"
+        "    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):\n"
+        "        try: main()\n"
+        "        except SystemExit as end: status = end.code or 0\n"
+        "    return status, out.getvalue().splitlines(), err.getvalue().splitlines()\n"
+        "found = [run(arguments) for arguments in json.loads(sys.argv[1])]\n"
+        "print(json.dumps([found, 'torch' in sys.modules]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, *small_run(tmp_path / "run", "parallel.tp=2")],
+        [sys.executable, "-c", program, json.dumps([[*map(str, c)] for c in commands])],
         cwd=ROOT,
         env=environment(tmp_path),
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert (done.returncode, done.stdout) == (2, "False\n")
-    [line] = done.stderr.splitlines()
-    assert line.startswith(
-        f"error: run.dir={tmp_path}/run holds another run (rollouts/step_000001.journal): "
-    )
+    found, has_torch = json.loads(done.stdout)
+    assert not has_torch
+    return found
+
+
+def test_another_run_is_refused_before_torch_is_imported(tmp_path):
+    """And so before a rank or a server is started, at a layout of two ranks."""
+    group = tmp_path / "run" / "rollouts" / "step_000001.journal"
+    group.parent.mkdir(parents=True)
+    group.touch()
+    command = small_run(tmp_path / "run", "parallel.tp=2")
+    for status, out, [line] in told_without_torch(tmp_path, command, [*command, "--dry-run"]):
+        assert (status, out) == (2, [])
+        assert line.startswith(
+            f"error: run.dir={tmp_path}/run holds another run (rollouts/step_000001.journal): "
+        )
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["rollouts"]
+
+
+def test_a_dry_run_tells_simple_mistakes_before_torch_is_imported(tmp_path):
+    (tmp_path / "file").touch()
+    mistakes = {
+        "forking.roh=0.1": "did you mean forking.rho?",
+        "model.path=nowhere": "nowhere is not a folder",
+        "data.train=none.jsonl": "none.jsonl does not exist",
+        f"run.dir={tmp_path}/file/run": "file is no folder that one may write to",
+    }
+    commands = [[*small_run(tmp_path / "run"), mistake, "--dry-run"] for mistake in mistakes]
+    found = told_without_torch(tmp_path, *commands)
+    for (status, out, [line]), message in zip(found, mistakes.values(), strict=True):
+        assert (status, out) == (2, [])
+        assert line.startswith("error: ") and message in line
+
+
+def test_a_run_that_is_done_says_so_before_torch_is_imported(tmp_path):
+    """And is left as it is."""
+    run = tmp_path / "run"
+    overrides = small_run(run)[2:]
+    final, manifest = run / "checkpoints" / "final", run / "checkpoints/step_000002/manifest.json"
+    for folder in (final, manifest.parent):
+        folder.mkdir(parents=True)
+    save_config(
+        load_config(TrainConfig, QUICKSTART / "config.toml", overrides), run / "config.toml"
+    )
+    manifest.touch()
+    (final / "config.json").touch()
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    again = ("train", "--resume", run)
+    for status, [line], err in told_without_torch(tmp_path, again, [*again, "--dry-run"]):
+        assert (status, err) == (0, [])
+        assert line == (
+            f"{run} has done all of training.steps=2; its model is in {final}. To train longer: "
+            f"megafork train --resume {run} training.steps=4"
+        )
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+    config = load_config(TrainConfig, run / "config.toml", [])
+    assert final_model(config) == final
+    assert final_model(load_config(TrainConfig, run / "config.toml", ["training.steps=3"])) is None
+    os.utime(final / "config.json", (1, 1))  # of the run before it was made longer
+    assert final_model(config) is None
+    (final / "config.json").unlink()
+    assert final_model(config) is None
 
 
 @pytest.mark.parametrize(
@@ -230,6 +299,38 @@ def test_as_many_files_are_allowed_as_may_be():
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
 
     assert megafork("keys", prepare=prepare).returncode == 0
+
+
+def test_the_version_is_that_of_the_package():
+    assert CliRunner().invoke(app, ["--version"]).output == f"megafork {__version__}\n"
+
+
+def commands(chosen, *path):
+    """Yield the words of every command, groups included."""
+    yield path
+    for name, command in getattr(chosen, "commands", {}).items():
+        yield from commands(command, *path, name)
+
+
+@pytest.mark.parametrize("path", [*commands(typer.main.get_command(app))], ids=" ".join)
+def test_every_command_has_its_help_behind_h(path):
+    short, long = (CliRunner().invoke(app, [*path, option]) for option in ("-h", "--help"))
+    assert short.exit_code == 0 and "Usage: " in short.output
+    assert short.output == long.output
+
+
+@pytest.mark.parametrize(
+    ("line", "completions"),
+    [("megafork tr", ["train"]), ("megafork convert v", ["verify"]), ("megafork x", [])],
+)
+def test_a_shell_completes_commands(line, completions):
+    variables = {
+        "_MEGAFORK_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(line.count(" ")),
+    }
+    done = CliRunner().invoke(app, [], prog_name="megafork", env=variables)
+    assert done.output.split() == completions
 
 
 def keys(*words):

@@ -157,6 +157,7 @@ def test_a_run_goes_on_however_it_is_ended(tmp_path):
     assert_refused_with_fewer_rows(run_dir, saved)
     resume(run_dir)
     assert_kept(run_dir, before)
+    assert f"has done all of training.steps={STEPS}" in megafork(*again, mark=run_dir).stdout
     assert_as_if_nothing_had_been(run_dir, tmp_path / "replayed")
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from megafork.config import EvaluateConfig, GenerateConfig, ScoreConfig, TrainConfig
+from megafork.config.counterparts import COUNTERPARTS
 from megafork.config.load import load_config, save_config, settings_of
 from megafork.config.rollouts import TemperaturesConfig
 from megafork.config.settings import Setting, known_settings
 from megafork.errors import UserError
-from tests.helpers.commands import QUICKSTART, REQUIRED
+from tests.helpers.commands import QUICKSTART, REQUIRED, ROOT
 
 
 def load(*overrides, path=None):
@@ -165,6 +166,74 @@ def test_mistakes_are_named(override, message):
     with pytest.raises(UserError) as caught:
         load(override)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm.objective=grpo", "algorithm.objective=ppo, with algorithm.advantages=group"),
+        ("objective=grpo", "did you mean algorithm.objective? GRPO clips each token's ratio"),
+        ("algorithm.objective=Dr-GRPO", "algorithm.denominator=max_response_tokens"),
+        ("algorithm.advantages=ppo", "algorithm.advantages=gae. There are group, gae, "),
+        ("algorithm.denominator=token-mean", "(the mean over the mini-batch's tokens is tokens"),
+        ("forking.select=entropy", "the tokens of highest entropy are top"),
+        ("kl.estimator=low_var_kl", "is k3, the default"),
+        ("mismatch.correction=tis", "is truncate)"),
+        ("mismatch.correction=true", "is truncate; "),
+        ("model.dtype=bf16", "(write bfloat16)"),
+    ],
+)
+def test_a_value_of_other_trainers_names_its_counterpart(override, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(override)
+
+
+def test_what_counterparts_say_to_write_is_accepted():
+    """Every key=value in their text, and every one of their keys is a setting."""
+    known = {setting.key for setting in known_settings(TrainConfig)}
+    written = set()
+    for key, texts in COUNTERPARTS.items():
+        assert key in known
+        for text in texts.values():
+            written |= set(re.findall(r"\b[a-z]+\.[a-z_]+=[a-z_0-9.]*[a-z_0-9]", text))
+    assert len(written) > 5
+    for override in written:
+        load(override)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("MEGAFORK_TRAINING__STEPS", "training.steps"),
+        ("MEGAFORK_TRAINING_STEPS", "training.steps"),
+        ("MEGAFORK_ENTROPY_BONUS_COEFFICIENT", "entropy_bonus.coefficient"),
+        ("MEGAFORK_FORKING__ROH", "forking.rho"),
+    ],
+)
+def test_a_variable_that_stands_for_a_setting_is_refused(monkeypatch, name, key):
+    monkeypatch.setenv(name, "3 x")
+    with pytest.raises(UserError, match=rf"{name}=3 x: .*; write {key}='3 x' behind.*unset {name}"):
+        load()
+
+
+def test_variables_that_the_project_reads_are_no_settings(monkeypatch):
+    found = set()
+    for path in [
+        *ROOT.glob("megafork/**/*.py"),
+        *ROOT.glob("slurm/*"),
+        *ROOT.glob("tests/**/*.py"),
+    ]:
+        if path != Path(__file__):
+            found |= set(re.findall(r"\bMEGAFORK_[A-Z_]+", path.read_text()))
+    assert {"MEGAFORK_API_KEY", "MEGAFORK_STOP_FILE", "MEGAFORK_TRITON"} <= found
+    for name in found:
+        monkeypatch.setenv(name, "1")
+    for kind, settings in (
+        (TrainConfig, REQUIRED),
+        (EvaluateConfig, ["model.path=m", "reward.verifier=a:b"]),
+        (ScoreConfig, ["model.path=m"]),
+    ):
+        load_config(kind, None, settings)
 
 
 def test_a_batch_threshold_cannot_wait_for_current_entropies():
