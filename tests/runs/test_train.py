@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from megafork.checkpoint.model_card import is_unchanged
 from megafork.config import TrainConfig
 from megafork.config.load import load_config
 from megafork.rollout.journal import Journal
@@ -243,6 +244,12 @@ def test_the_final_checkpoint_is_the_trained_model(run):
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(moved) > 0.9 * len(before)
     assert AutoTokenizer.from_pretrained(final).decode([1, 2, 3])
+    card = (final / "README.md").read_text()
+    evaluations = lines(run_dir / "eval.jsonl")
+    shown = ["| before training | {:.1%} |", "| after step 2 | {:.1%} |"]
+    for line, row in zip(shown, evaluations, strict=True):
+        assert line.format(row["eval/accuracy"]) in card
+    assert is_unchanged(card)
     assert [row["step"] for row in lines(run_dir / "eval.jsonl")] == [0, 2]
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((run_dir / "tensorboard").iterdir())
