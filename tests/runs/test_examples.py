@@ -23,6 +23,7 @@ from tests.helpers.commands import (
     megafork,
     tiny_engine,
 )
+from tests.helpers.conversion import assert_same, read_all
 
 OWN_VERIFIER = ROOT / "examples" / "own_verifier"
 REASONING_GYM = ROOT / "examples" / "reasoning_gym"
@@ -48,6 +49,7 @@ def test_a_verifier_of_one_s_own_in_its_own_folder(tmp_path):
     settings = [
         *(f"run.dir={tmp_path / 'run'}", f"rollout.python={tiny_engine(tmp_path)}"),
         *("training.steps=2", "rollout.prompts_per_step=8", "training.prompts_per_minibatch=4"),
+        "checkpoint.final_dtype=bfloat16",
     ]
     done = megafork(
         *("train", "config.toml", *settings),
@@ -71,8 +73,14 @@ def test_a_verifier_of_one_s_own_in_its_own_folder(tmp_path):
                 assert sample.reward == verify(prompt, response, answers[prompt])
                 assert sample.accuracy == (sample.reward == 1.0)
     assert len(set(rewards)) > 2  # partial credit is among them
-    card = (tmp_path / "run" / "checkpoints" / "final" / "README.md").read_text()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    card = (checkpoints / "final" / "README.md").read_text()
     assert "| verifier | `partial_credit:verify` |" in card
+    rounded = tmp_path / "rounded"
+    folders = ("--megatron", checkpoints / "step_000002", "--hf", rounded)
+    done = megafork("convert", "megatron-to-hf", *folders, "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert_same(read_all(rounded), read_all(checkpoints / "final"))
 
 
 @pytest.fixture
