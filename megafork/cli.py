@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from enum import StrEnum
@@ -262,6 +263,12 @@ HfFolder = Annotated[Path, typer.Option(help="HF folder: config.json and safeten
 MegatronFolder = Annotated[
     Path, typer.Option(help="folder of a megatron-core checkpoint (dist_checkpointing, torch_dist)")
 ]
+
+
+class HfDtype(StrEnum):
+    bfloat16 = "bfloat16"
+
+
 FileGb = Annotated[float, typer.Option(help="start another file at this size, GB", min=1e-6)]
 
 convert = typer.Typer(
@@ -289,11 +296,22 @@ def megatron_to_hf(
         Path | None, typer.Option(help="HF folder that lends config and tokenizer; unset: its hf/")
     ] = None,
     max_file_gb: FileGb = 5.0,
+    dtype: Annotated[
+        HfDtype | None, typer.Option(help="round every weight to it; unset: bit by bit")
+    ] = None,
 ) -> None:
     """Write --hf from --megatron, whatever layout wrote it."""
+    import torch
+
     from megafork.checkpoint import convert as conversion
 
-    conversion.megatron_to_hf(megatron, hf, like=like, max_file_bytes=int(max_file_gb * 1e9))
+    conversion.megatron_to_hf(
+        megatron,
+        hf,
+        like=like,
+        max_file_bytes=int(max_file_gb * 1e9),
+        dtype=None if dtype is None else getattr(torch, dtype),
+    )
 
 
 @convert.command()
@@ -320,6 +338,27 @@ def verify(
             raise typer.Exit(1)
 
     _on_ranks(resolved.parallel, work)
+
+
+@app.command()
+def push(
+    model: Annotated[
+        Path, typer.Argument(help="a run's folder, one of its checkpoints, or an HF folder")
+    ],
+    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME, or NAME for an own repository")],
+    private: Annotated[
+        bool, typer.Option("--private", help="only for those you let see it")
+    ] = False,
+) -> None:
+    """Upload a model to the Hugging Face Hub, with the token of HF_TOKEN or `hf auth login`."""
+    from megafork.checkpoint.upload import check_access, upload
+    from megafork.evaluation.source import find_model
+
+    check_access(repo_id)
+    source = find_model(model, "push")
+    source.check_weights()
+    with tempfile.TemporaryDirectory() as scratch, source.as_hf(Path(scratch) / "hf") as folder:
+        upload(folder, repo_id, private=private, tell=typer.echo)
 
 
 @app.command()

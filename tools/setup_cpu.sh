@@ -146,7 +146,7 @@ if [[ $with_test == yes ]]; then
   phase "mbridge, another converter to compare ours with" mbridge requirements/mbridge.txt install_mbridge
   phase "TRL, to compare our objectives with (280 MB)" trl requirements/trl.txt install_trl
 fi
-phase "megafork itself" package "setup.py pyproject.toml megafork/__init__.py" pip_install --no-build-isolation -e .
+phase "megafork itself" package "pyproject.toml megafork/__init__.py" pip_install --no-build-isolation -e .
 phase "compiling what a run imports" bytecode requirements/cpu.txt write_bytecode
 if [[ $with_mcore == yes ]]; then
   phase "megatron-core 0.19" mcore-0.19 requirements/mcore-0.19.txt install_mcore

@@ -1,7 +1,8 @@
 """`megafork convert`: HF folders to megatron-core checkpoints and back, tensor by tensor.
 
-Values are moved and never changed: every tensor keeps its dtype and its bits. A megatron folder
-made here carries the HF folder's config and tokenizer in hf/, so the way back needs nothing else.
+Values are moved and not changed: every tensor keeps its dtype and its bits, unless the HF folder is
+asked for in bfloat16. A megatron folder made here carries the HF folder's config and tokenizer in
+hf/, so the way back needs nothing else.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -59,11 +61,19 @@ def hf_to_megatron(source: Path, target: Path, *, max_file_bytes: int) -> None:
             (partial / HF / _COPIES).write_text(json.dumps(model.copies) + "\n")
 
 
-def megatron_to_hf(source: Path, target: Path, *, like: Path | None, max_file_bytes: int) -> None:
+def megatron_to_hf(
+    source: Path,
+    target: Path,
+    *,
+    like: Path | None,
+    max_file_bytes: int,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write `target`, an HF folder of the weights in the megatron-core checkpoint `source`.
 
     like: the HF folder that lends config and tokenizer; None: source/hf, which `hf_to_megatron`
-    writes. Raises UserError for a checkpoint that is not of this model, before anything is written.
+    writes. dtype: what torch rounds every tensor to; None: each keeps its own. Raises UserError for
+    a checkpoint that is not of this model, before anything is written.
     """
     side = hf_side_of(source, like)
     shape = ModelShape.from_folder(side)
@@ -73,11 +83,14 @@ def megatron_to_hf(source: Path, target: Path, *, like: Path | None, max_file_by
         check_stored(reader, block)
     copies = read_json(side / _COPIES) if (side / _COPIES).is_file() else {}
     infos = _tensor_infos(reader, shape, copies)
+    if dtype is not None:
+        infos = [replace(info, dtype=dtype) for info in infos]
     total = sum(info.num_bytes for info in infos)
     with _new_folder(target, total) as partial, progress("megatron to HF", total) as advance:
         output = StreamingSafetensors(partial, infos, max_file_bytes)
         for block in plan:
-            for name, start, rows in read_block(reader, block):
+            for name, start, stored in read_block(reader, block):
+                rows = stored if dtype is None else stored.to(dtype)
                 for written in (name, *(copy for copy, of in copies.items() if of == name)):
                     output.write(written, start, rows)
                     advance(rows.nbytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megafork.data.tokenizer import SENTENCEPIECE_FILE
-from megafork.model.hf_folder import INDEX
+from megafork.model.hf_folder import INDEX, SINGLE
 from megafork.system.disk import naming
 
 HF = "hf"
@@ -29,13 +30,14 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_WEIGHTS = re.compile(r"model(-stage\d+)?(-\d+)?(-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 class SafetensorsWriter:
     """Writes tensors, as they come, to numbered safetensors files of one folder. Raises OSError.
 
     Several writers (one for each pipeline stage) may share a folder: `prefix` keeps their file
-    names apart and `write_index` joins what they wrote.
+    names apart and `join_parts` makes one model of what they wrote.
     """
 
     def __init__(self, folder: Path, prefix: str, max_bytes: int = 4 << 30) -> None:
@@ -56,13 +58,37 @@ class SafetensorsWriter:
             return
         number = len(set(self.weight_map.values())) + 1
         file_name = f"{self.prefix}-{number:05d}.safetensors"
+        path = self.folder / file_name
+        with naming(path):
+            path.touch()
+        mode = path.stat().st_mode  # as the umask says; safetensors' own is 0600
         try:
-            save_file(self._pending, self.folder / file_name, metadata={"format": "pt"})
+            save_file(self._pending, path, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"{self.folder / file_name}: {error}") from error
+            raise OSError(f"{path}: {error}") from error
+        path.chmod(mode)
         self.weight_map |= dict.fromkeys(self._pending, file_name)
         self.total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
+
+
+def shard_name(number: int, total: int) -> str:
+    """Return the name that HF gives to a model's file, counted from 1."""
+    return SINGLE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def join_parts(folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
+    """Give what several writers wrote HF's own names, and an index if it is several files.
+
+    weight_map: {tensor: file} of all of them; the files' order is that of their names.
+    """
+    parts = sorted(set(weight_map.values()))
+    names = {part: shard_name(i, len(parts)) for i, part in enumerate(parts, 1)}
+    for part, name in names.items():
+        (folder / part).rename(folder / name)
+    if len(parts) > 1:
+        weight_map = {tensor: names[part] for tensor, part in weight_map.items()}
+        write_index(folder, weight_map, total_bytes)
 
 
 def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
@@ -99,6 +125,17 @@ def copy_side_files(
     config["dtype"] = name
     with naming(target / "config.json"):
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def copy_others_files(source: Path, target: Path) -> None:
+    """Copy what is in a model's folder and is no part of the model: a user has put it there."""
+    for path in source.iterdir() if source.is_dir() else ():
+        if path.name in (*_CONFIG_FILES, *_TOKENIZER_FILES) or _WEIGHTS.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, target / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, target / path.name, follow_symlinks=False)
 
 
 def _copy(names: tuple[str, ...], source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megafork.checkpoint.hf import write_index
+from megafork.checkpoint.hf import shard_name, write_index
 from megafork.model.hf_folder import SAFETENSORS_DTYPES
 from megafork.system.disk import naming
 
@@ -54,8 +54,7 @@ class StreamingSafetensors:
         self._places: dict[str, _Place] = {}
         shards = list(_shards(tensors, max_bytes))
         for number, shard in enumerate(shards, 1):
-            of = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-            self._lay_out(folder / f"model{of}.safetensors", shard)
+            self._lay_out(folder / shard_name(number, len(shards)), shard)
         if len(shards) > 1:
             weight_map = {name: place.file.name for name, place in self._places.items()}
             write_index(folder, weight_map, sum(info.num_bytes for info in tensors))

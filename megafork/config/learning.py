@@ -383,6 +383,9 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(
         True, description="write while the next steps are computed, from a forked copy"
     )
+    final_dtype: Literal["bfloat16"] | None = Field(
+        None, description="what the weights of checkpoints/final are rounded to; unset: model.dtype"
+    )
 
 
 class RunConfig(Section):

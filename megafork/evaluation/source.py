@@ -74,15 +74,15 @@ class ModelSource:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def find_model(path: str | Path) -> ModelSource:
-    """Find the model that `path` names.
+def find_model(path: str | Path, option: str = "--model") -> ModelSource:
+    """Find the model that `path`, the value of a command's `option`, names.
 
     Raises UserError for what is no model, and for a run without its final policy.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(
-            f"--model {folder} is not a folder: give an HF folder, a run's folder, or one of its "
+            f"{option} {folder} is not a folder: give an HF folder, a run's folder, or one of its "
             "checkpoints"
         )
     if (folder / "config.json").is_file():
@@ -92,21 +92,21 @@ def find_model(path: str | Path) -> ModelSource:
     checkpoints = folder / "checkpoints"
     if not checkpoints.is_dir():
         raise UserError(
-            f"--model {folder} holds no config.json (an HF folder), no {_HF}/config.json (a "
+            f"{option} {folder} holds no config.json (an HF folder), no {_HF}/config.json (a "
             "megatron checkpoint) and no checkpoints/ (a run): give one of these"
         )
     final = checkpoints / "final"
     if not (final / "config.json").is_file():
         steps = ", ".join(str(p) for p in sorted(checkpoints.glob("step_*")) if not p.suffix)
         raise UserError(
-            f"--model {folder}: the run has no final checkpoint; give one of its others: "
+            f"{option} {folder}: the run has no final checkpoint; give one of its others: "
             f"{steps or 'there is none'}"
         )
-    _refuse_outdated(folder, final)
+    _refuse_outdated(folder, final, option)
     return ModelSource(final, final)
 
 
-def _refuse_outdated(run: Path, final: Path) -> None:
+def _refuse_outdated(run: Path, final: Path, option: str) -> None:
     """Refuse a run that was made longer: it keeps the final model of before until it ends again."""
     rows, config = read_rows(run / "metrics.jsonl"), run / "config.toml"
     if not rows or not config.is_file():
@@ -114,6 +114,6 @@ def _refuse_outdated(run: Path, final: Path) -> None:
     done, steps = rows[-1]["step"], load_config(TrainConfig, config, []).training.steps
     if done < steps:
         raise UserError(
-            f"--model {run} has done {done} of training.steps={steps}, so {final} is not its last "
+            f"{option} {run} has done {done} of training.steps={steps}, so {final} is not its last "
             f"policy: end the run first (megafork train --resume), or name {final} itself"
         )

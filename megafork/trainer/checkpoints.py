@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megafork.checkpoint.hf_export import export_hf
+from megafork.checkpoint.model_card import model_card
 from megafork.checkpoint.store import CheckpointStore
 from megafork.config import TrainConfig
 from megafork.controller.handle import Batch, Controller
+from megafork.metrics.log import read_rows
 from megafork.parallel.mesh import Mesh
 from megafork.trainer.critic import Critic
 from megafork.trainer.policy import Policy
@@ -87,9 +91,18 @@ class Checkpoints:
         self._saved_step = self.step
 
     def export(self) -> Path:
-        """Write the last policy as an HF folder. Returns the folder."""
+        """Write the last policy as an HF folder, with a model card. Returns the folder."""
         self.mesh.progress.enter("the export of the last policy")
         config, target = self.config, self.store.folder / "final"
-        source = Path(config.model.path)
-        export_hf(self.policy, self.mesh, source, target, config.tokenizer.path)
+        dtype = config.checkpoint.final_dtype
+        evaluations = Path(config.run.dir) / "eval.jsonl"
+        export_hf(
+            self.policy,
+            self.mesh,
+            Path(config.model.path),
+            target,
+            config.tokenizer.path,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            card=lambda: model_card(config, read_rows(evaluations)),
+        )
         return target

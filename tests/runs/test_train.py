@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from megafork.checkpoint.model_card import is_unchanged
 from megafork.config import TrainConfig
 from megafork.config.load import load_config
 from megafork.metrics.catalogue import METRICS
@@ -250,6 +251,11 @@ def test_the_final_checkpoint_is_the_trained_model(run):
     assert [row["step"] for row in evaluations] == [0, 2]
     names = {re.sub(r"@\d+", "@N", name) for row in evaluations for name in row}
     assert names <= {metric.name for metric in METRICS}
+    card = (final / "README.md").read_text()
+    shown = ["| before training | {:.1%} |", "| after step 2 | {:.1%} |"]
+    for line, row in zip(shown, evaluations, strict=True):
+        assert line.format(row["eval/accuracy"]) in card
+    assert is_unchanged(card)
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((run_dir / "tensorboard").iterdir())
 

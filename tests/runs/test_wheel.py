@@ -1,4 +1,4 @@
-"""The wheel in an environment that has torch and numpy and nothing else that megafork asks for."""
+"""The source archive, the wheel made of it, and that wheel where there is but torch and numpy."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import resource
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
 
+import megafork
 from tests.helpers.commands import ROOT
 
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+PIP = (sys.executable, "-m", "pip", "-q", "--disable-pip-version-check")
 
 
 def run(*command, status=0, cwd="/"):  # where there is no megafork to import instead
@@ -49,24 +54,69 @@ def link(distribution: str, folder: Path) -> None:
             place.symlink_to(metadata.distribution(distribution).locate_file(top))
 
 
+def files_of_the_package() -> set[str]:
+    """Every file of megafork/ but compiled ones, relative to the repository."""
+    paths = (ROOT / "megafork").rglob("*")
+    files = [path for path in paths if path.is_file() and "__pycache__" not in path.parts]
+    return {str(path.relative_to(ROOT)) for path in files}
+
+
 @pytest.fixture(scope="module")
-def bin_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
+def built(tmp_path_factory):
+    """(source archive, wheel), the wheel made of the archive alone."""
+    folder = tmp_path_factory.mktemp("built")
     source = folder / "source"  # setuptools writes beside what it builds
-    shutil.copytree(ROOT / "megafork", source / "megafork")
-    for name in ("setup.py", "pyproject.toml"):
+    for name in ("megafork", "tests/unit", "requirements"):
+        shutil.copytree(ROOT / name, source / name)
+    for name in (
+        *("pyproject.toml", "MANIFEST.in", "README.md"),
+        *("CHANGELOG.md", "CITATION.cff", "LICENSE"),
+    ):
         shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
-    environment = folder / "environment"
+    make = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", make, folder, cwd=source)
+    (archive,) = folder.glob("*.tar.gz")
+    run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, archive)
+    (wheel,) = folder.glob("*.whl")
+    return archive, wheel
+
+
+@pytest.fixture(scope="module")
+def bin_folder(built, tmp_path_factory):
+    environment = tmp_path_factory.mktemp("wheel") / "environment"
     run(sys.executable, "-m", "venv", "--without-pip", environment)
     (site_packages,) = environment.glob("lib/python3*/site-packages")
     for distribution in with_what_it_needs("torch", "numpy"):
         link(distribution, site_packages)
-    (wheel,) = folder.glob("*.whl")
     python = environment / "bin" / "python"
-    run(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel)
+    run(*PIP, "--python", python, "install", "--no-deps", "--no-index", built[1])
     return environment / "bin"
+
+
+def test_source_archive_and_wheel_hold_the_package_and_nothing_else(built):
+    archive, wheel = built
+    package = files_of_the_package()
+    assert package >= {"megafork/py.typed", "megafork/metrics/page.html.jinja"}
+    assert package >= {"megafork/verifiers/maths.py", "megafork/vllm_plugin/serve.py"}
+
+    with zipfile.ZipFile(wheel) as zipped:
+        info = f"megafork-{megafork.__version__}.dist-info/"
+        names = set(zipped.namelist())
+        described = zipped.read(info + "METADATA")
+    assert {name for name in names if not name.startswith(info)} == package
+    assert info + "licenses/LICENSE" in names
+
+    with tarfile.open(archive) as tarred:
+        members = [name.partition("/")[2] for name in tarred.getnames()]
+    assert {name for name in members if name.startswith("megafork/") and "." in name} == package
+    assert set(members) >= {"CHANGELOG.md", "CITATION.cff", "LICENSE", "requirements/cpu.txt"}
+    assert not [name for name in members if "tests" in name or "__pycache__" in name]
+
+    about = Metadata.from_email(described, validate=True)
+    assert str(about.version) == megafork.__version__
+    assert about.license_expression == "Apache-2.0"
+    assert about.description_content_type == "text/markdown"
+    assert about.description == (ROOT / "README.md").read_text()
 
 
 def test_the_wheel_without_its_extras(bin_folder, tmp_path):

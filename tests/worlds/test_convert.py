@@ -143,6 +143,22 @@ def test_a_run_s_checkpoint_becomes_an_hf_folder(tmp_path):
     assert not torch.equal(before["lm_head.weight"], read_all(back)["lm_head.weight"])
 
 
+def test_a_checkpoint_in_bfloat16_is_torch_s_own_cast(tmp_path):
+    """A head that is stored twice, too."""
+    source = make(tmp_path / "m", tied=True, dtype=torch.float32)
+    edit(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    megatron, back = to_megatron(source, tmp_path / "megatron"), tmp_path / "back"
+    folders = ("--megatron", megatron, "--hf", back)
+    done = megafork("convert", "megatron-to-hf", *folders, "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    before = {name: tensor.to(torch.bfloat16) for name, tensor in read_all(source).items()}
+    assert "lm_head.weight" in before
+    assert_same(before, read_all(back))
+    assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
+    refused = megafork("convert", "megatron-to-hf", *folders, "--dtype", "float16")
+    assert refused.returncode == 2 and "bfloat16" in refused.stderr
+
+
 @pytest.mark.parametrize("task", ["HF to megatron", "megatron to HF"])
 def test_memory_does_not_grow_with_the_model(many_layers, tmp_path, task):
     """Half of its 0.66 GB would already be too much: blocks are of 0.13 GB."""

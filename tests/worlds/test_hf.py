@@ -12,23 +12,36 @@ from safetensors.torch import load_file, save_file
 
 from megafork.checkpoint.hf import SafetensorsWriter, write_index
 from megafork.checkpoint.hf_export import export_hf
-from megafork.config import ModelConfig, ParallelConfig
+from megafork.checkpoint.model_card import model_card
+from megafork.config import ModelConfig, ParallelConfig, TrainConfig
+from megafork.config.load import load_config
 from megafork.errors import UserError
-from megafork.model.hf_folder import SafetensorsFolder
+from megafork.model.hf_folder import SafetensorsFolder, same_bits
 from megafork.model.scorer import Scorer
 from megafork.model.shape import ModelShape
 from megafork.model.weights import load_weights
 from megafork.parallel.mesh import initialize
 from tests.helpers import reference
+from tests.helpers.commands import QUICKSTART
 from tools.benchmarks.ranks import run_ranks
 
 
-def load_and_export(folder, layout, dtype, target):
+def load_and_export(folder, layout, dtype, target, final=None, card=None):
+    """final: dtype of the exported weights. card: text of its README.md."""
     parallel = ParallelConfig(**layout)
     mesh = initialize(parallel)
     model = ModelConfig(path=str(folder), dtype=dtype)
     scorer = Scorer(model, parallel, mesh, micro_batch_tokens=64)
-    export_hf(scorer, mesh, Path(folder), Path(target))
+    make_card = None if card is None else lambda: card
+    export_hf(scorer, mesh, Path(folder), Path(target), dtype=final, card=make_card)
+
+
+def weights_of(total):
+    """The names that HF gives to the files of a model of so many."""
+    if total == 1:
+        return ["model.safetensors"]
+    names = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    return [*names, "model.safetensors.index.json"]
 
 
 def read_all(folder):
@@ -96,6 +109,70 @@ def test_hf_to_megatron_to_hf_is_bitwise(tmp_path, dtype, tied, layout):
     assert torch.equal(model.lm_head.weight, before.get("lm_head.weight", model.lm_head.weight))
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == dtype
     assert not (tmp_path / "out.partial").exists()
+    files = sorted((tmp_path / "out").iterdir())
+    weights = [path.name for path in files if "safetensors" in path.name]
+    assert weights == weights_of(layout.get("pp", 1))
+    (tmp_path / "file").touch()  # as the umask says: others may read a model where they may others
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "file").stat().st_mode}
+    (tmp_path / "folder").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "folder").stat().st_mode
+
+
+EDGES = [
+    0.0,
+    -0.0,
+    1.00390625,
+    1.01171875,
+    -1.00390625,
+    1e-40,
+    65504.0,
+    3.4e38,
+    1.0 + 2**-8 + 2**-20,
+]
+"""Ties between two bfloat16 numbers that go down and up, a denormal, one that becomes infinite"""
+
+
+def save_edges(folder):
+    """A float32 model some of whose weights bfloat16 rounds in every way that it knows."""
+    source = reference.save_model(folder, tied=False)
+    tensors = load_file(source / "model.safetensors")
+    for tensor in tensors.values():
+        tensor.view(-1)[: len(EDGES)] = torch.tensor(EDGES)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    return source, {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2}], ids=str)
+def test_an_export_in_bfloat16_is_torch_s_own_cast(tmp_path, layout):
+    source, rounded = save_edges(tmp_path / "m")
+    world = ParallelConfig(**layout).world_size
+    arguments = (source, layout, "float32", tmp_path / "out", torch.bfloat16)
+    run_ranks(world, load_and_export, *arguments)
+    exported = read_all(tmp_path / "out")
+    assert exported.keys() == rounded.keys()
+    assert all(same_bits(exported[name], tensor) for name, tensor in rounded.items())
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    model = reference.load_model(tmp_path / "out", torch.bfloat16)
+    assert same_bits(model.lm_head.weight.detach(), rounded["lm_head.weight"])
+
+
+@pytest.mark.parametrize("is_changed", [False, True], ids=["unchanged", "changed"])
+def test_an_export_keeps_what_a_user_has_put_into_the_folder(tmp_path, is_changed, capfd):
+    source, target = reference.save_model(tmp_path / "m", tied=False), tmp_path / "out"
+    (target / "figures").mkdir(parents=True)
+    (target / "figures" / "a.png").write_bytes(b"png")
+    (target / "adapter_model.safetensors.bak").write_text("mine")
+    (target / "model-stage00-00001.safetensors").write_text("of an older export")
+    settings = [f"run.dir={tmp_path}"]
+    config = load_config(TrainConfig, QUICKSTART / "config.toml", settings)
+    before = model_card(config, []) + ("And my own words.\n" if is_changed else "")
+    (target / "README.md").write_text(before)
+    run_ranks(1, load_and_export, source, {}, "float32", target, None, "# Newer")
+    assert (target / "README.md").read_text() == (before if is_changed else "# Newer")
+    assert ("was changed by hand: it is kept" in capfd.readouterr().out) is is_changed
+    assert (target / "figures" / "a.png").read_bytes() == b"png"
+    assert (target / "adapter_model.safetensors.bak").read_text() == "mine"
+    assert [path.name for path in target.glob("*.safetensors")] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize(("architecture", "tied"), [("qwen2", True), ("llama", False)])
