@@ -63,7 +63,10 @@ def known_settings(kind: type[Section], prefix: str = "") -> Iterator[Setting]:
                 key=prefix + name,
                 type=_type(field.annotation),
                 default=_default(field),
-                choices=tuple(dict.fromkeys([*_choices(field.annotation), *_named(field)])),
+                # Names beside import paths are the examples of a field that takes any text.
+                choices=tuple(
+                    dict.fromkeys([*_choices(field.annotation), *(field.examples or [])])
+                ),
                 bounds=", ".join([*_bounds(field.metadata), *_bounds_inside(field.annotation)]),
                 meaning=field.description or "",
             )
@@ -133,11 +136,6 @@ def _choices(annotation: Any) -> Iterator[str]:
     elif get_origin(annotation) is not None:
         for argument in get_args(annotation):
             yield from _choices(argument)
-
-
-def _named(field: FieldInfo) -> list[str]:
-    """Return the choices of a field whose type is not their list: names beside import paths."""
-    return list(map(str, field.examples or []))
 
 
 def _bounds_inside(annotation: Any) -> Iterator[str]:
