@@ -65,7 +65,10 @@ def tokens_of(num_tokens):
         ("algorithm.advantages=grup", r"did you mean group\? There are group, gae, and any funct"),
         ("forking.select=topp", r"did you mean top\? There are top, bottom, random, all"),
         ('algorithm.credit=["weights"]', r"'weights' is unknown: It takes any function as MODULE"),
-        ('logging.writers=["wandb"]', r"logging.writers='wandb' is unknown: It takes any function"),
+        (
+            'logging.writers=["wandbb"]',
+            r"'wandbb' is unknown: did you mean wandb\? There are tensorb",
+        ),
         ("data.reader=csv", r"data.reader='csv' is unknown: It takes any function"),
     ],
 )
