@@ -59,6 +59,8 @@ def assert_held(run_dir, folder, rows):
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     for name in rows[0].keys() - {"step"}:
-        found = [(scalar.step, scalar.value) for scalar in events.Scalars(name)]
-        known = [(row["step"], math.nan if row[name] is None else row[name]) for row in rows]
+        scalars = events.Scalars(name)
+        known = [math.nan if row[name] is None else row[name] for row in rows]
+        assert [scalar.step for scalar in scalars] == [row["step"] for row in rows]
+        found = [scalar.value if math.isfinite(scalar.value) else math.nan for scalar in scalars]
         assert found == pytest.approx(known, rel=1e-6, nan_ok=True), name
