@@ -263,9 +263,9 @@ def _curve(name: str, label: str, metrics: Sequence[Row], evaluations: Sequence[
     """Return a metric's values: null is a gap, and a missing key is no point."""
     rows = evaluations if name.startswith("eval/") else metrics
     found = {row["step"]: row for row in rows if name in row}
-    ends = [f"{name}_low", f"{name}_high"]
-    has_interval = any(ends[0] in row for row in found.values())
-    intervals = [tuple(_number(row.get(end)) for end in ends) for row in found.values()]
+    low, high = f"{name}_low", f"{name}_high"
+    has_interval = any(low in row for row in found.values())
+    intervals = [(_number(row.get(low)), _number(row.get(high))) for row in found.values()]
     values = [_number(row[name]) for row in found.values()]
     return Curve(label, list(found), values, intervals=intervals if has_interval else ())
 
@@ -394,7 +394,7 @@ def _svg(figure: Figure, axes: Axes, title: str, curves: Sequence[Curve] = ()) -
         figure.savefig(buffer, format="svg", metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg ") :].replace(_INK, "currentColor")
-    svg = svg.replace("</svg>", f"{readings(axes, curves)}</svg>")
+    svg = svg.replace("</svg>", f"{readings(figure, axes, curves)}</svg>")
     used = set(re.findall(r"#([\w.-]+)", svg))
     svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
     return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1))

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 _MOST = 120
 """Places with a reading: of more steps, some are left out, to keep pages small"""
@@ -27,14 +28,13 @@ class Values(Protocol):
     def values(self) -> Sequence[float]: ...
 
 
-def readings(axes: Axes, curves: Sequence[Values]) -> Markup:
+def readings(figure: Figure, axes: Axes, curves: Sequence[Values]) -> Markup:
     """Return SVG elements of class "at", one a step: a strip of the plot that shows, while it is
     pointed at or tapped, a line at the step and a box with the curves' values."""
     steps = sorted({step for curve in curves for step in curve.steps})
     if not steps:
         return Markup()
     steps = sorted({*steps[:: math.ceil(len(steps) / _MOST)], steps[-1]})
-    figure = axes.figure
     figure.draw_without_rendering()  # which lays it out
     height = figure.bbox.height
     left, right = axes.bbox.x0, axes.bbox.x1

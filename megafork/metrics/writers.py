@@ -90,7 +90,7 @@ class Writers:
         self._thread.join(patience_s)
         if self._thread.is_alive():
             self._note(
-                f"warning: {SETTING} was not done within {patience_s:.0f} s of the run's end; "
+                f"warning: {SETTING} was not done within {patience_s:g} s of the run's end; "
                 "metrics.jsonl has every step"
             )
 

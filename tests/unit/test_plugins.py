@@ -227,6 +227,37 @@ def test_writers_get_every_step_and_a_failing_one_is_left_out(mine, tmp_path):
     assert note.startswith("warning: logging.writers='mine:Fails' failed (RuntimeError: no network")
 
 
+def test_a_writer_that_hangs_holds_nothing_up(mine, tmp_path):
+    """What it does not take is told at the end; the controller's loop never waits for it."""
+    mine(
+        """
+        import threading
+        entered, released, taken = threading.Event(), threading.Event(), []
+        class Hangs:
+            def __init__(self, run_dir, config, steps_done): ...
+            def write(self, step, metrics):
+                entered.set()
+                released.wait()
+                taken.append(step)
+            def close(self): ...
+        """
+    )
+    import mine as module
+
+    notes = []
+    writers = Writers(["mine:Hangs"], tmp_path, {}, steps_done=0, note=notes.append)
+    for step in (1, 2):
+        writers.write(step, {"reward/mean": 0.5})
+    assert module.entered.wait(60)
+    writers.close(patience_s=0.1)
+    assert module.taken == []
+    assert notes == [
+        "warning: logging.writers was not done within 0.1 s of the run's end; metrics.jsonl has "
+        "every step"
+    ]
+    module.released.set()
+
+
 def test_the_settings_are_saved_with_the_run(tmp_path):
     overrides = ["algorithm.objective=a:b", 'algorithm.credit=["c:d", "e:f"]', "data.reader=g:h"]
     config = load_config(TrainConfig, QUICKSTART, overrides)
