@@ -391,6 +391,20 @@ def report(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="folders of runs, whether they go on or have ended")
+    ],
+    output: Annotated[Path, typer.Option(help="file to write")] = Path("comparison.html"),
+) -> None:
+    """Write several runs into one HTML file: their curves over each other, and the settings that
+    differ."""
+    from megafork.metrics.side_by_side import write_comparison
+
+    typer.echo(write_comparison(runs, output))
+
+
+@app.command()
 def rollouts(
     path: Annotated[Path, typer.Argument(help="folder of a run, or one of its journals")],
     step: Annotated[int | None, typer.Option(help="of this step alone", min=1)] = None,

@@ -4,7 +4,8 @@
 #
 #   tools/setup_cpu.sh [--test] [--mcore-0.19]
 #     --test         also requirements/test.txt (pytest, ruff, mypy), Triton in .venv/triton (requirements/triton.txt),
-#                    mbridge in .venv/mbridge (requirements/mbridge.txt) and TRL in .venv/trl (requirements/trl.txt)
+#                    mbridge in .venv/mbridge (requirements/mbridge.txt), TRL in .venv/trl (requirements/trl.txt) and
+#                    W&B, MLflow and Trackio in .venv/trackers (requirements/trackers.txt)
 #     --mcore-0.19   also megatron-core 0.19.2 in .venv/mcore-0.19 (see requirements/mcore-0.19.txt)
 #   PYTHON=/path/to/python3.11 picks the interpreter of a new .venv.
 set -euo pipefail
@@ -20,7 +21,7 @@ fail() {
   exit 1
 }
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 with_test=no
 with_mcore=no
@@ -130,6 +131,11 @@ install_trl() {
   pip_install --target "$venv/trl" -r requirements/trl.txt
 }
 
+install_trackers() {
+  rm -rf "$venv/trackers"
+  pip_install --target "$venv/trackers" -r requirements/trackers.txt
+}
+
 exec 9<tools/setup_cpu.sh
 flock 9 # of two calls at once the second waits
 
@@ -145,6 +151,7 @@ if [[ $with_test == yes ]]; then
   phase "Triton, for tests of the kernels (640 MB)" triton requirements/triton.txt install_triton
   phase "mbridge, another converter to compare ours with" mbridge requirements/mbridge.txt install_mbridge
   phase "TRL, to compare our objectives with (280 MB)" trl requirements/trl.txt install_trl
+  phase "W&B, MLflow and Trackio, to read back what a run logs (110 MB)" trackers requirements/trackers.txt install_trackers
 fi
 phase "megafork itself" package "pyproject.toml megafork/__init__.py" pip_install --no-build-isolation -e .
 phase "compiling what a run imports" bytecode requirements/cpu.txt write_bytecode

@@ -18,6 +18,7 @@ from megafork.config.learning import (
     OBJECTIVES,
     SELECTIONS,
     SMALLEST_OF_TOKENS,
+    WRITERS,
     AlgorithmConfig,
     CheckpointConfig,
     CriticConfig,
@@ -143,11 +144,12 @@ class TrainConfig(Section):
             find_plugin(setting, name, built_ins, counterpart=counterpart(setting, name))
         for setting, names in (
             ("algorithm.credit", self.algorithm.credit),
-            ("logging.writers", self.logging.writers),
             ("data.reader", [] if self.data.reader is None else [self.data.reader]),
         ):
             for name in names:
                 find_plugin(setting, name, {})
+        for name in self.logging.writers:
+            find_plugin("logging.writers", name, WRITERS)
         if self.algorithm.advantages not in ADVANTAGES and not self.algorithm.normalize_advantage:
             raise UserError(
                 "algorithm.normalize_advantage=false has no meaning for algorithm.advantages="

@@ -97,6 +97,14 @@ OBJECTIVES = {
 ADVANTAGES = {"group": "megafork.algorithms.advantages:group_advantages", "gae": ""}
 """Advantages by name; "gae" is the critic's"""
 
+WRITERS = {
+    "tensorboard": "megafork.metrics.tensorboard_events:TensorBoardEvents",
+    "wandb": "megafork.metrics.trackers:Wandb",
+    "mlflow": "megafork.metrics.trackers:MLflow",
+    "trackio": "megafork.metrics.trackers:Trackio",
+}
+"""Writers of metrics by name, which is also that of the package that each needs"""
+
 SELECTIONS = {"top": "", "bottom": "", "random": "", "all": ""}
 """What forking.select takes besides a plug-in's name"""
 
@@ -367,8 +375,8 @@ class TrainingConfig(Section):
 class LoggingConfig(Section):
     writers: list[str] = Field(
         [],
-        description="where the metrics of each step go beside metrics.jsonl, each as MODULE:CLASS",
-        examples=["MODULE:CLASS"],
+        description="where the metrics of each step go beside metrics.jsonl",
+        examples=[*WRITERS, "MODULE:CLASS"],
     )
 
 

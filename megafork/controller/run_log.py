@@ -18,6 +18,8 @@ from megafork.rollout.tally import Tally, tell_regularly
 
 SKIPPED = "skipped"
 """Folder of a run: groups of mini-batches without an update"""
+_HASTE_S = 10.0
+"""For the writers of a run that fails: a controller that takes long to end is killed"""
 
 
 class RunLog:
@@ -32,7 +34,7 @@ class RunLog:
         self.metrics = MetricsLog(
             self.run_dir,
             config.training.steps,
-            tensorboard=config.run.tensorboard,
+            tensorboard=config.run.tensorboard and "tensorboard" not in config.logging.writers,
             steps_done=steps_done,
         )
         self.writers = Writers(
@@ -52,7 +54,7 @@ class RunLog:
                 path.unlink()
 
     def close(self) -> None:
-        self.writers.close()
+        self.writers.close(_HASTE_S)  # nothing is left where the run has come to its end
         self.metrics.close()
 
     def note(self, text: str) -> None:
@@ -124,10 +126,14 @@ class RunLog:
             )
 
     def end(self, final: Path | None) -> None:
-        """Write the report. final: the folder of the last policy, of a run that is complete."""
+        """Close the writers and write the report.
+
+        final: the folder of the last policy, of a run that is complete.
+        """
         from megafork.metrics.charts import draw_run  # matplotlib and jinja2 take a second
         from megafork.metrics.page import write_report
 
+        self.writers.close()
         if final is not None:
             self.note(f"checkpoint  {final}")
             self._draw("curves", draw_run, self.run_dir / "curves.png")

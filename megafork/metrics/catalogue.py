@@ -271,7 +271,8 @@ CHARTS = (
             ("reward/accuracy", "training prompts (before dynamic sampling)"),
             ("eval/accuracy", "held-out prompts"),
         ),
-        note="Training: of all that was generated, before dynamic sampling drops groups.",
+        note="Training: of all that was generated, before dynamic sampling drops groups. Bars: the "
+        "95% interval of held-out accuracy.",
     ),
     Chart("Reward", "mean reward", (("reward/mean", "reward"),)),
     Chart(

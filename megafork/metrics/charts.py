@@ -10,8 +10,8 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import cycle, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from megafork.metrics.catalogue import CHARTS, OVERVIEW, Chart
+from megafork.metrics.hover import readings
 from megafork.metrics.palette import CURVES
 from megafork.metrics.run_files import Row, RunFiles, read_metrics
 from megafork.system.disk import naming
@@ -32,6 +33,8 @@ _INK = "#010203"
 _DASHES = ("-", "--", ":", "-.")
 _FEW = 60
 """Up to so many steps each has a dot."""
+_SHORT = 26
+"""Characters of a label, two of which fit beside each other"""
 _PHASES = ("generate", "reference", "value", "score", "update", "sync")
 """time/total is these and little more; an evaluation comes on top, rewards are within generate."""
 _STYLE: dict[Any, Any] = {
@@ -68,10 +71,17 @@ class Curve:
     values: Sequence[float]
     errors: Sequence[float] = ()
     """half the height of a band around the values; empty for a line without one"""
+    intervals: Sequence[tuple[float, float]] = ()
+    """the ends of a bar through each value; empty for a line without them"""
 
     @property
     def finite(self) -> list[float]:
         return [value for value in self.values if math.isfinite(value)]
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it has several values, all of them equal."""
+        return len(self.finite) > 1 and min(self.finite) == max(self.finite)
 
 
 @dataclass(frozen=True)
@@ -143,15 +153,60 @@ def deviation(values: Sequence[float]) -> float:
 
 
 def drawings(run: RunFiles) -> Iterator[Drawing]:
-    """Draw those charts of which the run has values, and where the time went."""
+    """Draw those charts of which the run has values that change, and where the time went."""
     for chart in CHARTS:
         curves = _curves(chart, run.metrics, run.evaluations)
-        if curves:
-            figure, axes = _axes("step", chart.unit)
-            _plot(axes, chart, list(curves.values()))
-            yield Drawing(chart.title, _svg(figure, axes, chart.title), tuple(curves), chart.note)
+        changing = {name: curve for name, curve in curves.items() if not _is_folded(name, curve)}
+        if changing:
+            yield draw(chart, chart.title, changing)
     if any(row.get("time/total") for row in run.metrics):
         yield _time(run.metrics)
+
+
+def draw(chart: Chart, title: str, curves: Mapping[str, Curve]) -> Drawing:
+    """Draw curves, each under the name of its metric or run, over the steps."""
+    figure, axes = _axes(chart.unit)
+    with matplotlib.rc_context(_STYLE):
+        _plot(axes, chart, list(curves.values()))
+    return Drawing(
+        title, _svg(figure, axes, title, list(curves.values())), tuple(curves), chart.note
+    )
+
+
+def constants(run: RunFiles) -> dict[str, Curve]:
+    """The curves that `drawings` leaves out because they have one value at all steps, by metric."""
+    return {
+        name: curve
+        for chart in CHARTS
+        for name, curve in _curves(chart, run.metrics, run.evaluations).items()
+        if _is_folded(name, curve)
+    }
+
+
+def compared(runs: Mapping[str, RunFiles]) -> Iterator[Drawing]:
+    """Draw each metric of the charts that two runs or more have, a curve for each run by its name.
+
+    One that has the same value in all runs at all steps is left out.
+    """
+    for chart in CHARTS:
+        of_runs = {
+            run: _curves(chart, files.metrics, files.evaluations) for run, files in runs.items()
+        }
+        for metric, label in chart.curves:
+            curves = {
+                run: replace(found[metric], label=run)
+                for run, found in of_runs.items()
+                if metric in found
+            }
+            values = {value for curve in curves.values() for value in curve.finite}
+            if len(curves) > 1 and len(values) > 1:
+                title = chart.title if len(chart.curves) == 1 else f"{chart.title}: {label}"
+                yield replace(draw(chart, title, curves), metrics=(metric,))
+
+
+def _is_folded(name: str, curve: Curve) -> bool:
+    """Held-out results are few, and worth a look where they are equal."""
+    return curve.is_constant and not name.startswith("eval/")
 
 
 def histogram(run: RunFiles) -> Drawing | None:
@@ -159,7 +214,8 @@ def histogram(run: RunFiles) -> Drawing | None:
     if not run.histograms:
         return None
     thresholds = {row["step"]: row.get("entropy/threshold") for row in run.metrics}
-    figure, axes = _axes("entropy (nats), log scale", "share of the step's loss tokens", width=8.0)
+    figure, axes = _axes("share of the step's loss tokens", width=6.5)
+    axes.set_xlabel("entropy (nats), log scale")
     ends = run.histograms[:: max(len(run.histograms) - 1, 1)]
     for row, colour, dash in zip(ends, CURVES[1::-1][-len(ends) :], ("--", "-"), strict=False):
         edges, total = _on_log_scale(row["edges"]), max(sum(row["tokens"]), 1)
@@ -206,34 +262,73 @@ def _curves(chart: Chart, metrics: Sequence[Row], evaluations: Sequence[Row]) ->
 def _curve(name: str, label: str, metrics: Sequence[Row], evaluations: Sequence[Row]) -> Curve:
     """Return a metric's values: null is a gap, and a missing key is no point."""
     rows = evaluations if name.startswith("eval/") else metrics
-    found = {row["step"]: row[name] for row in rows if name in row}
-    values = [math.nan if value is None else float(value) for value in found.values()]
-    return Curve(label, list(found), values)
+    found = {row["step"]: row for row in rows if name in row}
+    low, high = f"{name}_low", f"{name}_high"
+    has_interval = any(low in row for row in found.values())
+    intervals = [(_number(row.get(low)), _number(row.get(high))) for row in found.values()]
+    values = [_number(row[name]) for row in found.values()]
+    return Curve(label, list(found), values, intervals=intervals if has_interval else ())
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _plot(axes: Axes, chart: Chart, curves: Sequence[Curve]) -> None:
-    for colour, dash, curve in zip(CURVES, cycle(_DASHES), curves, strict=False):
+    """Plot the curves, the first on top. One that runs along those above it is a broad pale line,
+    so that both are seen."""
+    for i, (colour, dash, curve) in enumerate(zip(CURVES, cycle(_DASHES), curves, strict=False)):
         shown = [v if v > 0 else math.nan for v in curve.values] if chart.is_log else curve.values
+        is_beneath = any(_is_along(curve, above, chart.is_from_zero) for above in curves[:i])
+        look: dict[str, Any] = (
+            {"linewidth": 6.0, "alpha": 0.45, "solid_capstyle": "butt"}
+            if is_beneath
+            else {"linestyle": dash, "marker": "o", "markevery": _dotted(shown)}
+        )
         axes.plot(
             curve.steps,
             shown,
             color=colour,
-            linestyle=dash,
-            marker="o",
-            markevery=_dotted(shown),
-            label=curve.label,
+            label=_plain(curve.label),
+            zorder=3.0 - 0.1 * i,
+            **look,
         )
+        if curve.intervals:
+            lengths = [
+                [abs(end - v) for v, end in zip(shown, ends, strict=True)]
+                for ends in zip(*curve.intervals, strict=True)
+            ]
+            axes.errorbar(
+                curve.steps, shown, lengths, fmt="none", ecolor=colour, elinewidth=1.2, capsize=2.5
+            )
         if curve.errors:
             low = [v - e for v, e in zip(shown, curve.errors, strict=True)]
             high = [v + e for v, e in zip(shown, curve.errors, strict=True)]
             axes.fill_between(curve.steps, low, high, color=colour, alpha=0.2, linewidth=0)
     tops = [v + e for c in curves for v, e in zip_longest(c.values, c.errors, fillvalue=0.0)]
+    tops += [high for curve in curves for _, high in curve.intervals]
     known = [value for curve in curves for value in curve.finite]
     if chart.is_log:
         axes.set_yscale("log")
     elif chart.is_from_zero and min(known, default=-1.0) >= 0.0:
         axes.set_ylim(0.0, 1.05 * max(filter(math.isfinite, tops)) or 1.0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _plain(label: str) -> str:
+    """Return the label without what matplotlib takes for mathematics or for no label at all."""
+    return f" {label}".replace("$", r"\$") if label.startswith("_") else label.replace("$", r"\$")
+
+
+def _is_along(curve: Curve, above: Curve, is_from_zero: bool) -> bool:
+    """Whether two curves with the same steps are apart by a line's width on average."""
+    apart = [abs(a - b) for a, b in zip(curve.values, above.values, strict=False)]
+    known = [distance for distance in apart if math.isfinite(distance)]
+    if len(known) < 2 or list(curve.steps) != list(above.steps):
+        return False
+    both = [*curve.finite, *above.finite]
+    floor = min(*both, 0.0) if is_from_zero else min(both)
+    return statistics.fmean(known) <= 0.03 * (max(both) - floor)
 
 
 def _dotted(values: Sequence[float]) -> list[int]:
@@ -256,7 +351,7 @@ def _time(rows: Sequence[Row]) -> Drawing:
     ]
     parts["evaluation"] = [row.get("time/eval") or 0.0 for row in rows]
     parts = {name: seconds for name, seconds in parts.items() if any(seconds)}
-    figure, axes = _axes("step", "seconds")
+    figure, axes = _axes("seconds")
     # A stack over one step alone would have no width.
     edges = [steps[0] - 0.5, *((a + b) / 2 for a, b in pairwise(steps)), steps[-1] + 0.5]
     below = [0.0] * len(steps)
@@ -270,31 +365,36 @@ def _time(rows: Sequence[Row]) -> Drawing:
     if any(row.get("time/offload") for row in rows):
         note += " Other has the ways between device and host (time/offload, time/onload)."
     metrics = tuple(f"time/{name}" for name in (*_PHASES, "total"))
-    return Drawing(title, _svg(figure, axes, title), metrics, note)
+    curves = [Curve(name, steps, seconds) for name, seconds in parts.items()]
+    return Drawing(title, _svg(figure, axes, title, curves), metrics, note)
 
 
-def _axes(x_label: str, y_label: str, width: float = 5.4) -> tuple[Figure, Axes]:
+def _axes(unit: str, width: float = 4.5) -> tuple[Figure, Axes]:
+    """Return a figure of the page with one axis, which names its unit; the page says that charts
+    are over the steps."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, 3.1), layout="constrained")
+        figure = Figure(figsize=(width, 2.8), dpi=72, layout="constrained")
         axes = figure.add_subplot()
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        axes.set_ylabel(unit)
         axes.set_axisbelow(True)
     return figure, axes
 
 
-def _svg(figure: Figure, axes: Axes, title: str) -> Markup:
+def _svg(figure: Figure, axes: Axes, title: str, curves: Sequence[Curve] = ()) -> Markup:
     """Return an element of the page, whose text is text, whose ink is the page's and whose ids are
-    its own."""
+    its own; the values of `curves` at a step are shown where the pointer is."""
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2)
+        lines, labels = axes.get_legend_handles_labels()
+        columns = 2 if max(map(len, labels)) <= _SHORT else 1
+        figure.legend(lines, labels, loc="outside upper left", ncols=columns)
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg ") :].replace(_INK, "currentColor")
+    svg = svg.replace("</svg>", f"{readings(figure, axes, curves)}</svg>")
     used = set(re.findall(r"#([\w.-]+)", svg))
     svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
     return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1))

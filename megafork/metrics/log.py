@@ -49,10 +49,8 @@ class MetricsLog:
         if tensorboard:
             from megafork.metrics.tensorboard_events import TensorBoardEvents  # takes half a second
 
-            folder = run_dir / "tensorboard"
-            with naming(folder):
-                purge_step = steps_done + 1 if steps_done else None
-                self._events = TensorBoardEvents(folder, purge_step=purge_step)
+            with naming(run_dir / "tensorboard"):
+                self._events = TensorBoardEvents(run_dir, {}, steps_done)
         self._console = Console(stderr=True, soft_wrap=True)
         self._progress = Progress(
             TextColumn("step"),

@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from megafork.metrics import palette
-from megafork.metrics.charts import drawings, histogram
+from megafork.metrics.charts import constants, drawings, histogram
 from megafork.metrics.run_files import Row, RunFiles, read_run
 from megafork.metrics.shaded_tokens import sampled_steps, visible
 from megafork.system.disk import naming, refuse_links
@@ -41,16 +41,20 @@ def write_report(run_dir: Path, target: Path | None = None) -> Path:
     when it is whole. Raises UserError where there is no run."""
     refuse_links(run_dir, "the run's folder")
     path = run_dir / "report.html" if target is None else target
-    page = render(read_run(run_dir))
+    return write_page(path, render(read_run(run_dir)))
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Write a page under its name only when it is whole. Returns the path."""
     partial = path.with_name(path.name + ".partial")
     with naming(partial):
         # A lone surrogate, which JSON can carry, is no character of UTF-8.
         partial.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    partial.replace(path)
-    return path
+    return partial.replace(path)
 
 
-def render(run: RunFiles) -> str:
+def template(name: str) -> Template:
+    """Return a template of this folder."""
     environment = Environment(
         loader=PackageLoader("megafork.metrics", package_path=""),
         autoescape=True,  # the text of a model is in it
@@ -59,19 +63,26 @@ def render(run: RunFiles) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"visible": visible, "short": short}
+    return environment.get_template(name, globals={"palette": palette, "written": now()})
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def render(run: RunFiles) -> str:
     steps = sampled_steps(run.samples)
-    return environment.get_template("page.html.jinja").render(
+    return template("page.html.jinja").render(
         run=run,
-        palette=palette,
         state=state_of(run),
         headlines=headlines(run),
         drawings=list(drawings(run)),
+        constants=constants(run),
         histogram=histogram(run),
         ranges=ranges(run.metrics),
         tokens=run.tokens[-1] if run.tokens else None,
         sampled=steps,
         left_out=sorted({row["step"] for row in run.samples} - {one.step for one in steps}),
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 

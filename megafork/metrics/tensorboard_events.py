@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -15,15 +16,16 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 
 class TensorBoardEvents:
-    """A new event file in `folder`.
+    """A new event file in RUN/tensorboard, as a writer of `logging.writers`.
 
-    purge_step: TensorBoard hides what earlier files of the folder hold of this step and later ones;
-    a resumed run writes them again.
+    steps_done: TensorBoard hides what earlier files of the folder hold of later steps, unless it is
+    0; a resumed run writes them again.
     """
 
-    def __init__(self, folder: Path, *, purge_step: int | None) -> None:
-        self._file = EventFileWriter(str(folder))
-        if purge_step is not None:
+    def __init__(self, run_dir: Path, config: dict[str, Any], steps_done: int) -> None:
+        self._file = EventFileWriter(str(run_dir / "tensorboard"))
+        if steps_done:
+            purge_step = steps_done + 1
             # TensorBoard purges at a START in an event that follows one of this file version.
             self._add(purge_step, file_version="brain.Event:2")
             self._add(purge_step, session_log=SessionLog(status=SessionLog.START))

@@ -65,7 +65,10 @@ def tokens_of(num_tokens):
         ("algorithm.advantages=grup", r"did you mean group\? There are group, gae, and any funct"),
         ("forking.select=topp", r"did you mean top\? There are top, bottom, random, all"),
         ('algorithm.credit=["weights"]', r"'weights' is unknown: It takes any function as MODULE"),
-        ('logging.writers=["wandb"]', r"logging.writers='wandb' is unknown: It takes any function"),
+        (
+            'logging.writers=["wandbb"]',
+            r"'wandbb' is unknown: did you mean wandb\? There are tensorb",
+        ),
         ("data.reader=csv", r"data.reader='csv' is unknown: It takes any function"),
     ],
 )
@@ -222,6 +225,37 @@ def test_writers_get_every_step_and_a_failing_one_is_left_out(mine, tmp_path):
     assert (tmp_path / "metrics.tsv").read_text() == "1\t0.25\t0.5\t0.2\n2\t0.5\t0.5\t0.2\n"
     [note] = notes
     assert note.startswith("warning: logging.writers='mine:Fails' failed (RuntimeError: no network")
+
+
+def test_a_writer_that_hangs_holds_nothing_up(mine, tmp_path):
+    """What it does not take is told at the end; the controller's loop never waits for it."""
+    mine(
+        """
+        import threading
+        entered, released, taken = threading.Event(), threading.Event(), []
+        class Hangs:
+            def __init__(self, run_dir, config, steps_done): ...
+            def write(self, step, metrics):
+                entered.set()
+                released.wait()
+                taken.append(step)
+            def close(self): ...
+        """
+    )
+    import mine as module
+
+    notes = []
+    writers = Writers(["mine:Hangs"], tmp_path, {}, steps_done=0, note=notes.append)
+    for step in (1, 2):
+        writers.write(step, {"reward/mean": 0.5})
+    assert module.entered.wait(60)
+    writers.close(patience_s=0.1)
+    assert module.taken == []
+    assert notes == [
+        "warning: logging.writers was not done within 0.1 s of the run's end; metrics.jsonl has "
+        "every step"
+    ]
+    module.released.set()
 
 
 def test_the_settings_are_saved_with_the_run(tmp_path):

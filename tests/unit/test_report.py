@@ -206,6 +206,106 @@ def test_curves_go_through_their_values_and_stop_at_null(tmp_path):
             )
 
 
+def test_a_step_that_is_pointed_at_shows_its_values(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    norms = [0.5, None, 0.25, 12345.678]
+    write_rows(
+        run_dir / "metrics.jsonl", [metrics_row(i + 1, grad_norm=v) for i, v in enumerate(norms)]
+    )
+    figure = drawn(page_of(run_dir))["Gradient norm"]
+    told = [[line.text for line in at.all("tspan")] for at in figure.of_class("at")]
+    assert told == [
+        ["step 1", "policy 0.5"],
+        ["step 2"],
+        ["step 3", "policy 0.25"],
+        ["step 4", "policy 1.235e+04"],
+    ]
+    strips = [at.all("rect")[0].attributes for at in figure.of_class("at")]
+    ends = [(float(s["x"]), float(s["x"]) + float(s["width"])) for s in strips]
+    lines = [
+        float(at.all("path")[0].attributes["d"][1:].split()[0]) for at in figure.of_class("at")
+    ]
+    marks = [float(use.attributes["x"]) for use in figure.all("use") if _is_dot(use)]
+    assert [lines[0], lines[2], lines[3]] == pytest.approx(marks, abs=0.5)  # on the curve's dots
+    assert all(low < x < high for x, (low, high) in zip(lines, ends, strict=True))
+    assert [high for _, high in ends[:-1]] == pytest.approx([low for low, _ in ends[1:]], abs=0.11)
+
+
+def _is_dot(use: Element) -> bool:
+    return palette.CURVES[0] in use.attributes.get("style", "") and float(use.attributes["y"]) > 25
+
+
+def test_many_steps_have_a_bounded_number_of_readings(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    write_rows(
+        run_dir / "metrics.jsonl", [metrics_row(step, grad_norm=step) for step in range(1, 1001)]
+    )
+    told = [
+        at.all("tspan")[0].text for at in drawn(page_of(run_dir))["Gradient norm"].of_class("at")
+    ]
+    assert 100 <= len(told) <= 121
+    assert (told[0], told[-1]) == ("step 1", "step 1000")
+
+
+def test_constant_curves_are_folded_away(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    row = {"sampling/groups_dropped": 3, "sampling/groups_stale": 0}
+    write_rows(
+        run_dir / "metrics.jsonl",
+        [metrics_row(s, **row | {"sampling/tail_groups": s}) for s in (1, 2, 3)],
+    )
+    page = page_of(run_dir)
+    assert "Skipped updates" not in drawn(page)  # 1 at every step
+    groups = drawn(page)["Groups that were not trained on"]
+    assert groups.all("figcaption")[0].text.strip() == "sampling/tail_groups"
+    assert page.by_id("constants").cells() == [
+        ["entropy/threshold", "0.7"],
+        ["sampling/groups_dropped", "3"],
+        ["sampling/groups_stale", "0"],
+        ["update/skipped", "1"],
+    ]
+
+
+def test_held_out_points_carry_their_intervals(tmp_path):
+    run_dir = make_run(tmp_path / "run")
+    ends = {"eval/accuracy_low": 0.05, "eval/accuracy_high": 0.9}
+    rows = [{"step": step, "eval/accuracy": 0.5} | ends for step in (0, 3)]
+    unknown = {"eval/accuracy_low": None, "eval/accuracy_high": None}
+    write_rows(run_dir / "eval.jsonl", [*rows, {"step": 4, "eval/accuracy": 0.5} | unknown])
+    figure = drawn(page_of(run_dir))["Accuracy"]
+    held_out = [
+        path.attributes.get("d", "")
+        for path in figure.all("path")
+        if f"stroke: {palette.CURVES[1]}" in path.attributes.get("style", "")
+        and path.attributes.get("clip-path")
+    ]
+    points = [
+        [tuple(map(float, point)) for point in re.findall(r"([\d.]+) ([\d.]+)", data)]
+        for data in held_out
+    ]
+    [line] = [drawn for drawn in points if len(drawn) == 3]
+    bars = [drawn for drawn in points if len(drawn) == 2 and drawn[0][0] == drawn[1][0]]
+    assert [bar[0][0] for bar in bars] == [line[0][0], line[1][0]]  # none where it is unknown
+    for (_, low), (_, high) in bars:
+        assert (low - line[0][1]) / (low - high) == pytest.approx(0.45 / 0.85, abs=1e-3)
+
+
+def test_a_curve_beneath_another_is_seen(tmp_path):
+    """The threshold and the 80th percentile are nearly one line."""
+    run_dir = make_run(tmp_path / "run")
+    rows = [
+        metrics_row(s) | {"entropy/threshold": 1 / s, "entropy/p80": 1.01 / s} for s in (1, 2, 3)
+    ]
+    write_rows(run_dir / "metrics.jsonl", rows)
+    paths = drawn(page_of(run_dir))["Threshold and percentiles of the entropy"].all("path")
+    styles = [p.attributes.get("style", "") for p in paths if p.attributes["d"].count("L") == 2]
+    threshold, percentile = (
+        next(i for i, s in enumerate(styles) if f"stroke: {palette.CURVES[j]}" in s) for j in (0, 1)
+    )
+    assert threshold > percentile  # drawn later, so on top
+    assert "stroke-width: 6" in styles[percentile] and "stroke-width: 1.6" in styles[threshold]
+
+
 def test_an_empty_run_a_run_of_nulls_and_a_run_of_one_step(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()

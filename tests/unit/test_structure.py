@@ -29,6 +29,7 @@ LIGHT = [
     "metrics.log",
     "metrics.page",
     "metrics.tensorboard_events",
+    "metrics.trackers",
     "metrics.writers",
     "model.shape",
     "parallel.addresses",
