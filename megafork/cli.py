@@ -163,7 +163,13 @@ SettingsFile = Annotated[
 @app.command()
 def generate(
     model: Served,
-    data: Annotated[str, typer.Option(help="prompts: jsonl, parquet, HF data set folder, hf:NAME")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="prompts: jsonl, json, csv, parquet, a pattern in quotes, HF data set folder, "
+            "hf:NAME; may be repeated"
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="jsonl to write, which `megafork score` reads")],
     overrides: Overrides = None,
     config: SettingsFile = None,
@@ -183,7 +189,8 @@ def evaluate(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            help="benchmarks (jsonl, parquet, HF data set folder, hf:NAME) and section.key=value",
+            help="benchmarks (jsonl, json, csv, parquet, HF data set folder, hf:NAME) and "
+            "section.key=value",
             metavar="BENCHMARK... [SECTION.KEY=VALUE]...",
         ),
     ],

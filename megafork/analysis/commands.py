@@ -155,7 +155,9 @@ def training(run: Annotated[Path, typer.Argument(help="folder of a run")], outpu
 @analyze.command()
 def temperatures(
     model: Annotated[Path, typer.Option(help="HF folder, a run, or one of its checkpoints")],
-    data: Annotated[str, typer.Option(help="problems, as `megafork eval` reads them")],
+    data: Annotated[
+        list[str], typer.Option(help="problems, as `megafork eval` reads them; may be repeated")
+    ],
     output: Output,
     overrides: Annotated[
         list[str] | None,
