@@ -328,6 +328,40 @@ def doctor(
     raise typer.Exit(report_on(python))
 
 
+data_files = typer.Typer(help="What data files hold.", no_args_is_help=True)
+app.add_typer(data_files, name="data")
+
+
+@data_files.callback()
+def _commands_of_data() -> None:
+    """What data files hold."""  # with one command alone, typer would need no word for it
+
+
+@data_files.command()
+def check(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            help="data files, as `megafork train` reads them, and settings of `megafork generate`",
+            metavar="FILE... [SECTION.KEY=VALUE]...",
+        ),
+    ],
+    model: Annotated[
+        Path | None, typer.Option(help="HF folder, for lengths in tokens and the chat template")
+    ] = None,
+    verifier: Annotated[
+        list[str] | None, typer.Option(help="as reward.verifier: are its columns there?")
+    ] = None,
+) -> None:
+    """What a data file holds: columns, lengths, a prompt, and every row that cannot be used."""
+    settings = [f"model.path={json.dumps(str(model or ''))}", *filter(_is_override, arguments)]
+    resolved = load_config(GenerateConfig, None, settings)
+    from megafork.evaluation.data_report import check_data
+
+    files = [text for text in arguments if not _is_override(text)]
+    check_data(resolved, files, verifier or [], typer.echo)
+
+
 class Command(StrEnum):
     train = "train"
     score = "score"

@@ -171,12 +171,16 @@ def lines_of(prompt: Prompt, tokenizer: Tokenizer) -> list[str]:
     Control characters are written as Python writes them, all but the ends of lines; the middle of a
     long prompt is left out.
     """
-    text = tokenizer.show(prompt.ids)
+    return [f"{len(prompt.ids)} tokens", *text_lines(tokenizer.show(prompt.ids))]
+
+
+def text_lines(text: str) -> list[str]:
+    """A text for a terminal, as `lines_of` shows a prompt."""
     if len(text) > 2 * _SHOWN:
         text = f"{text[:_SHOWN]}\n[{len(text) - 2 * _SHOWN} characters]\n{text[-_SHOWN:]}"
     lines = text.split("\n")
     shown = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines]
-    return [f"{len(prompt.ids)} tokens", *(f"| {line}" for line in shown)]
+    return [f"| {line}" for line in shown]
 
 
 class PromptStream:
