@@ -168,9 +168,11 @@ def temperatures(
     from megafork.analysis.temperatures import sweep_temperatures
     from megafork.config.load import load_config
     from megafork.config.rollouts import TemperaturesConfig
+    from megafork.model.hub import with_local_models
 
     settings = [f"model.path={json.dumps(str(model))}", *(overrides or [])]
-    sweep_temperatures(load_config(TemperaturesConfig, None, settings), data, output)
+    config = with_local_models(load_config(TemperaturesConfig, None, settings))
+    sweep_temperatures(config, data, output)
     _tell(output)
 
 

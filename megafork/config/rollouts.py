@@ -332,7 +332,10 @@ class EvalConfig(Section):
 
 
 class ServedModelConfig(Section):
-    path: str = Field(description="HF folder, a run's folder, or a run's checkpoints/step_000010")
+    path: str = Field(
+        description="HF folder, owner/name on the hub, a run's folder, or a run's "
+        "checkpoints/step_000010"
+    )
 
 
 class GenerationConfig(ServerConfig):
