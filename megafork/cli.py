@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -30,10 +30,11 @@ from megafork.config import (
     Section,
     TrainConfig,
 )
-from megafork.config.load import load_config
+from megafork.config.load import load_config, settings_of
 from megafork.config.rollouts import TemperaturesConfig
 from megafork.config.settings import known_settings, named_by
 from megafork.errors import UserError
+from megafork.model.hub import with_local_models
 from megafork.plan.command import plan
 
 app = typer.Typer(
@@ -109,13 +110,14 @@ def train(
             raise UserError(f"--resume {resume}: there is no run in this folder (no config.toml)")
     elif config is None:
         raise UserError("give a config file, or --resume with a run's folder")
-    resolved = load_config(TrainConfig, config, settings)
+    named = load_config(TrainConfig, config, settings)
     if not dry_run and (node, serve_nodes, mean_response_tokens) != (None, None, None):
         raise UserError(
             "--node, --serve-nodes and --mean-response-tokens are for --dry-run: add it"
         )
-    if resume is not None and launch.starts_on_this_machine() and _is_done(resolved):
+    if resume is not None and launch.starts_on_this_machine() and _is_done(named):
         return
+    resolved = with_local_models(named, weights=not dry_run, tell=launch.tells())
     from megafork.trainer.preflight import check_folders, check_train
 
     check_train(resolved, resume=resume is not None)
@@ -139,7 +141,7 @@ def train(
 
         train_on_this_rank(resolved, resume=resume is not None)
 
-    _on_ranks(resolved.parallel, work, resolved.run.dir)
+    _on_ranks(resolved.parallel, work, resolved.run.dir, _changed(named, resolved))
 
 
 def _is_done(config: TrainConfig) -> bool:
@@ -182,7 +184,7 @@ def init(
 
 @app.command()
 def score(
-    model: Annotated[Path, typer.Option(help="HF folder of the model")],
+    model: Annotated[Path, typer.Option(help="HF folder of the model, or owner/name")],
     input: Annotated[
         Path, typer.Option(help="jsonl of prompt_ids/response_ids or prompt/response")
     ],
@@ -192,9 +194,10 @@ def score(
     overrides: Overrides = None,
 ) -> None:
     """Log-probability and entropy of every response token, the same at every layout."""
-    resolved = load_config(
+    named = load_config(
         ScoreConfig, None, [f"model.path={json.dumps(str(model))}", *(overrides or [])]
     )
+    resolved = with_local_models(named, tell=launch.tells())
     from megafork.trainer.preflight import check_score
 
     check_score(resolved, input, output)
@@ -204,11 +207,14 @@ def score(
 
         score_file(resolved, input, output)
 
-    _on_ranks(resolved.parallel, work)
+    _on_ranks(resolved.parallel, work, settings=_changed(named, resolved))
 
 
 Served = Annotated[
-    Path, typer.Option(help="HF folder, a run's folder, or its checkpoints/step_000010")
+    Path,
+    typer.Option(
+        help="HF folder, owner/name on the hub, a run's folder, or its checkpoints/step_000010"
+    ),
 ]
 SettingsFile = Annotated[
     Path | None, typer.Option(help="TOML file with settings; `megafork keys` lists them")
@@ -218,14 +224,20 @@ SettingsFile = Annotated[
 @app.command()
 def generate(
     model: Served,
-    data: Annotated[str, typer.Option(help="prompts: jsonl, parquet, HF data set folder, hf:NAME")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="prompts: jsonl, json, csv, parquet, a pattern in quotes, HF data set folder, "
+            "hf:NAME; may be repeated"
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="jsonl to write, which `megafork score` reads")],
     overrides: Overrides = None,
     config: SettingsFile = None,
 ) -> None:
     """Responses of a model to a file's prompts, sampled by vLLM; goes on where it was cut off."""
     settings = [f"model.path={json.dumps(str(model))}", *(overrides or [])]
-    resolved = load_config(GenerateConfig, config, settings)
+    resolved = with_local_models(load_config(GenerateConfig, config, settings))
     from megafork.evaluation.generation import generate_file
 
     generate_file(resolved, data, output)
@@ -238,7 +250,8 @@ def evaluate(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            help="benchmarks (jsonl, parquet, HF data set folder, hf:NAME) and section.key=value",
+            help="benchmarks (jsonl, json, csv, parquet, HF data set folder, hf:NAME) and "
+            "section.key=value",
             metavar="BENCHMARK... [SECTION.KEY=VALUE]...",
         ),
     ],
@@ -247,7 +260,7 @@ def evaluate(
     """avg@k, pass@k and maj@k on benchmarks, with intervals, and every sample kept."""
     overrides = [text for text in arguments if _is_override(text)]
     settings = [f"model.path={json.dumps(str(model))}", *overrides]
-    resolved = load_config(EvaluateConfig, config, settings)
+    resolved = with_local_models(load_config(EvaluateConfig, config, settings))
     from megafork.evaluation.benchmark import evaluate as evaluate_benchmarks
 
     benchmarks = [text for text in arguments if not _is_override(text)]
@@ -370,7 +383,7 @@ def serve(
     log: Annotated[Path, typer.Option(help="file for vLLM's log")] = Path("vllm.log"),
 ) -> None:
     """Serve rollouts for training runs with rollout.url; $MEGAFORK_API_KEY is the shared key."""
-    resolved = load_config(TrainConfig, config, overrides or [])
+    resolved = with_local_models(load_config(TrainConfig, config, overrides or []))
     from megafork.parallel.backend import has_cuda
     from megafork.rollout.engine import serve as serve_until_interrupted
 
@@ -426,6 +439,41 @@ def doctor(
     from megafork.cluster.doctor import report as report_on
 
     raise typer.Exit(report_on(python))
+
+
+data_files = typer.Typer(help="What data files hold.", no_args_is_help=True)
+app.add_typer(data_files, name="data")
+
+
+@data_files.callback()
+def _commands_of_data() -> None:
+    """What data files hold."""  # with one command alone, typer would need no word for it
+
+
+@data_files.command()
+def check(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            help="data files, as `megafork train` reads them, and settings of `megafork generate`",
+            metavar="FILE... [SECTION.KEY=VALUE]...",
+        ),
+    ],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="HF folder or owner/name, for lengths in tokens and the chat template"),
+    ] = None,
+    verifier: Annotated[
+        list[str] | None, typer.Option(help="as reward.verifier: are its columns there?")
+    ] = None,
+) -> None:
+    """What a data file holds: columns, lengths, a prompt, and every row that cannot be used."""
+    settings = [f"model.path={json.dumps(str(model or ''))}", *filter(_is_override, arguments)]
+    resolved = with_local_models(load_config(GenerateConfig, None, settings), weights=False)
+    from megafork.evaluation.data_report import check_data
+
+    files = [text for text in arguments if not _is_override(text)]
+    check_data(resolved, files, verifier or [], typer.echo)
 
 
 class Command(StrEnum):
@@ -487,8 +535,24 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _on_ranks(parallel: ParallelConfig, work: Callable[[], None], run_dir: str = "") -> None:
-    """Do `work` on this rank, or start the ranks of the layout, which come here again."""
+def _changed(named: Section, resolved: Section) -> list[str]:
+    """Return the settings that differ, so that ranks ask the hub for nothing again."""
+    before = dict(settings_of(named))
+    return [
+        f"{key}={json.dumps(value)}" for key, value in settings_of(resolved) if value != before[key]
+    ]
+
+
+def _on_ranks(
+    parallel: ParallelConfig,
+    work: Callable[[], None],
+    run_dir: str = "",
+    settings: Sequence[str] = (),
+) -> None:
+    """Do `work` on this rank, or start the ranks of the layout, which come here again.
+
+    settings: overrides for those ranks beside the command line's.
+    """
     if launch.under_torchrun():
         launch.end_with_launcher()
         launch.join_output()
@@ -496,5 +560,5 @@ def _on_ranks(parallel: ParallelConfig, work: Callable[[], None], run_dir: str =
         work()
     elif parallel.world_size == 1 and not launch.Machines.from_environment():
         work()
-    elif status := launch.launch_ranks(parallel, sys.argv[1:], run_dir):
+    elif status := launch.launch_ranks(parallel, [*sys.argv[1:], *settings], run_dir):
         raise typer.Exit(status)

@@ -155,7 +155,9 @@ def training(run: Annotated[Path, typer.Argument(help="folder of a run")], outpu
 @analyze.command()
 def temperatures(
     model: Annotated[Path, typer.Option(help="HF folder, a run, or one of its checkpoints")],
-    data: Annotated[str, typer.Option(help="problems, as `megafork eval` reads them")],
+    data: Annotated[
+        list[str], typer.Option(help="problems, as `megafork eval` reads them; may be repeated")
+    ],
     output: Output,
     overrides: Annotated[
         list[str] | None,
@@ -166,9 +168,11 @@ def temperatures(
     from megafork.analysis.temperatures import sweep_temperatures
     from megafork.config.load import load_config
     from megafork.config.rollouts import TemperaturesConfig
+    from megafork.model.hub import with_local_models
 
     settings = [f"model.path={json.dumps(str(model))}", *(overrides or [])]
-    sweep_temperatures(load_config(TemperaturesConfig, None, settings), data, output)
+    config = with_local_models(load_config(TemperaturesConfig, None, settings))
+    sweep_temperatures(config, data, output)
     _tell(output)
 
 

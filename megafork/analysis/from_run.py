@@ -23,7 +23,7 @@ def generate_settings(config: TrainConfig) -> list[str]:
     changed = _changed(config, GenerateConfig, "tokenizer", "data", "rollout")
     # A server that the run was given at rollout.url holds the trainer's weights.
     kept = [setting for setting in changed if not setting.startswith("rollout.url=")]
-    return [*kept, f"data.prompt_key={json.dumps(config.data.prompt_key)}", 'data.id_key=""']
+    return [*kept, 'data.id_key=""']
 
 
 def eval_settings(config: TrainConfig) -> list[str]:

@@ -77,8 +77,8 @@ class _Run:
     """(step, folder), sharded"""
     steps: list[int]
     """steps whose rollouts are taken"""
-    prompts: str
-    """data to generate responses to: held-out prompts where the run has some"""
+    data: list[str]
+    """Options that name the prompts to generate responses to: held-out ones where there are any"""
     table: list[dict[str, Any]]
     """rows of training.csv"""
     score_settings: list[str]
@@ -119,7 +119,7 @@ def analyze_run(asked: RunAnalysis) -> None:
     write_training(run.table, asked.run, folder)
     if asked.temperatures:
         _megafork(
-            *("analyze", "temperatures", "--model", run.final, "--data", run.prompts),
+            *("analyze", "temperatures", "--model", run.final, *run.data),
             *("--output", folder / "temperatures", f"sweep.threshold={tables.p80:.6g}"),
             *(*eval_settings(run.config), f"rollout.samples={asked.samples}"),
         )
@@ -178,13 +178,15 @@ def _checked(asked: RunAnalysis) -> _Run:
             f"{asked.run} has done {table[-1]['step']} of training.steps={config.training.steps}, "
             f"so {final} is not its last policy: end the run first (megafork train --resume)"
         )
+    prompts = config.data.eval or config.data.train
+    files = [prompts] if isinstance(prompts, str) else prompts
     return _Run(
         config,
         initial,
         final,
         checkpoints=_checkpoints(asked.run, table[-1]["step"]) if asked.all_checkpoints else [],
         steps=_steps(asked.run, asked.last_steps) if asked.responses == ROLLOUTS else [],
-        prompts=config.data.eval or config.data.train,
+        data=[text for name in files for text in ("--data", name)],
         table=table,
         score_settings=settings,
         vocab_size=shape.vocab_size,
@@ -214,7 +216,7 @@ def _responses(asked: RunAnalysis, run: _Run) -> Path:
     path = asked.output / "responses.jsonl"
     if asked.responses == GENERATE:
         _megafork(
-            *("generate", "--model", run.final, "--data", run.prompts),
+            *("generate", "--model", run.final, *run.data),
             *("--output", path, *generate_settings(run.config)),
             f"rollout.samples={asked.samples}",
         )

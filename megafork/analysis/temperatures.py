@@ -29,7 +29,7 @@ def pairs_of(config: TemperaturesConfig) -> list[TwoTemperatures]:
     return list(dict.fromkeys(pairs))
 
 
-def sweep_temperatures(config: TemperaturesConfig, data: str, output: Path) -> None:
+def sweep_temperatures(config: TemperaturesConfig, data: Sequence[str], output: Path) -> None:
     """Write OUTPUT/samples/, a jsonl for every pair of temperatures, and OUTPUT/temperatures.csv,
     .json and .png.
 
@@ -52,7 +52,7 @@ def sweep_temperatures(config: TemperaturesConfig, data: str, output: Path) -> N
     found = [(pair, judged_of(job.file, samples)) for pair, job in jobs.items()]
     about = {
         "model": str(given.source.folder),
-        "data": data,
+        "data": ", ".join(data),
         "threshold": config.sweep.threshold,
         "problems": len(prompts),
         "samples": samples,

@@ -54,12 +54,13 @@ def model_card(config: TrainConfig, evaluations: Sequence[Mapping[str, Any]]) ->
     evaluations: the rows of the run's eval.jsonl, first before training; none: no results.
     Of files on this machine it tells the name and not the folder, for cards are published.
     """
-    base, data = _hub_model(config.model.path), _HUB_DATA.match(config.data.train)
+    base = _hub_model(config.model.path)
+    of_hub = [_HUB_DATA.match(name) for name in _listed(config.data.train)]
     described = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base,
-        datasets=[data[1]] if data else None,
+        datasets=[name[1] for name in of_hub if name] or None,
         tags=["megafork", "reinforcement-learning", "rlvr"],
     )
     parts = [
@@ -109,13 +110,13 @@ def _introduction(config: TrainConfig, base: str | None) -> str:
     """The sentence that says what it is, and a table of what it was made from."""
     known = commit()
     version = f"megafork {megafork.__version__}" + (f" (commit {known})" if known else "")
-    held_out = [("held-out data", _code(_name(config.data.eval)))] if config.data.eval else []
+    held_out = [("held-out data", _names(config.data.eval))] if config.data.eval else []
     rows = [
         (
             "base model",
             f"[{base}](https://huggingface.co/{base})" if base else _code(_name(config.model.path)),
         ),
-        ("training data", _code(_name(config.data.train))),
+        ("training data", _names(config.data.train)),
         *held_out,
         ("verifier", ", ".join(map(_code, config.reward.verifiers))),
         (
@@ -182,6 +183,14 @@ def _hub_model(path: str) -> str | None:
     if cached := _HUB_CACHE.search(str(Path(path).absolute()) + "/"):
         return f"{cached[1]}/{cached[2]}"
     return path if _HUB_ID.fullmatch(path) and not Path(path).exists() else None
+
+
+def _listed(data: str | list[str]) -> list[str]:
+    return [data] if isinstance(data, str) else data
+
+
+def _names(data: str | list[str]) -> str:
+    return ", ".join(_code(_name(path)) for path in _listed(data))
 
 
 def _name(path: str) -> str:

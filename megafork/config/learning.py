@@ -21,7 +21,10 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: str = Field(description="HF folder of the policy (config.json and safetensors)")
+    path: str = Field(
+        description="HF folder of the policy (config.json and safetensors), or owner/name on the "
+        "hub"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="dtype of the trained weights and activations"
     )

@@ -32,11 +32,15 @@ _SWALLOWED = re.compile(
 class PromptConfig(Section):
     """Columns are looked up by their whole name first, then as a path through nested columns."""
 
-    prompt_key: str = Field(
-        "prompt", description="column with the prompt: text, or a list of {role, content} turns"
+    prompt_key: str | None = Field(
+        None,
+        description="column with the prompt: text, or a list of {role, content} turns; unset: "
+        "prompt, problem, question, or another known name (docs/data.md)",
     )
-    answer_key: str = Field(
-        "answer", description="column for the verifier, as answer or reward_model.ground_truth"
+    answer_key: str | None = Field(
+        None,
+        description="column for the verifier, as answer or reward_model.ground_truth; unset: "
+        "the one of a known name (docs/data.md); empty: none",
     )
     template: str | None = Field(
         None,
@@ -49,7 +53,10 @@ class PromptConfig(Section):
     enable_thinking: bool | None = Field(
         None, description="handed to a chat template that knows it (Qwen3); unset: its own default"
     )
-    max_prompt_tokens: Positive = Field(1024, description="longer prompts are an error")
+    max_prompt_tokens: Positive = Field(1024, description="a prompt's tokens at most")
+    too_long: Literal["error", "drop"] = Field(
+        "error", description="rows with longer prompts: an error, or left out and counted"
+    )
     reader: str | None = Field(
         None,
         description="MODULE:FUNCTION that gives a file's rows as dicts, (path) -> rows; unset: by "
@@ -82,7 +89,7 @@ class PromptConfig(Section):
 
     def check(self, *, needs_answers: bool) -> None:
         """Raise UserError for settings that contradict each other or lack needed answers."""
-        if needs_answers and not self.answer_key:
+        if needs_answers and self.answer_key == "":
             raise UserError("data.answer_key is empty, but the verifier needs answers: name it")
         if self.enable_thinking is not None and not self.chat_template:
             raise UserError(
@@ -92,13 +99,15 @@ class PromptConfig(Section):
 
 
 class DataConfig(PromptConfig):
-    """`megafork train`. A file is .jsonl or .parquet, a folder of datasets' save_to_disk, or
-    hf:owner/name[:split]."""
+    """`megafork train`. docs/data.md tells the kinds of files."""
 
-    train: str = Field(
-        description="rows to train on: .jsonl, .parquet, a save_to_disk folder, hf:owner/name:split"
+    train: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="rows to train on: .jsonl, .json, .csv, .tsv (or these as .gz), .parquet, a "
+        "save_to_disk folder, hf:owner/name:split, a pattern such as data/*.parquet, or a list"
     )
-    eval: str | None = Field(None, description="held-out rows, same columns")
+    eval: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="held-out rows, in the same forms"
+    )
     seed: int = Field(0, description="seed of the order of the prompts, new in every epoch")
     allow_changed: bool = Field(
         False, description="go on with a run although its rows or data.seed are not what they were"
@@ -108,11 +117,10 @@ class DataConfig(PromptConfig):
 class BenchmarkConfig(PromptConfig):
     """`megafork generate | eval`."""
 
-    prompt_key: str = Field(
-        "problem", description="column with the problem: text, or a list of {role, content} turns"
-    )
-    id_key: str = Field(
-        "id", description="column that tells the problems apart; empty: the number of the row"
+    id_key: str | None = Field(
+        None,
+        description="column that tells the problems apart; empty: the number of the row; unset: "
+        "id or another known name (docs/data.md), or the number",
     )
 
 
@@ -326,7 +334,10 @@ class EvalConfig(Section):
 
 
 class ServedModelConfig(Section):
-    path: str = Field(description="HF folder, a run's folder, or a run's checkpoints/step_000010")
+    path: str = Field(
+        description="HF folder, owner/name on the hub, a run's folder, or a run's "
+        "checkpoints/step_000010"
+    )
 
 
 class GenerationConfig(ServerConfig):

@@ -143,7 +143,8 @@ async def _administer(link: Link, servers: LocalServers, asked: Header) -> None:
 async def _answer(link: Link, judge: Judge, question: Header, complaints: list[str]) -> None:
     answer: Header = {"kind": "verdict", "number": question["number"]}
     try:
-        verdict = await judge(question["prompt"], question["response"], question["answer"])
+        asked = question["prompt"], question["response"], question["answer"]
+        verdict = await judge(*asked, question.get("columns", {}))
         answer |= {"reward": verdict.reward, "accuracy": verdict.accuracy}
         answer["failure"] = verdict.failure
     except UserError as error:

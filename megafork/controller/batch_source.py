@@ -26,6 +26,7 @@ from megafork.rollout.judging import Judging
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.step_journals import StepJournals
 from megafork.rollout.tally import Tally
+from megafork.verifiers.names import columns_of
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Inputs:
             max_tokens=config.rollout.max_response_tokens,
             stop_token_ids=stop_token_ids(shape, tokenizer),
         )
-        rows, held_out = read_both(config.data)
-        prompts = encode_rows(rows, config.data, tokenizer.encode_prompt)
-        found = encode_rows(held_out, config.data, tokenizer.encode_prompt)
+        rows, held_out = read_both(config.data, columns_of(config.reward.verifiers))
+        rows, prompts = encode_rows(rows, config.data, tokenizer.encode_prompt)
+        held_out, found = encode_rows(held_out, config.data, tokenizer.encode_prompt)
         data = identity(config.data, rows, held_out)
         return cls(tokenizer, sampling, prompts, found[: config.eval.prompts], data)
 

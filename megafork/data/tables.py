@@ -1,50 +1,61 @@
-"""Rows of a data file: jsonl, parquet, a folder of datasets' save_to_disk, or a hub's data set."""
+"""Rows of a data file: text, parquet, a folder of datasets' save_to_disk, or a hub's data set."""
 
 from __future__ import annotations
 
+import glob
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 
+from megafork.data.columns import Wanted
+from megafork.data.text_files import KINDS, Number, Table, kind_of, read_text_table
 from megafork.errors import UserError
-from megafork.system.parsing import parse_json
 from megafork.system.plugins import load_plugin
 
 HUB = "hf:"
 _BATCH_ROWS = 1024
-_KINDS = ".jsonl, .parquet, a folder that datasets' save_to_disk wrote, or hf:owner/name[:split]"
-
-Table = Iterator[tuple[str, Any]]
-"""(where, row): the place for messages, and the row, which jsonl does not promise to be a dict"""
+_LFS = b"version https://git-lfs"
 
 
-class Number(str):
-    """A number's text: as it stands in a jsonl, or the shortest decimal of a table's type.
+def files_of(given: str | Path | Sequence[str]) -> list[str]:
+    """Return the files that a path, a pattern with * or ?, or a list of these names, in the order
+    of the list, those of a pattern by name. Raises UserError for a pattern that fits none."""
+    names = [str(given)] if isinstance(given, str | Path) else list(given)
+    files: list[str] = []
+    for name in names:
+        if name.startswith(HUB) or Path(name).exists() or not glob.has_magic(name):
+            files.append(name)
+            continue
+        found = sorted(glob.glob(name, recursive=True))
+        if not found:
+            raise UserError(f"no file fits the pattern {name}: give {KINDS}, or a list of these")
+        files += found
+    return files
 
-    As a float 0.00005 would become 5e-05, and of twenty digits four would be lost.
-    """
 
-
-def read_table(path: str | Path, columns: Sequence[str]) -> Table:
-    """Yield the rows in order, with at least those of `columns` (dotted: nested ones) that there
-    are.
+def read_table(path: str | Path, wanted: Wanted) -> Table:
+    """Yield the rows in order, with at least the columns that are wanted.
 
     Raises UserError, naming the file and row, for what cannot be read.
     """
     name = str(path)
     if name.startswith(HUB):
-        return _from_hub(name, columns)
+        return _from_hub(name, wanted)
     path = Path(path)
     if path.is_dir():
-        return _from_folder(path, columns)
+        return _from_folder(path, wanted)
     if not path.is_file():
-        raise UserError(f"data file {path} does not exist: give {_KINDS}")
-    if path.suffix == ".parquet":
-        return _from_parquet(path, columns)
-    return read_jsonl(path)
+        raise UserError(f"data file {path} does not exist: give {KINDS}")
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise UserError(
+                f"{path} is only git's pointer to a large file: fetch that with git lfs pull"
+            )
+    return _from_parquet(path, wanted) if kind_of(path) == ".parquet" else read_text_table(path)
 
 
 def read_with(reader: str, path: str | Path) -> Table:
@@ -76,57 +87,26 @@ def _with_number_texts(value: Any) -> Any:
 
 def stem_of(path: str | Path) -> str:
     """A data file's short name: aime_2024 of data/aime_2024.jsonl, math-500-test of
-    hf:owner/math-500:test."""
+    hf:owner/math-500:test, test of data/test-*.parquet."""
     name = str(path)
     if name.startswith(HUB):
         return name.removeprefix(HUB).split("/", 1)[-1].replace("/", "-").replace(":", "-")
     found = Path(path)
-    return found.stem if found.suffix in (".jsonl", ".json", ".parquet") else found.absolute().name
+    if glob.has_magic(name) and not found.exists():
+        plain = re.sub(r"[*?\[\]]+", "", found.name.partition(".")[0]).strip("-_")
+        return plain or found.absolute().parent.name
+    if kind_of(found) in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
+        return Path(found.stem).stem if found.suffix == ".gz" else found.stem
+    return found.absolute().name
 
 
-def look_up(row: dict[str, Any], key: str) -> Any:
-    """Return row[key], or the nested value that a dotted key leads to. Raises KeyError."""
-    if key in row:
-        return row[key]
-    value: Any = row
-    for part in key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            raise KeyError(key)
-        value = value[part]
-    return value
-
-
-def read_jsonl(
-    path: Path, *, number: Callable[[str], Any] | None = Number, kinds: str = _KINDS
-) -> Table:
-    """Yield the rows of the lines that are not blank.
-
-    number: see `parse_json`. kinds: what can be given in place of this file. Raises UserError,
-    naming the file and line, for what is not UTF-8 or not JSON.
-    """
-    with path.open(encoding="utf-8", errors="strict") as lines:
-        try:
-            for count, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _parsed(line, f"{path}, line {count}", number)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8: {error}: give {kinds}") from None
-
-
-def _parsed(line: str, where: str, number: Callable[[str], Any] | None) -> tuple[str, Any]:
-    try:
-        return where, parse_json(line, number)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
-
-
-def _from_parquet(path: Path, columns: Sequence[str]) -> Table:
+def _from_parquet(path: Path, wanted: Wanted) -> Table:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            kept = _present(columns, file.schema_arrow.names)
+            kept = wanted.of(file.schema_arrow.names)
             number = 0
             for batch in file.iter_batches(_BATCH_ROWS, columns=kept):
                 for row in _rows_of_batch(batch):
@@ -136,20 +116,23 @@ def _from_parquet(path: Path, columns: Sequence[str]) -> Table:
         raise UserError(f"{path} cannot be read as parquet ({error}): copy it again") from None
 
 
-def _from_folder(path: Path, columns: Sequence[str]) -> Table:
+def _from_folder(path: Path, wanted: Wanted) -> Table:
     import datasets
 
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # datasets and pyarrow raise what they like
-        raise UserError(f"{path} is no folder of datasets' save_to_disk ({error})") from None
+        raise UserError(
+            f"{path} is no folder of datasets' save_to_disk ({error}): of a folder of other files "
+            f"name these, as in {path / '*.parquet'}"
+        ) from None
     if isinstance(found, datasets.DatasetDict):
         splits = ", ".join(str(path / split) for split in found)
         raise UserError(f"{path} holds several splits: name one of {splits}")
-    return _rows_of(str(path), found, columns)
+    return _rows_of(str(path), found, wanted)
 
 
-def _from_hub(name: str, columns: Sequence[str]) -> Table:
+def _from_hub(name: str, wanted: Wanted) -> Table:
     """Yield the rows of hf:owner/name[/config][:split], which `datasets` takes from its cache or
     from the network."""
     repository, _, split = name.removeprefix(HUB).partition(":")
@@ -176,11 +159,11 @@ def _from_hub(name: str, columns: Sequence[str]) -> Table:
                 f"{', '.join(f'{HUB}{repository}:{split}' for split in found)}"
             )
         found = next(iter(found.values()))
-    return _rows_of(name, found, columns)
+    return _rows_of(name, found, wanted)
 
 
-def _rows_of(name: str, found: Any, columns: Sequence[str]) -> Table:
-    rows = found.select_columns(_present(columns, found.column_names)).with_format("arrow")
+def _rows_of(name: str, found: Any, wanted: Wanted) -> Table:
+    rows = found.select_columns(wanted.of(found.column_names)).with_format("arrow")
     batches = map(_rows_of_batch, rows.iter(_BATCH_ROWS))
     numbered = enumerate(itertools.chain.from_iterable(batches), 1)
     return ((f"{name}, row {number}", row) for number, row in numbered)
@@ -215,11 +198,3 @@ def _text_of_float(value: Any) -> Number:
     if not numpy.isfinite(value):
         return Number({"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)])
     return Number(numpy.format_float_positional(value, trim="0"))
-
-
-def _present(columns: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return the top-level columns to read; all where none fits, so that a message can name
-    them."""
-    wanted = {key if key in names else key.split(".")[0] for key in columns}
-    kept = [name for name in names if name in wanted]
-    return kept if len(kept) == len(wanted) else list(names)

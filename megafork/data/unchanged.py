@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megafork.config.rollouts import DataConfig
-from megafork.data.prompts import Row
+from megafork.data.row_reader import Row
 from megafork.errors import UserError
 from megafork.system.parsing import parse_json
 

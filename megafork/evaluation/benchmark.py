@@ -20,6 +20,7 @@ from megafork.config import EvaluateConfig
 from megafork.data.prompts import Prompt
 from megafork.data.sample import Sample
 from megafork.data.tables import stem_of
+from megafork.data.text_files import KINDS
 from megafork.errors import UserError
 from megafork.evaluation import estimates
 from megafork.evaluation.generation import (
@@ -88,7 +89,7 @@ def evaluate(config: EvaluateConfig, benchmarks: Sequence[str], output: Path) ->
 def _files_of(benchmarks: Sequence[str], output: Path) -> dict[str, str]:
     """Benchmarks by the name that their results get."""
     if not benchmarks:
-        raise UserError("name a benchmark: a .jsonl or .parquet file, a folder, or hf:owner/name")
+        raise UserError(f"name a benchmark: {KINDS}")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: give a folder for the results")
     files: dict[str, str] = {}
@@ -134,7 +135,7 @@ def run_judged(
         judge.tell = functools.partial(Console().print, markup=False, highlight=False)
         for job in jobs:
             if job.file.is_complete:
-                _judge_again(judge, job.file)
+                _judge_again(judge, job)
         run_jobs(given, jobs, _rows_by(judge, config, given), log_path=log_path)
         for job in jobs:
             try:
@@ -146,15 +147,17 @@ def run_judged(
                 ) from None
 
 
-def _judge_again(judge: Judge, file: SampleFile) -> None:
+def _judge_again(judge: Judge, job: Job) -> None:
     """Judge the rows without a verdict, where an evaluation ended because there were too many."""
+    file = job.file
     if not judge.has_failed(_failures_of(file)):
         return
+    columns = {prompt.id: prompt.columns for prompt in job.prompts}
 
     async def judged(row: dict[str, Any]) -> dict[str, Any]:
         if row["failure"] is None:
             return row
-        verdict = await judge(row["prompt"], row["response"], row["answer"])
+        verdict = await judge(row["prompt"], row["response"], row["answer"], columns[row["id"]])
         return row | asdict(verdict)
 
     async def all_of(rows: Rows) -> Rows:
@@ -176,7 +179,7 @@ def _rows_by(judge: Judge, config: EvaluateConfig, given: Input) -> MakeRows:
     async def make_rows(prompt: Prompt, samples: list[Sample]) -> Rows:
         rows = [row_of(prompt, i, c, given.tokenizer) for i, c in enumerate(samples)]
         verdicts = await asyncio.gather(
-            *(judge(prompt.text, row["response"], prompt.answer) for row in rows)
+            *(judge(prompt.text, row["response"], prompt.answer, prompt.columns) for row in rows)
         )
         how = config.metrics.extract
         for row, verdict, sample in zip(rows, verdicts, samples, strict=True):

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megafork.config import EvaluateConfig, GenerateConfig, GenerationConfig
-from megafork.data.prompts import Prompt, lines_of, read_prompts, read_rows
+from megafork.data.columns import NO_FURTHER, Further
+from megafork.data.prompts import Data, Prompt, lines_of, read_prompts, read_rows
 from megafork.data.sample import Sample
 from megafork.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from megafork.errors import Interrupted, UserError
@@ -32,7 +34,7 @@ from megafork.rollout.placement import NodeDevices
 from megafork.rollout.sampling import Sampling
 from megafork.rollout.vllm_server import log_paths
 from megafork.system.signals import Interruption
-from megafork.verifiers.names import check_answers
+from megafork.verifiers.names import check_answers, columns_of
 
 Rows = list[dict[str, Any]]
 MakeRows = Callable[[Prompt, list[Sample]], Awaitable[Rows]]
@@ -64,11 +66,13 @@ class Input:
             self.config, chat_template=data.chat_template, enable_thinking=data.enable_thinking
         )
 
-    def prompts(self, path: str) -> list[Prompt]:
-        data = self.config.data
-        prompts = read_prompts(path, data, self.tokenizer.encode_prompt, data.id_key)
+    def prompts(self, path: Data) -> list[Prompt]:
+        """Read the prompts of a file, or of several as one, and print the first."""
+        data, encode = self.config.data, self.tokenizer.encode_prompt
+        prompts = read_prompts(path, data, encode, data.id_key, _columns_of(self.config), _note)
         lines = lines_of(prompts[0], self.tokenizer)
-        print("\n".join([f"first prompt of {path}:", *lines]), flush=True)
+        name = path if isinstance(path, str | Path) else ", ".join(path)
+        print("\n".join([f"first prompt of {name}:", *lines]), flush=True)
         return prompts
 
     def sampling(self) -> Sampling:
@@ -106,7 +110,18 @@ class Input:
         }
 
 
-def check_input(config: GenerateConfig, files: Iterable[str]) -> Input:
+def _columns_of(config: GenerateConfig) -> Further:
+    """Return the columns that the verifiers take, where there are any."""
+    if isinstance(config, EvaluateConfig):
+        return columns_of(config.reward.verifiers)
+    return NO_FURTHER
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def check_input(config: GenerateConfig, files: Iterable[Data]) -> Input:
     """Raises UserError for what can be known to fail before a tokenizer or server is loaded."""
     source = find_model(config.model.path)
     shape = source.shape()
@@ -123,7 +138,7 @@ def check_input(config: GenerateConfig, files: Iterable[str]) -> Input:
     end = check_tokenizer(config, shape.vocab_size, chat_template=config.data.chat_template)
     check_ends(config, shape, end)
     for file in files:
-        rows = read_rows(file, config.data, config.data.id_key)
+        rows = read_rows(file, config.data, config.data.id_key, _columns_of(config))
         if isinstance(config, EvaluateConfig):
             check_answers(rows, config.reward)
     source.check_weights()
@@ -138,7 +153,7 @@ def digest(prompts: Sequence[Prompt]) -> Settings:
     return {PROMPTS: found.hexdigest()}
 
 
-def generate_file(config: GenerateConfig, data: str, output: Path) -> None:
+def generate_file(config: GenerateConfig, data: Data, output: Path) -> None:
     """Write `output`: {id, sample, prompt, prompt_ids, response, response_ids, rollout_logprobs,
     finish_reason, answer} for every response, in the prompts' order.
 

@@ -19,6 +19,8 @@ Settings = dict[str, Any]
 SETTINGS = ".settings.json"
 PROMPTS = "prompts"
 """The setting that tells the file's prompts from others"""
+_READING = {f"data.{key}" for key in ("prompt_key", "answer_key", "id_key", "too_long", "reader")}
+"""Settings of how prompts were found: what was found is in PROMPTS"""
 
 
 class _Line(msgspec.Struct):
@@ -167,7 +169,7 @@ def check_same(before: Settings, now: Settings, what: str) -> None:
 
     Prompts are compared where both have them.
     """
-    names = {*before, *now}
+    names = {*before, *now} - _READING
     if PROMPTS not in before or PROMPTS not in now:
         names -= {PROMPTS}
     other = [name for name in sorted(names) if before.get(name) != now.get(name)]

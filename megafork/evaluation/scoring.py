@@ -15,7 +15,7 @@ import torch
 
 from megafork.config import ScoreConfig
 from megafork.data.sample import Group, Sample
-from megafork.data.tables import read_jsonl
+from megafork.data.text_files import read_jsonl
 from megafork.data.token_table import token_table
 from megafork.data.tokenizer import Tokenizer, load_tokenizer
 from megafork.errors import UserError

@@ -13,6 +13,7 @@ import typer
 from megafork.config import TrainConfig
 from megafork.config.load import load_config
 from megafork.errors import UserError
+from megafork.model.hub import with_local_models
 from megafork.model.shape import ModelShape
 from megafork.plan.nodes import Nodes, NodeType, named_shape, node_type
 from megafork.trainer.preflight import check_length
@@ -54,6 +55,8 @@ def plan(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     config = _config(list(arguments or []), model)
     _check_nodes(nodes, serve_nodes, colocated=config.rollout.placement == "colocated")
+    if not model:
+        config = with_local_models(config, weights=False)
     shape = named_shape(model or config.model.path, setting="--model" if model else "model.path")
     check_length(config, shape)
     kind = node_type(node)

@@ -6,7 +6,7 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from megafork.answers.places import BOXED, gold_answer
 from megafork.config import TrainConfig
 from megafork.config.load import load_config, settings_of
 from megafork.config.settings import known_settings
+from megafork.data.columns import ANSWERS, PROMPTS, Wanted, choose, look_up
 from megafork.data.prompts import read_prompts
-from megafork.data.tables import HUB, look_up, read_table
+from megafork.data.row_reader import turns_in
+from megafork.data.tables import HUB, files_of, read_table
 from megafork.data.tokenizer import load_tokenizer
 from megafork.errors import UserError
 from megafork.model.hf_config import read_json
@@ -26,12 +28,6 @@ from megafork.trainer.preflight import check_train
 from megafork.verifiers.names import load_verifier
 
 NAME = "config.toml"
-_PROMPTS = ("prompt", "problem", "question", "messages", "query", "instruction", "input")
-_ANSWERS = (
-    *("answer", "reward_model.ground_truth", "ground_truth", "solution", "final_answer"),
-    *("expected_answer", "target", "output", "label"),
-)
-"""Columns of published data sets, the likeliest first; dotted ones are nested"""
 _LOOKED_AT = 200
 """Rows from whose answers the verifier is guessed"""
 _MATHS = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
@@ -83,8 +79,8 @@ def _of_files(folder: Path, model: Path, data: str, overrides: Sequence[str]) ->
     is_float32 = _dtype(model) == "float32"
     train = data if data.startswith(HUB) else str(Path(data).absolute())
     row = _rows(data, 1)[0]
-    prompt = _column(row, _PROMPTS, "data.prompt_key", "prompt", data, overrides)
-    answer = _column(row, _ANSWERS, "data.answer_key", "answer", data, overrides)
+    prompt = _column(row, PROMPTS, "data.prompt_key", data, overrides)
+    answer = _column(row, ANSWERS, "data.answer_key", data, overrides)
     return {
         "run.dir": (str((folder / "run").absolute()), "checkpoints, metrics and report go here"),
         "model.path": (str(model.absolute()), "config.json, tokenizer and safetensors"),
@@ -105,7 +101,8 @@ def _dtype(model: Path) -> Any:
 def _rows(data: str, number: int) -> list[dict[str, Any]]:
     """Return the first rows with all of their columns."""
     try:
-        rows = [row for _, row in itertools.islice(read_table(data, ["*"]), number)]
+        tables = (read_table(path, Wanted((), everything=True)) for path in files_of(data))
+        rows = [row for _, row in itertools.islice(itertools.chain.from_iterable(tables), number)]
     except OSError as error:
         raise UserError(f"--data {data} cannot be read: {error}") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
@@ -114,35 +111,26 @@ def _rows(data: str, number: int) -> list[dict[str, Any]]:
 
 
 def _column(
-    row: Mapping[str, Any],
-    names: Sequence[str],
+    row: dict[str, Any],
+    names: Sequence[Sequence[str]],
     key: str,
-    what: str,
     data: str,
     overrides: Sequence[str],
 ) -> str:
-    """Return the first of `names` that the row has; what an override says comes before."""
+    """Return the one of `names` that the row has; what an override says comes before."""
     for override in overrides:
         if override.startswith(f"{key}="):
             return override.partition("=")[2]
-    for name in names:
-        try:
-            look_up(dict(row), name)
-        except KeyError:
-            continue
-        return name
-    raise UserError(
-        f"--data {data} has the columns {', '.join(map(repr, row))}, of which none is known to "
-        f"hold the {what} ({', '.join(names)}): name it, {key}=COLUMN behind the command"
-    )
+    return choose(row, names, key, f"--data {data}")
 
 
 def _of_rows(data: str, verifier: str | None, found: Found, overrides: Sequence[str]) -> Found:
     """Return verifier, template and chat template, by the rows and the tokenizer."""
     config = _config(found, overrides)
     rows = _rows(data, _LOOKED_AT)
-    prompts = [_value(row, config.data.prompt_key) for row in rows]
-    answers = [str(_value(row, config.data.answer_key)) for row in rows]
+    prompt_key, answer_key = (found[f"data.{name}_key"][0] for name in ("prompt", "answer"))
+    prompts = [_value(row, prompt_key) for row in rows]
+    answers = [str(_value(row, answer_key)) for row in rows]
     of_rows: Found = {
         "reward.verifier": (verifier, "as given") if verifier else _guess(prompts, answers)
     }
@@ -162,9 +150,10 @@ def _of_rows(data: str, verifier: str | None, found: Found, overrides: Sequence[
 
 def _value(row: dict[str, Any], key: str) -> Any:
     try:
-        return look_up(row, key)
+        value = look_up(row, key)
     except KeyError:  # the check of the rows tells it
         return ""
+    return turns_in(value) if isinstance(value, str) else value
 
 
 def _guess(prompts: Sequence[Any], answers: Sequence[str]) -> tuple[str, str]:

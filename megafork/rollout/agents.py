@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,8 +96,13 @@ class RemoteVerifiers:
         self.node, self.workers = agent.host, agent.workers
         self._agent, self._judge = agent, judge
 
-    async def __call__(self, prompt: str, response: str, answer: str) -> Verdict:
-        question = {"kind": "judge", "prompt": prompt, "response": response, "answer": answer}
+    async def __call__(
+        self, prompt: str, response: str, answer: str, columns: Mapping[str, Any]
+    ) -> Verdict:
+        question: Header = {"kind": "judge"}
+        question |= {"prompt": prompt, "response": response, "answer": answer}
+        if columns:
+            question["columns"] = dict(columns)
         found = await self._agent.ask(question)
         for kind, cause in found["causes"].items():
             self._judge.causes.setdefault(kind, f"{cause} (on {self.node})")

@@ -6,10 +6,10 @@ Tokens become text here (1 us of CPU a token), so that other nodes need no token
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,7 +27,9 @@ class Verifiers(Protocol):
     workers: int
     """Responses that it judges at once"""
 
-    async def __call__(self, prompt: str, response: str, answer: str) -> Verdict:
+    async def __call__(
+        self, prompt: str, response: str, answer: str, columns: Mapping[str, Any]
+    ) -> Verdict:
         """Judge a response as `Judge` does. Raises NodeLost."""
 
 
@@ -53,7 +55,7 @@ class Judging:
             node = min(self._busy, key=lambda n: (self._busy[n] + 1) / n.workers)
             self._busy[node] += 1
             try:
-                return await node(prompt.text, text, prompt.answer)
+                return await node(prompt.text, text, prompt.answer, prompt.columns)
             except NodeLost:
                 self._busy.pop(node, None)
             finally:

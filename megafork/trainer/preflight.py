@@ -11,8 +11,9 @@ from pathlib import Path
 from megafork.cluster.launch import tells, under_torchrun
 from megafork.config import ScoreConfig, TrainConfig
 from megafork.config.learning import ADVANTAGES, OBJECTIVES, SELECTIONS
-from megafork.data.prompts import read_both
-from megafork.data.tokenizer import check_tokenizer
+from megafork.data.prompts import encode_rows, read_both
+from megafork.data.row_reader import Row
+from megafork.data.tokenizer import check_tokenizer, load_tokenizer
 from megafork.data.unchanged import check_unchanged, identity
 from megafork.errors import UserError
 from megafork.metrics.writers import load_writers
@@ -24,7 +25,7 @@ from megafork.system.disk import refuse_links
 from megafork.system.lock import refuse_held
 from megafork.system.plugins import load_plugin
 from megafork.trainer.run_dir import refuse_other_run, refuse_unwritable
-from megafork.verifiers.names import check_answers, check_verifiers
+from megafork.verifiers.names import check_answers, check_verifiers, columns_of
 
 _TRUNCATING = {"top_k": (None, 0, -1), "top_p": (None, 1, 1.0), "min_p": (None, 0, 0.0)}
 
@@ -49,17 +50,40 @@ def check_train(config: TrainConfig, *, resume: bool = False) -> None:
         check_critic(config, shape)
     check_length(config, shape)
     end = check_tokenizer(config, shape.vocab_size, chat_template=config.data.chat_template)
-    rows = read_both(config.data)
+    check_verifiers(config.reward.verifiers)
+    rows = read_both(config.data, columns_of(config.reward.verifiers))
     for part in rows:
         check_answers(part, config.reward)
-    if resume:
-        check_unchanged(Path(config.run.dir), config.data, identity(config.data, *rows))
-    check_verifiers(config.reward.verifiers)
     check_plugins(config)
     check_server(config.rollout)
     check_ends(config, shape, end, tell=tells())
     if tells():
         _tell_ignored_sampling(Path(config.model.path))
+        kept = _check_lengths(config, rows)
+        if resume:
+            check_unchanged(run_dir, config.data, identity(config.data, *kept))
+
+
+def _check_lengths(
+    config: TrainConfig, rows: tuple[list[Row], list[Row]]
+) -> tuple[list[Row], list[Row]]:
+    """Return the rows to train on and the held-out ones that are not left out for their length.
+
+    Raises UserError for a prompt that is too long, unless such rows are to be left out.
+    """
+    data = config.data
+    tokenizer = load_tokenizer(
+        config, chat_template=data.chat_template, enable_thinking=data.enable_thinking
+    )
+    train, held_out = rows
+    return (
+        encode_rows(train, data, tokenizer.encode_prompt, _note)[0],
+        encode_rows(held_out, data, tokenizer.encode_prompt, _note)[0],
+    )
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def check_plugins(config: TrainConfig) -> None:
@@ -154,8 +178,7 @@ def _tell_ignored_sampling(folder: Path) -> None:
     raw = read_json(path)
     found = [f"{k}={raw[k]}" for k, neutral in _TRUNCATING.items() if raw.get(k) not in neutral]
     if found:
-        print(
+        _note(
             f"note: {path} sets {', '.join(found)}; rollouts ignore it and sample the whole "
-            "distribution at rollout.temperature",
-            file=sys.stderr,
+            "distribution at rollout.temperature"
         )

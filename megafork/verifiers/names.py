@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from megafork.data.columns import NO_FURTHER, Further
 from megafork.errors import UserError
 from megafork.system.plugins import load_plugin
+from megafork.verifiers.signature import Signature
 
 if TYPE_CHECKING:
     from megafork.config import RewardConfig
-    from megafork.data.prompts import Row
+    from megafork.data.row_reader import Row
 
-Verifier = Callable[[str, str, str], float]
-"""(prompt, response, answer) -> reward, 1.0 for a right response as a rule"""
+Verifier = Callable[..., Any]
+"""(prompt, response, answer, **columns) -> reward, 1.0 for a right response as a rule; or TRL's
+(signature.py)"""
 
 NAMES = {
     "maths": "megafork.verifiers.maths:verify",
@@ -28,9 +31,31 @@ FINDERS = ("maths", "exact")
 
 
 def check_verifiers(names: Iterable[str]) -> None:
-    """Raise UserError for the first name that `load_verifier` does not find."""
+    """Raise UserError for the first name that `load_verifier` does not find, or that names what
+    cannot be called."""
     for name in names:
-        load_verifier(name)
+        signature_of(load_verifier(name), name)
+
+
+def columns_of(names: Iterable[str]) -> Further:
+    """Return the columns that verifiers take beside prompt, response and answer.
+
+    Built-in ones take none, and are not imported. Raises UserError as `check_verifiers`.
+    """
+    found = NO_FURTHER
+    for name in names:
+        if not _is_built_in(name):
+            found |= signature_of(load_verifier(name), name).further
+    return found
+
+
+def signature_of(function: Verifier, name: str) -> Signature:
+    """Return how a verifier is called. Raises UserError where it cannot be."""
+    return Signature() if _is_built_in(name) else Signature.of(function, name)
+
+
+def _is_built_in(name: str) -> bool:
+    return name in NAMES or name.startswith("reasoning-gym:")
 
 
 def check_answers(rows: Iterable[Row], reward: RewardConfig) -> None:

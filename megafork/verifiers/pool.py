@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -32,6 +32,7 @@ from megafork.errors import UserError
 
 Failure = Literal["timeout", "memory", "death", "error"]
 """Too long, too much memory, the end of its process, an exception"""
+NO_COLUMNS: Mapping[str, Any] = {}
 _STARTUP_S = 300.0
 _STARTS = 3
 """How often a worker that ends while it starts, without a word, is tried"""
@@ -77,7 +78,7 @@ class WorkerPool:
         self._names, self._timeout_s, self._memory_mib = list(names), timeout_s, memory_mib
         self._places = None if places is None else list(places)
         self._environment = list(environment)
-        self._tasks: SimpleQueue[tuple[Future[Outcome], list[str]] | None] = SimpleQueue()
+        self._tasks: SimpleQueue[tuple[Future[Outcome], list[Any]] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._running: set[_Worker] = set()
         self._closed = False
@@ -89,8 +90,10 @@ class WorkerPool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, prompt: str, response: str, answer: str) -> Future[Outcome]:
-        """Queue a response, from any thread.
+    def submit(
+        self, prompt: str, response: str, answer: str, columns: Mapping[str, Any] = NO_COLUMNS
+    ) -> Future[Outcome]:
+        """Queue a response, from any thread. columns: further ones of its row, as JSON holds them.
 
         The deadline runs from when a worker has it; until then it can be cancelled at no cost. The
         future raises UserError for what the user must mend.
@@ -98,7 +101,7 @@ class WorkerPool:
         if self._closed:
             raise RuntimeError("the pool is closed")
         future: Future[Outcome] = Future()
-        self._tasks.put((future, [prompt, response, answer]))
+        self._tasks.put((future, [prompt, response, answer, dict(columns)]))
         return future
 
     def close(self) -> None:
@@ -221,7 +224,7 @@ class _Worker:
                 start_new_session=True,  # and a process group, with what it starts itself
             )
 
-    def ask(self, message: list[str], timeout_s: float) -> Outcome:
+    def ask(self, message: list[Any], timeout_s: float) -> Outcome:
         """Raises UserError when the verifier does."""
         try:
             said = self.exchange(message, timeout_s)
@@ -262,7 +265,7 @@ class _Worker:
         how = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self._process.pid, how) is not None
 
-    def exchange(self, message: list[str] | None, timeout_s: float) -> dict[str, Any] | None:
+    def exchange(self, message: list[Any] | None, timeout_s: float) -> dict[str, Any] | None:
         """Return the answer to `message`; None: it died, or is to be ended, as it said anything
         else.
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from megafork.answers.places import BOXED, Search
 from megafork.config import RewardConfig
 from megafork.errors import UserError
-from megafork.verifiers.pool import Failure, WorkerPool
+from megafork.verifiers.pool import NO_COLUMNS, Failure, WorkerPool
 
 _MOST_WORKERS = 32
 
@@ -54,15 +54,17 @@ class Judge:
         )
         self._search = Search(config.places or BOXED) if config.verifiers[0] == "maths" else None
 
-    async def __call__(self, prompt: str, response: str, answer: str) -> Verdict:
+    async def __call__(
+        self, prompt: str, response: str, answer: str, columns: Mapping[str, Any] = NO_COLUMNS
+    ) -> Verdict:
         """Judge one response. Raises UserError when the verifier says that the data is wrong, or
-        cannot be started.
+        cannot be started. columns: as in `WorkerPool.submit`.
 
         A reward that is not finite goes through: the update that it would spoil is skipped.
         """
         if self._search is not None and (complaint := self._search.look(response)) is not None:
             self.tell(complaint)
-        outcome = await asyncio.wrap_future(self._pool.submit(prompt, response, answer))
+        outcome = await asyncio.wrap_future(self._pool.submit(prompt, response, answer, columns))
         if outcome.failure is not None:
             self.causes.setdefault(
                 outcome.failure,

@@ -11,14 +11,16 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 from megafork.errors import UserError
 from megafork.system.child_process import die_with_parent
-from megafork.verifiers.names import Verifier, load_verifier
+from megafork.verifiers.names import Verifier, load_verifier, signature_of
+from megafork.verifiers.signature import Signature
 
 _LONGEST_CAUSE = 2000
+_Called = tuple[Verifier, Signature]
 
 
 def main(
@@ -29,12 +31,12 @@ def main(
     with socket.socket(fileno=fd) as connection:
         os.set_inheritable(fd, False)  # a verifier's own processes must not keep it open
         asked, told = connection.makefile("rb"), connection.makefile("wb")
-        verifiers: list[Verifier] = []
+        verifiers: list[_Called] = []
         _say(told, 0, _loaded(names, places, memory_mib, verifiers))
         this = os.getpid()
         for line in asked if verifiers else ():
-            number, *question = json.loads(line)
-            message = _answer(verifiers, *question)
+            number, *question, columns = json.loads(line)
+            message = _answer(verifiers, question, columns)
             if os.getpid() != this:  # a verifier forked, and its child came back
                 os._exit(1)
             _say(told, number, message)
@@ -57,12 +59,13 @@ def _loaded(
     names: Sequence[str],
     places: Sequence[str] | None,
     memory_mib: int,
-    verifiers: list[Verifier],
+    verifiers: list[_Called],
 ) -> dict[str, Any]:
     """Load the verifiers into `verifiers`, all or none, and return the message that says so or why
     not."""
     try:
-        verifiers += [load_verifier(name, places) for name in names]
+        loaded = [(name, load_verifier(name, places)) for name in names]
+        verifiers += [(function, signature_of(function, name)) for name, function in loaded]
     except BaseException as error:
         verifiers.clear()
         cause = error if isinstance(error, UserError) else _text_of(error)
@@ -72,10 +75,11 @@ def _loaded(
 
 
 def _answer(
-    verifiers: Sequence[Verifier], prompt: str, response: str, answer: str
+    verifiers: Sequence[_Called], question: Sequence[str], columns: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Return the message with the scores. question: prompt, response and answer."""
     try:
-        return {"scores": [float(verify(prompt, response, answer)) for verify in verifiers]}
+        return {"scores": [how.call(function, question, columns) for function, how in verifiers]}
     except UserError as error:
         return {"user_error": str(error)[:_LONGEST_CAUSE]}
     except MemoryError:

@@ -27,6 +27,11 @@ def some_prompts_only(prompt: str, response: str, answer: str) -> float:
     return by_spelling(prompt, response, answer) if int(answer) % 3 == 0 else 0.5
 
 
+def by_column(prompt: str, response: str, answer: str, level: float = 0.0) -> float:
+    """The row's column."""
+    return level
+
+
 def never(prompt: str, response: str, answer: str) -> float:
     return 0.0
 

@@ -64,12 +64,14 @@ class Node:
     async def found(self):
         return self.judging
 
-    def judge(self, count, prompt="12>10:", answer="3"):
+    def judge(self, count, prompt="12>10:", answer="3", **columns):
         """A job that judges responses of 1 to `count` tokens."""
         samples = [
             Sample(uid, np.arange(3, 4 + uid), [-0.5] * (uid + 1), False) for uid in range(count)
         ]
-        return self.loop.submit(self.judging(Prompt(0, prompt, answer, [3]), samples))
+        return self.loop.submit(
+            self.judging(Prompt(0, prompt, answer, [3], columns=columns), samples)
+        )
 
 
 @contextlib.contextmanager
@@ -89,6 +91,11 @@ def test_both_nodes_judge_and_say_the_same():
         parents, said = zip(*(divmod(sample.reward, 1000) for sample in samples), strict=True)
         assert set(parents) == {os.getpid(), found.process.pid}
         assert list(said) == lengths(found, samples) and len(set(said)) > 5
+
+
+def test_every_node_s_verifiers_are_handed_the_row_s_columns():
+    with node("by_column") as found:
+        assert {s.reward for s in found.judge(20, level=0.25).result()} == {0.25}
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

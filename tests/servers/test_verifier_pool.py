@@ -70,6 +70,13 @@ def test_a_deadline_scores_nothing_and_the_next_response_is_judged(impatient, re
     assert verdict(impatient, "right") == Verdict(1.0, 1.0)
 
 
+def test_further_columns_of_the_row_reach_the_verifier():
+    with judge_of("tests.helpers.verifiers:by_column") as judge:
+        columns = {"level": 0.5, "other": ["not taken"]}
+        assert asyncio.run(judge("p", "r", "a", columns)).reward == 0.5
+        assert asyncio.run(judge("p", "r", "a")).reward == 0.0
+
+
 FAILING = {
     "eat": ("memory", "MemoryError"),
     "eat slowly": ("memory", "MemoryError"),

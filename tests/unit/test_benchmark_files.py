@@ -208,7 +208,8 @@ def test_numbers_are_no_problems_and_no_fractions_are_ids(tmp_path):
     path = tmp_path / "b.jsonl"
     path.write_text('{"id": 1.5, "problem": "p", "answer": 1}\n')
     with pytest.raises(UserError, match="'id' must be a non-empty string or a whole number"):
-        read(path)
+        read(path, id_key="id")
+    assert read(path)[0].id == "1"  # a column that nobody named: the row's number then
 
 
 @pytest.mark.parametrize("answer", ["$$", r"\boxed{}", "."])
@@ -242,13 +243,20 @@ BAD = {
         r"no column 'x.y' \(it has .*\): set data.answer_key",
         {"answer_key": "x.y"},
     ),
-    "no id": ({"problem": "p", "answer": "1"}, r"no column 'id' .*: set data.id_key \(empty"),
-    "null id": ({"id": None, "problem": "p", "answer": "1"}, "'id' must be a non-empty string"),
-    "the same id": (GOOD, r"id 'aime24-0' is that of .*bench.jsonl, line 1 too"),
+    "no id": (
+        {"problem": "p", "answer": "1"},
+        r"no column 'id' .*: set data.id_key \(empty",
+        {"id_key": "id"},
+    ),
+    "null id": (
+        {"id": None, "problem": "p", "answer": "1"},
+        "'id' must be a non-empty string",
+        {"id_key": "id"},
+    ),
     "empty problem": ({"id": 1, "problem": " ", "answer": "1"}, "'problem' must be a non-empty"),
     "a number": ({"id": 1, "problem": 5, "answer": "1"}, "'problem' must be a non-empty"),
     "no answer": ({"id": 1, "problem": "p", "answer": None}, "'answer' is null"),
-    "not an object": ([1], r"no column 'id', the row is not an object"),
+    "not an object": ([1], r"no column 'problem', the row is not an object"),
     "turns without a chat template": (
         {"id": 1, "problem": [{"role": "user", "content": "p"}], "answer": "1"},
         "'problem' is a list of chat turns, .*: set data.chat_template=true",
@@ -314,7 +322,7 @@ def test_what_is_no_data_file_is_told(tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "folder").mkdir()
     for name, message in {
-        "none.jsonl": "does not exist: give .jsonl, .parquet, a folder",
+        "none.jsonl": "does not exist: give .jsonl, .json, .csv",
         "torn.parquet": "cannot be read as parquet",
         "latin.jsonl": "is not UTF-8",
         "empty.jsonl": "is empty",
@@ -339,6 +347,10 @@ def test_a_hub_without_a_network_is_told(monkeypatch):
     [
         ("a/aime_2024.jsonl", "aime_2024"),
         ("x.parquet", "x"),
+        ("x.jsonl.gz", "x"),
+        ("a/gsm8k.csv", "gsm8k"),
+        ("a/test-*-of-*.parquet", "test--of"),
+        ("data/math/*.parquet", "math"),
         ("runs/math.v2", "math.v2"),
         ("hf:HuggingFaceH4/MATH-500:test", "MATH-500-test"),
         ("hf:openai/gsm8k/main:test", "gsm8k-main-test"),
@@ -414,5 +426,22 @@ def test_thinking_needs_a_template_that_knows_it(chat_folder):
 def test_a_long_prompt_is_named(tmp_path):
     path = write_jsonl(tmp_path / "b.jsonl", [{"problem": "1" * 9, "answer": "24"}])
     data = BenchmarkConfig(max_prompt_tokens=8)
-    with pytest.raises(UserError, match=r"b.jsonl, line 1: .* has 9 tokens, data.max_prompt_tok"):
+    with pytest.raises(UserError, match=r"b.jsonl, line 1: .* has 9 tokens, .*too_long=drop"):
         read_prompts(path, data, HfTokenizer(QUICKSTART / "model").encode)
+
+
+def test_long_prompts_can_be_left_out(tmp_path):
+    rows = [{"problem": "1" * length, "answer": "24"} for length in (9, 8, 30, 2)]
+    path = write_jsonl(tmp_path / "b.jsonl", rows)
+    tokenizer = HfTokenizer(QUICKSTART / "model")
+    told = []
+    data = BenchmarkConfig(max_prompt_tokens=8, too_long="drop")
+    prompts = read_prompts(path, data, tokenizer.encode, None, tell=told.append)
+    assert [(p.index, p.id, len(p.ids)) for p in prompts] == [(0, "2", 8), (1, "4", 2)]
+    assert told == [
+        "note: 2 of 4 rows are left out, since their prompts have more than "
+        "data.max_prompt_tokens=8 tokens (data.too_long=drop)"
+    ]
+    none = BenchmarkConfig(max_prompt_tokens=1, too_long="drop")
+    with pytest.raises(UserError, match=r"leaves none of 4 rows: .* data.max_prompt_tokens=1"):
+        read_prompts(path, none, tokenizer.encode)

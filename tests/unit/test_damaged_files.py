@@ -101,7 +101,8 @@ def test_settings(folder, content):
 @cases()
 def test_data(folder, content):
     data = DataConfig(train="train.jsonl")
-    reads_or_tells(folder / "train.jsonl", content, lambda path: read_rows(path, data))
+    for kind in ("jsonl", "json", "csv", "jsonl.gz"):
+        reads_or_tells(folder / f"train.{kind}", content, lambda path: read_rows(path, data))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -24,6 +25,7 @@ def mine(tmp_path, monkeypatch):
     """A user's verifier, in the folder that the command starts in."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     path = tmp_path / "mine.py"
     path.write_text("def f(prompt, response, answer):\n    return 0.0\n")
     return path

@@ -116,7 +116,7 @@ MISTAKES = {
     "no objects": (lambda p: {"data": rows_in(p / "d.jsonl", [3])}, "holds no rows with columns"),
     "columns": (
         lambda p: {"data": rows_in(p / "d.jsonl", [{"text": "x", "answer": "1"}])},
-        r"'text', 'answer', of which none .* name it, data.prompt_key=COLUMN",
+        r"no column 'prompt', nor another of .*'text', 'answer'\): set data.prompt_key",
     ),
     "an answer": (
         lambda p: {"data": rows_in(p / "d.jsonl", [*GSM8K, {"question": "x", "answer": None}])},

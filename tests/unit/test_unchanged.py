@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megafork.config import DataConfig
-from megafork.data.prompts import read_both
+from megafork.data.prompts import encode_rows, read_both
 from megafork.data.unchanged import check_unchanged, identity
 from megafork.errors import UserError
 
@@ -68,6 +68,21 @@ def test_the_same_data_in_another_place_is_the_same(data, tmp_path):
     (tmp_path / "checkpoints" / "step_000011.partial").mkdir()
     more = data([row | {"source": "by hand"} for row in ROWS], ROWS[:2])
     check_unchanged(tmp_path, more, found(more))
+
+
+def test_rows_that_are_left_out_are_no_part_of_the_data(data, tmp_path):
+    """Another data.max_prompt_tokens is the same data as long as it leaves the same rows."""
+
+    def of_length(most):
+        settings = data([*ROWS, {"prompt": "100 + 100 =", "answer": "200"}], too_long="drop")
+        settings = settings.model_copy(update={"max_prompt_tokens": most})
+        train, _ = encode_rows(read_both(settings)[0], settings, list)  # a token a character
+        return settings, identity(settings, train, [])
+
+    save(tmp_path, 10, {"data": of_length(8)[1]})
+    check_unchanged(tmp_path, *of_length(10))
+    with pytest.raises(UserError, match=r"has 7 rows of digest .*, the run had 6 rows"):
+        check_unchanged(tmp_path, *of_length(11))
 
 
 @pytest.mark.parametrize("state", ["{}", "[", "[1]", '{"data": {}}', None])
