@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from benchmarks.configs import learner_config
 from benchmarks.measuring import Job, in_a_fork, memory, on_ranks, peak_from_here
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -31,7 +32,6 @@ from megafork.ops.vocab_parallel import linear_logprob_and_entropy
 from megafork.parallel.mesh import initialize
 from megafork.parallel.ports import free_port
 from megafork.trainer.policy import Policy
-from tools.benchmarks.configs import learner_config
 
 RHOS = (1.0, 0.5, 0.2, 0.1)
 VOCAB = 151_936

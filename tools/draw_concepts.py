@@ -9,9 +9,9 @@ from their definitions.
 
 from __future__ import annotations
 
+import argparse
 import math
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,11 @@ RHO = 0.2
 
 
 def main() -> None:
-    run = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of a run of the quickstart")
+    run = parser.parse_args().run
     OUTPUT.mkdir(exist_ok=True)
     responses = [msgspec.json.decode(line) for line in (run / "samples.jsonl").open()]
     first = [row for row in responses if row["step"] == responses[0]["step"]]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from megafork.errors import UserError
 from megafork.verifiers.reasoning_gym import task_verifier
 
 ASK = "\n\nGive the final answer between <answer> and </answer>, and nothing else between them."
@@ -24,9 +25,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    task_verifier(arguments.task)  # refuses one that cannot be scored
-    import reasoning_gym
-
+    try:
+        import reasoning_gym
+    except ModuleNotFoundError:
+        parser.exit(2, "error: reasoning-gym is not installed: pip install reasoning-gym\n")
+    try:
+        task_verifier(arguments.task)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
     rows = reasoning_gym.create_dataset(arguments.task, size=arguments.count, seed=arguments.seed)
     for row in rows:
         print(json.dumps({"prompt": row["question"] + ASK, "answer": row["answer"]}))

@@ -14,6 +14,7 @@ import csv
 import ctypes
 import fcntl
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -40,6 +41,7 @@ SET_BY_US = {
     "data.seed": "--seeds",
     "run.dir": "--out",
 }
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+=")
 INTERRUPTED = 75
 PR_SET_PDEATHSIG = 1
 ACCURACY, ENTROPY = "eval/accuracy", "entropy/mean"
@@ -265,7 +267,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings of every run"
+    )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=50)
@@ -273,7 +277,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one core each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "forking_vs_all")
     parser.add_argument("--draw-only", action="store_true", help="train nothing")
-    return parser.parse_intermixed_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    overrides = [word for word in words if _OVERRIDE.match(word)]  # or --seeds would take them
+    found = parser.parse_args([word for word in words if word not in overrides])
+    found.overrides += overrides
+    return found
 
 
 def main() -> int:

@@ -88,7 +88,7 @@ def write_overlap(
     with figure(folder / "overlap.png") as [axes]:
         axes.plot(places, shares, "o-", color=BLUE, label=f"with {base}")
         chance = [100 * row["overlap_by_chance"] for row in rows]
-        axes.plot(places, chance, ":", color=GREY, label="by chance")
+        axes.plot(places, chance, ":" if len(rows) > 1 else "o", color=GREY, label="by chance")
         if len(rows) <= _NAMED_POINTS:
             for place, share in zip(places, shares, strict=True):
                 axes.annotate(

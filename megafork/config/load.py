@@ -41,6 +41,8 @@ def load_config(kind: type[C], toml_path: str | Path | None, overrides: Sequence
             raise UserError(f"config file {toml_path} cannot be read: {error}") from None
     for override in overrides:
         _apply_override(raw, override)
+    if toml_path is not None and overrides:
+        source += " and the command line"
     try:
         config = kind.model_validate(raw)
     except ValidationError as error:

@@ -73,7 +73,7 @@ class MetricsLog:
             with naming(self._run_dir / "tensorboard"):
                 self._events.write(step, metrics)
         values = (
-            f"{label} {form.format(metrics[name])}"
+            f"{label} {'-' if math.isnan(metrics[name]) else form.format(metrics[name])}"
             for label, name, form in _LINE
             if name in metrics
         )

@@ -105,11 +105,13 @@ def headlines(run: RunFiles) -> list[Headline]:
     """The numbers that a reader looks for first, as far as the run has them."""
     found = []
     if scored := [row for row in run.evaluations if row.get("eval/accuracy") is not None]:
-        before, after = (scored[i]["eval/accuracy"] for i in (0, -1))
-        note = f"step {scored[0]['step']} to step {scored[-1]['step']}"
-        if (samples := scored[-1].get("eval/samples")) is not None:
-            note += f", {samples} responses"
-        found.append(Headline("Held-out accuracy", f"{before:.1%} \u2192 {after:.1%}", note))
+        ends = scored[:1] + scored[1:][-1:]
+        value = " \u2192 ".join(f"{row['eval/accuracy']:.1%}" for row in ends)
+        note = " to ".join(f"step {row['step']}" for row in ends)
+        samples = [row["eval/samples"] for row in ends if row.get("eval/samples") is not None]
+        if samples:
+            note += f", {' and '.join(map(str, dict.fromkeys(samples)))} responses"
+        found.append(Headline("Held-out accuracy", value, note))
     if trained := _values(run.metrics, "reward/accuracy"):
         value = f"{trained[0]:.1%} \u2192 {trained[-1]:.1%}"
         found.append(Headline("Training accuracy", value, "first to last step"))

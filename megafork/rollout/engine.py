@@ -334,7 +334,8 @@ def api_key_of(rollout: ServerConfig) -> str:
     if not api_key:
         raise UserError(
             f"the environment variable {rollout.api_key_env} (rollout.api_key_env) must hold the "
-            "API key that rollout server and trainer share"
+            "API key that rollout server and trainer share: "
+            f"export {rollout.api_key_env}=$(openssl rand -hex 32)"
         )
     return api_key
 

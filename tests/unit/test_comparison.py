@@ -27,6 +27,13 @@ def compare():
     return module
 
 
+def test_settings_may_stand_behind_options_of_many_values(compare):
+    words = "--arms top all training.lr=1e-4 --seeds 3 4 run.samples=4"
+    found = compare.parse(words.split())
+    assert (found.arms, found.seeds) == (["top", "all"], [3, 4])
+    assert found.overrides == ["training.lr=1e-4", "run.samples=4"]
+
+
 def planned(compare, out, *arguments):
     return compare.plan(compare.parse([*arguments, "--out", str(out)]))
 

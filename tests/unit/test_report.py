@@ -335,7 +335,7 @@ def test_an_evaluation_without_a_result(tmp_path):
     rows = [{"step": 0, "eval/accuracy": 0.25}, {"step": 3, "eval/accuracy": None}]
     write_rows(run_dir / "eval.jsonl", rows)
     headlines = [one.text for one in page_of(run_dir).all("dd")]
-    assert any("25.0% \u2192 25.0%" in text and "step 0 to step 0" in text for text in headlines)
+    assert "25.0%step 0" in headlines
 
 
 def test_a_live_run_is_read_as_far_as_it_is_written(tmp_path):
