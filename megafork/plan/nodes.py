@@ -99,7 +99,7 @@ def node_type(name_or_file: str) -> NodeType:
         return NODES[name_or_file]
     if not Path(name_or_file).is_file():
         raise UserError(
-            f"--node {name_or_file} is neither one of {', '.join(NODES)}, nor a TOML file with the "
+            f"--node {name_or_file} is neither one of {', '.join(NODES)} nor a TOML file with the "
             f"keys {', '.join(NodeType.model_fields)}; --dry-run also takes `this`, a machine "
             "without GPUs"
         )

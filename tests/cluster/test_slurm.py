@@ -325,6 +325,7 @@ def test_what_slurm_has_requeued_is_left_alone(cluster, tmp_path):
     assert state()["Restarts"] == "1"
 
 
+@pytest.mark.exhaustive
 def test_nodes_of_two_kinds(cluster, tmp_path):
     """The second component serves. Asked to stop before it has a folder, the job is requeued."""
     kinds = ("--nodes=1", ":", "--nodes=1", "--exclusive", "--ntasks-per-node=1")
