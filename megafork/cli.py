@@ -435,19 +435,19 @@ def doctor(
         str, typer.Option(help="the Python that has vLLM (rollout.python)")
     ] = sys.executable,
 ) -> None:
-    """What is installed, which backends are active, what is missing and how to mend it."""
+    """Say what is installed, which backends are active, what is missing and how to mend it."""
     from megafork.cluster.doctor import report as report_on
 
     raise typer.Exit(report_on(python))
 
 
-data_files = typer.Typer(help="What data files hold.", no_args_is_help=True)
+data_files = typer.Typer(help="Looks at data files.", no_args_is_help=True)
 app.add_typer(data_files, name="data")
 
 
 @data_files.callback()
 def _commands_of_data() -> None:
-    """What data files hold."""  # with one command alone, typer would need no word for it
+    """Look at data files before a run does."""  # with one command alone, typer would need no word for it
 
 
 @data_files.command()
@@ -467,7 +467,7 @@ def check(
         list[str] | None, typer.Option(help="as reward.verifier: are its columns there?")
     ] = None,
 ) -> None:
-    """What a data file holds: columns, lengths, a prompt, and every row that cannot be used."""
+    """Say what a data file holds: columns, lengths, a prompt, and every row that cannot be used."""
     settings = [f"model.path={json.dumps(str(model or ''))}", *filter(_is_override, arguments)]
     resolved = with_local_models(load_config(GenerateConfig, None, settings), weights=False)
     from megafork.evaluation.data_report import check_data

@@ -107,7 +107,7 @@ def commit() -> str | None:
 
 
 def _introduction(config: TrainConfig, base: str | None) -> str:
-    """The sentence that says what it is, and a table of what it was made from."""
+    """Return the sentence that says what it is, and a table of what it was made from."""
     known = commit()
     version = f"megafork {megafork.__version__}" + (f" (commit {known})" if known else "")
     held_out = [("held-out data", _names(config.data.eval))] if config.data.eval else []
@@ -133,7 +133,7 @@ def _introduction(config: TrainConfig, base: str | None) -> str:
 
 
 def _selection(config: TrainConfig) -> str:
-    """Which tokens carried the policy gradient."""
+    """Say which tokens carried the policy gradient."""
     forking = config.forking
     if forking.select == "all":
         return "All response tokens carried the policy gradient"

@@ -25,7 +25,7 @@ _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a command, as text for people; values are as an override spells them."""
+    """A setting of a command, as text for people; its values are spelled as in an override."""
 
     key: str
     """section.name"""

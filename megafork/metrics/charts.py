@@ -80,7 +80,7 @@ class Curve:
 
     @property
     def is_constant(self) -> bool:
-        """Whether it has several values, all of them equal."""
+        """Tell whether it has several values, all of them equal."""
         return len(self.finite) > 1 and min(self.finite) == max(self.finite)
 
 
@@ -321,7 +321,7 @@ def _plain(label: str) -> str:
 
 
 def _is_along(curve: Curve, above: Curve, is_from_zero: bool) -> bool:
-    """Whether two curves with the same steps are apart by a line's width on average."""
+    """Tell whether two curves with the same steps are apart by a line's width on average."""
     apart = [abs(a - b) for a, b in zip(curve.values, above.values, strict=False)]
     known = [distance for distance in apart if math.isfinite(distance)]
     if len(known) < 2 or list(curve.steps) != list(above.steps):

@@ -1,4 +1,4 @@
-"""Where the metrics of each step go beside metrics.jsonl: trackers, and writers of one's own."""
+"""Trackers and a user's own writers, which get the metrics of each step beside metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load_writers(names: Sequence[str]) -> list[Callable[..., Writer]]:
 
 
 def _is_installed(package: str) -> bool:
-    """Whether there is such a package. A folder ./wandb of earlier runs is none."""
+    """Tell whether there is such a package. A folder ./wandb of earlier runs is none."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
 

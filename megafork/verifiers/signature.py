@@ -25,7 +25,7 @@ _ONLY_TRLS = frozenset({"completion_ids", "trainer_state", "log_extra", "log_met
 
 @dataclass(frozen=True)
 class Signature:
-    """How a verifier is called."""
+    """The way in which a verifier is called."""
 
     takes_lists: bool = False
     """TRL's signature: all that it is handed are lists, here of one response"""
