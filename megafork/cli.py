@@ -447,7 +447,8 @@ app.add_typer(data_files, name="data")
 
 @data_files.callback()
 def _commands_of_data() -> None:
-    """Look at data files before a run does."""  # with one command alone, typer would need no word for it
+    """Look at data files before a run does."""
+    # With one command alone, typer would need no word for it.
 
 
 @data_files.command()

@@ -40,7 +40,7 @@ NO_FURTHER = Further()
 
 @dataclass(frozen=True)
 class Wanted:
-    """Columns to read of a table: at least one of each of `choices`, and those of `also` that it has.
+    """Columns to read of a table: at least one of each of `choices`, and `also` where it has those.
 
     Names with dots lead into nested columns. everything: all columns.
     """
