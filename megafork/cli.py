@@ -36,6 +36,7 @@ from megafork.config.settings import known_settings, named_by
 from megafork.errors import UserError
 from megafork.model.hub import with_local_models
 from megafork.plan.command import plan
+from megafork.system.imports import without_collector
 
 app = typer.Typer(
     name="megafork",
@@ -137,7 +138,8 @@ def train(
         check_machine(resolved)
 
     def work() -> None:
-        from megafork.train import train as train_on_this_rank
+        with without_collector():
+            from megafork.train import train as train_on_this_rank
 
         train_on_this_rank(resolved, resume=resume is not None)
 
@@ -203,7 +205,8 @@ def score(
     check_score(resolved, input, output)
 
     def work() -> None:
-        from megafork.evaluation.scoring import score_file
+        with without_collector():
+            from megafork.evaluation.scoring import score_file
 
         score_file(resolved, input, output)
 
@@ -238,7 +241,8 @@ def generate(
     """Responses of a model to a file's prompts, sampled by vLLM; goes on where it was cut off."""
     settings = [f"model.path={json.dumps(str(model))}", *(overrides or [])]
     resolved = with_local_models(load_config(GenerateConfig, config, settings))
-    from megafork.evaluation.generation import generate_file
+    with without_collector():
+        from megafork.evaluation.generation import generate_file
 
     generate_file(resolved, data, output)
 
@@ -261,7 +265,8 @@ def evaluate(
     overrides = [text for text in arguments if _is_override(text)]
     settings = [f"model.path={json.dumps(str(model))}", *overrides]
     resolved = with_local_models(load_config(EvaluateConfig, config, settings))
-    from megafork.evaluation.benchmark import evaluate as evaluate_benchmarks
+    with without_collector():
+        from megafork.evaluation.benchmark import evaluate as evaluate_benchmarks
 
     benchmarks = [text for text in arguments if not _is_override(text)]
     evaluate_benchmarks(resolved, benchmarks, output)
@@ -296,7 +301,8 @@ app.command()(plan)
 @convert.command()
 def hf_to_megatron(hf: HfFolder, megatron: MegatronFolder, max_file_gb: FileGb = 5.0) -> None:
     """Write --megatron from --hf; config and tokenizer go along in its hf/."""
-    from megafork.checkpoint import convert as conversion
+    with without_collector():
+        from megafork.checkpoint import convert as conversion
 
     conversion.hf_to_megatron(hf, megatron, max_file_bytes=int(max_file_gb * 1e9))
 
@@ -314,9 +320,10 @@ def megatron_to_hf(
     ] = None,
 ) -> None:
     """Write --hf from --megatron, whatever layout wrote it."""
-    import torch
+    with without_collector():
+        import torch
 
-    from megafork.checkpoint import convert as conversion
+        from megafork.checkpoint import convert as conversion
 
     conversion.megatron_to_hf(
         megatron,
@@ -345,7 +352,8 @@ def verify(
     ModelShape.from_folder(hf).check(resolved.model, resolved.parallel)
 
     def work() -> None:
-        from megafork.checkpoint.verify import verify as verify_on_this_rank
+        with without_collector():
+            from megafork.checkpoint.verify import verify as verify_on_this_rank
 
         if not verify_on_this_rank(resolved, megatron, logits=logits):
             raise typer.Exit(1)

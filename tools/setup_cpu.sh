@@ -12,7 +12,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=.venv
-log=$venv/setup.log
 # A path in front of .venv would make pip look at, and uninstall, the wrong packages.
 unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_USER
 
@@ -58,15 +57,14 @@ hash_of() { cat -- "$@" | sha256sum | cut -d' ' -f1; }
 
 # phase NAME STAMP "FILES" COMMAND...: run COMMAND unless STAMP is current.
 phase() {
-  local name=$1 stamp=$venv/$2.stamp files=$3 hash started=$SECONDS
+  local name=$1 stamp=$venv/$2.stamp log=$venv/$2.log files=$3 hash started=$SECONDS
   shift 3
   # shellcheck disable=SC2086 # FILES is a list
   hash=$(hash_of $files)
   [[ -f $stamp && $(<"$stamp") == "$hash" ]] && return
   rm -f "$stamp"
   echo "setup_cpu: $name ..."
-  echo "== $name" >"$log"
-  if ! "$@" >>"$log" 2>&1; then
+  if ! "$@" >"$log" 2>&1; then
     tail -n 25 "$log" >&2
     fail "$name failed; its whole log is $log"
   fi
@@ -98,7 +96,6 @@ PY
 }
 
 install_cpu() {
-  forget_partial_packages
   pip_install -r requirements/cpu.txt
   require_cpu_torch
 }
@@ -145,16 +142,25 @@ if [[ ! -x $venv/bin/python ]] || ! "$venv/bin/python" -c 'import pip' 2>/dev/nu
   "$python" -m venv --clear "$venv" || fail "$python -m venv failed: install its venv module (apt install python3-venv)"
 fi
 
+# No package of these is among the runtime packages: they are installed beside them.
+install_the_rest() {
+  if [[ $with_test == yes ]]; then
+    phase "test and lint packages" test requirements/test.txt pip_install -r requirements/test.txt
+    phase "Triton, for tests of the kernels (640 MB)" triton requirements/triton.txt install_triton
+    phase "mbridge, another converter to compare ours with" mbridge requirements/mbridge.txt install_mbridge
+    phase "TRL, to compare our objectives with (280 MB)" trl requirements/trl.txt install_trl
+    phase "W&B, MLflow and Trackio, to read back what a run logs (110 MB)" trackers requirements/trackers.txt install_trackers
+  fi
+  if [[ $with_mcore == yes ]]; then
+    phase "megatron-core 0.19" mcore-0.19 requirements/mcore-0.19.txt install_mcore
+  fi
+}
+
+forget_partial_packages
+install_the_rest &
+rest=$!
+trap 'kill "$rest" 2>/dev/null; wait' EXIT # neither is left behind when the other fails
 phase "runtime packages (2.5 GB, minutes the first time)" cpu requirements/cpu.txt install_cpu
-if [[ $with_test == yes ]]; then
-  phase "test and lint packages" test requirements/test.txt pip_install -r requirements/test.txt
-  phase "Triton, for tests of the kernels (640 MB)" triton requirements/triton.txt install_triton
-  phase "mbridge, another converter to compare ours with" mbridge requirements/mbridge.txt install_mbridge
-  phase "TRL, to compare our objectives with (280 MB)" trl requirements/trl.txt install_trl
-  phase "W&B, MLflow and Trackio, to read back what a run logs (110 MB)" trackers requirements/trackers.txt install_trackers
-fi
 phase "megafork itself" package "pyproject.toml megafork/__init__.py" pip_install --no-build-isolation -e .
 phase "compiling what a run imports" bytecode requirements/cpu.txt write_bytecode
-if [[ $with_mcore == yes ]]; then
-  phase "megatron-core 0.19" mcore-0.19 requirements/mcore-0.19.txt install_mcore
-fi
+wait "$rest"

@@ -47,7 +47,6 @@ class Fork:
         session: bool = False,
         prepare: Callable[[], object] = lambda: None,
     ) -> None:
-        _import_what_runs_need()
         self.args = ["megafork", *arguments]
         files = [(1, stdout), (2, stderr)]
         descriptors = [(d, file.fileno()) for d, file in files if file is not None]
@@ -164,7 +163,3 @@ def _show_warnings_as_python_does() -> None:
     warnings.showwarning = show
     for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", category)
-
-
-def _import_what_runs_need() -> None:
-    pass

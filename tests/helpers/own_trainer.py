@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.helpers import reference
 
 RESPONSES, PROMPT, LONGEST, RHO = 16, 5, 48, 0.2
+RANKS = (1, 2)
 MICRO_BATCHES = (1, 2, 4)
 
 

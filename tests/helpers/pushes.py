@@ -105,7 +105,7 @@ def push(
         client.resume()
 
 
-SAMPLING = Sampling(temperature=0.8, max_tokens=40)
+SAMPLING = Sampling(temperature=0.8, max_tokens=16)
 
 
 PROMPTS = [Prompt(i, "", "", g.prompt_ids) for i, g in enumerate(reference.make_groups(12, 1))]

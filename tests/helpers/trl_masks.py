@@ -1,9 +1,9 @@
-"""One optimizer step of TRL's trainer and of ours for it, under torchrun with TRL on the path.
+"""One optimizer step of TRL's trainer and of ours for it, on 1 and on 2 ranks, TRL on the path.
 
 `-m tests.helpers.trl_masks FOLDER` takes the model in FOLDER/model. The optimizer batch is always
-the same 16 responses, split over the ranks and over 1, 2 and 4 micro-batches. Rank 0 writes
-FOLDER/steps.pt: {(trainer's name, number of micro-batches): (mask, gradients)}, a bool [16, tokens]
-and the float32 gradient of every parameter as the optimizer gets it.
+the same 16 responses, split over the ranks and over 1, 2 and 4 micro-batches. FOLDER/steps.pt has
+{(ranks, trainer's name, number of micro-batches): (mask, gradients)}, a bool [16, tokens] and the
+float32 gradient of every parameter as the optimizer gets it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from trl import GRPOConfig, GRPOTrainer
 from examples.own_trainer.trl_trainer import ForkingGRPOTrainer
 from tests.helpers import reference
 from tests.helpers.commands import QUICKSTART
-from tests.helpers.own_trainer import LONGEST, MICRO_BATCHES, RESPONSES, RHO, whole_batch
+from tests.helpers.own_trainer import LONGEST, MICRO_BATCHES, RANKS, RESPONSES, RHO, whole_batch
+from tools.benchmarks.ranks import run_ranks
 
 
 class Gradients(TrainerCallback):
@@ -91,15 +92,21 @@ def optimizer_step(
     return masks.bool(), gradients.found
 
 
-def main(folder: Path) -> None:
+def optimizer_steps(folder: Path) -> dict[tuple[str, int], tuple[Tensor, dict[str, Tensor]]]:
     kinds = {"TRL": GRPOTrainer, "megafork": ForkingGRPOTrainer}
-    steps = {
+    return {
         (name, num): optimizer_step(kind, folder, num)
         for name, kind in kinds.items()
         for num in MICRO_BATCHES
     }
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        torch.save(steps, folder / "steps.pt")
+
+
+def main(folder: Path) -> None:
+    steps = {}
+    for ranks in RANKS:
+        of_rank_zero = run_ranks(ranks, optimizer_steps, folder)[0]
+        steps |= {(ranks, *case): step for case, step in of_rank_zero.items()}
+    torch.save(steps, folder / "steps.pt")
 
 
 if __name__ == "__main__":

@@ -11,19 +11,18 @@ import torch
 
 from tests.helpers import reference
 from tests.helpers.commands import ROOT
-from tests.helpers.own_trainer import MICRO_BATCHES, exact_step
+from tests.helpers.own_trainer import MICRO_BATCHES, RANKS, exact_step
 from tests.helpers.trl import INSTALLED
 
 FLOAT32 = 2e-5
 """TRL works in float32: its gradients are this close to those in float64, of the largest entry."""
 
 
-def optimizer_steps(folder, ranks):
-    """What tests/helpers/trl_masks.py writes, from a process on each rank with TRL on the path."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+def optimizer_steps(folder):
+    """What tests/helpers/trl_masks.py writes, with TRL on the path."""
     paths = [str(INSTALLED), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", *launch, "-m", "tests.helpers.trl_masks", str(folder)],
+        [sys.executable, "-W", "ignore", "-m", "tests.helpers.trl_masks", str(folder)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
@@ -48,12 +47,12 @@ def test_trls_trainer_with_the_mask_of_the_whole_optimizer_batch(tmp_path, capsy
     reference.save_model(tmp_path / "model", tied=True, seed=3)
     exact_mask, exact_gradients = exact_step(tmp_path)
     table = ["ranks  micro-batches  tokens differ: megafork  TRL   gradient differs: megafork  TRL"]
-    for ranks in (1, 2):
-        steps = optimizer_steps(tmp_path, ranks)
+    steps = optimizer_steps(tmp_path)
+    for ranks in RANKS:
         for num in MICRO_BATCHES:
             wrong, off = {}, {}
             for name in ("megafork", "TRL"):
-                mask, gradients = steps[name, num]
+                mask, gradients = steps[ranks, name, num]
                 wrong[name] = int((mask ^ exact_mask).sum())
                 off[name] = difference(gradients, exact_gradients)
             table.append(

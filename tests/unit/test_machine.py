@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 
 import pytest
 from typer.testing import CliRunner
@@ -57,6 +58,13 @@ def with_memory(monkeypatch, total, free):
     monkeypatch.setattr(machine, "available", lambda: (int(total * GIB), int(free * GIB)))
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """What is traced, in a fork, which has the imports that a new process would begin with."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(machine.multiprocessing, "get_context", lambda _: fork)
+
+
 def test_a_small_run_is_not_traced(monkeypatch):
     monkeypatch.setattr(machine, "machine_memory", None)
     with_memory(monkeypatch, 24, 20)
@@ -73,7 +81,7 @@ def test_a_small_run_is_not_traced(monkeypatch):
         (8, (), "take a smaller model or a larger machine"),
     ],
 )
-def test_what_a_machine_cannot_hold_is_refused(tmp_path, monkeypatch, total, changes, way):
+def test_what_a_machine_cannot_hold_is_refused(forked, tmp_path, monkeypatch, total, changes, way):
     with_memory(monkeypatch, total, total)
     with pytest.raises(UserError, match=f"GiB of memory and this machine has {total}") as refused:
         machine.check_machine(settings(tmp_path / "model", *changes))
