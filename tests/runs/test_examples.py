@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from transformers import AutoTokenizer
 from examples.own_verifier.partial_credit import verify
 from megafork.rollout.journal import Journal
 from megafork.verifiers.names import load_verifier
-from tests.helpers import reference, tokenizer_folders
+from tests.helpers.byte_model import save_byte_model
 from tests.helpers.commands import (
     QUICKSTART,
     ROOT,
@@ -83,29 +82,9 @@ def test_a_verifier_of_one_s_own_in_its_own_folder(tmp_path):
     assert_same(read_all(rounded), read_all(checkpoints / "final"))
 
 
-@pytest.fixture
-def random_model(tmp_path):
-    """A small random Qwen3 that reads bytes and has a template like the published ones'."""
-    tokenizer = tokenizer_folders.byte_level()
-    sizes = {"vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 1024}
-    folder = reference.save_model(tmp_path / "model", tied=True, layers=1, **sizes)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    template = (
-        "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n"
-        "{% endfor %}<|im_start|>assistant\n"
-        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
-    )
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "</s>",
-        "chat_template": template,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
-
-
 @pytest.mark.slow
-def test_a_task_of_reasoning_gym(tmp_path, random_model):
+def test_a_task_of_reasoning_gym(tmp_path):
+    random_model = save_byte_model(tmp_path / "model", max_position_embeddings=1024)
     tool = (sys.executable, ROOT / "tools" / "make_reasoning_gym.py", "letter_counting")
     for name, count, seed in (("train", 16, 0), ("heldout", 4, 1)):
         command = [*tool, "--count", str(count), "--seed", str(seed)]

@@ -97,8 +97,7 @@ def push_of_another_shape(url, api_key, folder):
 def test_a_push_that_fails_is_told_by_rank_zero_and_hangs_nobody(tmp_path):
     served = reference.save_model(tmp_path / "served", tied=True, layers=2)
     other = reference.save_model(tmp_path / "other", tied=True, layers=4)
-    options = OPTIONS | {"python": str(tiny_engine(tmp_path))}
-    with VllmServer(served, log_path=tmp_path / "server.log", **options) as running:
+    with VllmServer(served, log_path=tmp_path / "vllm.log", **OPTIONS) as running:
         arguments = (running.url, running.api_key, other)
         first, second = run_ranks(2, push_of_another_shape, *arguments, timeout=100)
     assert first[0] is UserError

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import functools
 import itertools
+import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,23 +18,31 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import typer
-from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from megafork.cli import Command, app
 from megafork.metrics.catalogue import CHARTS, METRICS
+from tests.helpers.commands import ROOT
+from tests.helpers.manual import MARKDOWN, PAGES, Block, blocks
 from tools.write_reference import FOLDER, pages
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
-_MARKDOWN = MarkdownIt("commonmark").enable("table")
+REASONS = (
+    *("needs a GPU", "needs a cluster", "needs the network", "needs Docker", "takes minutes"),
+    *("it runs this", "the first does not end"),
+    "needs packages of its own, which send to other hosts",
+)
+"""Why a block of commands is not run by tests/runs/test_manual.py"""
+COMMAND = re.compile(
+    r"(?m)^ *(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:megafork|bash|python|sbatch|torchrun|pip|hf) .*"
+)
+PLACEHOLDER = re.compile(r"\.\.\.|\[|\b[A-Z]{2,}\b")
 
 
 def tokens_of(page: Path) -> Iterator[Token]:
     """Yield the page's blocks, and what stands inside of each."""
-    for block in _MARKDOWN.parse(page.read_text()):
+    for block in MARKDOWN.parse(page.read_text()):
         yield block
         yield from block.children or ()
 
@@ -40,8 +50,8 @@ def tokens_of(page: Path) -> Iterator[Token]:
 def anchors_of(page: Path) -> set[str]:
     """Return the anchors that GitHub gives to the page's headings."""
     found: set[str] = set()
-    blocks = _MARKDOWN.parse(page.read_text())
-    for opening, heading in itertools.pairwise(blocks):
+    tokens = MARKDOWN.parse(page.read_text())
+    for opening, heading in itertools.pairwise(tokens):
         if opening.type != "heading_open":
             continue
         text = "".join(part.content for part in heading.children or ())
@@ -120,6 +130,47 @@ def test_relative_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_exist(page):
     assert {text: faults for text in commands_in(page) if (faults := faults_of(text))} == {}
+
+
+def fault_of_block(block: Block) -> str | None:
+    """Return what is wrong with how a block is written; tests/helpers/manual.py has the rules."""
+    if block.not_run is not None and (block.language != "bash" or block.not_run not in REASONS):
+        return f"no reason: {block.not_run}"
+    match block.language:
+        case "bash":
+            return None
+        case "text":
+            commands = COMMAND.findall(block.text)
+            free = commands and not any(map(PLACEHOLDER.search, commands))
+            return "commands without a placeholder are bash" if free else None
+        case "json" | "toml" | "python":
+            parse = {"json": json.loads, "toml": tomllib.loads, "python": ast.parse}
+            try:
+                parse[block.language](block.text)
+            except (ValueError, SyntaxError) as error:
+                return str(error)
+            return None
+    return f"unknown language: {block.language}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_blocks_of_code_say_what_they_are(page):
+    assert {b.place: fault for b in blocks(page) if (fault := fault_of_block(b))} == {}
+
+
+def test_a_block_that_is_no_more_run_is_found(tmp_path):
+    page = ROOT / "page.md"
+    written = [
+        Block(page, 1, "text", "megafork train mine.toml\n", None),
+        Block(page, 1, "text", "megafork train CONFIG.toml\nmegafork doctor\n", None),
+        Block(page, 1, "bash", "megafork doctor\n", "nobody knows"),
+        Block(page, 1, None, "megafork doctor\n", None),
+        Block(page, 1, "toml", "a = ]", None),
+    ]
+    assert [fault_of_block(block) is None for block in written] == [False, True, *[False] * 3]
+    (tmp_path / "page.md").write_text("<!-- not run: needs a GPU -->\n```bash\nx\n```\n\n    y\n")
+    found = [(b.language, b.text, b.not_run) for b in blocks(tmp_path / "page.md")]
+    assert found == [("bash", "x\n", "needs a GPU"), (None, "y\n", None)]
 
 
 def test_the_manual_has_links_and_commands():
