@@ -151,7 +151,7 @@ def test_a_readme_says_what_the_plan_says(name):
 @recipes
 def test_the_ablations_of_a_readme_are_settings(name):
     text = (EXAMPLES / name / "README.md").read_text()
-    found = re.findall(r"^ +sbatch .*run\.sbatch +(.+=.+)$", text, re.MULTILINE)
+    found = re.findall(r"^ *sbatch .*run\.sbatch +(.+=.+)$", text, re.MULTILINE)
     assert len(found) == 3
     selections = set()
     for line in found:
