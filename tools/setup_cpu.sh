@@ -157,9 +157,11 @@ install_the_rest() {
 }
 
 forget_partial_packages
+set -m # a process group of its own, so that its pip ends with it
 install_the_rest &
 rest=$!
-trap 'kill "$rest" 2>/dev/null || true; wait' EXIT # neither is left behind when the other fails
+set +m
+trap 'kill -- "-$rest" 2>/dev/null || true; wait' EXIT # it is not left behind when the other fails
 phase "runtime packages (2.5 GB, minutes the first time)" cpu requirements/cpu.txt install_cpu
 phase "megafork itself" package "pyproject.toml megafork/__init__.py" pip_install --no-build-isolation -e .
 phase "compiling what a run imports" bytecode requirements/cpu.txt write_bytecode

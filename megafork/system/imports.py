@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """Import in this block: the garbage collector looks through nothing of it, now or later.
+    """Turn the garbage collector off for the imports in this block, and keep it off what they made.
 
     torch, transformers and megatron-core make hundreds of thousands of objects and drop few of
     them; looking through all of them again and again took a fifth of a rank's imports.

@@ -24,7 +24,10 @@ _NAMED = re.compile(r"# ([\w.-]+\.(?:py|toml))\b")
 
 @dataclass(frozen=True)
 class Block:
-    """language: None where it is indented instead of fenced. not_run: why, if so."""
+    """A block of code of a page.
+
+    language: the fence's, or None for an indented block. not_run: the reason, if it is not run.
+    """
 
     page: Path
     line: int

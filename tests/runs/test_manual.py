@@ -23,6 +23,8 @@ RUN = {page: [b for b in blocks(page) if b.language == "bash" and not b.not_run]
 README, OWN_DATA = ROOT / "README.md", ROOT / "docs" / "howto" / "own_data.md"
 FROM_ITS_FOLDER = "from this folder"
 """A page of an example says so where its commands are not run from the repository's root"""
+ON_VLLM = ("training.steps=3", "eval.prompts=64")
+"""The README's quickstart, of which a step stays as it is"""
 SHORT = (
     *("training.steps=2", "rollout.prompts_per_step=8", "rollout.group_size=8"),
     *("training.prompts_per_minibatch=4", "eval.prompts=32", "rollout.max_response_tokens=24"),
@@ -64,16 +66,17 @@ class Copy:
             if path.name != "megafork":
                 (copy / "bin" / path.name).symlink_to(path)
         self._engine = str(tiny_engine(self.folder))
-        engine = "${ENGINE:+rollout.python=$ENGINE}"
         script = copy / "bin" / "megafork"
         script.write_text(f"""#!/bin/sh
 case "$*" in
   *gpu_24gb.toml*) set -- "$@" data.max_prompt_tokens=1024 ;; # the small models read bytes
   *--dry-run*) ;;
   "train --resume "*) set -- "$@" training.steps=3 ;;
-  "train "*) set -- "$@" {" ".join(SHORT)} {engine} ;;
+  "train "*)
+    if [ "$ENGINE" ]; then set -- "$@" {" ".join(SHORT)} rollout.python="$ENGINE"
+    else set -- "$@" {" ".join(ON_VLLM)}; fi ;;
   "eval "* | "generate "*)
-    set -- "$@" rollout.samples=2 rollout.max_response_tokens=24 {engine} ;;
+    set -- "$@" rollout.samples=2 rollout.max_response_tokens=24 rollout.python="$ENGINE" ;;
 esac
 exec {real}/megafork "$@"
 """)
@@ -89,7 +92,7 @@ exec {real}/megafork "$@"
                 shutil.rmtree(run)
 
     def run(self, block: Block, *, vllm: bool = False) -> None:
-        """Run what was not run yet, for this page or another one; without vllm on a tiny engine."""
+        """Run a block, unless one of the same text was run. vllm: instead of the tiny engine."""
         if block.text in self._done:
             return
         self._done.add(block.text)

@@ -178,7 +178,7 @@ LARGE_LR = 2.0**-10
 def many_small_updates(folder, layout, float32_head):
     policy = make_policy(
         folder, layout, dtype="bfloat16", model={"float32_head": float32_head},
-        lr=LARGE_LR, weight_decay=0.0, grad_clip=1e9, micro_batch_tokens=256,
+        lr=LARGE_LR, weight_decay=0.0, grad_clip=1e9, micro_batch_tokens=64,
     )  # fmt: skip
     dtypes = {
         rule.megatron: (p.dtype, p.main_grad.dtype)
